@@ -1,0 +1,188 @@
+"""What a method is: which rows a step trains on (`rows`), with which objectives and coefficients (`terms`), and a little state.
+
+A method is a dataclass that inherits `Method`; its fields are the keys allowed under `method:` in a config. It never sees the learner:
+rows and terms are all it hands over. A user's method is a file of its own, named by path: `method: {name: my_method.py:MyMethod}`.
+"""
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from tandem.algorithms.objectives import RolloutCorrection
+from tandem.algorithms.reductions import Reduction
+from tandem.engine.types import GenRequest, Prompt, Row, Sampling, ScoredGroup, Source, Trajectory
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of the loss: `coefficient * sum_rows sum_t weight * scale * objective / Z`.
+
+    `name` is the key into `Row.weights`. `needs` names the streams the objective cannot do without (ref_logp, entropy).
+    """
+
+    name: str
+    objective: Callable
+    reduction: Reduction = Reduction()
+    coefficient: float = 1.0
+    correction: RolloutCorrection | None = None
+    needs: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the config allows per step; a method may ask for less."""
+
+    prompts: int        # prompts to roll out
+    samples: int        # rollouts per prompt
+    experts: int        # demonstrations
+    steps: int          # optimizer steps of the whole run
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What one step needs. `optimizer` names the set of moments (a new name starts from zero); `learning_rate` None: the config's."""
+
+    prompts: int = 0
+    experts: int = 0
+    kind: str = "mixed"                     # mixed | rl | sft, for reports
+    learning_rate: float | None = None
+    optimizer: str = "main"
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Everything a method may look at when it makes the rows of one step."""
+
+    step: int
+    groups: tuple[ScoredGroup, ...]
+    experts: tuple[Trajectory, ...]
+    signals: Mapping[str, float] = field(default_factory=dict)     # metrics of the step before
+    off_policy: bool = False                                       # rollouts may be older than the learner: correct for it
+
+
+@dataclass
+class Method:
+    """Base of all methods. Subclasses are dataclasses and override `rows` and `terms`, and `demand` where not every step is alike."""
+
+    title: ClassVar[str] = ""               # one line for `tandem methods`
+    paper: ClassVar[str] = ""               # arXiv id, or "" where the method has no single paper
+    uses_experts: ClassVar[bool] = False    # a config without `data.experts` is then an error
+    uses_rollouts: ClassVar[bool] = True    # a config without rewards is then an error
+
+    def demand(self, step: int, budget: Budget, signals: Mapping[str, float]) -> Demand:
+        """What step `step` needs. Called when its rollouts are requested, up to `staleness` steps ahead."""
+        return Demand(prompts=budget.prompts if self.uses_rollouts else 0, experts=budget.experts if self.uses_experts else 0)
+
+    def request(self, group: int, prompt: Prompt, sampling: Sampling, step: int, budget: Budget) -> GenRequest:
+        """The rollout request for one prompt; override to force a response prefix (Prefix-RFT, UFT)."""
+        return GenRequest(group=group, prompt=prompt, samples=budget.samples, sampling=sampling)
+
+    def accept(self, group: ScoredGroup) -> bool:
+        """Whether a scored group counts towards the batch; False draws another prompt in its place (DAPO's dynamic sampling)."""
+        return True
+
+    def rows(self, batch: Batch) -> list[Row]:
+        raise NotImplementedError
+
+    def terms(self, batch: Batch) -> list[Term]:
+        raise NotImplementedError
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """Numbers of the method's own for the step's report, e.g. mu."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Picklable state that must survive a resume; most methods have none."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state:
+            raise ValueError(f"{type(self).__name__} keeps no state, but the checkpoint holds {sorted(state)} for it")
+
+
+def policy_row(trajectory: Trajectory, advantage: float, term: str) -> Row:
+    """A rollout as a training row: every sampled token gets the sequence's advantage and weight 1 in `term`."""
+    mask = (trajectory.source == Source.POLICY).astype(np.float32)
+    return Row(tokens=trajectory.tokens, source=trajectory.source, weights={term: mask}, advantage=mask * np.float32(advantage),
+               behaviour_logp=trajectory.behaviour_logp, version=trajectory.version, group=trajectory.group, prompt_id=trajectory.prompt_id)
+
+
+def expert_row(trajectory: Trajectory, term: str) -> Row:
+    """A demonstration as a training row: every expert token gets weight 1 in `term`."""
+    mask = (trajectory.source == Source.EXPERT).astype(np.float32)
+    return Row(tokens=trajectory.tokens, source=trajectory.source, weights={term: mask}, prompt_id=trajectory.prompt_id)
+
+
+# name -> "module:Class"; imported on use, so that listing methods costs nothing and one broken file breaks one method
+METHODS: dict[str, str] = {
+    "sft": "tandem.algorithms.sft:SFT",
+    "grpo": "tandem.algorithms.grpo:GRPO",
+    "sft_rl": "tandem.algorithms.sft_rl:SFTThenRL",
+    "chord_mu": "tandem.algorithms.chord:ChordMu",
+    "chord_phi": "tandem.algorithms.chord:ChordPhi",
+}
+
+
+def load_object(spec: str, kind: str) -> Any:
+    """The object named by `package.module:Name` or `path/to/file.py:Name`.
+
+    Raises ValueError that says what is missing: the colon, the file, or the name in it.
+    """
+    module_name, colon, attribute = spec.rpartition(":")
+    if not colon:
+        raise ValueError(f"{kind} {spec!r} is neither a known name nor of the form file.py:Name or package.module:Name")
+    if module_name.endswith(".py"):
+        path = Path(module_name).expanduser().resolve()
+        if not path.is_file():
+            raise ValueError(f"{kind} {spec!r}: there is no file {path}")
+        key = f"tandem_user_{path.stem}_{abs(hash(str(path)))}"
+        if key not in sys.modules:
+            module_spec = importlib.util.spec_from_file_location(key, path)
+            module = importlib.util.module_from_spec(module_spec)
+            sys.modules[key] = module
+            try:
+                module_spec.loader.exec_module(module)
+            except BaseException:
+                del sys.modules[key]
+                raise
+        module = sys.modules[key]
+    else:
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{kind} {spec!r}: no module named {error.name!r}; for a file write its path with .py") from None
+    if not hasattr(module, attribute):
+        raise ValueError(f"{kind} {spec!r}: {module.__file__} has no {attribute!r}")
+    return getattr(module, attribute)
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a registered method, or of a user's `file.py:Class`. Raises ValueError for anything else."""
+    if name not in METHODS and ":" not in name:
+        from tandem.engine.config import closest
+        raise ValueError(f"unknown method {name!r}{closest(name, METHODS)}; known: {', '.join(METHODS)}, or a path my_method.py:MyMethod")
+    cls = load_object(METHODS.get(name, name), "method")
+    if not (isinstance(cls, type) and issubclass(cls, Method) and dataclasses.is_dataclass(cls)):
+        raise ValueError(f"method {name!r} is {cls!r}; expected a dataclass that inherits tandem.algorithms.base.Method")
+    return cls
+
+
+def make_method(name: str, options: Mapping[str, Any]) -> Method:
+    """Build a method from the config's `method:` block; unknown options are an error that names the closest known one."""
+    cls = method_class(name)
+    known = [f.name for f in dataclasses.fields(cls)]
+    for key in options:
+        if key not in known:
+            from tandem.engine.config import closest
+            raise ValueError(f"method {name!r} has no option {key!r}{closest(key, known)}; its options: {', '.join(known) or 'none'}")
+    return cls(**options)
+
+

@@ -1,0 +1,117 @@
+"""Token objectives: pure functions from what is known about the trained tokens of a micro-batch to a loss per token.
+
+An objective is a frozen dataclass (its fields are its constants) with `__call__(tokens: Tokens) -> (loss [n], {metric: [n]})`.
+The loss must be differentiable in `tokens.logp`; everything else is data. `weight`, `reduction` and `coefficient` are not its business.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+LOG_RATIO_LIMIT = 20.0   # log-ratios are clamped to +-20 before exp, as in verl: e^20 is already far outside any clip range
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The trained tokens of one micro-batch, flat. Streams that no row has are None."""
+
+    logp: torch.Tensor                          # float32 [n], requires grad
+    segment: torch.Tensor                       # int64 [n] row number, 0-based: tokens of a row stand together
+    group: torch.Tensor                         # int64 [n]
+    source: torch.Tensor                        # int8 [n]
+    advantage: torch.Tensor | None = None       # float32 [n]
+    old_logp: torch.Tensor | None = None        # float32 [n]; None means: this forward is the first since the snapshot, so old == sg[logp]
+    behaviour_logp: torch.Tensor | None = None  # float32 [n], NaN on tokens that no rollout engine sampled
+    ref_logp: torch.Tensor | None = None        # float32 [n]
+    entropy: torch.Tensor | None = None         # float32 [n]
+
+    @property
+    def old(self) -> torch.Tensor:
+        """log pi_old: the snapshot's log-prob where the plan has one, else the present one without gradient."""
+        if self.old_logp is None:
+            return self.logp.detach()
+        return torch.where(torch.isnan(self.old_logp), self.logp.detach(), self.old_logp)
+
+    def take(self, index: torch.Tensor) -> Tokens:
+        """The same tokens, `index` (int64 [m]) of them."""
+        pick = lambda x: None if x is None else x[index]
+        return Tokens(*(pick(getattr(self, f)) for f in self.__dataclass_fields__))
+
+
+def clamped_exp(log_ratio: torch.Tensor) -> torch.Tensor:
+    return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+
+
+@dataclass(frozen=True)
+class NLL:
+    """Negative log-likelihood times a detached function of p = exp(logp).
+
+    weight  w(p)                    source
+    one     1                       SFT
+    p       p                       SFT-IS, CHORD's rejected variant (arXiv 2508.11408), also DFT (arXiv 2508.05629)
+    phi     p (1 - p)               CHORD-phi, arXiv 2508.11408 sec. 4.2
+    The weight carries no gradient: the paper's formula is silent, both public codes detach.
+    """
+
+    weight: str = "one"
+
+    def __call__(self, tokens: Tokens):
+        p = tokens.logp.detach().exp()
+        w = {"one": torch.ones_like(p), "p": p, "phi": p * (1.0 - p)}[self.weight]
+        return -w * tokens.logp, {"p": p}
+
+
+@dataclass(frozen=True)
+class PPOClip:
+    """max(-A rho, -A clamp(rho, 1 - clip_low, 1 + clip_high)) with rho = pi/pi_old, PPO eq. 7 (arXiv 1707.06347).
+
+    dual_clip c > 1 bounds the loss of tokens with A < 0 by -A c (arXiv 1912.09729). None switches it off.
+    """
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+
+    def __call__(self, tokens: Tokens):
+        rho = clamped_exp(tokens.logp - tokens.old)
+        a = tokens.advantage
+        loss = torch.maximum(-a * rho, -a * rho.clamp(1.0 - self.clip_low, 1.0 + self.clip_high))
+        if self.dual_clip is not None:
+            loss = torch.where(a < 0, torch.minimum(-a * self.dual_clip, loss), loss)
+        clipped = ((a > 0) & (rho > 1.0 + self.clip_high)) | ((a < 0) & (rho < 1.0 - self.clip_low))
+        return loss, {"clip_fraction": clipped.float(), "ppo_kl": (tokens.old - tokens.logp).detach()}
+
+
+@dataclass(frozen=True)
+class KLToReference:
+    """k3 estimator exp(d) - d - 1 with d = log pi_ref - log pi, d clamped to +-10. GRPO eq. 4 (arXiv 2402.03300)."""
+
+    def __call__(self, tokens: Tokens):
+        d = (tokens.ref_logp - tokens.logp).clamp(-10.0, 10.0)
+        k3 = d.exp() - d - 1.0
+        return k3, {"kl": k3.detach()}
+
+
+@dataclass(frozen=True)
+class RolloutCorrection:
+    """Truncated importance sampling between learner snapshot and rollout engine: w = exp(log pi_old - log pi_rollout), no gradient.
+
+    It multiplies the loss outside the clip, on tokens that a rollout engine sampled; all others keep weight 1.
+    level     token: w_t;  sequence: the product of w_t over the row
+    mode      truncate: min(w, cap) (TIS, default cap 2 as in verl);  mask: w where 1/cap <= w <= cap, else 0
+    """
+
+    level: str = "token"
+    mode: str = "truncate"
+    cap: float = 2.0
+
+    def __call__(self, tokens: Tokens) -> torch.Tensor:
+        log_w = torch.nan_to_num(tokens.old.detach() - tokens.behaviour_logp, nan=0.0)
+        if self.level == "sequence":
+            rows = int(tokens.segment.max()) + 1 if len(log_w) else 0
+            log_w = torch.zeros(rows, device=log_w.device).index_add_(0, tokens.segment, log_w)[tokens.segment]
+        w = clamped_exp(log_w)
+        if self.mode == "truncate":
+            return w.clamp(max=self.cap)
+        return torch.where((w >= 1.0 / self.cap) & (w <= self.cap), w, torch.zeros_like(w))

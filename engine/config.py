@@ -1,0 +1,337 @@
+"""The config: a typed tree of frozen dataclasses, read from YAML with dotted overrides on the command line.
+
+Every key is listed here, with its meaning and default. Unknown keys and contradictory values are errors that name the key, what was found,
+what was expected and where it was set. Nothing is edited behind the user's back: what `load` returns is what was written, plus defaults.
+"""
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """Bad input by the user: shown on one screen, exit code 2, no traceback."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str = ""                                  # Hugging Face folder or name, or `tandem:tiny` for the model the repo makes itself
+    tokenizer: str | None = None                    # default: the model's own
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: str = "sdpa"                         # attn_implementation of transformers
+    trust_remote_code: bool = False
+    system_prompt: str | None = None                # put before every chat prompt; None: the chat template's own default
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    path: str = ""                                  # .jsonl, .parquet, a Hugging Face dataset name, `reasoning_gym:TASK` or `task:sort`
+    split: str = "train"                            # of a Hugging Face dataset
+    prompt: str = "prompt"                          # column with the prompt: a string or a list of chat messages
+    response: str | None = None                     # column with the expert's response; required for data.experts
+    limit: int | None = None                        # use the first so many rows
+    options: dict[str, Any] = field(default_factory=dict)   # for generated data: size, seed and task options
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    prompts: DatasetConfig | None = None            # prompts to roll out
+    experts: DatasetConfig | None = None            # expert demonstrations
+    evaluation: DatasetConfig | None = None         # held-out prompts
+    chat: bool | None = None                        # apply the chat template; None: if the prompt is a message list
+    max_prompt_tokens: int = 1024
+    max_expert_tokens: int = 4096                   # a longer demonstration is an error, not a cut
+    experts_per_step: int = 0
+    shuffle: bool = True
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    functions: tuple[str, ...] = ()                 # exact, math, reasoning_gym, format, length, or my_reward.py:score
+    weights: tuple[float, ...] = ()                 # one per function; () = all 1
+    options: dict[str, Any] = field(default_factory=dict)   # keyword arguments for every function that takes them
+    timeout: float = 10.0                           # seconds per call
+    workers: int = 1                                # processes
+    on_error: Literal["drop", "zero", "fail"] = "drop"
+    max_error_rate: float = 0.05                    # over the run; more stops it with the first tracebacks
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    backend: Literal["auto", "vllm", "hf", "replay"] = "auto"   # auto: vllm with mode=cluster, hf with mode=inline
+    prompts_per_step: int = 8
+    samples_per_prompt: int = 8
+    max_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    staleness: int = 0                              # how many versions old a rollout may be when it is trained on; 0 = on-policy
+    max_model_len: int | None = None                # default: max_prompt_tokens + max_tokens
+    max_sequences: int = 64                         # sequences an engine decodes at once
+    gpu_memory_utilization: float = 0.85
+    kv_cache_gib: float = 1.0                       # CPU engines only
+    prefix_caching: bool = True
+    request_timeout: float = 600.0                  # seconds until an engine that does not answer counts as dead
+    max_restarts: int = 3                           # engine restarts per run
+    record: str | None = None                       # replay: rollouts.jsonl to read
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    learning_rate: float = 1e-6
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0                          # global norm; 0 = off
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    offload_optimizer: bool = False                 # optimizer states in CPU memory
+    micro_batch_tokens: int = 4096                  # packed tokens per forward and rank; a longer row gets a micro-batch of its own
+    updates_per_batch: int = 1                      # optimizer steps per batch of rollouts; > 1 computes old log-probs first
+    head_chunk: int = 1024                          # tokens whose logits exist at a time
+    gradient_checkpointing: bool = False
+    entropy: bool = True                            # report token entropy
+    max_skipped_steps: int = 3                      # consecutive non-finite gradients until the run stops
+
+
+@dataclass(frozen=True)
+class SyncConfig:
+    transport: Literal["auto", "nccl", "gloo"] = "auto"     # auto: nccl where engines and learner have GPUs, else gloo
+    bucket_mib: int = 64
+    timeout: float = 300.0
+    gate_steps: int = 2                             # first steps on which rollout and learner log-probs are compared before training
+    max_gap: float = 1e-4                           # float32: bound on max |rollout logp - learner logp|
+    max_mean_gap: float = 0.08                      # bfloat16: bound on the mean
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    address: str | None = None                      # of a running Ray cluster; None: start a local one
+    engines: int = 1
+    tensor_parallel: int = 1
+    engine_cpus: float = 1
+    engine_gpus: float = 0                          # per engine; tensor_parallel > 1 on GPUs needs as many
+    learner_ranks: int = 1
+    learner_cpus: float = 1                         # per rank
+    learner_gpus: float = 0
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    deadline: float = 120.0                         # seconds to wait for the placement group
+    threads: int = 1                                # OpenMP threads per process on CPU
+    port: int | None = None                         # rendezvous of the learner; None: any free one
+    object_store_mib: int = 150                     # of a local Ray
+    start_timeout: float = 600.0                    # seconds until engines and learner must be up
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = 0                                  # steps; 0 = only before and after
+    temperature: float = 0.0
+    samples: int = 1
+    max_tokens: int | None = None                   # default: rollout.max_tokens
+    limit: int | None = None                        # prompts
+    before: bool = True
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    name: str = "run"
+    dir: str = "runs"                               # the run folder is dir/name
+    steps: int = 10
+    seed: int = 0
+    checkpoint_every: int = 0                       # steps; 0 = only at the end
+    keep_checkpoints: int = 2
+    resume: bool = False                            # continue from the newest complete checkpoint of the run folder
+    save_model: bool = True                         # a plain Hugging Face folder at the end
+    wandb: str | None = None                        # project name
+    tensorboard: bool = False
+    fake_reward: bool = False                       # random rewards, for plumbing
+    rollout_only: bool = False                      # generate and score, never train
+
+
+@dataclass(frozen=True)
+class Config:
+    mode: Literal["cluster", "inline"] = "cluster"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    method: dict[str, Any] = field(default_factory=dict)    # name and the method's own options
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    sync: SyncConfig = field(default_factory=SyncConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def closest(word: str, known) -> str:
+    """' (did you mean ...?)', or '' if nothing is close."""
+    match = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.6)
+    return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def load(path: str | Path, overrides: list[str] = ()) -> Config:
+    """Read a YAML config, apply `key.sub=value` overrides, build and validate the tree. Raises ConfigError."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"config {str(path)!r}: there is no such file{closest(path.name, [p.name for p in path.parent.glob('*.yaml')] if path.parent.is_dir() else [])}")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {path}: not valid YAML: {error}") from None
+    origin = {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config {path}: expected a mapping of sections at the top, found {type(tree).__name__}")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override {override!r}: expected key=value, e.g. run.steps=100")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
+        node, parts = tree, key.split(".")
+        for part in parts[:-1]:
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+            if not isinstance(node, dict):
+                raise ConfigError(f"override {override!r}: {part!r} is a value in {path}, not a section")
+        node[parts[-1]] = value
+        origin[key] = "on the command line"
+    config = build(Config, tree, "", str(path), origin)
+    validate(config)
+    return config
+
+
+def build(cls: type, tree: dict, prefix: str, path: str, origin: dict[str, str]):
+    """A dataclass from a mapping, checking key names and value types all the way down."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{prefix.rstrip('.')}: expected a section (a mapping), found {tree!r}; set in {path}")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in tree.items():
+        where = origin.get(prefix + str(key), f"in {path}")
+        if key not in hints:
+            raise ConfigError(f"unknown key {prefix + str(key)!r}{closest(key, hints)}, set {where}; known keys here: {', '.join(hints)}")
+        values[key] = coerce(hints[key], value, prefix + key, where, path, origin)
+    return cls(**values)
+
+
+def coerce(hint, value, key: str, where: str, path: str, origin):
+    """`value` as `hint` wants it, or a ConfigError. YAML's `1e-6` is a string to YAML 1.1, so numbers are read from strings too."""
+    wrong = ConfigError(f"{key}: found {value!r}, expected {describe(hint)}, set {where}")
+    base, args = typing.get_origin(hint), typing.get_args(hint)
+    if base in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return coerce(next(a for a in args if a is not type(None)), value, key, where, path, origin)
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, key + ".", path, origin)
+    if base is Literal:
+        if value not in args or isinstance(value, bool):
+            raise ConfigError(f"{key}: found {value!r}{closest(value, args)}, expected one of {', '.join(map(str, args))}, set {where}")
+        return value
+    if base is tuple:
+        if isinstance(value, str) or not isinstance(value, (list, tuple)):
+            raise wrong
+        if Ellipsis not in args and len(value) != len(args):
+            raise wrong
+        return tuple(coerce(args[0], v, f"{key}[{i}]", where, path, origin) for i, v in enumerate(value))
+    if base is dict:
+        if not isinstance(value, dict):
+            raise wrong
+        return value
+    if hint in (int, float):
+        if isinstance(value, bool) or value is None:
+            raise wrong
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise wrong from None
+        if hint is float:
+            return number
+        if number != int(number):
+            raise wrong
+        return int(number)
+    if not isinstance(value, hint):
+        raise wrong
+    return value
+
+
+def describe(hint) -> str:
+    base, args = typing.get_origin(hint), typing.get_args(hint)
+    if base in (types.UnionType, typing.Union):
+        return " or ".join(describe(a) for a in args)
+    if base is Literal:
+        return f"one of {', '.join(map(str, args))}"
+    if base is tuple:
+        return f"a list of {describe(args[0])}" + ("" if Ellipsis in args else f" with {len(args)} entries")
+    if dataclasses.is_dataclass(hint) or base is dict:
+        return "a section"
+    return {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "nothing"}.get(hint, str(hint))
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def validate(c: Config) -> None:
+    """Every rule that spans keys. Raises ConfigError naming both values and what to change; never edits."""
+    from tandem.algorithms.base import make_method, method_class
+    require(bool(c.model.path), "model.path is not set: name a Hugging Face folder or model, or tandem:tiny")
+    require("name" in c.method, "method.name is not set: choose one of `tandem methods`, or a path my_method.py:MyMethod")
+    try:
+        method = method_class(c.method["name"])
+        make_method(c.method["name"], {k: v for k, v in c.method.items() if k != "name"})
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"method: {error}") from None
+    for key, low in (("rollout.prompts_per_step", 1), ("rollout.samples_per_prompt", 1), ("rollout.max_tokens", 1), ("rollout.staleness", 0),
+                     ("rollout.max_sequences", 1), ("data.max_prompt_tokens", 1), ("data.max_expert_tokens", 1), ("data.experts_per_step", 0),
+                     ("reward.workers", 1), ("learner.micro_batch_tokens", 1), ("learner.updates_per_batch", 1), ("learner.head_chunk", 1),
+                     ("learner.warmup_steps", 0), ("cluster.engines", 1), ("cluster.tensor_parallel", 1), ("cluster.learner_ranks", 1), ("cluster.threads", 1),
+                     ("eval.every", 0), ("eval.samples", 1), ("run.steps", 1), ("run.checkpoint_every", 0), ("run.keep_checkpoints", 1)):
+        section, name = key.split(".")
+        value = getattr(getattr(c, section), name)
+        require(value >= low, f"{key} is {value}, must be at least {low}")
+    require(c.rollout.temperature > 0, f"rollout.temperature is {c.rollout.temperature}, must be > 0: greedy samples have no log-prob to train on (eval.temperature may be 0)")
+    require(0 < c.rollout.top_p <= 1, f"rollout.top_p is {c.rollout.top_p}, must be in (0, 1]")
+    require(c.learner.learning_rate > 0, f"learner.learning_rate is {c.learner.learning_rate}, must be > 0")
+    require(len(c.reward.weights) in (0, len(c.reward.functions)),
+            f"reward.weights has {len(c.reward.weights)} entries for {len(c.reward.functions)} reward.functions; give one weight per function or none")
+    if method.uses_experts:
+        require(c.data.experts is not None, f"method {c.method['name']!r} trains on demonstrations, but data.experts is not set")
+        require(c.data.experts.response is not None or c.data.experts.path.startswith(("task:", "reasoning_gym:")),
+                "data.experts.response is not set: name the column that holds the expert's response")
+        require(c.data.experts_per_step > 0, f"method {c.method['name']!r} trains on demonstrations, but data.experts_per_step is 0")
+    if method.uses_rollouts:
+        require(c.data.prompts is not None or c.rollout.backend == "replay", f"method {c.method['name']!r} trains on rollouts, but data.prompts is not set")
+        require(bool(c.reward.functions) or c.run.fake_reward, f"method {c.method['name']!r} trains on rewards, but reward.functions is empty")
+    require(c.rollout.backend != "replay" or c.rollout.record is not None, "rollout.backend is replay, but rollout.record names no rollouts.jsonl")
+    require(not (c.mode == "inline" and c.rollout.backend == "vllm"), "mode=inline runs without vLLM, but rollout.backend is vllm; use mode=cluster or backend hf")
+    require(not (c.mode == "inline" and c.cluster.learner_ranks > 1), f"mode=inline is one process, but cluster.learner_ranks is {c.cluster.learner_ranks}; use mode=cluster or learner_ranks=1")
+    require(c.cluster.engine_gpus == 0 or c.cluster.engine_gpus >= c.cluster.tensor_parallel,
+            f"cluster.engine_gpus is {c.cluster.engine_gpus} for tensor_parallel {c.cluster.tensor_parallel}; an engine needs one GPU per tensor-parallel rank")
+    require((c.cluster.engine_gpus > 0) == (c.cluster.learner_gpus > 0) or c.sync.transport == "gloo",
+            f"cluster.engine_gpus is {c.cluster.engine_gpus} and cluster.learner_gpus is {c.cluster.learner_gpus}; with GPUs on one side only set sync.transport=gloo")
+    require(not (c.run.rollout_only and not method.uses_rollouts), f"run.rollout_only with method {c.method['name']!r}, which makes no rollouts")
+    need = c.data.max_prompt_tokens + c.rollout.max_tokens
+    require(c.rollout.max_model_len is None or c.rollout.max_model_len >= need,
+            f"rollout.max_model_len is {c.rollout.max_model_len}, but data.max_prompt_tokens + rollout.max_tokens is {need}; raise it or lower them")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dict, for the run folder and for --dry-run."""
+    return yaml.safe_load(yaml.safe_dump(_plain(dataclasses.asdict(config))))
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

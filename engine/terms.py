@@ -1,0 +1,73 @@
+"""Terms: from per-token losses to the loss of a step, with denominators counted over the whole global batch.
+
+    L = sum_term coefficient * ( sum_rows sum_t weight * scale * correction * objective ) / Z_term
+
+The same `evaluate` serves the learner on a GPU and anyone who wants a method's loss on hand-made numbers.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from tandem.algorithms.base import Term
+from tandem.algorithms.objectives import Tokens
+from tandem.engine.types import MicroBatch, Row
+
+
+def row_counts(rows: Sequence[Row], term: str) -> np.ndarray:
+    """int [rows]: how many tokens each row has in `term`."""
+    return np.array([int((row.weights[term] != 0).sum()) if term in row.weights else 0 for row in rows], np.int64)
+
+
+def denominators(terms: Sequence[Term], rows: Sequence[Row]) -> dict[str, float]:
+    """Z of every term over all rows of the step. Raises ValueError if a row uses a term that the method did not declare."""
+    known = {term.name for term in terms}
+    for row in rows:
+        if stray := set(row.weights) - known:
+            raise ValueError(f"rows of prompt {row.prompt_id!r} carry weights for {sorted(stray)}, but the method's terms are {sorted(known)}")
+    return {term.name: term.reduction.denominator(row_counts(rows, term.name)) for term in terms}
+
+
+def streams(micro: MicroBatch, logp: torch.Tensor, entropy: torch.Tensor | None = None) -> Tokens:
+    """The objective's view of a micro-batch. logp, entropy: float32 [n] on the compute device."""
+    tensor = lambda name: torch.as_tensor(micro.streams[name], device=logp.device) if name in micro.streams else None
+    return Tokens(logp=logp, segment=torch.as_tensor(micro.segment, device=logp.device), group=torch.as_tensor(micro.group, device=logp.device),
+                  source=torch.as_tensor(micro.source, device=logp.device), advantage=tensor("advantage"), old_logp=tensor("old_logp"),
+                  behaviour_logp=tensor("behaviour_logp"), ref_logp=tensor("ref_logp"), entropy=entropy)
+
+
+def evaluate(terms: Sequence[Term], z: Mapping[str, float], micro: MicroBatch, tokens: Tokens) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """This micro-batch's share of the step's loss, and sums for the report.
+
+    Returns (loss, sums): `loss` is a scalar attached to `tokens.logp` even when no token belongs to any term (a rank without rows still has to
+    run its backward pass, or collectives of the other ranks would wait for ever). `sums` are detached scalars to be added up over micro-batches
+    and ranks: `loss/TERM` (already divided by Z), `count/TERM` (tokens), `sum/TERM/METRIC` (token sums, divide by count at the end).
+    """
+    loss = tokens.logp.sum() * 0.0
+    sums: dict[str, torch.Tensor] = {}
+    for term in terms:
+        if term.name not in micro.weights:
+            continue
+        weight = torch.as_tensor(micro.weights[term.name], device=tokens.logp.device)
+        index = weight.nonzero().squeeze(-1)
+        if len(index) == 0:
+            continue
+        chosen = tokens.take(index)
+        for need in term.needs:
+            if getattr(chosen, need) is None:
+                raise ValueError(f"term {term.name!r} needs {need!r}, which this step does not have (see docs/methods.md on streams)")
+        per_token, metrics = term.objective(chosen)
+        factor = weight[index] * torch.as_tensor(micro.scale[term.name], device=weight.device)[index]
+        if term.correction is not None and chosen.behaviour_logp is not None:
+            correction = term.correction(chosen)
+            factor = factor * correction
+            metrics = {**metrics, "correction": correction}
+        value = (factor * per_token).sum() / z[term.name]
+        loss = loss + term.coefficient * value
+        sums[f"loss/{term.name}"] = value.detach()
+        sums[f"count/{term.name}"] = torch.tensor(float(len(index)), device=weight.device)
+        for key, metric in metrics.items():
+            sums[f"sum/{term.name}/{key}"] = metric.detach().sum()
+    return loss, sums
