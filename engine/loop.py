@@ -1,0 +1,156 @@
+"""The training loop. Everything else is a component it calls; synchronous, one-step-off and asynchronous runs differ by a number.
+
+    step k:  request rollouts up to step k + staleness -> wait for those of step k -> rows and terms of the method ->
+             optimizer step(s) -> new weights to the engines, verified -> report, evaluate, checkpoint
+
+Weight version v means: the weights after v steps. SFT steps without a rollout ahead leave the engines alone; they get their weights when next used.
+"""
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from tandem.algorithms.base import Batch, Demand, Term
+from tandem.engine.packing import pack
+from tandem.engine.producer import oldest_version
+from tandem.engine.terms import denominators
+from tandem.engine.types import Row, ScoredGroup, Source, StepPlan, StepReport
+from tandem.rollout.backend import SyncError
+
+
+class NotFinite(RuntimeError):
+    """Too many steps in a row had a non-finite gradient."""
+
+
+def train(run) -> None:
+    """Run the steps that are left. `run` is engine.run.Run: the config and the components, already started."""
+    cfg, method, signals, skipped = run.config, run.method, run.signals, 0
+    if cfg.eval.before and run.step == 0:
+        run.evaluate(0)
+    for step in range(run.step, cfg.run.steps):
+        clock = Clock()
+        if run.producer.wants_weights(step, signals):
+            run.sync(step)
+        clock.lap("sync")
+        run.producer.ensure(step, signals)
+        demand, groups = run.producer.take(step)
+        experts = tuple(run.experts.take(demand.experts)) if demand.experts else ()
+        clock.lap("rollout")
+
+        batch = Batch(step, groups, experts, signals, off_policy=run.off_policy)
+        rows, terms = method.rows(batch), tuple(method.terms(batch))
+        rows = with_reference(run, rows, terms)
+        check_staleness(step, groups, cfg.rollout.staleness, cfg.rollout.backend)
+        if groups and run.gated < cfg.sync.gate_steps and not run.replaying:
+            run.gate(rows, step)
+        clock.lap("prepare")
+
+        report = update(run, step, demand, rows, terms)
+        clock.lap("learn")
+        skipped = skipped + 1 if report.skipped else 0
+        if report.skipped:
+            run.dump_step(step, rows, report)
+        if skipped > cfg.learner.max_skipped_steps:
+            raise NotFinite(f"{skipped} steps in a row had a non-finite gradient (learner.max_skipped_steps is {cfg.learner.max_skipped_steps}); "
+                            f"the rows of each are in {run.folder / 'bad_steps'}; weights are those before the first of them")
+        run.step = step + 1
+
+        if run.producer.wants_weights(step + 1, signals) or run.evaluation_due(step + 1):
+            run.sync(step + 1)
+        clock.lap("sync")
+        signals = run.signals = {**report.metrics, **rollout_metrics(groups), **method.metrics(step)}
+        run.report(step, demand, groups, signals, clock)
+        if run.evaluation_due(step + 1):
+            run.evaluate(step + 1)
+        if run.checkpoint_due(step + 1):
+            run.checkpoint()
+        if run.stop_requested and run.step < cfg.run.steps:
+            return
+
+
+def update(run, step: int, demand: Demand, rows: Sequence[Row], terms: Sequence[Term]) -> StepReport:
+    """One optimizer step per part of the batch; with several, the clip needs the log-probs from before the first."""
+    learner = run.config.learner
+    if not any(row.trained.any() for row in rows):
+        return StepReport({"empty": 1.0})
+    parts = [rows]
+    if learner.updates_per_batch > 1:
+        rows = with_old(rows, run.learner.logprobs(rows, run.config.rollout.temperature))
+        parts = split(rows, learner.updates_per_batch, np.random.default_rng([run.config.run.seed, step]))
+    reports = []
+    for part in parts:
+        z = denominators(terms, part)
+        plan = StepPlan(step=step, terms=tuple(terms), denominators=z, temperature=run.config.rollout.temperature, optimizer=demand.optimizer,
+                        micro_batches=pack(part, terms, run.learner.ranks, learner.micro_batch_tokens, version=step),
+                        learning_rate=run.learning_rate(step, demand), entropy=learner.entropy or any("entropy" in t.needs for t in terms))
+        reports.append(run.learner.step(plan))
+    if len(reports) == 1:
+        return reports[0]
+    keys = reports[0].metrics.keys() & set.intersection(*(set(r.metrics) for r in reports))
+    return StepReport({k: float(np.mean([r.metrics[k] for r in reports])) for k in keys}, any(r.skipped for r in reports), sum(r.seconds for r in reports))
+
+
+def with_reference(run, rows: Sequence[Row], terms: Sequence[Term]) -> Sequence[Row]:
+    """Add the frozen reference model's log-probs, if a term asks for them."""
+    if not any("ref_logp" in t.needs for t in terms):
+        return rows
+    return [replace(r, ref_logp=l) for r, l in zip(rows, run.learner.logprobs(rows, run.config.rollout.temperature, reference=True))]
+
+
+def with_old(rows: Sequence[Row], logps: Sequence[np.ndarray]) -> list[Row]:
+    return [replace(r, old_logp=l) for r, l in zip(rows, logps)]
+
+
+def split(rows: Sequence[Row], parts: int, rng: np.random.Generator) -> list[list[Row]]:
+    """`parts` lists of whole groups, sampled and expert rows spread evenly over all of them."""
+    keys: dict[tuple, list[Row]] = {}
+    for i, row in enumerate(rows):
+        keys.setdefault(("group", row.group) if row.group >= 0 else ("row", i), []).append(row)
+    out: list[list[Row]] = [[] for _ in range(parts)]
+    for kind in ("group", "row"):
+        units = [unit for key, unit in keys.items() if key[0] == kind]
+        for place, i in enumerate(rng.permutation(len(units))):
+            out[place % parts].extend(units[i])
+    return [part for part in out if part]
+
+
+def check_staleness(step: int, groups: Sequence[ScoredGroup], bound: int, backend: str) -> None:
+    """Assert what the producer promises: no token was sampled with weights more than `bound` steps old."""
+    oldest = oldest_version(groups)
+    if oldest is not None and backend != "replay" and step - oldest > bound:
+        raise SyncError(f"step {step} was about to train on tokens sampled with weight version {oldest}; rollout.staleness allows {bound} steps. "
+                        "The engines did not take the newer weights")
+
+
+def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
+    """What every RL run must show about its rollouts."""
+    if not groups:
+        return {}
+    rewards = np.concatenate([g.rewards for g in groups])
+    lengths = np.array([int((t.source == Source.POLICY).sum()) for g in groups for t in g.trajectories])
+    spread = np.array([g.rewards.std() for g in groups])
+    parts = {name for g in groups for o in g.outcomes for name in o.parts}
+    return {"reward/mean": float(rewards.mean()), "reward/std": float(rewards.std()), "reward/no_signal_groups": float((spread == 0).mean()),
+            **{f"reward/{name}": float(np.mean([o.parts[name] for g in groups for o in g.outcomes if name in o.parts])) for name in sorted(parts)},
+            "rollout/length": float(lengths.mean()), "rollout/length_max": float(lengths.max()), "rollout/tokens": float(lengths.sum()),
+            "rollout/truncated": float(np.mean([t.finish == "length" for g in groups for t in g.trajectories])),
+            "rollout/samples": float(len(lengths))}
+
+
+class Clock:
+    """Seconds per phase of a step: `lap(phase)` books the time since the lap before."""
+
+    def __init__(self):
+        self.start = self.last = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
+        self.last = now
+
+    def metrics(self) -> Mapping[str, float]:
+        return {**{f"time/{k}": v for k, v in self.seconds.items()}, "time/step": self.last - self.start}

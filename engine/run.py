@@ -1,0 +1,301 @@
+"""A run: checks the input, starts the components a config asks for, and hands them to the loop.
+
+The order is cheap before dear: config, tokenizer, data and rewards are opened and checked first; engines and learner start last, side by side.
+mode=cluster puts vLLM engines and DeepSpeed ranks into Ray actors; mode=inline runs the same loop with Hugging Face generation and Accelerate in
+this process, so that `breakpoint()` works anywhere.
+"""
+from __future__ import annotations
+
+import math
+import pickle
+import signal
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from tandem.algorithms.base import Budget, Demand, make_method
+from tandem.engine import weights
+from tandem.engine.checkpoint import Checkpoints, RunState
+from tandem.engine.config import Config, ConfigError
+from tandem.engine.display import Display
+from tandem.engine.evaluation import EvalResult, evaluate
+from tandem.engine.loop import Clock
+from tandem.engine.producer import Producer
+from tandem.engine.telemetry import Telemetry
+from tandem.engine.types import Row, Sampling, ScoredGroup, Source, StepReport
+from tandem.rollout.backend import SyncError
+
+
+class Run:
+    """The components of one run and the few things the loop asks of them. Use as a context manager: leaving it ends every process it started."""
+
+    def __init__(self, config: Config, display: Display):
+        self.config, self.display, self.stack = config, display, ExitStack()
+        self.folder = Path(config.run.dir) / config.run.name
+        self.step, self.version, self.signals = 0, None, {}
+        self.gated, self.stop_requested = 0, False
+        self.first_eval: EvalResult | None = None
+        self.last_eval: EvalResult | None = None
+        self.evaluated_at = -1
+        self.replaying = config.rollout.backend == "replay"
+        self.off_policy = config.rollout.staleness > 0 or self.replaying
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.stack.close()
+
+    # -- start ------------------------------------------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Everything that can fail because of the user's input, before anything heavy starts. Raises ConfigError."""
+        from tandem.engine.data import ExpertSource, PromptSource
+        from tandem.engine.model import load_tokenizer, resolve_model
+        from tandem.rollout.rewards.runner import RewardRunner
+        cfg = self.config
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", cfg.run.keep_checkpoints)
+        found = self.checkpoints.latest()
+        if cfg.run.resume and found is None:
+            raise ConfigError(f"run.resume is set, but {self.checkpoints.folder} holds no complete checkpoint; unset it to start from the beginning")
+        if not cfg.run.resume and (self.folder / "metrics.jsonl").exists():
+            raise ConfigError(f"run folder {self.folder} already holds a run; continue it with run.resume=true, or choose another run.name")
+        self.found = found
+        self.method = make_method(cfg.method["name"], {k: v for k, v in cfg.method.items() if k != "name"})
+        self.model_path = resolve_model(cfg.model)
+        self.tokenizer = load_tokenizer(cfg.model)
+        source = lambda kind, dataset: dataset and kind(dataset, cfg.data, self.tokenizer, cfg.model, cfg.run.seed)
+        self.prompts = source(PromptSource, cfg.data.prompts) if self.method.uses_rollouts else None
+        self.experts = source(ExpertSource, cfg.data.experts) if self.method.uses_experts else None
+        held_out = source(PromptSource, cfg.data.evaluation)
+        self.eval_prompts = held_out.take(min(len(held_out), cfg.eval.limit or len(held_out))) if held_out else []
+        rewards = cfg.reward if not cfg.run.fake_reward else type(cfg.reward)(functions=("fake",))
+        self.verifier = rewards.functions[0] if rewards.functions else None
+        self.rewards = None
+        if rewards.functions:
+            self.rewards = RewardRunner(rewards, cfg.run.seed, inline=cfg.mode == "inline")
+            self.stack.callback(self.rewards.close)
+
+    def start(self) -> None:
+        """Start engines and learner, restore the checkpoint if there is one, and give the engines the present weights."""
+        cfg = self.config
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if cfg.mode == "inline" or self.replaying:
+            from tandem.rollout.local import LocalPool
+            start_pool = lambda: LocalPool.start(cfg, self.model_path, self.folder)
+        if cfg.mode == "inline":
+            from tandem.engine.learner import InlineLearner
+            start_learner = lambda: InlineLearner.start(cfg, self.model_path)
+        else:
+            from tandem.engine.learner import RayLearner
+            from tandem.launch import placement
+            self.placement = placement.start(cfg, self.folder)
+            self.stack.callback(self.placement.close)
+            start_learner = lambda: RayLearner.start(cfg, self.model_path, self.placement, self.folder)
+            if not self.replaying:
+                from tandem.rollout.pool import EnginePool
+                start_pool = lambda: EnginePool.start(cfg, self.model_path, self.placement, self.folder)
+        with ThreadPoolExecutor(2) as threads:
+            pool, learner = threads.submit(start_pool), threads.submit(start_learner) if not cfg.run.rollout_only else None
+            for future, name in ((pool, "pool"), (learner, "learner")):
+                if future is not None and future.exception() is None:
+                    setattr(self, name, future.result())
+                    self.stack.callback(future.result().close)
+            pool.result(), learner and learner.result()
+        budget = Budget(cfg.rollout.prompts_per_step, cfg.rollout.samples_per_prompt, cfg.data.experts_per_step, cfg.run.steps)
+        sampling = Sampling(cfg.rollout.max_tokens, cfg.rollout.temperature, cfg.rollout.top_p)
+        self.producer = Producer(self.method, self.prompts, self.pool, self.rewards, self.decode, budget, sampling, cfg.rollout.staleness,
+                                 cfg.reward.on_error, cfg.run.seed, self.recover)
+        self.telemetry = Telemetry(cfg, self.folder, self.found[0] if self.found else None)
+        self.stack.callback(self.telemetry.close)
+        if cfg.run.rollout_only:
+            return
+        if self.found:
+            self.restore(self.found[1])
+        self.learner.connect(self.pool)
+        self.sync(self.step)
+        self.producer.reissue()
+        signal_handlers(self)
+
+    def decode(self, tokens: np.ndarray) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    # -- weights ----------------------------------------------------------------------------------------------------------------------------------
+
+    def sync(self, version: int) -> None:
+        """Give all engines the weights of `version` and prove that they have them. Nothing to do if they have."""
+        if self.version == version or self.config.run.rollout_only:
+            return
+        report = weights.sync(self.learner, self.pool, version)
+        self.version = version
+        self.telemetry.event("sync", version=version, seconds=report.seconds, bytes=report.bytes)
+
+    def recover(self) -> None:
+        """Restart dead engines; they serve again only after they have taken the present weights."""
+        restarted = self.pool.recover()
+        if self.config.run.rollout_only:
+            return
+        self.learner.connect(self.pool)
+        version, self.version = self.version, None
+        self.sync(version)
+        self.telemetry.event("engines_restarted", count=restarted, version=version)
+        self.display.message(f"restarted {restarted} rollout engine(s), weights {version} in place")
+
+    def gate(self, rows: Sequence[Row], step: int) -> None:
+        """Compare the engines' log-probs with the learner's on the sampled tokens, before anything is trained on them."""
+        logps = self.learner.logprobs(rows, self.config.rollout.temperature)
+        gaps = [np.abs(l - r.behaviour_logp)[(r.source == Source.POLICY) & (r.version == step)]
+                for l, r in zip(logps, rows) if r.behaviour_logp is not None and r.version is not None]
+        gaps = np.concatenate(gaps) if gaps else np.zeros(0)
+        gaps = gaps[~np.isnan(gaps)]
+        if len(gaps):
+            self.check_gap(float(gaps.max()), float(gaps.mean()), step)
+            self.gated += 1
+            self.telemetry.event("gate", step=step, max_gap=float(gaps.max()), mean_gap=float(gaps.mean()), tokens=len(gaps))
+
+    def check_gap(self, largest: float, mean: float, step: int) -> None:
+        """Raise SyncError if rollout and learner disagree more than the config allows. NaN is a disagreement."""
+        sync = self.config.sync
+        found, bound, what = (largest, sync.max_gap, "max") if self.config.model.dtype == "float32" else (mean, sync.max_mean_gap, "mean")
+        if not found <= bound:
+            raise SyncError(f"step {step}: {what} |rollout log-prob - learner log-prob| is {found:.3g} on tokens sampled with the present weights, "
+                            f"sync.max_{'mean_' if what == 'mean' else ''}gap allows {bound:g}. The engines compute with other weights, or with another model, "
+                            "temperature or precision, than the learner; `tandem check-logprobs` shows more")
+
+    # -- what the loop asks -----------------------------------------------------------------------------------------------------------------------
+
+    def learning_rate(self, step: int, demand: Demand) -> float:
+        cfg = self.config.learner
+        base = cfg.learning_rate if demand.learning_rate is None else demand.learning_rate
+        if step < cfg.warmup_steps:
+            return base * (step + 1) / cfg.warmup_steps
+        done = (step - cfg.warmup_steps) / max(1, self.config.run.steps - cfg.warmup_steps)
+        return base * {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[cfg.schedule]
+
+    def evaluation_due(self, step: int) -> bool:
+        every = self.config.eval.every
+        return bool(self.eval_prompts) and (step == self.config.run.steps or bool(every and step % every == 0))
+
+    def checkpoint_due(self, step: int) -> bool:
+        every = self.config.run.checkpoint_every
+        return step == self.config.run.steps or self.stop_requested or bool(every and step % every == 0)
+
+    def evaluate(self, step: int) -> None:
+        if not self.eval_prompts or self.evaluated_at == step:
+            return
+        cfg = self.config
+        sampling = Sampling(cfg.eval.max_tokens or cfg.rollout.max_tokens, cfg.eval.temperature, seed=cfg.run.seed)
+        result = evaluate(self.pool, self.rewards, self.eval_prompts, sampling, cfg.eval.samples, self.verifier, self.decode, self.recover)
+        self.first_eval, self.last_eval, self.evaluated_at = self.first_eval or result, result, step
+        self.telemetry.evaluation(step, result)
+        self.display.evaluation(step, result)
+
+    def report(self, step: int, demand: Demand, groups: Sequence[ScoredGroup], signals, clock: Clock) -> None:
+        """One step's numbers to files, trackers and the screen."""
+        metrics = {**signals, **clock.metrics(), **self.idle_shares(clock), "version": float(self.version or 0)}
+        if self.config.sync.gate_steps and "gap/max" in metrics and not self.replaying:
+            self.check_gap(metrics["gap/max"], metrics["gap/mean"], step)
+        self.telemetry.step(step, metrics)
+        self.telemetry.rollouts(step, groups, step)
+        self.display.step(step, demand.kind, metrics)
+
+    def idle_shares(self, clock: Clock) -> dict[str, float]:
+        """Share of the step's wall time in which each side did not work, and tokens per second of either."""
+        stats, whole = self.pool.stats(), max(clock.last - clock.start, 1e-9)
+        before, self.pool_stats = getattr(self, "pool_stats", {}), stats
+        delta = {k: stats[k] - before.get(k, 0.0) for k in ("busy_seconds", "generated_tokens")}
+        engines = max(stats.get("engines", 1.0), 1.0)
+        out = {"idle/rollout": max(0.0, 1.0 - delta["busy_seconds"] / engines / whole), "idle/learner": max(0.0, 1.0 - clock.seconds.get("learn", 0.0) / whole)}
+        if delta["busy_seconds"] > 0:
+            out["speed/rollout_tokens"] = delta["generated_tokens"] * engines / delta["busy_seconds"]
+        return out
+
+    # -- saving -----------------------------------------------------------------------------------------------------------------------------------
+
+    def checkpoint(self) -> None:
+        state = RunState(step=self.step, signals=dict(self.signals), method=self.method.state_dict(), producer=self.producer.state_dict(),
+                         prompts=self.prompts.state_dict() if self.prompts else None, experts=self.experts.state_dict() if self.experts else None,
+                         gated=self.gated)
+        with self.checkpoints.write(self.step) as folder:
+            self.learner.save(folder / "learner")
+            state.save(folder)
+        self.telemetry.event("checkpoint", step=self.step)
+        self.display.message(f"checkpoint of step {self.step} written")
+
+    def restore(self, folder: Path) -> None:
+        state = RunState.load(folder)
+        self.step, self.signals, self.gated = state.step, state.signals, state.gated
+        self.method.load_state_dict(state.method)
+        self.producer.load_state_dict(state.producer)
+        if self.prompts:
+            self.prompts.load_state_dict(state.prompts)
+        if self.experts:
+            self.experts.load_state_dict(state.experts)
+        self.learner.load(folder / "learner")
+        self.display.message(f"resumed from {folder}: step {state.step} of {self.config.run.steps}")
+
+    def dump_step(self, step: int, rows: Sequence[Row], report: StepReport) -> None:
+        folder = self.folder / "bad_steps"
+        folder.mkdir(exist_ok=True)
+        (folder / f"step_{step}.pkl").write_bytes(pickle.dumps({"step": step, "rows": list(rows), "metrics": dict(report.metrics)}))
+        self.telemetry.event("skipped_step", step=step, metrics=dict(report.metrics))
+        self.display.message(f"step {step}: gradient not finite, weights left alone, rows saved to {folder}")
+
+
+def signal_handlers(run: Run) -> None:
+    """SIGINT, SIGTERM and SIGUSR1 finish the step, write a checkpoint and stop; a second SIGINT stops at once."""
+    def stop(number, frame):
+        if number == signal.SIGINT and run.stop_requested:
+            raise KeyboardInterrupt
+        run.stop_requested = signal.Signals(number).name
+        run.display.message("stopping after this step, with a checkpoint" + ("; Ctrl-C again stops at once" if number == signal.SIGINT else ""))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        before = signal.signal(number, stop)
+        run.stack.callback(signal.signal, number, before)
+
+
+def train(config: Config) -> int:
+    """Run a config to its end. Returns the exit code: 0 done, 75 stopped by SIGTERM or SIGUSR1 and resumable, 130 stopped by Ctrl-C."""
+    from tandem.engine import loop
+    with Display(config.run.steps) as display, Run(config, display) as run:
+        run.prepare()
+        display.message(f"run folder {run.folder}")
+        started = time.perf_counter()
+        run.start()
+        display.message(f"engines and learner up after {time.perf_counter() - started:.0f} s")
+        if config.run.rollout_only:
+            rollout_only(run)
+            return 0
+        loop.train(run)
+        if run.stop_requested and run.step < config.run.steps:
+            display.message(f"stopped by {run.stop_requested} at step {run.step}; go on with run.resume=true")
+            return 130 if run.stop_requested == "SIGINT" else 75
+        if config.run.save_model:
+            run.learner.export(run.folder / "model")
+            run.tokenizer.save_pretrained(run.folder / "model")
+        summary(run, display)
+    return 0
+
+
+def rollout_only(run: Run) -> None:
+    """Generate and score, write rollouts.jsonl, train nothing."""
+    from tandem.engine.loop import rollout_metrics
+    for step in range(run.config.run.steps):
+        clock = Clock()
+        run.producer.ensure(step, {})
+        demand, groups = run.producer.take(step)
+        clock.lap("rollout")
+        run.report(step, demand, groups, rollout_metrics(groups), clock)
+
+
+def summary(run: Run, display: Display) -> None:
+    if run.last_eval is not None:
+        show = lambda r: f"{r.accuracy:.3f} +- {r.standard_error:.3f}"
+        display.message(f"held-out accuracy   before {show(run.first_eval)}   after {show(run.last_eval)}   ({run.last_eval.samples} samples)")
+    if run.config.run.save_model:
+        display.message(f"model               {run.folder / 'model'}")
+    display.message(f"run folder          {run.folder}")
