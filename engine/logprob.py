@@ -1,0 +1,84 @@
+"""The head: log-probs and entropies of tokens from hidden states, with the logits of at most `chunk` tokens in memory at a time.
+
+For z = (h W^T + b) / T, logp = z[target] - lse(z) and H = lse(z) - sum p z, both in float32 (float64 for float64 input). Backward computes the
+logits of each chunk again and uses
+    d logp / d z = onehot(target) - p        dH / dz = -p (log p + H)
+so that a tensor of shape [tokens, vocabulary] exists neither forward nor backward. The price is one more matmul h W^T per token.
+
+The matmuls run in the dtype of `hidden` and `weight`. In bfloat16 the logits are therefore rounded to 8 bits before the float32 softmax, as they are in
+vLLM and in transformers; a GPU returns the float32 accumulator instead, at no cost. The weight gradient is summed over chunks in float32.
+"""
+from __future__ import annotations
+
+import torch
+
+
+def token_logprobs(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor, temperature: float = 1.0,
+                   chunk: int = 1024, entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """log p(target) and, if asked for, the entropy of the whole distribution at temperature `temperature`.
+
+    hidden [n, H], weight [V, H], bias [V] or None, target int64 [n] -> (logp [n], entropy [n] or None), float32.
+    Both are differentiable in hidden, weight and bias. With n = 0 the result is empty and still attached to the graph.
+    """
+    return ChunkedHead.apply(hidden, weight, bias, target, temperature, chunk, entropy)
+
+
+class ChunkedHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target, temperature, chunk, entropy):
+        kind = torch.promote_types(hidden.dtype, torch.float32)
+        logp = hidden.new_empty(len(hidden), dtype=kind)
+        lse = torch.empty_like(logp)
+        ent = torch.empty_like(logp) if entropy else None
+        for part in parts(len(hidden), chunk):
+            z = scaled_logits(hidden[part], weight, bias, temperature, kind)
+            lse[part] = z.logsumexp(-1)
+            logp[part] = z.gather(-1, target[part, None]).squeeze(-1) - lse[part]
+            if entropy:
+                p = (z - lse[part, None]).exp_()
+                ent[part] = lse[part] - p.mul_(z).sum(-1)
+        ctx.save_for_backward(hidden, weight, bias, target, lse, ent)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.set_materialize_grads(False)
+        return logp, ent
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_logp, grad_entropy):
+        hidden, weight, bias, target, lse, ent = ctx.saved_tensors
+        grad_logp = torch.zeros_like(lse) if grad_logp is None else grad_logp
+        d_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros_like(weight, dtype=lse.dtype) if ctx.needs_input_grad[1] else None
+        d_bias = torch.zeros_like(bias, dtype=lse.dtype) if ctx.needs_input_grad[2] else None
+        for part in parts(len(hidden), ctx.chunk):
+            log_p = scaled_logits(hidden[part], weight, bias, ctx.temperature, lse.dtype).sub_(lse[part, None])
+            slope = grad_logp[part, None]
+            if grad_entropy is not None:
+                slope = (log_p + ent[part, None]).mul_(grad_entropy[part, None]).add_(slope)
+            d_z = log_p.exp_().mul_(slope).neg_()
+            d_z.scatter_add_(-1, target[part, None], grad_logp[part, None])
+            d_z.div_(ctx.temperature)
+            if d_bias is not None:
+                d_bias += d_z.sum(0)
+            d_z = d_z.to(hidden.dtype)
+            if d_hidden is not None:
+                d_hidden[part] = d_z @ weight
+            if d_weight is not None:
+                d_weight += d_z.T @ hidden[part]
+        cast = lambda grad, like: None if grad is None else grad.to(like.dtype)
+        return d_hidden, cast(d_weight, weight), cast(d_bias, bias), None, None, None, None
+
+
+def parts(n: int, chunk: int) -> list[slice]:
+    return [slice(start, min(start + chunk, n)) for start in range(0, n, chunk)]
+
+
+def scaled_logits(hidden, weight, bias, temperature: float, kind: torch.dtype) -> torch.Tensor:
+    """[chunk, V] in dtype `kind`, a fresh tensor that the caller may overwrite."""
+    if hidden.is_cuda and hidden.dtype != kind:
+        z = torch.mm(hidden, weight.T, out_dtype=kind)
+    else:
+        z = (hidden @ weight.T).to(kind)
+    if bias is not None:
+        z += bias
+    return z.div_(temperature)

@@ -1,0 +1,195 @@
+"""The policy: a Hugging Face causal LM run on packed bins, with the chunked head in place of its own.
+
+One call signature keeps packed sequences apart: `input_ids` and `position_ids`, no attention mask, `use_cache=False`. With a mask or a cache transformers
+attends across them without a word. `Policy.forward` owns that call, and `load_policy` checks on real numbers that the model keeps sequences apart
+and that the chunked head gives the model's own log-probs, so that a model it does not fit is an error at load time.
+"""
+from __future__ import annotations
+
+import inspect
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tandem.engine.config import ConfigError, ModelConfig
+from tandem.engine.logprob import token_logprobs
+
+TINY = "tandem:tiny"
+TINY_FOLDER = Path("models/tiny")
+
+
+def resolve_model(model: ModelConfig) -> str:
+    """Where to load from: a local folder or a hub name. `tandem:tiny` is made on first use. Raises ConfigError if there is no such model."""
+    if model.path == TINY:
+        if not (TINY_FOLDER / "config.json").is_file():
+            make_tiny_once()
+        return str(TINY_FOLDER.resolve())
+    folder = Path(model.path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"model.path is {model.path!r}: the folder has no config.json, expected a Hugging Face model folder")
+        return str(folder.resolve())
+    if folder.is_absolute() or model.path.startswith((".", "~")):
+        raise ConfigError(f"model.path is {model.path!r}: there is no such folder")
+    read_config(model, model.path)
+    return model.path
+
+
+def make_tiny_once() -> None:
+    """Write models/tiny whole or not at all, also when several processes start at once."""
+    from tandem.engine.tiny import make_tiny
+    TINY_FOLDER.parent.mkdir(parents=True, exist_ok=True)
+    scratch = tempfile.mkdtemp(prefix="tiny-", dir=TINY_FOLDER.parent)
+    try:
+        make_tiny(scratch)
+        os.chmod(scratch, 0o755)
+        os.rename(scratch, TINY_FOLDER)
+    except OSError:
+        if not (TINY_FOLDER / "config.json").is_file():     # else another process was faster, and its model is the same
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def read_config(model: ModelConfig, path: str):
+    from transformers import AutoConfig
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path is {model.path!r}: neither a local folder nor a model that could be loaded: {first_line(error)}") from None
+
+
+def load_tokenizer(model: ModelConfig):
+    """The tokenizer of `model.tokenizer`, or the model's own. Raises ConfigError if it is not found, has no EOS or pad, or does not fit the model."""
+    from transformers import AutoTokenizer
+    path = resolve_model(model)
+    source = model.tokenizer or path
+    key = "model.tokenizer" if model.tokenizer else "model.path"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{key} is {source!r}: no tokenizer could be loaded from there: {first_line(error)}") from None
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"the tokenizer of {key} {source!r} has no EOS token: responses could never end; set eos_token in its tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        raise ConfigError(f"the tokenizer of {key} {source!r} has no pad token, which batched generation needs; "
+                          f"set pad_token in its tokenizer_config.json, e.g. to a reserved token or to {tokenizer.eos_token!r}")
+    size = getattr(read_config(model, path).get_text_config(), "vocab_size", None)
+    largest = max(tokenizer.get_vocab().values())
+    if size is not None and largest >= size:
+        raise ConfigError(f"the tokenizer of {key} {source!r} has token ids up to {largest}, but the model {model.path!r} has a vocabulary of {size}; "
+                          "use the model's own tokenizer or resize the embeddings")
+    return tokenizer
+
+
+class Policy(nn.Module):
+    """`model` is the whole Hugging Face model, `head` the chunked head over the very same parameters.
+
+    Dropout stays off, also in training: the policy that is trained must be the policy that sampled.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model.eval()
+        self.head = Head(model.get_output_embeddings())
+        # flash attention finds packed sequences in a batch of one only; rows start at position 0, so the bins can stand in one line
+        self.one_line = "flash" in model.config._attn_implementation
+
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, index: torch.Tensor, target: torch.Tensor, temperature: float = 1.0,
+                chunk: int = 1024, entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-prob of `target[i]` given the hidden state at flat position `index[i]` of the bins, as in `MicroBatch`.
+
+        tokens, positions int64 [B, L]; index, target int64 [n] -> (logp [n], entropy [n] or None), float32.
+        """
+        if self.one_line:
+            tokens, positions = tokens.reshape(1, -1), positions.reshape(1, -1)
+        hidden = self.model.get_decoder()(input_ids=tokens, position_ids=positions, use_cache=False)[0]
+        return self.head(hidden.reshape(-1, hidden.shape[-1])[index], target, temperature, chunk, entropy)
+
+    def train(self, mode: bool = True):
+        """Leaves the modules below alone, so that dropout stays off."""
+        self.training = mode
+        return self
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute activations of each layer again in backward. Raises ConfigError if the model cannot."""
+        if not self.model.supports_gradient_checkpointing:
+            raise ConfigError(f"learner.gradient_checkpointing is true, but {type(self.model).__name__} does not support it; set it to false")
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for module in self.model.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.training = True      # this flag alone switches it on; the dropout modules below stay off
+
+
+class Head(nn.Module):
+    """The chunked head as a module with the output embedding's own parameters (not copies): ZeRO-3 gathers parameters per module call."""
+
+    def __init__(self, output: nn.Module):
+        super().__init__()
+        if type(output) is not nn.Linear:
+            raise ConfigError(f"the model's output embedding is {type(output).__name__}, expected torch.nn.Linear; this model is not supported")
+        self.weight, self.bias = output.weight, output.bias
+
+    def forward(self, hidden, target, temperature: float, chunk: int, entropy: bool):
+        return token_logprobs(hidden, self.weight, self.bias, target, temperature, chunk, entropy)
+
+
+def load_policy(model: ModelConfig) -> Policy:
+    """Load the model of the config on the CPU and check that packing and the chunked head reproduce its own log-probs. Raises ConfigError."""
+    from transformers import AutoModelForCausalLM
+    path = resolve_model(model)
+    try:
+        causal = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, model.dtype), attn_implementation=model.attention,
+                                                      trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"model {model.path!r} could not be loaded with attention={model.attention!r}, dtype={model.dtype!r}: {first_line(error)}") from None
+    refuse_unknown_head(causal, model)
+    policy = Policy(causal)
+    self_check(policy, model)
+    return policy
+
+
+def refuse_unknown_head(causal: nn.Module, model: ModelConfig) -> None:
+    """Logits must be a plain linear map of the last hidden state; `self_check` catches what has no known name."""
+    config = causal.config.get_text_config()
+    for name, plain in (("final_logit_softcapping", (None, 0)), ("logit_scale", (None, 1)), ("logits_scaling", (None, 1)), ("lm_head_multiplier", (None, 1))):
+        if (value := getattr(config, name, None)) not in plain:
+            raise ConfigError(f"model {model.path!r} has {name}={value} in its config.json: its logits are not a linear map of the hidden states, "
+                              "which the chunked head assumes; this model is not supported")
+    if "position_ids" not in inspect.signature(causal.get_decoder().forward).parameters:
+        raise ConfigError(f"model {model.path!r} ({type(causal).__name__}) takes no position_ids, so that packed sequences cannot be told apart; this model is not supported")
+
+
+@torch.no_grad()
+def self_check(policy: Policy, model: ModelConfig) -> None:
+    """Two packed random sequences against a plain forward of each. Raises ConfigError if the log-probs differ by more than rounding."""
+    weight = policy.head.weight
+    sequences = torch.randint(len(weight), (2, 12), generator=torch.Generator().manual_seed(0)).to(weight.device)
+    lengths = (12, 8)
+    expected = [policy.model(input_ids=s[None, :n], use_cache=False).logits[0, :-1].float().log_softmax(-1).gather(-1, s[1:n, None])
+                for s, n in zip(sequences, lengths)]
+    flat = torch.cat([s[:n] for s, n in zip(sequences, lengths)])
+    at = torch.arange(sum(lengths), device=weight.device)
+    positions = torch.where(at < lengths[0], at, at - lengths[0])
+    index = torch.cat([at[:lengths[0] - 1], at[lengths[0]:-1]])
+    logp, _ = policy(flat[None].repeat(2, 1), positions[None].repeat(2, 1), torch.cat([index, index + len(flat)]), flat[index + 1].repeat(2))
+    gap = (logp - torch.cat(expected).squeeze(-1).repeat(2)).abs().mean().item()
+    bound = 1e-3 if model.dtype == "float32" else 0.1
+    if not gap <= bound:
+        raise ConfigError(f"model {model.path!r} ({type(policy.model).__name__}, attention {model.attention!r}): packed log-probs differ from the model's own "
+                          f"by {gap:.2e} on average, expected at most {bound:.0e} in {model.dtype}: it mixes packed sequences, or its logits are not a linear "
+                          "map of the hidden states; try model.attention=sdpa, else this model is not supported")
+
+
+def hf_parameters(policy: Policy) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name in the Hugging Face checkpoint, parameter), tied weights once."""
+    return policy.model.named_parameters()
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
