@@ -6,18 +6,15 @@ rows and terms are all it hands over. A user's method is a file of its own, name
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from tandem.algorithms.objectives import RolloutCorrection
 from tandem.algorithms.reductions import Reduction
+from tandem.engine.loading import load_object
 from tandem.engine.types import GenRequest, Prompt, Row, Sampling, ScoredGroup, Source, Trajectory
 
 
@@ -129,39 +126,6 @@ METHODS: dict[str, str] = {
     "chord_mu": "tandem.algorithms.chord:ChordMu",
     "chord_phi": "tandem.algorithms.chord:ChordPhi",
 }
-
-
-def load_object(spec: str, kind: str) -> Any:
-    """The object named by `package.module:Name` or `path/to/file.py:Name`.
-
-    Raises ValueError that says what is missing: the colon, the file, or the name in it.
-    """
-    module_name, colon, attribute = spec.rpartition(":")
-    if not colon:
-        raise ValueError(f"{kind} {spec!r} is neither a known name nor of the form file.py:Name or package.module:Name")
-    if module_name.endswith(".py"):
-        path = Path(module_name).expanduser().resolve()
-        if not path.is_file():
-            raise ValueError(f"{kind} {spec!r}: there is no file {path}")
-        key = f"tandem_user_{path.stem}_{abs(hash(str(path)))}"
-        if key not in sys.modules:
-            module_spec = importlib.util.spec_from_file_location(key, path)
-            module = importlib.util.module_from_spec(module_spec)
-            sys.modules[key] = module
-            try:
-                module_spec.loader.exec_module(module)
-            except BaseException:
-                del sys.modules[key]
-                raise
-        module = sys.modules[key]
-    else:
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            raise ValueError(f"{kind} {spec!r}: no module named {error.name!r}; for a file write its path with .py") from None
-    if not hasattr(module, attribute):
-        raise ValueError(f"{kind} {spec!r}: {module.__file__} has no {attribute!r}")
-    return getattr(module, attribute)
 
 
 def method_class(name: str) -> type[Method]:

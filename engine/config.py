@@ -56,7 +56,7 @@ class DataConfig:
 class RewardConfig:
     functions: tuple[str, ...] = ()                 # exact, math, reasoning_gym, format, length, or my_reward.py:score
     weights: tuple[float, ...] = ()                 # one per function; () = all 1
-    options: dict[str, Any] = field(default_factory=dict)   # keyword arguments for every function that takes them
+    options: dict[str, Any] = field(default_factory=dict)   # keyword arguments per function, by its name: {length: {max_tokens: 256}}
     timeout: float = 10.0                           # seconds per call
     workers: int = 1                                # processes
     on_error: Literal["drop", "zero", "fail"] = "drop"
