@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from tandem.algorithms.objectives import RolloutCorrection
+from tandem.algorithms.options import build
 from tandem.algorithms.reductions import Reduction
 from tandem.engine.loading import load_object
 from tandem.engine.types import GenRequest, Prompt, Row, Sampling, ScoredGroup, Source, Trajectory
@@ -141,12 +142,4 @@ def method_class(name: str) -> type[Method]:
 
 def make_method(name: str, options: Mapping[str, Any]) -> Method:
     """Build a method from the config's `method:` block; unknown options are an error that names the closest known one."""
-    cls = method_class(name)
-    known = [f.name for f in dataclasses.fields(cls)]
-    for key in options:
-        if key not in known:
-            from tandem.engine.config import closest
-            raise ValueError(f"method {name!r} has no option {key!r}{closest(key, known)}; its options: {', '.join(known) or 'none'}")
-    return cls(**options)
-
-
+    return build(method_class(name), options, f"method {name!r}")

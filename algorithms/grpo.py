@@ -15,6 +15,7 @@ from typing import ClassVar
 from tandem.algorithms.advantages import ESTIMATORS
 from tandem.algorithms.base import Batch, Method, Term, policy_row
 from tandem.algorithms.objectives import KLToReference, PPOClip, RolloutCorrection
+from tandem.algorithms.options import build
 from tandem.algorithms.reductions import Reduction
 from tandem.engine.types import Row
 
@@ -43,7 +44,7 @@ class PolicyLoss:
 
     @classmethod
     def parse(cls, value) -> PolicyLoss:
-        return value if isinstance(value, cls) else cls(**value)
+        return build(cls, value, "policy")
 
     def rows(self, batch: Batch) -> list[Row]:
         """One row per rollout; the KL term, where there is one, covers the same tokens."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from tandem.algorithms.options import build
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -36,11 +38,9 @@ class Schedule:
     @classmethod
     def parse(cls, value) -> Schedule:
         """A number, a mapping of the fields above, or a Schedule."""
-        if isinstance(value, Schedule):
-            return value
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return cls("constant", peak=float(value))
-        return cls(**value)
+        return build(cls, value, "schedule")
 
     def __call__(self, step: int) -> float:
         if self.kind == "constant":

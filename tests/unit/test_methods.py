@@ -1,0 +1,184 @@
+"""The methods, on numbers worked out by hand. Section numbers refer to the invariants listed in the methods dossier (docs/methods.md)."""
+import math
+
+import numpy as np
+import pytest
+
+from tandem.algorithms.advantages import dr_grpo, grpo, rloo
+from tandem.algorithms.base import METHODS, Batch, Budget, make_method
+from tandem.algorithms.inspect import group, inspect, trajectory
+from tandem.algorithms.schedules import Schedule
+from tandem.engine.types import Source
+
+EXPERTS = (trajectory([1, 2], [5, 6, 3], expert=True), trajectory([1], [7, 3], expert=True))
+
+
+def rollouts(rewards=(1.0, 0.0), behaviour=-1.0):
+    return group([trajectory([1], [5, 6, 7], [behaviour] * 3), trajectory([1], [8], [behaviour])], rewards)
+
+
+def batch(groups=None, experts=EXPERTS, step=0, **more):
+    return Batch(step, (rollouts(),) if groups is None else groups, experts, **more)
+
+
+def half(row):
+    return np.full(len(row.tokens), math.log(0.5), np.float32)
+
+
+def ramp(row):
+    return -0.1 * (1.0 + np.arange(len(row.tokens), dtype=np.float32))
+
+
+def test_sft_is_the_token_mean_over_all_demonstrations():
+    out = inspect(make_method("sft", {}), batch(), ramp)
+    # rows: tokens at positions 2,3,4 of 5 -> 0.3+0.4+0.5; positions 1,2 of 3 -> 0.2+0.3; five tokens in all
+    assert out.loss == pytest.approx((0.3 + 0.4 + 0.5 + 0.2 + 0.3) / 5)
+    np.testing.assert_allclose(out.gradients[0], [0, 0, -0.2, -0.2, -0.2], rtol=1e-6)
+
+
+def test_grpo_by_hand():
+    out = inspect(make_method("grpo", {}), batch(), ramp)
+    a = 0.5 / (math.sqrt(0.5) + 1e-6)       # rewards 1, 0: mean 0.5, unbiased std sqrt(0.5)
+    assert out.loss == pytest.approx(-(3 * a - a) / 4, rel=1e-5)
+    np.testing.assert_allclose(out.gradients[0], [0, -a / 4, -a / 4, -a / 4], rtol=1e-5)
+    np.testing.assert_allclose(out.gradients[1], [0, a / 4], rtol=1e-5)
+
+
+def test_grpo_as_published_means_over_sequences_first():
+    out = inspect(make_method("grpo", {"policy": {"reduction": "seq_mean_token_mean"}}), batch(), ramp)
+    a = 0.5 / (math.sqrt(0.5) + 1e-6)
+    np.testing.assert_allclose(out.gradients[0], [0, -a / 6, -a / 6, -a / 6], rtol=1e-5)
+    np.testing.assert_allclose(out.gradients[1], [0, a / 2], rtol=1e-5)
+
+
+def test_clip_stops_the_gradient_of_tokens_already_moved_far_enough():
+    moved = lambda row: ramp(row) + 0.5      # ratio e^0.5 > 1.2
+    out = inspect(make_method("grpo", {}), batch(), moved, old=ramp)
+    assert not out.gradients[0].any(), "positive advantage and ratio above 1 + clip_high: no gradient"
+    assert out.gradients[1][1] > 0, "negative advantage and ratio above the range: still pushed down"
+    assert out.metrics["policy/clip_fraction"] == pytest.approx(3 / 4)
+
+
+def test_kl_is_k3_and_zero_at_the_reference():
+    kl = {"policy": {"kl": 0.1}}
+    assert inspect(make_method("grpo", kl), batch(), ramp, reference=ramp).terms["kl"] == 0.0
+    d = 0.3
+    out = inspect(make_method("grpo", kl), batch(), ramp, reference=lambda r: ramp(r) + d)
+    assert out.terms["kl"] == pytest.approx(math.exp(d) - d - 1, rel=1e-5) and out.coefficients["kl"] == pytest.approx(0.1)
+
+
+def test_chord_mixes_two_means_with_their_own_denominators():
+    mu = 0.25
+    out = inspect(make_method("chord_mu", {"mu": mu}), batch(), ramp)
+    rl, sft = inspect(make_method("grpo", {}), batch(), ramp), inspect(make_method("sft", {}), batch(), ramp)
+    assert out.loss == pytest.approx((1 - mu) * rl.loss + mu * sft.loss, rel=1e-6)
+    assert out.denominators == {"policy": 4.0, "expert": 5.0}
+
+
+@pytest.mark.parametrize("mu, parent", [(0.0, "grpo"), (1.0, "sft")])
+def test_chord_at_the_ends_equals_its_parent_to_the_bit(mu, parent):
+    """Section 1(g)."""
+    out, alone = inspect(make_method("chord_mu", {"mu": mu}), batch(), ramp), inspect(make_method(parent, {}), batch(), ramp)
+    kept = [g for g, r in zip(out.gradients, out.rows) if (r.source == Source.EXPERT).any() == (parent == "sft")]
+    for ours, theirs in zip(kept, alone.gradients, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    demand = make_method("chord_mu", {"mu": mu}).demand(0, Budget(4, 8, 16, 100), {})
+    assert (demand.prompts, demand.experts) == ((4, 0) if mu == 0 else (0, 16)), "the half with weight zero is not run at all"
+
+
+def test_phi_is_p_times_one_minus_p_without_gradient():
+    """Section 1(g): the gradient with respect to log p is -p(1 - p)/N_demo exactly."""
+    out = inspect(make_method("chord_phi", {"mu": 1.0}), batch(groups=()), half)
+    np.testing.assert_allclose(out.gradients[0], [0, 0, -0.05, -0.05, -0.05], rtol=1e-6)     # 0.25 / 5
+    p = lambda row: np.full(len(row.tokens), math.log(0.9), np.float32)
+    np.testing.assert_allclose(inspect(make_method("chord_phi", {"mu": 1.0}), batch(groups=()), p).gradients[1], [0, -0.018, -0.018], rtol=1e-5)
+
+
+def test_doubling_the_rollouts_leaves_the_expert_part_unchanged():
+    """Section 1(g)."""
+    one = inspect(make_method("chord_mu", {"mu": 0.5}), batch(), ramp)
+    two = inspect(make_method("chord_mu", {"mu": 0.5}), batch(groups=(rollouts(), rollouts())), ramp)
+    np.testing.assert_array_equal(one.gradients[-1], two.gradients[-1])
+    assert one.terms["expert"] == two.terms["expert"]
+
+
+def test_two_stages_equal_their_parents_and_reset_the_optimizer():
+    """Section 13(g)."""
+    method, budget = make_method("sft_rl", {"sft_steps": 2, "sft_learning_rate": 1e-3}), Budget(4, 8, 16, 10)
+    for step, parent in ((0, "sft"), (1, "sft"), (2, "grpo")):
+        assert inspect(method, batch(step=step), ramp).loss == inspect(make_method(parent, {}), batch(step=step), ramp).loss
+    first, then = method.demand(1, budget, {}), method.demand(2, budget, {})
+    assert (first.prompts, first.experts, first.learning_rate) == (0, 16, 1e-3) and (then.prompts, then.experts, then.learning_rate) == (4, 0, None)
+    assert first.optimizer != then.optimizer
+
+
+@pytest.mark.parametrize("level, expected", [("token", [2.0, 0.5]), ("sequence", [2.0, 1.0])])
+def test_rollout_correction_truncates_the_mismatch(level, expected):
+    """Section 14.4: w = exp(log pi_old - log pi_rollout), capped at 2; off when rollouts are fresh."""
+    logp = lambda row: np.full(len(row.tokens), -1.0, np.float32)
+    g = group([trajectory([1], [5, 6], [-3.0, -1.0 + math.log(2)]), trajectory([1], [7], [-1.0])], [1.0, 0.0])
+    make = lambda correction: make_method("grpo", {"policy": {"correction": correction, "advantage": "dr_grpo"}})
+    out = inspect(make(level), batch(groups=(g,)), logp)
+    if level == "sequence":
+        expected = [2.0, 2.0]   # e^2 * e^-ln2 = 3.69, capped for the whole row
+    np.testing.assert_allclose(out.gradients[0][1:], -0.5 * np.array(expected) / 3, rtol=1e-5)
+    plain = inspect(make("none"), batch(groups=(g,)), logp)
+    on_policy, stale = (inspect(make("auto"), batch(groups=(g,), off_policy=o), logp) for o in (False, True))
+    assert on_policy.loss == plain.loss and stale.loss == inspect(make("token"), batch(groups=(g,)), logp).loss
+
+
+def test_advantages():
+    """Section 14.7."""
+    r = np.array([1.0, 0.0, 0.0, 3.0])
+    np.testing.assert_allclose(dr_grpo(r), [0, -1, -1, 2])
+    np.testing.assert_allclose(rloo(r), dr_grpo(r) * 4 / 3, rtol=1e-6)
+    np.testing.assert_allclose(grpo(r), dr_grpo(r) / (math.sqrt(2.0) + 1e-6), rtol=1e-6)
+    for estimate in (grpo, dr_grpo, rloo):
+        np.testing.assert_allclose(estimate(r + 5), estimate(r), atol=1e-6)
+        assert not estimate(np.ones(4)).any() and not estimate(np.ones(1)).any()
+
+
+def test_schedules():
+    cosine = Schedule("cosine", peak=0.9, valley=0.05, warmup=10, decay=100)
+    assert cosine(0) == 0.0 and cosine(10) == 0.9 and cosine(110) == pytest.approx(0.05) and cosine(500) == pytest.approx(0.05)
+    assert cosine(60) == pytest.approx((0.9 + 0.05) / 2)
+    values = [cosine(t) for t in range(10, 120)]
+    assert values == sorted(values, reverse=True)
+    assert [Schedule("step", peak=1.0, decay=2)(t) for t in range(4)] == [1, 1, 0, 0]
+    assert [Schedule("periodic", peak=1.0, period=3)(t) for t in range(4)] == [1, 0, 0, 1]
+    assert [Schedule("linear", peak=1.0, decay=4)(t) for t in range(6)] == [1, 0.75, 0.5, 0.25, 0, 0]
+    with pytest.raises(ValueError, match="did you mean 'warmup'"):
+        Schedule.parse({"kind": "cosine", "warm_up": 3})
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("case", ["no experts", "no rollouts", "all right", "all wrong", "group of one", "nothing"])
+def test_every_method_stays_finite(name, case):
+    groups, experts = (rollouts(),), EXPERTS
+    if case in ("no experts", "nothing"):
+        experts = ()
+    if case in ("no rollouts", "nothing"):
+        groups = ()
+    if case.startswith("all"):
+        groups = (rollouts((1.0, 1.0) if case == "all right" else (0.0, 0.0)),)
+    if case == "group of one":
+        groups = (group([trajectory([1], [5, 6])], [1.0]),)
+    out = inspect(make_method(name, {}), batch(groups=groups, experts=experts), ramp)
+    assert math.isfinite(out.loss) and all(np.isfinite(g).all() for g in out.gradients)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_loss_does_not_depend_on_packing_or_row_order(name):
+    many = tuple(group([trajectory([1], range(5, 6 + k), [-1.0] * (k + 1)) for k in range(4)], [0, 1, 0, 2], number=n) for n in range(3))
+    whole = inspect(make_method(name, {}), batch(groups=many), ramp)
+    split = inspect(make_method(name, {}), batch(groups=many[::-1], experts=EXPERTS[::-1]), ramp, micro_batch_tokens=12, ranks=2)
+    assert split.loss == pytest.approx(whole.loss, rel=1e-5)
+    for term, value in whole.terms.items():
+        assert split.terms[term] == pytest.approx(value, rel=1e-5)
+
+
+def test_unknown_names_are_answered_with_the_closest():
+    with pytest.raises(ValueError, match="did you mean 'chord_mu'"):
+        make_method("chord_mi", {})
+    with pytest.raises(ValueError, match="did you mean 'sft_steps'"):
+        make_method("sft_rl", {"sft_step": 3})
