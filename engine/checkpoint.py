@@ -30,7 +30,6 @@ from typing import Any
 
 import numpy as np
 
-from tandem.engine.types import GenRequest, ScoredGroup
 
 MANIFEST = "MANIFEST.json"
 
@@ -156,14 +155,12 @@ def sync_to_disk(path: Path) -> None:
 class RunState:
     """Everything but the learner's weights and optimizer state that the rest of a run depends on."""
 
-    step: int                                                       # optimizer steps done = the next step
-    version: int                                                    # policy version
-    next_group: int                                                 # next group ordinal
+    step: int                                                       # optimizer steps done = the next step = the weight version
     cursors: dict[str, Any] = field(default_factory=dict)           # {"prompts": state_dict, "experts": state_dict}
+    producer: dict[str, Any] = field(default_factory=dict)          # Producer.state_dict(): groups not yet trained on, requests to issue again
     method: dict[str, Any] = field(default_factory=dict)            # Method.state_dict()
     signals: dict[str, float] = field(default_factory=dict)         # metrics of the last step, as the next one's Batch sees them
-    groups: tuple[ScoredGroup, ...] = ()                            # accepted, not yet trained on
-    pending: tuple[GenRequest, ...] = ()                            # in flight, to be issued again
+    gated: int = 0                                                  # steps whose log-probs were compared before training
     rng: dict[str, Any] = field(default_factory=dict)               # rng_state()
 
     FILE = "run_state.pkl"

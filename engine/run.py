@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import pickle
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,13 +20,13 @@ import numpy as np
 
 from tandem.algorithms.base import Budget, Demand, make_method
 from tandem.engine import weights
-from tandem.engine.checkpoint import Checkpoints, RunState
+from tandem.engine.checkpoint import Checkpoints, RunState, rng_state, set_rng_state
 from tandem.engine.config import Config, ConfigError
 from tandem.engine.display import Display
 from tandem.engine.evaluation import EvalResult, evaluate
 from tandem.engine.loop import Clock
 from tandem.engine.producer import Producer
-from tandem.engine.telemetry import Telemetry
+from tandem.engine.telemetry import Telemetry, redirect_output
 from tandem.engine.types import Row, Sampling, ScoredGroup, Source, StepReport
 from tandem.rollout.backend import SyncError
 
@@ -40,7 +41,7 @@ class Run:
         self.gated, self.stop_requested = 0, False
         self.first_eval: EvalResult | None = None
         self.last_eval: EvalResult | None = None
-        self.evaluated_at = -1
+        self.evaluated_at, self.pool_stats = -1, {}
         self.replaying = config.rollout.backend == "replay"
         self.off_policy = config.rollout.staleness > 0 or self.replaying
 
@@ -58,12 +59,10 @@ class Run:
         from tandem.engine.model import load_tokenizer, resolve_model
         from tandem.rollout.rewards.runner import RewardRunner
         cfg = self.config
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", cfg.run.keep_checkpoints)
-        found = self.checkpoints.latest()
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", cfg.run.keep_checkpoints, self.display.message)
+        found = self.checkpoints.latest() if cfg.run.resume else None
         if cfg.run.resume and found is None:
             raise ConfigError(f"run.resume is set, but {self.checkpoints.folder} holds no complete checkpoint; unset it to start from the beginning")
-        if not cfg.run.resume and (self.folder / "metrics.jsonl").exists():
-            raise ConfigError(f"run folder {self.folder} already holds a run; continue it with run.resume=true, or choose another run.name")
         self.found = found
         self.method = make_method(cfg.method["name"], {k: v for k, v in cfg.method.items() if k != "name"})
         self.model_path = resolve_model(cfg.model)
@@ -83,7 +82,8 @@ class Run:
     def start(self) -> None:
         """Start engines and learner, restore the checkpoint if there is one, and give the engines the present weights."""
         cfg = self.config
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.telemetry = Telemetry(cfg, self.folder, self.found[0] if self.found else None)
+        self.stack.callback(self.telemetry.close)
         if cfg.mode == "inline" or self.replaying:
             from tandem.rollout.local import LocalPool
             start_pool = lambda: LocalPool.start(cfg, self.model_path, self.folder)
@@ -110,8 +110,6 @@ class Run:
         sampling = Sampling(cfg.rollout.max_tokens, cfg.rollout.temperature, cfg.rollout.top_p)
         self.producer = Producer(self.method, self.prompts, self.pool, self.rewards, self.decode, budget, sampling, cfg.rollout.staleness,
                                  cfg.reward.on_error, cfg.run.seed, self.recover)
-        self.telemetry = Telemetry(cfg, self.folder, self.found[0] if self.found else None)
-        self.stack.callback(self.telemetry.close)
         if cfg.run.rollout_only:
             return
         if self.found:
@@ -119,6 +117,10 @@ class Run:
         self.learner.connect(self.pool)
         self.sync(self.step)
         self.producer.reissue()
+        for done, numbers in self.telemetry.evaluations.items():
+            self.display.evaluation(done, numbers["accuracy"])
+        self.display.done = self.display.first_step = self.step
+        self.display.start()
         signal_handlers(self)
 
     def decode(self, tokens: np.ndarray) -> str:
@@ -191,35 +193,37 @@ class Run:
         sampling = Sampling(cfg.eval.max_tokens or cfg.rollout.max_tokens, cfg.eval.temperature, seed=cfg.run.seed)
         result = evaluate(self.pool, self.rewards, self.eval_prompts, sampling, cfg.eval.samples, self.verifier, self.decode, self.recover)
         self.first_eval, self.last_eval, self.evaluated_at = self.first_eval or result, result, step
-        self.telemetry.evaluation(step, result)
-        self.display.evaluation(step, result)
+        self.telemetry.evaluation(step, vars(result))
+        self.display.evaluation(step, result.accuracy)
+        self.display.message(f"held-out accuracy after {step} steps: {result.accuracy:.3f} +- {result.standard_error:.3f} ({result.samples} samples"
+                             + (f", {result.errors} without a reward)" if result.errors else ")"))
 
     def report(self, step: int, demand: Demand, groups: Sequence[ScoredGroup], signals, clock: Clock) -> None:
         """One step's numbers to files, trackers and the screen."""
-        metrics = {**signals, **clock.metrics(), **self.idle_shares(clock), "version": float(self.version or 0)}
+        metrics = {**signals, **clock.metrics(), **self.speed(clock, signals), "version": float(self.version or 0)}
         if self.config.sync.gate_steps and "gap/max" in metrics and not self.replaying:
             self.check_gap(metrics["gap/max"], metrics["gap/mean"], step)
         self.telemetry.step(step, metrics)
         self.telemetry.rollouts(step, groups, step)
-        self.display.step(step, demand.kind, metrics)
+        self.display.step(step, metrics, self.method.metrics(step))
 
-    def idle_shares(self, clock: Clock) -> dict[str, float]:
-        """Share of the step's wall time in which each side did not work, and tokens per second of either."""
-        stats, whole = self.pool.stats(), max(clock.last - clock.start, 1e-9)
-        before, self.pool_stats = getattr(self, "pool_stats", {}), stats
-        delta = {k: stats[k] - before.get(k, 0.0) for k in ("busy_seconds", "generated_tokens")}
-        engines = max(stats.get("engines", 1.0), 1.0)
-        out = {"idle/rollout": max(0.0, 1.0 - delta["busy_seconds"] / engines / whole), "idle/learner": max(0.0, 1.0 - clock.seconds.get("learn", 0.0) / whole)}
-        if delta["busy_seconds"] > 0:
-            out["speed/rollout_tokens"] = delta["generated_tokens"] * engines / delta["busy_seconds"]
+    def speed(self, clock: Clock, metrics) -> dict[str, float]:
+        """Tokens per second of either side while it worked, and the share of the step's wall time in which it did not."""
+        stats, whole, learn = self.pool.stats(), max(clock.last - clock.start, 1e-9), clock.seconds.get("learn", 0.0)
+        busy, tokens = (stats[k] - self.pool_stats.get(k, 0.0) for k in ("busy_seconds", "generated_tokens"))
+        self.pool_stats, engines = stats, max(stats.get("engines", 1.0), 1.0)
+        out = {"rollout/idle": max(0.0, 1.0 - busy / engines / whole), "learner/idle": max(0.0, 1.0 - learn / whole)}
+        if busy > 0:
+            out["rollout/tokens_per_second"] = tokens * engines / busy
+        if learn > 0 and "tokens/real" in metrics:
+            out["learner/tokens_per_second"] = metrics["tokens/real"] / learn
         return out
 
     # -- saving -----------------------------------------------------------------------------------------------------------------------------------
 
     def checkpoint(self) -> None:
-        state = RunState(step=self.step, signals=dict(self.signals), method=self.method.state_dict(), producer=self.producer.state_dict(),
-                         prompts=self.prompts.state_dict() if self.prompts else None, experts=self.experts.state_dict() if self.experts else None,
-                         gated=self.gated)
+        state = RunState(step=self.step, cursors={name: source.state_dict() for name, source in self.sources().items()}, producer=self.producer.state_dict(),
+                         method=self.method.state_dict(), signals=dict(self.signals), gated=self.gated, rng=rng_state())
         with self.checkpoints.write(self.step) as folder:
             self.learner.save(folder / "learner")
             state.save(folder)
@@ -231,12 +235,15 @@ class Run:
         self.step, self.signals, self.gated = state.step, state.signals, state.gated
         self.method.load_state_dict(state.method)
         self.producer.load_state_dict(state.producer)
-        if self.prompts:
-            self.prompts.load_state_dict(state.prompts)
-        if self.experts:
-            self.experts.load_state_dict(state.experts)
+        for name, source in self.sources().items():
+            source.load_state_dict(state.cursors[name])
+        set_rng_state(state.rng)
         self.learner.load(folder / "learner")
         self.display.message(f"resumed from {folder}: step {state.step} of {self.config.run.steps}")
+
+    def sources(self) -> dict:
+        """The data sources that have a cursor."""
+        return {name: source for name, source in (("prompts", self.prompts), ("experts", self.experts)) if source is not None}
 
     def dump_step(self, step: int, rows: Sequence[Row], report: StepReport) -> None:
         folder = self.folder / "bad_steps"
@@ -261,7 +268,13 @@ def signal_handlers(run: Run) -> None:
 def train(config: Config) -> int:
     """Run a config to its end. Returns the exit code: 0 done, 75 stopped by SIGTERM or SIGUSR1 and resumable, 130 stopped by Ctrl-C."""
     from tandem.engine import loop
-    with Display(config.run.steps) as display, Run(config, display) as run:
+    inline = config.mode == "inline"
+    with ExitStack() as stack:
+        # third-party start-up noise goes to a file; a debugger needs the terminal, so inline runs keep it
+        folder = Path(config.run.dir) / config.run.name
+        terminal = sys.stdout if inline else stack.enter_context(redirect_output(folder / "logs" / "driver.log")).terminal
+        display = stack.enter_context(Display(config.run.steps, terminal, title=f"{config.run.name}: {config.method['name']}", live=False if inline else None))
+        run = stack.enter_context(Run(config, display))
         run.prepare()
         display.message(f"run folder {run.folder}")
         started = time.perf_counter()
