@@ -13,12 +13,12 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from tandem.algorithms.base import Budget, Demand, make_method
+from tandem.algorithms.base import Budget, Demand, make_method, policy_row
 from tandem.engine import weights
 from tandem.engine.checkpoint import Checkpoints, RunState, rng_state, set_rng_state
 from tandem.engine.config import Config, ConfigError
@@ -39,6 +39,7 @@ class Run:
         self.folder = Path(config.run.dir) / config.run.name
         self.step, self.version, self.signals = 0, None, {}
         self.gated, self.stop_requested = 0, False
+        self.learner = None
         self.first_eval: EvalResult | None = None
         self.last_eval: EvalResult | None = None
         self.evaluated_at, self.pool_stats = -1, {}
@@ -79,7 +80,7 @@ class Run:
             self.rewards = RewardRunner(rewards, cfg.run.seed, inline=cfg.mode == "inline")
             self.stack.callback(self.rewards.close)
 
-    def start(self) -> None:
+    def start(self, with_learner: bool = True) -> None:
         """Start engines and learner, restore the checkpoint if there is one, and give the engines the present weights."""
         cfg = self.config
         self.telemetry = Telemetry(cfg, self.folder, self.found[0] if self.found else None)
@@ -100,7 +101,7 @@ class Run:
                 from tandem.rollout.pool import EnginePool
                 start_pool = lambda: EnginePool.start(cfg, self.model_path, self.placement, self.folder)
         with ThreadPoolExecutor(2) as threads:
-            pool, learner = threads.submit(start_pool), threads.submit(start_learner) if not cfg.run.rollout_only else None
+            pool, learner = threads.submit(start_pool), threads.submit(start_learner) if with_learner else None
             for future, name in ((pool, "pool"), (learner, "learner")):
                 if future is not None and future.exception() is None:
                     setattr(self, name, future.result())
@@ -110,7 +111,7 @@ class Run:
         sampling = Sampling(cfg.rollout.max_tokens, cfg.rollout.temperature, cfg.rollout.top_p)
         self.producer = Producer(self.method, self.prompts, self.pool, self.rewards, self.decode, budget, sampling, cfg.rollout.staleness,
                                  cfg.reward.on_error, cfg.run.seed, self.recover)
-        if cfg.run.rollout_only:
+        if not with_learner:
             return
         if self.found:
             self.restore(self.found[1])
@@ -130,7 +131,7 @@ class Run:
 
     def sync(self, version: int) -> None:
         """Give all engines the weights of `version` and prove that they have them. Nothing to do if they have."""
-        if self.version == version or self.config.run.rollout_only:
+        if self.version == version:
             return
         report = weights.sync(self.learner, self.pool, version)
         self.version = version
@@ -139,25 +140,29 @@ class Run:
     def recover(self) -> None:
         """Restart dead engines; they serve again only after they have taken the present weights."""
         restarted = self.pool.recover()
-        if self.config.run.rollout_only:
-            return
+        if self.learner is None:
+            return      # engines that are never updated serve the weights they loaded
         self.learner.connect(self.pool)
         version, self.version = self.version, None
         self.sync(version)
         self.telemetry.event("engines_restarted", count=restarted, version=version)
         self.display.message(f"restarted {restarted} rollout engine(s), weights {version} in place")
 
+    def gap(self, rows: Sequence[Row], version: int) -> tuple[float, float, int]:
+        """(max, mean, tokens) of |rollout log-prob - learner log-prob| over the tokens of `rows` that were sampled with weight version `version`."""
+        logps = self.learner.logprobs(rows, self.config.rollout.temperature)
+        gaps = [np.abs(l - r.behaviour_logp)[(r.source == Source.POLICY) & (r.version == version)]
+                for l, r in zip(logps, rows) if r.behaviour_logp is not None and r.version is not None]
+        gaps = np.concatenate([np.zeros(0, np.float32), *gaps])
+        return (float(gaps.max()), float(gaps.mean()), len(gaps)) if len(gaps) else (0.0, 0.0, 0)
+
     def gate(self, rows: Sequence[Row], step: int) -> None:
         """Compare the engines' log-probs with the learner's on the sampled tokens, before anything is trained on them."""
-        logps = self.learner.logprobs(rows, self.config.rollout.temperature)
-        gaps = [np.abs(l - r.behaviour_logp)[(r.source == Source.POLICY) & (r.version == step)]
-                for l, r in zip(logps, rows) if r.behaviour_logp is not None and r.version is not None]
-        gaps = np.concatenate(gaps) if gaps else np.zeros(0)
-        gaps = gaps[~np.isnan(gaps)]
-        if len(gaps):
-            self.check_gap(float(gaps.max()), float(gaps.mean()), step)
+        largest, mean, tokens = self.gap(rows, step)
+        if tokens:
+            self.check_gap(largest, mean, step)
             self.gated += 1
-            self.telemetry.event("gate", step=step, max_gap=float(gaps.max()), mean_gap=float(gaps.mean()), tokens=len(gaps))
+            self.telemetry.event("gate", step=step, max_gap=largest, mean_gap=mean, tokens=tokens)
 
     def check_gap(self, largest: float, mean: float, step: int) -> None:
         """Raise SyncError if rollout and learner disagree more than the config allows. NaN is a disagreement."""
@@ -265,32 +270,38 @@ def signal_handlers(run: Run) -> None:
         run.stack.callback(signal.signal, number, before)
 
 
-def train(config: Config) -> int:
-    """Run a config to its end. Returns the exit code: 0 done, 75 stopped by SIGTERM or SIGUSR1 and resumable, 130 stopped by Ctrl-C."""
-    from tandem.engine import loop
+@contextmanager
+def started(config: Config, with_learner: bool = True):
+    """A run with everything up, and its display. Start-up noise of other libraries goes to a file; a debugger needs the terminal, so mode=inline keeps it."""
     inline = config.mode == "inline"
     with ExitStack() as stack:
-        # third-party start-up noise goes to a file; a debugger needs the terminal, so inline runs keep it
-        folder = Path(config.run.dir) / config.run.name
-        terminal = sys.stdout if inline else stack.enter_context(redirect_output(folder / "logs" / "driver.log")).terminal
+        log = Path(config.run.dir) / config.run.name / "logs" / "driver.log"
+        terminal = sys.stdout if inline else stack.enter_context(redirect_output(log)).terminal
         display = stack.enter_context(Display(config.run.steps, terminal, title=f"{config.run.name}: {config.method['name']}", live=False if inline else None))
         run = stack.enter_context(Run(config, display))
         run.prepare()
         display.message(f"run folder {run.folder}")
-        started = time.perf_counter()
-        run.start()
-        display.message(f"engines and learner up after {time.perf_counter() - started:.0f} s")
+        began = time.perf_counter()
+        run.start(with_learner)
+        display.message(f"{'engines and learner' if with_learner else 'engines'} up after {time.perf_counter() - began:.0f} s")
+        yield run
+
+
+def train(config: Config) -> int:
+    """Run a config to its end. Returns the exit code: 0 done, 75 stopped by SIGTERM or SIGUSR1 and resumable, 130 stopped by Ctrl-C."""
+    from tandem.engine import loop
+    with started(config, with_learner=not config.run.rollout_only) as run:
         if config.run.rollout_only:
             rollout_only(run)
             return 0
         loop.train(run)
         if run.stop_requested and run.step < config.run.steps:
-            display.message(f"stopped by {run.stop_requested} at step {run.step}; go on with run.resume=true")
+            run.display.message(f"stopped by {run.stop_requested} at step {run.step}; go on with run.resume=true")
             return 130 if run.stop_requested == "SIGINT" else 75
         if config.run.save_model:
             run.learner.export(run.folder / "model")
             run.tokenizer.save_pretrained(run.folder / "model")
-        summary(run, display)
+        summary(run)
     return 0
 
 
@@ -305,10 +316,33 @@ def rollout_only(run: Run) -> None:
         run.report(step, demand, groups, rollout_metrics(groups), clock)
 
 
-def summary(run: Run, display: Display) -> None:
+def evaluate_model(config: Config) -> int:
+    """Held-out accuracy of model.path as it is: engines only, no learner."""
+    if config.data.evaluation is None or not config.reward.functions:
+        raise ConfigError("an evaluation needs data.evaluation and reward.functions; one of them is not set")
+    with started(config, with_learner=False) as run:
+        run.evaluate(0)
+    return 0
+
+
+def check_logprobs(config: Config) -> int:
+    """Sample one batch and compare the engines' log-probs with the learner's, before and after a weight sync. Exit code 1 if a gap is over its bound."""
+    with started(config) as run:
+        for label, version in (("weights as loaded", 0), ("after a sync", 1)):
+            run.sync(version)
+            requests = [run.method.request(i + (version << 20), p, Sampling(config.rollout.max_tokens, config.rollout.temperature, config.rollout.top_p, seed=i), 0,
+                                           Budget(1, config.rollout.samples_per_prompt, 0, 1)) for i, p in enumerate(run.prompts.take(config.rollout.prompts_per_step))]
+            rows = [policy_row(t, 0.0, "policy") for future in [run.pool.submit(r) for r in requests] for t in future.result()]
+            largest, mean, tokens = run.gap(rows, version)
+            run.display.message(f"{label}: {tokens} tokens   max gap {largest:.3g}   mean gap {mean:.3g}")
+            run.check_gap(largest, mean, version)
+    return 0
+
+
+def summary(run: Run) -> None:
     if run.last_eval is not None:
         show = lambda r: f"{r.accuracy:.3f} +- {r.standard_error:.3f}"
-        display.message(f"held-out accuracy   before {show(run.first_eval)}   after {show(run.last_eval)}   ({run.last_eval.samples} samples)")
+        run.display.message(f"held-out accuracy   before {show(run.first_eval)}   after {show(run.last_eval)}   ({run.last_eval.samples} samples)")
     if run.config.run.save_model:
-        display.message(f"model               {run.folder / 'model'}")
-    display.message(f"run folder          {run.folder}")
+        run.display.message(f"model               {run.folder / 'model'}")
+    run.display.message(f"run folder          {run.folder}")
