@@ -1,0 +1,234 @@
+"""The learner: policy, optimizer and gradient, and nothing about methods. It runs a StepPlan and says what happened.
+
+`LearnerRank` is one rank around an engine of engine/zero.py. `InlineLearner` is one such rank in this process (mode=inline, no Ray, no DeepSpeed);
+`RayLearner` in engine/ray_learner.py is a group of them in Ray actors, with the same surface.
+"""
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+from tandem.algorithms.base import Term
+from tandem.algorithms.objectives import NLL
+from tandem.engine import terms as term_losses
+from tandem.engine.config import Config, ModelConfig
+from tandem.engine.digest import digest
+from tandem.engine.model import Policy, load_policy
+from tandem.engine.packing import pack
+from tandem.engine.types import MicroBatch, Row, Source, StepPlan, StepReport
+from tandem.engine.zero import LocalEngine
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What the learner sent and what each rollout engine says it received, for `weights.sync` to compare."""
+
+    sent: dict[str, str]                # {parameter: digest}
+    received: list[dict[str, str]]      # the same, one per engine
+    bytes: int
+
+
+def build_policy(config: Config, model_path: str) -> Policy:
+    policy = load_policy(replace(config.model, path=model_path))
+    if config.learner.gradient_checkpointing:
+        policy.enable_gradient_checkpointing()
+    return policy
+
+
+class LearnerRank:
+    """One rank. `model_path` is the run's original model, also after a resume: the frozen reference is loaded from it when first asked for."""
+
+    def __init__(self, config: Config, model_path: str, engine, rank: int = 0, ranks: int = 1):
+        self.config, self.engine, self.rank, self.ranks = config, engine, rank, ranks
+        self.model: ModelConfig = replace(config.model, path=model_path)
+        self.reference: Policy | None = None
+
+    # -- training ---------------------------------------------------------------------------------------------------------------------------------
+
+    def step(self, plan: StepPlan) -> StepReport:
+        """One optimizer step. `plan.micro_batches` holds this rank's own micro-batches, `plan.micro_batches[0]`, and no others.
+
+        Metrics, all over the global batch: loss, loss/TERM, TERM/METRIC (token means), grad_norm (before clipping), entropy (mean over sampled tokens),
+        gap/max and gap/mean of |learner log-prob - rollout log-prob| on tokens sampled with the present weights, tokens/{trained,real,padded}
+        (padded: with padding), learning_rate, seconds/{gradient,optimizer}.
+        """
+        started = time.perf_counter()
+        self.engine.set_optimizer(plan.optimizer)
+        self.engine.set_learning_rate(plan.learning_rate)
+        sums: dict[str, torch.Tensor] = {}
+        for micro in plan.micro_batches[0]:
+            logp, entropy = self._forward(self.engine.forward, micro, plan.temperature, plan.entropy)
+            loss, found = term_losses.evaluate(plan.terms, plan.denominators, micro, term_losses.streams(micro, logp, entropy))
+            self.engine.backward(loss)
+            merge(sums, {**found, **observe(micro, logp.detach(), None if entropy is None else entropy.detach())})
+        totals = gather(numbers(sums), self.ranks)
+        gradient = time.perf_counter()
+        norm, applied = self.engine.step()
+        done = time.perf_counter()
+        metrics = {**report(plan, totals), "grad_norm": norm, "learning_rate": plan.learning_rate,
+                   "seconds/gradient": gradient - started, "seconds/optimizer": done - gradient}
+        return StepReport(metrics, skipped=not applied, seconds=done - started)
+
+    def _forward(self, forward, micro: MicroBatch, temperature: float, entropy: bool):
+        move = lambda array: torch.as_tensor(array, device=self.engine.device)
+        return forward(move(micro.tokens), move(micro.positions), move(micro.index), move(micro.target), temperature, self.config.learner.head_chunk, entropy)
+
+    @torch.no_grad()
+    def logprobs(self, rows: Sequence[Row], temperature: float, reference: bool = False) -> list[np.ndarray | None]:
+        """float32 [T] per row, in row order: the present policy's (or the frozen reference's) log-prob of every trained token, NaN elsewhere.
+
+        Called with the same rows on all ranks; rows that another rank computed are None here.
+        """
+        forward = self._reference() if reference else self.engine.forward
+        plain = [Term(name, NLL()) for name in sorted({name for row in rows for name in row.weights})]
+        share = pack(rows, plain, self.ranks, self.config.learner.micro_batch_tokens, version=-1)[self.rank]
+        results = [(micro, self._forward(forward, micro, temperature, False)[0]) for micro in share]
+        out: list[np.ndarray | None] = [None] * len(rows)
+        if self.rank == 0:      # the packer leaves out rows without a trained token
+            out = [None if row.trained.any() else np.full(len(row.tokens), np.nan, np.float32) for row in rows]
+        for micro, logp in results:
+            logp, place = logp.float().cpu().numpy(), micro.positions.reshape(-1)[micro.index] + 1
+            for number, i in enumerate(micro.rows):
+                mine = micro.segment == number
+                out[i] = np.full(len(rows[i].tokens), np.nan, np.float32)
+                out[i][place[mine]] = logp[mine]
+        return out
+
+    def _reference(self) -> Policy:
+        if self.reference is None:
+            self.reference = load_policy(self.model).to(self.engine.device).requires_grad_(False)
+        return self.reference
+
+    # -- weights ----------------------------------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> None:
+        self.engine.save(folder)
+
+    def load(self, folder: str | Path) -> None:
+        self.engine.load(folder)
+
+    def export(self, folder: str | Path) -> None:
+        """A plain Hugging Face folder (safetensors, config, generation config), written by rank 0; the tokenizer is the caller's. A collective.
+
+        Not through `save_pretrained`, which imports DeepSpeed where it is installed.
+        """
+        state = {}
+        for name, tensor in self.engine.full_parameters():
+            if self.rank == 0:
+                state[name] = tensor.to("cpu", copy=True)
+        if self.rank == 0:
+            from safetensors.torch import save_file
+            model = self.engine.module.model
+            model.config.save_pretrained(folder)
+            if model.generation_config is not None:
+                model.generation_config.save_pretrained(folder)
+            save_file(state, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+
+    def rss(self) -> int:
+        """Bytes of memory this process holds."""
+        return psutil.Process().memory_info().rss
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+def observe(micro: MicroBatch, logp: torch.Tensor, entropy: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """What a micro-batch shows beside its losses: sums, and `max/` for maxima. Indices are made on the host, so that the GPU is not waited for."""
+    found = {"tokens/trained": torch.tensor(float(len(micro.index))), "tokens/real": torch.tensor(float(micro.real_tokens)),
+             "tokens/padded": torch.tensor(float(micro.tokens.size))}
+    if entropy is not None:
+        sampled = np.flatnonzero(micro.source == Source.POLICY)
+        found["sum/entropy"] = entropy[torch.as_tensor(sampled, device=logp.device)].sum()
+        found["count/entropy"] = torch.tensor(float(len(sampled)))
+    if "behaviour_logp" in micro.streams:
+        fresh = np.flatnonzero(micro.fresh & ~np.isnan(micro.streams["behaviour_logp"]))
+        if len(fresh):
+            gap = (logp[torch.as_tensor(fresh, device=logp.device)] - torch.as_tensor(micro.streams["behaviour_logp"][fresh], device=logp.device)).abs()
+            found |= {"sum/gap": gap.sum(), "max/gap": gap.max(), "count/gap": torch.tensor(float(len(fresh)))}
+    return found
+
+
+def merge(into: dict, more: dict) -> None:
+    """Add sums, keep the larger of maxima."""
+    for key, value in more.items():
+        if key not in into:
+            into[key] = value
+        elif key.startswith("max/"):
+            into[key] = torch.maximum(into[key], value) if isinstance(value, torch.Tensor) else np.maximum(into[key], value)     # both keep NaN
+        else:
+            into[key] = into[key] + value
+
+
+def numbers(sums: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The one place where a step waits for the device: a single copy to the host."""
+    device = next((v.device for v in sums.values() if v.device.type != "cpu"), "cpu")
+    values = torch.stack([v.to(device, torch.float32, non_blocking=True) for v in sums.values()]).tolist() if sums else []
+    return dict(zip(sums, values))
+
+
+def gather(mine: dict[str, float], ranks: int) -> dict[str, float]:
+    """The same totals on every rank; ranks may have different keys (a rank without rows has none of a term's)."""
+    if ranks == 1:
+        return mine
+    everyone: list = [None] * ranks
+    torch.distributed.all_gather_object(everyone, mine)
+    totals: dict[str, float] = {}
+    for one in everyone:
+        merge(totals, one)
+    return totals
+
+
+def report(plan: StepPlan, totals: dict[str, float]) -> dict[str, float]:
+    """Sums of the global batch as metrics."""
+    metrics = {key: value for key, value in totals.items() if key.startswith(("loss/", "tokens/"))}
+    metrics["loss"] = sum(term.coefficient * totals.get(f"loss/{term.name}", 0.0) for term in plan.terms)
+    for key, value in totals.items():
+        if key.startswith("sum/") and key.count("/") >= 2:
+            term, metric = key.removeprefix("sum/").split("/", 1)
+            metrics[f"{term}/{metric}"] = value / totals[f"count/{term}"]
+    if totals.get("count/entropy"):
+        metrics["entropy"] = totals["sum/entropy"] / totals["count/entropy"]
+    if totals.get("count/gap"):
+        metrics |= {"gap/max": totals["max/gap"], "gap/mean": totals["sum/gap"] / totals["count/gap"]}
+    return metrics
+
+
+class InlineLearner:
+    """The learner of mode=inline: one rank in this process, weights handed to the pool's backends directly."""
+
+    ranks = 1
+
+    def __init__(self, rank: LearnerRank):
+        self.rank, self.pool, self.synced = rank, None, None
+        self.step, self.logprobs, self.save, self.load, self.export = rank.step, rank.logprobs, rank.save, rank.load, rank.export
+        self.close = rank.close
+
+    @classmethod
+    def start(cls, config: Config, model_path: str) -> InlineLearner:
+        torch.set_num_threads(config.cluster.threads)
+        torch.manual_seed(config.run.seed)
+        return cls(LearnerRank(config, model_path, LocalEngine(build_policy(config, model_path), config.learner)))
+
+    def connect(self, pool) -> None:
+        self.pool = pool
+
+    def send(self, version: int) -> Delivery:
+        """Put the present weights into every backend of the pool."""
+        named = list(self.rank.engine.full_parameters())
+        received = []
+        for backend in self.pool.backends:
+            asyncio.run(backend.start_weight_update())
+            asyncio.run(backend.update_weights({"named": named}))
+            received.append(asyncio.run(backend.finish_weight_update(version)))
+        return Delivery({name: digest(tensor) for name, tensor in named}, received, sum(t.numel() * t.element_size() for _, t in named))
+
+    def rss(self) -> list[int]:
+        """Bytes of memory per rank."""
+        return [self.rank.rss()]

@@ -1,0 +1,231 @@
+"""The learner in one process: gradients, reports, skipped steps, moment sets and exact resume, against plain PyTorch."""
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tandem.algorithms.base import Term
+from tandem.algorithms.objectives import NLL, KLToReference, PPOClip
+from tandem.algorithms.reductions import Reduction
+from tandem.engine.config import Config, LearnerConfig, ModelConfig
+from tandem.engine.learner import LearnerRank, build_policy
+from tandem.engine.packing import pack
+from tandem.engine.terms import denominators
+from tandem.engine.types import Row, Source, StepPlan
+from tandem.engine.zero import LocalEngine
+
+TERMS = (Term("policy", PPOClip(), Reduction("token_mean")), Term("sft", NLL("phi"), Reduction("seq_mean_token_mean"), 0.3),
+         Term("kl", KLToReference(), Reduction("sum_over_constant", 16), 0.1, needs=frozenset({"ref_logp"})))
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    from tandem.engine.tiny import make_tiny
+    return str(make_tiny(tmp_path_factory.mktemp("model") / "tiny", hidden=32, layers=2))
+
+
+def make_rows(seed=0, count=7):
+    """Own samples with behaviour log-probs and advantages, and demonstrations, of different lengths."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(count):
+        length, start = int(rng.integers(6, 24)), int(rng.integers(2, 5))
+        tokens, expert = rng.integers(7, 100, length).astype(np.int32), i % 3 == 2
+        mask = (np.arange(length) >= start).astype(np.float32)
+        source = np.where(mask > 0, Source.EXPERT if expert else Source.POLICY, Source.PROMPT).astype(np.int8)
+        noise = np.where(mask > 0, rng.normal(-4.6, 0.1, length), np.nan).astype(np.float32)
+        rows.append(Row(tokens, source, {"sft": mask} if expert else {"policy": mask, "kl": mask}, advantage=mask * np.float32(rng.normal()),
+                        behaviour_logp=None if expert else noise, ref_logp=noise, version=np.where(mask > 0, 0, -1).astype(np.int32), group=i))
+    return rows
+
+
+def make_plan(rows, ranks=1, budget=64, terms=TERMS, **changes):
+    plan = StepPlan(0, tuple(terms), denominators(terms, rows), pack(rows, terms, ranks, budget, version=0), learning_rate=1e-3, temperature=0.8, entropy=True)
+    return replace(plan, **changes)
+
+
+def make_rank(model_path, dtype="float32", **learner):
+    config = Config(model=ModelConfig(path=model_path, dtype=dtype), learner=LearnerConfig(**{"grad_clip": 0.0, **learner}))
+    return LearnerRank(config, model_path, LocalEngine(build_policy(config, model_path), config.learner))
+
+
+def weights(rank):
+    return {name: tensor.clone() for name, tensor in rank.engine.full_parameters()}
+
+
+def equal(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def plain_gradient(model_path, rows, terms, temperature=0.8):
+    """The formula of the loss, row by row through transformers' own head: nothing of the packer, the chunked head or the engines."""
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    z, loss = denominators(terms, rows), 0.0
+    for row in rows:
+        logits = model(input_ids=torch.as_tensor(row.tokens, dtype=torch.long)[None]).logits[0, :-1] / temperature
+        logp = logits.log_softmax(-1).gather(-1, torch.as_tensor(row.tokens[1:], dtype=torch.long)[:, None]).squeeze(-1)
+        for term in terms:
+            if term.name not in row.weights:
+                continue
+            mask, scale = torch.as_tensor(row.weights[term.name][1:]), term.reduction.row_scale(int(row.weights[term.name].sum()))
+            if term.name == "policy":       # first step since the snapshot: ratio 1, no clipping
+                token = -(logp - logp.detach()).exp() * torch.as_tensor(row.advantage[1:])
+            elif term.name == "sft":
+                p = logp.detach().exp()
+                token = -p * (1 - p) * logp
+            else:
+                d = torch.as_tensor(row.ref_logp[1:]).nan_to_num() - logp
+                token = d.exp() - d - 1
+            loss = loss + term.coefficient * scale * (token[mask > 0]).sum() / z[term.name]
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters()}, float(loss.detach())
+
+
+@pytest.mark.parametrize("term", ["policy", "sft", "kl", "all"])
+@pytest.mark.parametrize("budget", [10_000, 48, 24])
+def test_gradient_of_any_split_is_that_of_the_formula(model_path, term, budget):
+    rows, terms = make_rows(), TERMS if term == "all" else tuple(t if t.name == term else replace(t, coefficient=0.0) for t in TERMS)
+    expected, loss = plain_gradient(model_path, rows, terms)
+    rank = make_rank(model_path)
+    captured = {}
+    rank.engine.optimizer.register_step_pre_hook(lambda *_: captured.update({n: p.grad.clone() for n, p in rank.engine.module.model.named_parameters()}))
+    report = rank.step(make_plan(rows, budget=budget, terms=terms))
+    assert captured.keys() == expected.keys()
+    for name in expected:
+        assert torch.allclose(captured[name], expected[name], rtol=1e-5, atol=1e-7), name
+    assert report.metrics["loss"] == pytest.approx(loss, rel=1e-5)
+    assert report.metrics["grad_norm"] == pytest.approx(float(torch.stack([g.norm() for g in expected.values()]).norm()), rel=1e-5)
+
+
+def test_report_does_not_depend_on_the_split(model_path):
+    rows, reports = make_rows(), []
+    for budget in (10_000, 24):
+        reports.append(make_rank(model_path).step(make_plan(rows, budget=budget)).metrics)
+    whole, parts = reports
+    assert {"policy/clip_fraction", "sft/p", "kl/kl", "entropy", "gap/max", "gap/mean", "loss/policy"} <= whole.keys() and whole.keys() == parts.keys()
+    for key in whole.keys() - {"tokens/padded", "seconds/gradient", "seconds/optimizer"}:
+        assert parts[key] == pytest.approx(whole[key], rel=1e-5, abs=1e-7), key
+    assert whole["tokens/trained"] == sum(row.trained.sum() for row in rows) and whole["tokens/real"] == sum(len(row.tokens) for row in rows)
+
+
+def test_gap_is_measured_on_fresh_sampled_tokens(model_path):
+    rank, rows = make_rank(model_path), make_rows(count=4)
+    logps = rank.logprobs(rows, 0.8)
+    shifted = [replace(row, behaviour_logp=logp + np.float32(0.25)) for row, logp in zip(rows, logps) if row.behaviour_logp is not None]
+    stale = replace(shifted[0], behaviour_logp=shifted[0].behaviour_logp + 5, version=np.full(len(shifted[0].tokens), -1, np.int32))
+    metrics = rank.step(make_plan([*shifted, stale])).metrics
+    assert metrics["gap/max"] == pytest.approx(0.25, abs=1e-5) and metrics["gap/mean"] == pytest.approx(0.25, abs=1e-5)
+
+
+def test_logprobs_come_in_row_order_with_nan_where_untrained(model_path):
+    from transformers import AutoModelForCausalLM
+    rank, rows = make_rank(model_path), make_rows()
+    rows.insert(1, replace(rows[0], weights={"sft": np.zeros(len(rows[0].tokens), np.float32)}))        # a row that trains nothing
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    for row, logp in zip(rows, rank.logprobs(rows, 0.7), strict=True):
+        tokens = torch.as_tensor(row.tokens, dtype=torch.long)
+        with torch.no_grad():
+            expected = (model(input_ids=tokens[None]).logits[0, :-1] / 0.7).log_softmax(-1).gather(-1, tokens[1:, None]).squeeze(-1).numpy()
+        assert logp.dtype == np.float32 and np.array_equal(np.isnan(logp), ~row.trained)
+        assert np.allclose(logp[1:][row.trained[1:]], expected[row.trained[1:]], atol=1e-5)
+
+
+def test_reference_is_the_original_model_also_after_steps(model_path):
+    rank, rows = make_rank(model_path), make_rows()
+    before = rank.logprobs(rows, 1.0)
+    rank.step(make_plan(rows))
+    reference, now = rank.logprobs(rows, 1.0, reference=True), rank.logprobs(rows, 1.0)
+    assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(before, reference))
+    assert not np.array_equal(before[0], now[0], equal_nan=True)
+
+
+def test_clipping_bounds_the_update_but_not_the_reported_norm(model_path):
+    rows, free, clipped = make_rows(), make_rank(model_path), make_rank(model_path, grad_clip=1e-3)
+    seen = []
+    clipped.engine.optimizer.register_step_pre_hook(lambda *_: seen.append(float(torch.stack([p.grad.norm() for p in clipped.engine.masters]).norm())))
+    norm = free.step(make_plan(rows)).metrics["grad_norm"]
+    assert clipped.step(make_plan(rows)).metrics["grad_norm"] == pytest.approx(norm) and norm > 1e-2
+    assert seen == [pytest.approx(1e-3, rel=1e-3)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_non_finite_gradient_changes_nothing(model_path, dtype):
+    rank, rows = make_rank(model_path, dtype), make_rows()
+    rank.step(make_plan(rows))
+    before = weights(rank)
+    moments = {i: {k: v.clone() for k, v in s.items()} for i, s in enumerate(rank.engine.optimizer.state.values())}
+    poisoned = [replace(rows[0], advantage=np.full(len(rows[0].tokens), np.inf, np.float32)), *rows[1:]]
+    report = rank.step(make_plan(poisoned))
+    assert report.skipped and not np.isfinite(report.metrics["grad_norm"])
+    assert equal(before, weights(rank))
+    assert all(torch.equal(moments[i][k], v) for i, s in enumerate(rank.engine.optimizer.state.values()) for k, v in s.items())
+    again = rank.step(make_plan(rows))
+    assert not again.skipped and not equal(before, weights(rank))
+
+
+def test_moment_sets_are_independent(model_path):
+    """Set B starts like a fresh optimizer, and set A goes on as if B had not been."""
+    rows, other = make_rows(), make_rows(1)
+    rank = make_rank(model_path)
+    rank.step(make_plan(rows))
+    state = {i: {k: v.clone() for k, v in s.items()} for i, s in enumerate(rank.engine.optimizer.state.values())}
+    rank.step(make_plan(other, optimizer="sft"))
+    after_b = weights(rank)
+    rank.step(make_plan(rows, optimizer="main", learning_rate=0.0))
+    steps = {int(s["step"]) for s in rank.engine.optimizer.state.values()}
+    assert steps == {2}
+
+    fresh = make_rank(model_path)       # the first step with B must be what a new AdamW does on the same weights
+    reference = make_rank(model_path)
+    reference.step(make_plan(rows))
+    with torch.no_grad():
+        for mine, theirs in zip(fresh.engine.masters, reference.engine.masters):
+            mine.copy_(theirs)
+    fresh.step(make_plan(other))
+    assert equal(after_b, weights(fresh))
+    assert all(int(s["step"]) == 1 for s in state.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resume_is_exact(model_path, tmp_path, dtype):
+    rank = make_rank(model_path, dtype, weight_decay=0.1)
+    rank.step(make_plan(make_rows(0)))
+    rank.step(make_plan(make_rows(1), optimizer="sft"))
+    rank.save(tmp_path / "ck")
+    noise = torch.rand(3)
+    resumed = make_rank(model_path, dtype, weight_decay=0.1)
+    resumed.load(tmp_path / "ck")
+    assert torch.equal(torch.rand(3), noise)
+    for learner in (rank, resumed):
+        for seed, name in ((2, "sft"), (3, "main"), (4, "other")):
+            learner.step(make_plan(make_rows(seed), optimizer=name))
+    assert equal(weights(rank), weights(resumed))
+    assert not equal(weights(rank), weights(make_rank(model_path, dtype)))
+
+
+def test_bfloat16_keeps_small_updates_in_its_masters(model_path):
+    """An update below bfloat16's resolution must add up over steps instead of vanishing."""
+    rank, rows = make_rank(model_path, "bfloat16"), make_rows()
+    first = [m.clone() for m in rank.engine.masters]
+    for _ in range(3):
+        rank.step(make_plan(rows, learning_rate=1e-6))
+    assert all(p.dtype == torch.bfloat16 for p in rank.engine.weights)
+    assert min(float((m - f).detach().abs().max()) for m, f in zip(rank.engine.masters, first)) > 1e-6
+
+
+def test_gradient_checkpointing_gives_the_same_step(model_path):
+    rows, plain, saving = make_rows(), make_rank(model_path), make_rank(model_path, gradient_checkpointing=True)
+    for rank in (plain, saving):
+        rank.step(make_plan(rows))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(weights(plain).values(), weights(saving).values()))
+
+
+def test_export_is_a_hugging_face_folder_with_the_trained_weights(model_path, tmp_path):
+    from transformers import AutoModelForCausalLM
+    rank = make_rank(model_path)
+    rank.step(make_plan(make_rows()))
+    rank.export(tmp_path / "out")
+    loaded = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
+    assert equal(weights(rank), {k: v.detach() for k, v in loaded.items()}) and (tmp_path / "out" / "model.safetensors").is_file()
