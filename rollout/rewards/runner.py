@@ -1,0 +1,303 @@
+"""Scoring in worker processes that can be killed, as groups arrive.
+
+One thread per worker process: it hands the process one call, waits until the deadline, and if there is no answer kills the process with all it
+started and starts another. A call that hangs or crashes costs its own sample and nobody else's. Nothing is ever scored 0 for a failure: the outcome
+says timeout, exception, not_finite, arity or crash, and the run stops with the first tracebacks when such outcomes exceed reward.max_error_rate.
+"""
+from __future__ import annotations
+
+import atexit
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tandem.engine.config import ConfigError, RewardConfig
+from tandem.engine.types import Prompt, RewardError, RewardOutcome
+from tandem.rollout.rewards.api import Call, Reply, Signature, load_functions
+
+START_SECONDS = 120     # for a worker to import the reward functions
+GRACE_SECONDS = 0.5     # between SIGTERM and SIGKILL
+SLICE_SECONDS = 0.1     # how often a waiting thread looks whether its process still lives
+MIN_SAMPLES = 20        # scored samples before the error rate can stop a run
+FIRST_FAILURES = 10     # tracebacks kept
+
+
+class RewardFailure(RuntimeError):
+    """More than reward.max_error_rate of the samples could not be scored."""
+
+
+class RewardRunner:
+    """Scores groups with every function of `reward.functions`. Thread-safe. Raises ConfigError if a function cannot be used.
+
+    `inline` calls the functions in this process, so that breakpoint() works in them; there is no deadline then and a crash is a crash.
+    `log` is the file for what workers print; by default they print where this process does.
+    """
+
+    def __init__(self, config: RewardConfig, seed: int = 0, *, inline: bool = False, log: Path | None = None):
+        self.config, self.seed, self.log = config, seed, log
+        self.weights = config.weights or (1.0,) * len(config.functions)
+        self.scored = self.failed = 0
+        self.failure: RewardFailure | None = None
+        self.first_failures: list[str] = []
+        self.lock = threading.Lock()
+        self.closing = threading.Event()
+        self.tasks: queue.SimpleQueue = queue.SimpleQueue()
+        self.workers: list[Worker] = []
+        self.functions = load_functions(config, seed) if inline else ()
+        if inline:
+            self.signatures: Sequence[Signature] = [f.signature for f in self.functions]
+            return
+        self.workers = [Worker(self) for _ in range(config.workers)]
+        atexit.register(self.close)
+        answers = [worker.ready.get() for worker in self.workers]
+        if refusal := next((a for a in answers if isinstance(a, str)), None):
+            self.close()
+            raise ConfigError(refusal)
+        self.signatures = answers[0]
+
+    @property
+    def error_rate(self) -> float:
+        """Share of all samples so far that could not be scored."""
+        return self.failed / max(self.scored, 1)
+
+    def require_columns(self, columns: Mapping[str, Any]) -> None:
+        """Raise ConfigError if a dataset row lacks a column that some function cannot do without."""
+        for signature in self.signatures:
+            if missing := signature.missing(columns):
+                raise ConfigError(missing)
+
+    def submit(self, prompt: Prompt, texts: Sequence[str], completion_ids: Sequence[np.ndarray]) -> Future[tuple[RewardOutcome, ...]]:
+        """Score all samples of one prompt; returns at once. The future has one outcome per text.
+
+        Raises RewardFailure, here and from the future, once too many samples of the run could not be scored.
+        """
+        if self.failure:
+            raise self.failure
+        result: Future = Future()
+        if not texts:
+            result.set_result(())
+            return result
+        calls = []      # (function number, call)
+        for number, signature in enumerate(self.signatures):
+            step = len(texts) if signature.per_group else 1
+            calls += [(number, Call(prompt.id, prompt.content, prompt.columns, tuple(texts[i:i + step]), tuple(completion_ids[i:i + step]), i))
+                      for i in range(0, len(texts), step)]
+        replies: dict[tuple[int, int], Future] = {}     # by function and first sample
+        lock = threading.Lock()
+
+        def arrived(number: int, call: Call, reply: Future) -> None:
+            with lock:
+                replies[number, call.first] = reply
+                complete = len(replies) == len(calls)
+            if complete:
+                try:
+                    self.finish(result, prompt, len(texts), replies)
+                except Exception as error:      # a future's callback would only log it, and the group would be waited for for ever
+                    result.set_exception(error)
+
+        for number, call in calls:
+            self.call(number, call).add_done_callback(lambda reply, number=number, call=call: arrived(number, call, reply))
+        return result
+
+    def call(self, number: int, call: Call) -> Future[Reply]:
+        """One call of one function."""
+        reply: Future = Future()
+        if self.closing.is_set():
+            reply.cancel()
+        elif self.functions:
+            reply.set_result(self.functions[number](call))
+        else:
+            self.tasks.put((number, call, reply))
+        return reply
+
+    def finish(self, result: Future, prompt: Prompt, samples: int, replies: Mapping[tuple[int, int], Future]) -> None:
+        """All calls of a group are back: add up, count failures, hand over."""
+        if any(reply.cancelled() for reply in replies.values()):
+            result.cancel()
+            return
+        if error := next((e for reply in replies.values() if (e := reply.exception())), None):
+            result.set_exception(error)
+            return
+        outcomes, traces = [], []
+        for i in range(samples):
+            parts: dict[str, float] = {}
+            errors: list[RewardError] = []
+            total = 0.0
+            for number, (signature, weight) in enumerate(zip(self.signatures, self.weights)):
+                first = 0 if signature.per_group else i
+                reply = replies[number, first].result()
+                value = reply.values[i - first]
+                if isinstance(value, RewardError):
+                    errors.append(value)
+                    traces.append(f"prompt {prompt.id!r}, sample {i}, reward {value.function!r}: {value.kind}: {value.message}\n{reply.traceback}".rstrip())
+                elif value is not None:
+                    parts[signature.name] = value
+                    total += weight * value
+            if not parts and not errors:
+                errors.append(RewardError("not_finite", "every function returned None, so no reward applies to this sample", ", ".join(self.config.functions)))
+                traces.append(f"prompt {prompt.id!r}, sample {i}: {errors[0].message}")
+            outcomes.append(RewardOutcome(None if errors else total, parts, errors[0] if errors else None))
+        self.count(outcomes, traces)
+        if self.failure:
+            result.set_exception(self.failure)
+        else:
+            result.set_result(tuple(outcomes))
+
+    def count(self, outcomes: Sequence[RewardOutcome], traces: Sequence[str]) -> None:
+        with self.lock:
+            self.scored += len(outcomes)
+            self.failed += sum(o.error is not None for o in outcomes)
+            self.first_failures += traces[:FIRST_FAILURES - len(self.first_failures)]
+            if self.failure is None and self.scored >= MIN_SAMPLES and self.error_rate > self.config.max_error_rate:
+                self.failure = RewardFailure(f"{self.failed} of {self.scored} samples could not be scored, more than reward.max_error_rate {self.config.max_error_rate}; "
+                                             "repair the reward or raise that bound. The first failures:\n\n" + "\n\n".join(self.first_failures))
+
+    def close(self) -> None:
+        """Kill all workers and what they started; unfinished futures are cancelled."""
+        self.closing.set()
+        atexit.unregister(self.close)
+        for _ in self.workers:
+            self.tasks.put(None)
+        for worker in self.workers:
+            worker.join()
+        while not self.tasks.empty():
+            if task := self.tasks.get():
+                task[2].cancel()
+
+
+class Worker(threading.Thread):
+    """A thread that owns one worker process.
+
+    The thread starts the process itself: PR_SET_PDEATHSIG tells a child of the death of the thread that made it.
+    """
+
+    def __init__(self, runner: RewardRunner):
+        super().__init__(name="reward-worker", daemon=True)
+        self.runner = runner
+        self.ready: queue.SimpleQueue = queue.SimpleQueue()     # the functions' signatures, or why the first start failed
+        self.process: subprocess.Popen | None = None
+        self.connection: Connection | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.ready.put(self.start_process())
+        except OSError as error:
+            self.ready.put(f"a reward worker could not be started: {error}")
+        while (task := self.runner.tasks.get()) is not None and not self.runner.closing.is_set():
+            number, call, reply = task
+            try:
+                answer = self.score(number, call)
+            except Exception as error:      # the thread must go on, and whoever waits for the reply must hear of it
+                reply.set_exception(error)
+                continue
+            if self.runner.closing.is_set():
+                reply.cancel()
+            else:
+                reply.set_result(answer)
+        if task is not None:
+            task[2].cancel()
+        self.kill()
+
+    def score(self, number: int, call: Call) -> Reply:
+        """One call, its deadline included. Raises ConfigError for a row that cannot be sent."""
+        try:
+            message = pickle.dumps((number, call))
+        except (pickle.PicklingError, TypeError, AttributeError) as error:
+            raise ConfigError(f"prompt {call.prompt_id!r}: its columns cannot be sent to a reward worker: {error}; columns must be plain values") from None
+        name = self.runner.signatures[number].name
+        failed = lambda kind, text: Reply((RewardError(kind, text, name),) * len(call.texts))
+        if self.process is None or self.process.poll() is not None:
+            self.kill()
+            if isinstance(answer := self.start_process(), str):
+                return failed("crash", f"no reward worker could be started: {answer}")
+        try:
+            self.connection.send_bytes(message)
+            answer = self.receive(self.runner.config.timeout)
+        except (EOFError, ConnectionError):
+            return failed("crash", f"the worker process died ({self.bury()})")
+        except TimeoutError:
+            self.kill()
+            return failed("timeout", f"no answer within reward.timeout, {self.runner.config.timeout:g} s")
+        if isinstance(answer, str):
+            raise ConfigError(answer)
+        return answer
+
+    def start_process(self) -> list[Signature] | str:
+        """Start a process and let it import the functions. Returns their signatures, or why it cannot serve."""
+        self.connection, theirs = Pipe()
+        output = open(self.runner.log, "ab") if self.runner.log else None
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        command = [sys.executable, "-m", "tandem.rollout.rewards.worker", str(theirs.fileno()), str(os.getpid())]
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment,
+                                        pass_fds=(theirs.fileno(),), start_new_session=True)     # a session of its own: killed with all it started
+        theirs.close()
+        if output:
+            output.close()
+        try:
+            self.connection.send((self.runner.config, self.runner.seed))
+            answer = self.receive(START_SECONDS)
+        except (EOFError, ConnectionError):
+            answer = f"the reward functions {', '.join(self.runner.config.functions)} killed the process that imported them ({self.bury()})"
+        except TimeoutError:
+            answer = f"importing the reward functions {', '.join(self.runner.config.functions)} took longer than {START_SECONDS} s"
+        if isinstance(answer, str):
+            self.kill()
+        return answer
+
+    def receive(self, seconds: float) -> Any:
+        """The process's next message. Raises TimeoutError, or EOFError if the process is dead or the runner closes.
+
+        The connection alone does not tell of a death: a child that the reward forked holds it open.
+        """
+        deadline = time.monotonic() + seconds
+        while not self.connection.poll(max(0.0, min(SLICE_SECONDS, deadline - time.monotonic()))):
+            if self.runner.closing.is_set() or (self.process.poll() is not None and not self.connection.poll()):
+                raise EOFError
+            if time.monotonic() >= deadline:
+                raise TimeoutError
+        return self.connection.recv()
+
+    def bury(self) -> str:
+        """Clear away a process that gave up its connection, and say how it ended."""
+        try:
+            status = self.process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            status = None
+        self.kill()
+        if status is None:
+            return "it closed its connection"
+        return f"signal {signal.Signals(-status).name}" if status < 0 else f"exit code {status}"
+
+    def kill(self) -> None:
+        """End the process, if there is one, and everything in its session: terminate, then kill."""
+        if self.process is None:
+            return
+        self.signal_group(signal.SIGTERM)
+        try:
+            self.process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            pass
+        self.signal_group(signal.SIGKILL)
+        self.process.wait()
+        self.connection.close()
+        self.process = None
+
+    def signal_group(self, number: int) -> None:
+        try:
+            os.killpg(self.process.pid, number)
+        except (ProcessLookupError, PermissionError):      # nobody left (macOS says PermissionError when only a zombie is)
+            pass

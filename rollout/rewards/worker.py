@@ -1,0 +1,58 @@
+"""A reward worker process: `python -m tandem.rollout.rewards.worker FD PARENT`, started by runner.py and by nobody else.
+
+It is told the reward config, answers with the functions' signatures (or why they cannot be used), then answers one call at a time. It is started
+as a program of its own, not by multiprocessing, which would run the user's main script once more in every worker.
+"""
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import os
+import pickle
+import signal
+import sys
+import traceback
+from multiprocessing.connection import Connection
+
+from tandem.engine.config import ConfigError
+from tandem.rollout.rewards.api import Reply, load_functions
+
+PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    connection, parent = Connection(int(sys.argv[1])), int(sys.argv[2])
+    if sys.platform == "linux":     # elsewhere an idle worker ends when its connection closes, a busy one after its call
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        return                      # the parent died before it could be watched
+    faulthandler.enable()
+    pid = os.getpid()
+    try:
+        functions = load_functions(*connection.recv())
+    except ConfigError as error:
+        return connection.send(str(error))
+    except BaseException:
+        return connection.send(f"a reward function's file cannot be imported:\n{traceback.format_exc()}")
+    connection.send([f.signature for f in functions])
+    while True:
+        try:
+            message = connection.recv_bytes()
+        except EOFError:
+            return
+        reply = answer(functions, message)
+        if os.getpid() != pid:      # a fork made by the reward came back here: it must not answer in the worker's place
+            os._exit(0)
+        connection.send(reply)
+
+
+def answer(functions, message: bytes) -> Reply | str:
+    try:
+        number, call = pickle.loads(message)
+    except Exception as error:
+        return f"a dataset row cannot be read in a reward worker: {type(error).__name__}: {error}; columns must be plain values"
+    return functions[number](call)
+
+
+if __name__ == "__main__":
+    main()
