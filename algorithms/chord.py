@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from tandem.algorithms.base import Batch, Demand, Method, Term, expert_row
-from tandem.algorithms.grpo import PolicyLoss
 from tandem.algorithms.objectives import NLL
+from tandem.algorithms.policy import PolicyLoss
 from tandem.algorithms.schedules import Schedule
 
 
@@ -40,6 +40,9 @@ class ChordMu(Method):
     def demand(self, step, budget, signals):
         mu = self.mu(step)      # at the ends of the range one of the two forward passes has weight zero and is not run
         return Demand(prompts=budget.prompts if mu < 1.0 else 0, experts=budget.experts if mu > 0.0 else 0)
+
+    def accept(self, group):
+        return self.policy.accept(group)
 
     def rows(self, batch: Batch):
         return self.policy.rows(batch) + [expert_row(t, "expert") for t in batch.experts]

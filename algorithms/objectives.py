@@ -43,6 +43,14 @@ def clamped_exp(log_ratio: torch.Tensor) -> torch.Tensor:
     return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 
+def segment_mean(values: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
+    """[n] -> [n]: every token gets the mean over its row's tokens."""
+    rows = int(segment.max()) + 1 if len(segment) else 0
+    total = torch.zeros(rows, device=values.device).index_add_(0, segment, values)
+    count = torch.zeros(rows, device=values.device).index_add_(0, segment, torch.ones_like(values))
+    return (total / count.clamp(min=1.0))[segment]
+
+
 @dataclass(frozen=True)
 class NLL:
     """Negative log-likelihood times a detached function of p = exp(logp).
@@ -81,6 +89,58 @@ class PPOClip:
             loss = torch.where(a < 0, torch.minimum(-a * self.dual_clip, loss), loss)
         clipped = ((a > 0) & (rho > 1.0 + self.clip_high)) | ((a < 0) & (rho < 1.0 - self.clip_low))
         return loss, {"clip_fraction": clipped.float(), "ppo_kl": (tokens.old - tokens.logp).detach()}
+
+
+@dataclass(frozen=True)
+class GSPO:
+    """PPO's clip on the sequence ratio s_i = exp(mean_t (log pi - log pi_old)), GSPO arXiv 2507.18071 eq. 5-7.
+
+    Written per token as sg[s_i] pi/sg[pi], the paper's token form (eq. 14-15), whose gradient with equal advantages is that of the sequence form.
+    """
+
+    clip_low: float = 3e-4
+    clip_high: float = 4e-4
+
+    def __call__(self, tokens: Tokens):
+        ratio = clamped_exp(segment_mean((tokens.logp - tokens.old).detach(), tokens.segment))
+        rho = ratio * clamped_exp(tokens.logp - tokens.logp.detach())
+        a = tokens.advantage
+        loss = torch.maximum(-a * rho, -a * rho.clamp(1.0 - self.clip_low, 1.0 + self.clip_high))
+        clipped = ((a > 0) & (rho > 1.0 + self.clip_high)) | ((a < 0) & (rho < 1.0 - self.clip_low))
+        return loss, {"clip_fraction": clipped.float(), "ppo_kl": (tokens.old - tokens.logp).detach()}
+
+
+@dataclass(frozen=True)
+class CISPO:
+    """-sg[clamp(rho, 1 - clip_low, 1 + clip_high)] A log pi: a token outside the range keeps a bounded gradient. MiniMax-M1, arXiv 2506.13585 eq. 4-5.
+
+    Clamped on both sides as in verl; TRL clamps above only (`clip_low: 1.0` is that).
+    """
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+
+    def __call__(self, tokens: Tokens):
+        rho = clamped_exp(tokens.logp - tokens.old).detach()
+        clipped = (rho > 1.0 + self.clip_high) | (rho < 1.0 - self.clip_low)
+        loss = -rho.clamp(1.0 - self.clip_low, 1.0 + self.clip_high) * tokens.advantage * tokens.logp
+        return loss, {"clip_fraction": clipped.float(), "ppo_kl": (tokens.old - tokens.logp).detach()}
+
+
+@dataclass(frozen=True)
+class Reinforce:
+    """-A log pi."""
+
+    def __call__(self, tokens: Tokens):
+        return -tokens.advantage * tokens.logp, {}
+
+
+@dataclass(frozen=True)
+class EntropyBonus:
+    """-h_t, differentiable in the full distribution: a positive coefficient rewards entropy."""
+
+    def __call__(self, tokens: Tokens):
+        return -tokens.entropy, {}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from tandem.algorithms.base import Batch, Demand, Method
-from tandem.algorithms.grpo import GRPO, PolicyLoss
+from tandem.algorithms.grpo import GRPO
+from tandem.algorithms.policy import PolicyLoss
 from tandem.algorithms.sft import SFT
 
 
@@ -36,6 +37,9 @@ class SFTThenRL(Method):
         if step < self.sft_steps:
             return Demand(experts=budget.experts, kind="sft", learning_rate=self.sft_learning_rate, optimizer="sft")
         return Demand(prompts=budget.prompts, kind="rl")
+
+    def accept(self, group):
+        return self.policy.accept(group)
 
     def rows(self, batch: Batch):
         return self.stage(batch.step).rows(batch)

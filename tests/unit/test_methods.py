@@ -4,11 +4,11 @@ import math
 import numpy as np
 import pytest
 
-from tandem.algorithms.advantages import dr_grpo, grpo, rloo
+from tandem.algorithms.advantages import ESTIMATORS
 from tandem.algorithms.base import METHODS, Batch, Budget, make_method
 from tandem.algorithms.inspect import group, inspect, trajectory
 from tandem.algorithms.schedules import Schedule
-from tandem.engine.types import Source
+from tandem.engine.types import Finish, Source
 
 EXPERTS = (trajectory([1, 2], [5, 6, 3], expert=True), trajectory([1], [7, 3], expert=True))
 
@@ -130,12 +130,62 @@ def test_rollout_correction_truncates_the_mismatch(level, expected):
 def test_advantages():
     """Section 14.7."""
     r = np.array([1.0, 0.0, 0.0, 3.0])
-    np.testing.assert_allclose(dr_grpo(r), [0, -1, -1, 2])
-    np.testing.assert_allclose(rloo(r), dr_grpo(r) * 4 / 3, rtol=1e-6)
-    np.testing.assert_allclose(grpo(r), dr_grpo(r) / (math.sqrt(2.0) + 1e-6), rtol=1e-6)
-    for estimate in (grpo, dr_grpo, rloo):
-        np.testing.assert_allclose(estimate(r + 5), estimate(r), atol=1e-6)
-        assert not estimate(np.ones(4)).any() and not estimate(np.ones(1)).any()
+    one = lambda name, rewards: ESTIMATORS[name]([rewards], [np.ones(len(rewards))])[0]
+    np.testing.assert_allclose(one("dr_grpo", r), [0, -1, -1, 2])
+    np.testing.assert_allclose(one("rloo", r), one("dr_grpo", r) * 4 / 3, rtol=1e-6)
+    np.testing.assert_allclose(one("grpo", r), one("dr_grpo", r) / (math.sqrt(2.0) + 1e-6), rtol=1e-6)
+    for name in ("grpo", "dr_grpo", "rloo", "reinforce_pp_baseline"):
+        np.testing.assert_allclose(one(name, r + 5), one(name, r), atol=1e-6)
+        assert not one(name, np.ones(4)).any() and not one(name, np.ones(1)).any()
+
+
+def test_reinforce_pp_is_white_over_the_tokens_of_the_batch():
+    """Section 14.1: rewards 1, 0 with 3 and 1 tokens: mean 3/4, unbiased variance (3 (1/4)^2 + (3/4)^2)/3 = 1/4."""
+    a, b = ESTIMATORS["reinforce_pp"]([np.array([1.0]), np.array([0.0])], [np.array([3]), np.array([1])])
+    np.testing.assert_allclose([a[0], b[0]], [0.5, -1.5], rtol=1e-6)
+
+
+@pytest.mark.parametrize("preset", ["grpo", "cispo", "gspo", "rloo"])
+def test_on_policy_the_objectives_have_the_gradient_of_reinforce(preset):
+    """Section 14.7: rho = 1."""
+    make = lambda preset, **more: make_method("grpo", {"policy": {"preset": preset, "advantage": "grpo", "reduction": "seq_mean_token_mean", **more}})
+    ours, plain = inspect(make(preset), batch(), ramp), inspect(make("grpo", objective="reinforce"), batch(), ramp)
+    for a, b in zip(ours.gradients, plain.gradients):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_gspo_clips_whole_sequences():
+    """Ratio of the sequence: mean of (0.5, 0.5, -0.85) is 0.05 > 0.0004, so a positive advantage gets no gradient anywhere, though one token went down."""
+    moved = lambda row: ramp(row) + (np.array([0, 0.5, 0.5, -0.85], np.float32) if len(row.tokens) == 4 else 0)
+    out = inspect(make_method("grpo", {"policy": "gspo"}), batch(), moved, old=ramp)
+    assert not out.gradients[0].any()
+    # one token: the sequence ratio is PPO's
+    ppo, gspo = (inspect(make_method("grpo", {"policy": {"preset": p, "clip_low": 0.2, "clip_high": 0.2}}), batch(groups=(
+        group([trajectory([1], [5], [-1.0]), trajectory([1], [8], [-1.0])], [1, 0]),)), lambda r: ramp(r) + 0.1, old=ramp) for p in ("grpo", "gspo"))
+    assert gspo.loss == pytest.approx(ppo.loss, rel=1e-6)
+
+
+def test_cispo_keeps_a_bounded_gradient_where_ppo_has_none():
+    moved = lambda row: ramp(row) + 0.5
+    out = inspect(make_method("grpo", {"policy": "cispo"}), batch(), moved, old=ramp)
+    a = 0.5 / (math.sqrt(0.5) + 1e-6)
+    np.testing.assert_allclose(out.gradients[0][1:], [-1.2 * a / 4] * 3, rtol=1e-5)
+
+
+def test_dynamic_sampling_redraws_groups_without_spread():
+    method = make_method("grpo", {"policy": "dapo"})
+    assert method.accept(rollouts()) and not method.accept(rollouts((1.0, 1.0))) and not method.accept(rollouts((0.0, 0.0)))
+
+
+def test_truncated_responses_can_be_left_out():
+    cut = group([trajectory([1], [5, 6], [-1.0] * 2, finish=Finish.LENGTH), trajectory([1], [8], [-1.0])], [0, 1])
+    out = inspect(make_method("grpo", {"policy": {"mask_truncated": True}}), batch(groups=(cut,)), ramp)
+    assert not out.gradients[0].any() and out.gradients[1].any() and out.denominators["policy"] == 1.0
+
+
+def test_entropy_bonus_is_its_own_term():
+    out = inspect(make_method("grpo", {"policy": {"entropy_bonus": 0.01}}), batch(), ramp, entropy=lambda r: np.full(len(r.tokens), 0.7))
+    assert out.terms["entropy"] == pytest.approx(-0.7) and out.coefficients["entropy"] == 0.01
 
 
 def test_schedules():
