@@ -206,7 +206,7 @@ class InlineLearner:
     ranks = 1
 
     def __init__(self, rank: LearnerRank):
-        self.rank, self.pool, self.synced = rank, None, None
+        self.rank, self.pool, self.synced, self.sync_timeout = rank, None, None, rank.config.sync.timeout
         self.step, self.logprobs, self.save, self.load, self.export = rank.step, rank.logprobs, rank.save, rank.load, rank.export
         self.close = rank.close
 

@@ -4,20 +4,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from learner_cases import TERMS, equal, make_plan, make_rows, only, plain_gradient, poison, weights
 
-from tandem.algorithms.base import Term
-from tandem.algorithms.objectives import NLL, KLToReference, PPOClip
-from tandem.algorithms.reductions import Reduction
 from tandem.engine.config import Config, LearnerConfig, ModelConfig
 from tandem.engine.learner import LearnerRank, build_policy
-from tandem.engine.packing import pack
-from tandem.engine.terms import denominators
-from tandem.engine.types import Row, Source, StepPlan
 from tandem.engine.zero import LocalEngine
-
-TERMS = (Term("policy", PPOClip(), Reduction("token_mean")), Term("sft", NLL("phi"), Reduction("seq_mean_token_mean"), 0.3),
-         Term("kl", KLToReference(), Reduction("sum_over_constant", 16), 0.1, needs=frozenset({"ref_logp"})))
-
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory):
@@ -25,68 +16,15 @@ def model_path(tmp_path_factory):
     return str(make_tiny(tmp_path_factory.mktemp("model") / "tiny", hidden=32, layers=2))
 
 
-def make_rows(seed=0, count=7):
-    """Own samples with behaviour log-probs and advantages, and demonstrations, of different lengths."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for i in range(count):
-        length, start = int(rng.integers(6, 24)), int(rng.integers(2, 5))
-        tokens, expert = rng.integers(7, 100, length).astype(np.int32), i % 3 == 2
-        mask = (np.arange(length) >= start).astype(np.float32)
-        source = np.where(mask > 0, Source.EXPERT if expert else Source.POLICY, Source.PROMPT).astype(np.int8)
-        noise = np.where(mask > 0, rng.normal(-4.6, 0.1, length), np.nan).astype(np.float32)
-        rows.append(Row(tokens, source, {"sft": mask} if expert else {"policy": mask, "kl": mask}, advantage=mask * np.float32(rng.normal()),
-                        behaviour_logp=None if expert else noise, ref_logp=noise, version=np.where(mask > 0, 0, -1).astype(np.int32), group=i))
-    return rows
-
-
-def make_plan(rows, ranks=1, budget=64, terms=TERMS, **changes):
-    plan = StepPlan(0, tuple(terms), denominators(terms, rows), pack(rows, terms, ranks, budget, version=0), learning_rate=1e-3, temperature=0.8, entropy=True)
-    return replace(plan, **changes)
-
-
 def make_rank(model_path, dtype="float32", **learner):
     config = Config(model=ModelConfig(path=model_path, dtype=dtype), learner=LearnerConfig(**{"grad_clip": 0.0, **learner}))
     return LearnerRank(config, model_path, LocalEngine(build_policy(config, model_path), config.learner))
 
 
-def weights(rank):
-    return {name: tensor.clone() for name, tensor in rank.engine.full_parameters()}
-
-
-def equal(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
-
-
-def plain_gradient(model_path, rows, terms, temperature=0.8):
-    """The formula of the loss, row by row through transformers' own head: nothing of the packer, the chunked head or the engines."""
-    from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
-    z, loss = denominators(terms, rows), 0.0
-    for row in rows:
-        logits = model(input_ids=torch.as_tensor(row.tokens, dtype=torch.long)[None]).logits[0, :-1] / temperature
-        logp = logits.log_softmax(-1).gather(-1, torch.as_tensor(row.tokens[1:], dtype=torch.long)[:, None]).squeeze(-1)
-        for term in terms:
-            if term.name not in row.weights:
-                continue
-            mask, scale = torch.as_tensor(row.weights[term.name][1:]), term.reduction.row_scale(int(row.weights[term.name].sum()))
-            if term.name == "policy":       # first step since the snapshot: ratio 1, no clipping
-                token = -(logp - logp.detach()).exp() * torch.as_tensor(row.advantage[1:])
-            elif term.name == "sft":
-                p = logp.detach().exp()
-                token = -p * (1 - p) * logp
-            else:
-                d = torch.as_tensor(row.ref_logp[1:]).nan_to_num() - logp
-                token = d.exp() - d - 1
-            loss = loss + term.coefficient * scale * (token[mask > 0]).sum() / z[term.name]
-    loss.backward()
-    return {name: p.grad for name, p in model.named_parameters()}, float(loss.detach())
-
-
 @pytest.mark.parametrize("term", ["policy", "sft", "kl", "all"])
 @pytest.mark.parametrize("budget", [10_000, 48, 24])
 def test_gradient_of_any_split_is_that_of_the_formula(model_path, term, budget):
-    rows, terms = make_rows(), TERMS if term == "all" else tuple(t if t.name == term else replace(t, coefficient=0.0) for t in TERMS)
+    rows, terms = make_rows(), TERMS if term == "all" else only(term)
     expected, loss = plain_gradient(model_path, rows, terms)
     rank = make_rank(model_path)
     captured = {}
@@ -156,8 +94,7 @@ def test_non_finite_gradient_changes_nothing(model_path, dtype):
     rank.step(make_plan(rows))
     before = weights(rank)
     moments = {i: {k: v.clone() for k, v in s.items()} for i, s in enumerate(rank.engine.optimizer.state.values())}
-    poisoned = [replace(rows[0], advantage=np.full(len(rows[0].tokens), np.inf, np.float32)), *rows[1:]]
-    report = rank.step(make_plan(poisoned))
+    report = rank.step(make_plan(poison(rows)))
     assert report.skipped and not np.isfinite(report.metrics["grad_norm"])
     assert equal(before, weights(rank))
     assert all(torch.equal(moments[i][k], v) for i, s in enumerate(rank.engine.optimizer.state.values()) for k, v in s.items())

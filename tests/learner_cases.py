@@ -1,0 +1,80 @@
+"""Rows, plans and an independent gradient, shared by the learner's tests."""
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from tandem.algorithms.base import Term
+from tandem.algorithms.objectives import NLL, KLToReference, PPOClip
+from tandem.algorithms.reductions import Reduction
+from tandem.engine.packing import pack
+from tandem.engine.terms import denominators
+from tandem.engine.types import Row, Source, StepPlan
+
+TEMPERATURE = 0.8
+TERMS = (Term("policy", PPOClip(), Reduction("token_mean")), Term("sft", NLL("phi"), Reduction("seq_mean_token_mean"), 0.3),
+         Term("kl", KLToReference(), Reduction("sum_over_constant", 16), 0.1, needs=frozenset({"ref_logp"})))
+
+
+def only(name):
+    """TERMS with all coefficients but one set to zero."""
+    return tuple(t if t.name == name else replace(t, coefficient=0.0) for t in TERMS)
+
+
+def make_rows(seed=0, count=7):
+    """Own samples with behaviour log-probs and advantages, and demonstrations, of different lengths."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(count):
+        length, start = int(rng.integers(6, 24)), int(rng.integers(2, 5))
+        tokens, expert = rng.integers(7, 100, length).astype(np.int32), i % 3 == 2
+        mask = (np.arange(length) >= start).astype(np.float32)
+        source = np.where(mask > 0, Source.EXPERT if expert else Source.POLICY, Source.PROMPT).astype(np.int8)
+        noise = np.where(mask > 0, rng.normal(-4.6, 0.1, length), np.nan).astype(np.float32)
+        rows.append(Row(tokens, source, {"sft": mask} if expert else {"policy": mask, "kl": mask}, advantage=mask * np.float32(rng.normal()),
+                        behaviour_logp=None if expert else noise, ref_logp=noise, version=np.where(mask > 0, 0, -1).astype(np.int32), group=i))
+    return rows
+
+
+def poison(rows):
+    """The same rows, one of them with an infinite advantage: a non-finite gradient on the one rank that gets it."""
+    return [replace(rows[0], advantage=np.full(len(rows[0].tokens), np.inf, np.float32)), *rows[1:]]
+
+
+def make_plan(rows, ranks=1, budget=64, terms=TERMS, **changes):
+    plan = StepPlan(0, tuple(terms), denominators(terms, rows), pack(rows, terms, ranks, budget, version=0), learning_rate=1e-3, temperature=TEMPERATURE, entropy=True)
+    return replace(plan, **changes)
+
+
+def plain_gradient(model_path, rows, terms):
+    """({parameter: gradient}, loss) by the formula of the loss, row by row through transformers' own head: nothing of packer, chunked head or engines."""
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    z, loss = denominators(terms, rows), 0.0
+    for row in rows:
+        logits = model(input_ids=torch.as_tensor(row.tokens, dtype=torch.long)[None]).logits[0, :-1] / TEMPERATURE
+        logp = logits.log_softmax(-1).gather(-1, torch.as_tensor(row.tokens[1:], dtype=torch.long)[:, None]).squeeze(-1)
+        for term in terms:
+            if term.name not in row.weights:
+                continue
+            mask, scale = torch.as_tensor(row.weights[term.name][1:]), term.reduction.row_scale(int(row.weights[term.name].sum()))
+            if term.name == "policy":       # first step since the snapshot: ratio 1, no clipping
+                token = -(logp - logp.detach()).exp() * torch.as_tensor(row.advantage[1:])
+            elif term.name == "sft":
+                p = logp.detach().exp()
+                token = -p * (1 - p) * logp
+            else:
+                d = torch.as_tensor(row.ref_logp[1:]).nan_to_num() - logp
+                token = d.exp() - d - 1
+            loss = loss + term.coefficient * scale * (token[mask > 0]).sum() / z[term.name]
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters()}, float(loss.detach())
+
+
+def weights(rank):
+    """{parameter: copy of the full tensor} of a LearnerRank; a collective."""
+    return {name: tensor.clone() for name, tensor in rank.engine.full_parameters()}
+
+
+def equal(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
