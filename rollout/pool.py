@@ -1,0 +1,300 @@
+"""The rollout pool: N Ray actors with one vLLM engine each, and what to do when one of them dies.
+
+All samples of a request go to one engine, the one with the fewest samples outstanding. An engine is dead when its actor is gone, its vLLM process is
+gone, an update of its weights failed, or a request has had no answer for rollout.request_timeout seconds; all its requests then fail with EngineDied.
+A restarted engine has the weights of the model folder, not the run's: it refuses to generate until it has taken an update.
+"""
+from __future__ import annotations
+
+import os
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tandem.engine.config import Config
+from tandem.engine.types import GenRequest, Source, Trajectory
+from tandem.rollout.backend import EngineDied, SyncError
+
+CLOSE_SECONDS = 20.0        # for an engine to end by itself
+
+
+class RolloutPoolExhausted(RuntimeError):
+    """Engines died more often than rollout.max_restarts allows."""
+
+
+class EngineActor:
+    """One engine in a Ray actor; the methods are those of rollout.backend.Backend, and a few for the pool."""
+
+    def __init__(self, index: int, config: Config, model_path: str, run_dir: str, stale: bool):
+        from tandem.rollout.vllm_backend import redirect_output
+        redirect_output(log_path(run_dir, index))       # before vLLM is imported, so that nothing of it reaches the user's terminal
+        self.index, self.config, self.model_path, self.stale = index, config, model_path, stale
+        self.backend = None
+
+    async def start(self) -> dict[str, float]:
+        """Returns seconds spent by phase."""
+        from tandem.rollout.vllm_backend import VllmBackend
+        self.backend = await VllmBackend.start(self.model_path, self.config, self.config.run.seed + self.index)
+        return self.backend.start_seconds
+
+    async def generate(self, request: GenRequest) -> tuple[Trajectory, ...]:
+        if self.stale:
+            raise SyncError(f"engine {self.index} was restarted and still has the weights of {self.model_path}; sync weights before it serves")
+        return await self.backend.generate(request)
+
+    async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        await self.backend.init_weight_transfer_engine(init_info)
+
+    async def start_weight_update(self) -> None:
+        await self.backend.start_weight_update()
+
+    async def update_weights(self, update_info: dict[str, Any]) -> None:
+        await self.backend.update_weights(update_info)
+
+    async def finish_weight_update(self, version: int) -> dict[str, str]:
+        digests = await self.backend.finish_weight_update(version)
+        self.stale = False
+        return digests
+
+    async def weight_version(self) -> int:
+        return await self.backend.weight_version()
+
+    async def held_digest(self) -> str:
+        return await self.backend.held_digest()
+
+    async def health(self) -> None:
+        await self.backend.health()
+
+    async def close(self) -> None:
+        if self.backend is not None:
+            await self.backend.close()
+
+    async def transfer_ranks(self) -> int:
+        """How many ranks of the transfer group this engine takes."""
+        return self.config.cluster.tensor_parallel
+
+    async def updating(self) -> bool:
+        """Whether a weight update was begun and not finished."""
+        return self.backend.updating
+
+    async def cache_counts(self) -> tuple[int, int]:
+        """(prompt tokens, those of them that the prefix cache had), since the start."""
+        return self.backend.prompt_tokens, self.backend.cached_tokens
+
+    async def process_ids(self) -> list[int]:
+        """The actor's process and vLLM's."""
+        import multiprocessing
+        return [os.getpid(), *(p.pid for p in multiprocessing.active_children())]
+
+
+def log_path(run_dir: str | Path, index: int) -> Path:
+    return Path(run_dir) / "logs" / f"engine_{index}.log"
+
+
+@dataclass(eq=False)
+class Pending:
+    """A request that an engine is working on."""
+
+    request: GenRequest
+    result: Future
+    started: float
+
+
+@dataclass(eq=False)
+class Slot:
+    """A place for an engine; a restart puts a new actor into it."""
+
+    index: int
+    handle: Any
+    alive: bool = True
+    error: str = ""
+    pending: dict[Any, Pending] = field(default_factory=dict)
+    busy_seconds: float = 0.0
+    busy_since: float | None = None
+
+    @property
+    def load(self) -> int:
+        return sum(p.request.samples for p in self.pending.values())
+
+
+class EnginePool:
+    """Thread-safe: requests end in Ray's callback threads, timeouts in a watchdog's."""
+
+    def __init__(self, config: Config, model_path: str, placement, run_dir: str | Path):
+        self.config, self.model_path, self.placement, self.run_dir = config, model_path, placement, Path(run_dir)
+        self.lock = threading.RLock()
+        self.restarts, self.generated_tokens = 0, 0
+        self.closed = threading.Event()
+        self.slots: list[Slot] = []
+
+    @classmethod
+    def start(cls, config: Config, model_path: str, placement, run_dir: str | Path) -> EnginePool:
+        """Start all engines side by side. Raises RuntimeError with the end of its log if one does not come up within cluster.start_timeout."""
+        pool = cls(config, model_path, placement, run_dir)
+        pool.slots = [Slot(i, pool.actor(i, stale=False)) for i in range(config.cluster.engines)]
+        try:
+            pool.wait_started(pool.slots)
+        except BaseException:
+            pool.close()
+            raise
+        threading.Thread(target=pool.watch, name="rollout_watchdog", daemon=True).start()
+        return pool
+
+    def actor(self, index: int, stale: bool):
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+        cluster = self.config.cluster
+        place = PlacementGroupSchedulingStrategy(self.placement.group, placement_group_bundle_index=self.placement.engine_bundle(index))
+        return ray.remote(EngineActor).options(num_cpus=cluster.engine_cpus, num_gpus=cluster.engine_gpus, max_restarts=0, scheduling_strategy=place,
+                                               runtime_env={"env_vars": dict(self.placement.engine_env)}
+                                               ).remote(index, self.config, self.model_path, str(self.run_dir), stale)
+
+    def wait_started(self, slots: list[Slot]) -> None:
+        import ray
+        deadline = time.monotonic() + self.config.cluster.start_timeout
+        for slot, ref in [(slot, slot.handle.start.remote()) for slot in slots]:
+            try:
+                ray.get(ref, timeout=max(0.0, deadline - time.monotonic()))
+            except ray.exceptions.RayError as error:
+                path = log_path(self.run_dir, slot.index)
+                tail = "\n  ".join(path.read_text(errors="replace").splitlines()[-15:]) if path.exists() else "(on another machine)"
+                reason = f"not up after cluster.start_timeout={self.config.cluster.start_timeout:g} s" if isinstance(error, ray.exceptions.GetTimeoutError) else str(error)
+                raise RuntimeError(f"rollout engine {slot.index} did not start: {reason}\nend of {path}:\n  {tail}") from error
+
+    # -- generation ---------------------------------------------------------------------------------------------------------------------------------
+
+    def submit(self, request: GenRequest) -> Future[tuple[Trajectory, ...]]:
+        """The future fails with EngineDied if its engine dies, and with SyncError if its engine has stale weights."""
+        result: Future[tuple[Trajectory, ...]] = Future()
+        result.set_running_or_notify_cancel()       # an engine cannot give a request back, so it cannot be cancelled
+        with self.lock:
+            living = [slot for slot in self.slots if slot.alive]
+            if not living:
+                result.set_exception(EngineDied("no rollout engine is alive: " + "; ".join(f"engine {s.index}: {s.error}" for s in self.slots)))
+                return result
+            slot = min(living, key=lambda s: (s.load, s.index))
+            handle = slot.handle
+            ref = handle.generate.remote(request)
+            slot.pending[ref] = Pending(request, result, time.monotonic())
+            if slot.busy_since is None:
+                slot.busy_since = time.monotonic()
+        ref.future().add_done_callback(lambda done: self.finish(slot, handle, ref, done))
+        return result
+
+    def finish(self, slot: Slot, handle, ref, done: Future) -> None:
+        """One answer of an engine; runs in one of Ray's threads."""
+        error = done.exception()
+        cause = getattr(error, "cause", None) or error
+        if isinstance(cause, EngineDied) or is_actor_error(error):
+            self.bury(slot, handle, str(cause))
+            return
+        with self.lock:
+            pending = self.retire(slot, ref)
+            if pending is None:
+                return      # it failed before, together with its engine
+            if error is None:
+                self.generated_tokens += sum(int((t.source == Source.POLICY).sum()) for t in done.result())
+        if error is None:
+            pending.result.set_result(done.result())
+        else:
+            pending.result.set_exception(cause)
+
+    def retire(self, slot: Slot, ref) -> Pending | None:
+        pending = slot.pending.pop(ref, None)
+        if pending is not None and not slot.pending:
+            slot.busy_seconds += time.monotonic() - slot.busy_since
+            slot.busy_since = None
+        return pending
+
+    # -- death and recovery -------------------------------------------------------------------------------------------------------------------------
+
+    def bury(self, slot: Slot, handle, reason: str) -> None:
+        """Mark the engine `handle` dead, end its actor and fail everything it was working on. News of an engine that was replaced since changes nothing."""
+        import ray
+        with self.lock:
+            if not slot.alive or slot.handle is not handle:
+                return
+            slot.alive, slot.error = False, reason
+            lost = [self.retire(slot, ref) for ref in list(slot.pending)]
+        ray.kill(handle)       # vLLM's process notices within a second and ends
+        for pending in lost:
+            pending.result.set_exception(EngineDied(f"engine {slot.index}: {reason}"))
+
+    def watch(self) -> None:
+        limit = self.config.rollout.request_timeout
+        while not self.closed.wait(min(1.0, limit / 4)):
+            with self.lock:
+                late = [(slot, slot.handle) for slot in self.slots if any(time.monotonic() - p.started > limit for p in slot.pending.values())]
+            for slot, handle in late:
+                self.bury(slot, handle, f"no answer within rollout.request_timeout={limit:g} s")
+
+    def recover(self) -> int:
+        """Restart every engine that is dead, unhealthy or stuck in a weight update; returns how many. They serve only after the next weight update.
+
+        Raises RolloutPoolExhausted when that takes more restarts than rollout.max_restarts. Not to be called while weights are being sent.
+        """
+        import ray
+        checks = [(slot, slot.handle.health.remote(), slot.handle.updating.remote()) for slot in self.slots if slot.alive]
+        for slot, health, updating in checks:
+            try:
+                if ray.get([health, updating], timeout=CLOSE_SECONDS)[1]:
+                    self.bury(slot, slot.handle, "a weight update was begun and never finished")
+            except ray.exceptions.RayError as error:
+                self.bury(slot, slot.handle, str(getattr(error, "cause", None) or error))
+        dead = [slot for slot in self.slots if not slot.alive]
+        if self.restarts + len(dead) > self.config.rollout.max_restarts:
+            raise RolloutPoolExhausted(f"{len(dead)} rollout engine(s) dead after {self.restarts} restarts, rollout.max_restarts is "
+                                       f"{self.config.rollout.max_restarts}; last errors:\n" + "\n".join(f"  engine {s.index}: {s.error}" for s in dead))
+        self.restarts += len(dead)
+        stale = not self.config.run.rollout_only        # without a learner the model folder's weights are the run's
+        for slot in dead:
+            slot.handle = self.actor(slot.index, stale)
+        self.wait_started(dead)
+        with self.lock:
+            for slot in dead:
+                slot.alive, slot.error = True, ""
+        return len(dead)
+
+    # -- the rest -----------------------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def handles(self) -> list[Any]:
+        """Actor handles of the engines that are alive."""
+        with self.lock:
+            return [slot.handle for slot in self.slots if slot.alive]
+
+    def stats(self) -> dict[str, float]:
+        """Totals since the start: busy_seconds (summed over engines), generated_tokens, restarts; engines alive; prefix_cache_hit_rate of the living."""
+        import ray
+        now = time.monotonic()
+        with self.lock:
+            busy = sum(s.busy_seconds + (now - s.busy_since if s.busy_since is not None else 0.0) for s in self.slots)
+            tokens, handles = self.generated_tokens, self.handles
+        stats = {"busy_seconds": busy, "generated_tokens": float(tokens), "engines": float(len(handles)), "restarts": float(self.restarts)}
+        try:
+            counts = ray.get([handle.cache_counts.remote() for handle in handles], timeout=5.0)
+        except ray.exceptions.RayError:
+            return stats        # a dying engine; whoever waits for its rollouts will be told
+        return {**stats, "prefix_cache_hit_rate": sum(c for _, c in counts) / max(1, sum(p for p, _ in counts))}
+
+    def close(self) -> None:
+        """End all engines and their processes; unanswered requests fail with EngineDied. Idempotent."""
+        import ray
+        self.closed.set()
+        if not ray.is_initialized():
+            return
+        with self.lock:
+            living = [slot for slot in self.slots if slot.alive]
+        refs = [slot.handle.close.remote() for slot in living]
+        if refs:
+            ray.wait(refs, num_returns=len(refs), timeout=CLOSE_SECONDS)
+        for slot in living:
+            self.bury(slot, slot.handle, "the pool was closed")
+
+
+def is_actor_error(error: BaseException | None) -> bool:
+    import ray
+    return isinstance(error, (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError))

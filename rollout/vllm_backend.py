@@ -1,0 +1,244 @@
+"""One vLLM engine (AsyncLLM) behind the Backend protocol.
+
+Every sampled token carries its log-prob under the distribution it was sampled from and the weight version that sampled it (vLLM stamps versions token by
+token, so a sequence that lived through an update carries two). Weights change only between start_weight_update and finish_weight_update; generation is
+paused meanwhile, running requests are kept, and their keys and values are computed anew with the new weights.
+
+An update that does not end well leaves the engine unusable: it then raises EngineDied until it is closed. Half-loaded weights never sample a token.
+"""
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tandem.engine.config import Config
+from tandem.engine.digest import combine
+from tandem.engine.types import Finish, GenRequest, Sampling, Source, Trajectory
+from tandem.rollout.backend import EngineDied, SyncError
+
+FINISH = {"stop": Finish.STOP, "length": Finish.LENGTH}
+
+
+def transport(config: Config) -> str:
+    """nccl or gloo: what `sync.transport` asks for, or what fits the devices."""
+    on_gpus = config.cluster.engine_gpus > 0 and config.cluster.learner_gpus > 0
+    return config.sync.transport if config.sync.transport != "auto" else "nccl" if on_gpus else "gloo"
+
+
+def engine_arguments(model_path: str, config: Config, seed: int) -> dict[str, Any]:
+    """What AsyncLLM is started with."""
+    r, cluster = config.rollout, config.cluster
+    on_gpu = cluster.engine_gpus > 0
+    longest = config.data.max_prompt_tokens + max(r.max_tokens, config.eval.max_tokens or 0)
+    device = dict(gpu_memory_utilization=r.gpu_memory_utilization) if on_gpu else dict(kv_cache_memory_bytes=int(r.kv_cache_gib * 2**30), enforce_eager=True)
+    return dict(model=model_path, tokenizer=config.model.tokenizer or model_path, trust_remote_code=config.model.trust_remote_code,
+                dtype=config.model.dtype, max_model_len=r.max_model_len or longest, max_num_seqs=r.max_sequences, seed=seed,
+                enable_prefix_caching=r.prefix_caching, logprobs_mode="processed_logprobs", tensor_parallel_size=cluster.tensor_parallel,
+                distributed_executor_backend="uni" if cluster.tensor_parallel == 1 else "mp", disable_log_stats=True,
+                weight_transfer_config={"backend": {"nccl": "tandem_nccl", "gloo": "gloo"}[transport(config)]},
+                worker_extension_cls="tandem.rollout.vllm_worker.WorkerExtension", **device)
+
+
+def set_environment(config: Config) -> None:
+    """Variables that vLLM reads in this process and its children; the user's own values win, except for the one that is needed."""
+    for key, value in dict(VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="WARNING").items():
+        os.environ.setdefault(key, value)
+    if config.cluster.engine_gpus == 0:
+        # nobind: vLLM would pin every engine to the same cores. TORCH_COMPILE_DISABLE: a helper of the sampler would compile C++ for 15 s at the first
+        # request. V1_MULTIPROCESSING=0: AsyncLLM has its engine process all the same, but vLLM's CPU platform then honours the uni executor, which saves
+        # a third process and its start-up
+        for key, value in dict(VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS=str(config.cluster.threads), TORCH_COMPILE_DISABLE="1").items():
+            os.environ.setdefault(key, value)
+        if config.cluster.tensor_parallel == 1:
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+
+def redirect_output(path: Path) -> None:
+    """Send everything this process and its children write, C++ libraries included, to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+        stream.flush()
+        os.dup2(file, number)
+    os.close(file)
+
+
+class VllmBackend:
+    """See rollout.backend.Backend."""
+
+    def __init__(self, llm, config: Config):
+        self.llm, self.config = llm, config
+        self.version = 0
+        self.updating = False
+        self.broken: str | None = None              # why this engine can never serve again
+        self.requests = 0
+        self.prompt_tokens = self.cached_tokens = 0
+        self.start_seconds: dict[str, float] = {}
+
+    @classmethod
+    async def start(cls, model_path: str, config: Config, seed: int, log_dir: str | None = None) -> VllmBackend:
+        """Start the engine with the weights of `model_path`, which count as version 0.
+
+        `log_dir`: this process's stdout and stderr, its children's too, go to engine.log there; None leaves them alone. Takes 10 to 20 s on a CPU, nearly all
+        of it two imports of vLLM (`start_seconds`).
+        """
+        set_environment(config)
+        if log_dir is not None:
+            redirect_output(Path(log_dir) / "engine.log")
+        begin = time.perf_counter()
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from tandem.rollout import vllm_worker  # registers the transports; vLLM checks their names here as well
+        imported = time.perf_counter()
+        backend = cls(AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(model_path, config, seed))), config)
+        await backend.llm.update_weight_version("0")
+        await backend.llm.collective_rpc("tandem_die_with", args=(os.getpid(),))
+        backend.start_seconds = {"import": imported - begin, "engine": time.perf_counter() - imported}
+        return backend
+
+    # -- generation ---------------------------------------------------------------------------------------------------------------------------------
+
+    async def generate(self, request: GenRequest) -> tuple[Trajectory, ...]:
+        """All samples of one request, in order. Raises EngineDied; the request may then be re-issued elsewhere."""
+        await self.health()
+        seed = None if request.sampling.seed is None else int(np.random.SeedSequence([request.sampling.seed, request.group]).generate_state(1)[0] >> 1)
+        if request.prefixes:
+            if len(request.prefixes) != request.samples:
+                raise ValueError(f"group {request.group}: {len(request.prefixes)} prefixes for {request.samples} samples; give one per sample (may be empty) or none")
+            jobs = [self.run(request, np.asarray(p, np.int32), 1, None if seed is None else seed + i) for i, p in enumerate(request.prefixes)]
+            return tuple(t for part in await asyncio.gather(*jobs) for t in part)
+        return tuple(await self.run(request, np.zeros(0, np.int32), request.samples, seed))
+
+    async def run(self, request: GenRequest, prefix: np.ndarray, samples: int, seed: int | None) -> list[Trajectory]:
+        """`samples` continuations of prompt + prefix; they share the prompt's keys and values."""
+        from vllm import SamplingParams
+        from vllm.inputs.engine import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError
+        sampling = request.sampling
+        room = sampling.max_tokens - len(prefix)
+        if room < 1:
+            return [trajectory(request, prefix) for _ in range(samples)]
+        params = SamplingParams(n=samples, temperature=sampling.temperature, top_p=sampling.top_p, max_tokens=room, seed=seed,
+                                min_tokens=min(room, max(0, sampling.min_tokens - len(prefix))),
+                                logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+        prompt = tokens_input(request.prompt.tokens.tolist() + prefix.tolist())
+        self.requests += 1
+        try:
+            async for answer in self.llm.generate(prompt, params, request_id=f"{request.group}.{request.attempt}.{self.requests}"):
+                final = answer
+        except EngineDeadError as error:
+            raise EngineDied(f"vLLM's engine process died: {error}") from error
+        self.prompt_tokens += len(final.prompt_token_ids)
+        self.cached_tokens += final.num_cached_tokens or 0
+        return [trajectory(request, prefix, output) for output in final.outputs]
+
+    # -- weights ------------------------------------------------------------------------------------------------------------------------------------
+
+    async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+        await self.health()
+        await self.llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info))
+
+    async def start_weight_update(self) -> None:
+        await self.health()
+        self.updating = True
+        async with self.or_broken("start"):
+            await self.llm.pause_generation(mode="keep", clear_cache=False)
+            await self.llm.start_weight_update()
+
+    async def update_weights(self, update_info: dict[str, Any]) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+        await self.health()
+        async with self.or_broken("receive"):
+            await self.llm.update_weights(WeightTransferUpdateRequest(update_info))
+
+    async def finish_weight_update(self, version: int) -> dict[str, str]:
+        await self.health()
+        async with self.or_broken("finish"):
+            self.all_equal(await self.llm.collective_rpc("tandem_missing"), [], f"weights {version} are incomplete, the engine still has old values in")
+            await self.llm.finish_weight_update(weight_version=str(version))
+            self.all_equal(await self.llm.collective_rpc("tandem_stale_heads"), [], f"with weights {version} the engine still computes with the old weights in")
+            if not await self.llm.reset_prefix_cache(reset_running_requests=True):
+                raise SyncError(f"vLLM did not reset its prefix cache after weights {version}: it would serve keys and values of older weights")
+            received = await self.llm.collective_rpc("tandem_received")
+            self.all_equal(received, received[0], f"tensor-parallel workers received different weights {version}:")
+            await self.llm.resume_generation()
+            self.version, self.updating = version, False
+        return received[0]
+
+    def or_broken(self, phase: str) -> BrokenOnError:
+        return BrokenOnError(self, phase)
+
+    @staticmethod
+    def all_equal(answers: list[Any], expected: Any, complaint: str) -> None:
+        """Raise SyncError with the first differing answer of a worker."""
+        for rank, answer in enumerate(answers):
+            if answer != expected:
+                raise SyncError(f"{complaint} {answer} (worker {rank})")
+
+    async def weight_version(self) -> int:
+        await self.health()
+        return int(await self.llm.get_weight_version())
+
+    async def held_digest(self) -> str:
+        """One digest over the weights all workers compute with; on a CPU with the limits of WorkerExtension.tandem_held."""
+        await self.health()
+        held = await self.llm.collective_rpc("tandem_held")
+        return combine({f"{rank}:{name}": value for rank, worker in enumerate(held) for name, value in worker.items()})
+
+    # -- life ---------------------------------------------------------------------------------------------------------------------------------------
+
+    async def health(self) -> None:
+        if self.broken is not None:
+            raise EngineDied(self.broken)
+        if self.llm.errored:
+            raise EngineDied("vLLM's engine process died")
+
+    async def close(self) -> None:
+        self.broken = self.broken or "the engine was closed"
+        if self.llm is not None:
+            self.llm.shutdown(timeout=10)
+            self.llm = None
+
+
+class BrokenOnError:
+    """`async with`: any error inside makes the engine unusable, since it may have been left between two sets of weights."""
+
+    def __init__(self, backend: VllmBackend, phase: str):
+        self.backend, self.phase = backend, phase
+
+    async def __aenter__(self):
+        pass
+
+    async def __aexit__(self, kind, error, trace):
+        if error is not None:
+            self.backend.broken = f"a weight update failed ({self.phase}): {type(error).__name__}: {error}"
+            if not isinstance(error, SyncError):
+                raise SyncError(self.backend.broken) from error
+
+
+def trajectory(request: GenRequest, prefix: np.ndarray, output=None) -> Trajectory:
+    """vLLM's CompletionOutput as a Trajectory; without one the prefix is the whole response (it left no room to sample)."""
+    ids = np.array(output.token_ids if output else [], np.int32)
+    given = len(request.prompt.tokens) + len(prefix)
+    length = given + len(ids)
+    source = np.full(length, Source.POLICY, np.int8)
+    source[:len(request.prompt.tokens)], source[len(request.prompt.tokens):given] = Source.PROMPT, request.prefix_source
+    logp, version = np.full(length, np.nan, np.float32), np.full(length, -1, np.int32)
+    if len(ids):
+        if len(output.logprobs.logprobs) != len(ids) or output.logprobs.token_ids != list(output.token_ids) or output.weight_versions is None:
+            raise RuntimeError(f"group {request.group}: vLLM gave {len(ids)} tokens, {len(output.logprobs.logprobs)} log-probs and weight versions "
+                               f"{output.weight_versions}; expected one of each per token")
+        logp[given:] = output.logprobs.logprobs
+        for span in output.weight_versions:
+            version[given + span.start:given + span.end] = int(span.version)
+    return Trajectory(prompt_id=request.prompt.id, tokens=np.concatenate([request.prompt.tokens, prefix, ids]).astype(np.int32), source=source,
+                      finish=FINISH.get(output.finish_reason, Finish.ABORT) if output else Finish.LENGTH, behaviour_logp=logp, version=version, group=request.group)

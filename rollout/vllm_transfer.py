@@ -1,0 +1,305 @@
+"""Weights from the learner into vLLM engines, through vLLM's own weight-transfer interface.
+
+    learner rank 0                                   engines 1 .. N (every tensor-parallel worker of each)
+    Sender -> vLLM trainer engine  == broadcast ==>  vLLM worker engine -> model.load_weights
+           -> PoolClient           -- Ray calls -->  init / start / update / finish
+
+`gloo` is a transport of our own, for CPUs: vLLM has none. `nccl` is vLLM's packed NCCL broadcast; its worker side is extended only to digest
+what arrives. vLLM's own Ray client gives every engine the same rank, which is wrong for more than one engine: PoolClient does not.
+
+Both sides digest every tensor: the learner as it leaves, each worker as it arrives, before vLLM splits, fuses and packs it. This file is the learner's
+side and what both sides share; vllm_worker.py is the other side.
+"""
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
+from vllm.distributed.weight_transfer.base import (ParamMeta, TrainerInitInfo, TrainerWeightTransferEngine, WeightSource, WeightTransferInitInfo,
+                                                   WeightTransferUpdateInfo)
+
+from tandem.engine.config import SyncConfig
+from tandem.engine.digest import digest
+from tandem.rollout.backend import EngineDied, SyncError
+
+if TYPE_CHECKING:
+    from tandem.engine.learner import Delivery
+
+ALIGN = 16      # bytes; a view of a packed buffer must start where its dtype may start
+
+
+# -- what both sides of the gloo transport must agree on ------------------------------------------------------------------------------------------
+
+@dataclass
+class GlooInitInfo(WeightTransferInitInfo):
+    master_address: str
+    master_port: int
+    rank_offset: int        # of this engine's first worker in the group; the learner is rank 0
+    world_size: int
+    bucket_bytes: int
+    timeout: float          # seconds
+
+
+@dataclass
+class GlooUpdateInfo(WeightTransferUpdateInfo):
+    names: list[str]
+    dtype_names: list[str]
+    shapes: list[list[int]]
+
+
+@dataclass
+class GlooTrainerInit(TrainerInitInfo):
+    backend: ClassVar[str] = "gloo"
+    master_address: str
+    master_port: int
+    world_size: int
+    bucket_bytes: int
+    timeout: float
+
+
+def buckets(meta: Sequence[ParamMeta], limit: int) -> Iterator[list[tuple[ParamMeta, int, int]]]:
+    """Consecutive parameters packed into buffers of at most `limit` bytes (one larger parameter has a buffer to itself): (meta, offset, bytes)."""
+    bucket, end = [], 0
+    for m in meta:
+        size = torch.Size(m.shape).numel() * m.dtype.itemsize
+        if bucket and end + size > limit:
+            yield bucket
+            bucket, end = [], 0
+        bucket.append((m, end, size))
+        end += -(-size // ALIGN) * ALIGN
+    if bucket:
+        yield bucket
+
+
+def empty_buffer(bucket: list[tuple[ParamMeta, int, int]]) -> torch.Tensor:
+    _, offset, size = bucket[-1]
+    return torch.empty(max(1, offset + size), dtype=torch.uint8)
+
+
+def join_group(address: str, port: int, rank: int, world_size: int, timeout: float):
+    """A gloo group of its own; vLLM's and DeepSpeed's default groups are not touched. Raises if not all join within `timeout` seconds."""
+    import torch.distributed as dist
+    limit = timedelta(seconds=timeout)
+    store = dist.TCPStore(address, port, world_size, is_master=rank == 0, timeout=limit, wait_for_workers=False)
+    return dist.ProcessGroupGloo(dist.PrefixStore("tandem_weights", store), rank, world_size, limit)
+
+
+def broadcast(group, buffer: torch.Tensor):
+    """Start a broadcast from rank 0; returns the work handle."""
+    import torch.distributed as dist
+    options = dist.BroadcastOptions()
+    options.rootRank, options.rootTensor = 0, 0
+    return group.broadcast([buffer], options)
+
+
+# -- learner side ---------------------------------------------------------------------------------------------------------------------------------
+
+class PoolClient:
+    """vLLM's weight-sync control plane over Ray actor handles: each call goes to all engines at once and ends by `deadline`.
+
+    Raises EngineDied if an engine is gone or does not answer in time, SyncError if it answers with an error. `received` are the digests per engine.
+    """
+
+    def __init__(self, handles: Sequence[Any], timeout: float):
+        self.handles, self.timeout = list(handles), timeout
+        self.version, self.received = -1, []
+        self.restart_clock()
+        self.ranks = self.call("transfer_ranks", [()] * len(self.handles))
+
+    def restart_clock(self) -> None:
+        self.deadline = time.monotonic() + self.timeout
+
+    def call(self, method: str, arguments: Sequence[tuple]) -> list[Any]:
+        """method(*arguments[i]) on engine i; the first failure is raised at once, without waiting for the others."""
+        import ray
+        refs = [getattr(handle, method).remote(*args) for handle, args in zip(self.handles, arguments, strict=True)]
+        waiting, answers = refs, {}
+        while waiting:
+            done, waiting = ray.wait(waiting, timeout=max(0.0, self.deadline - time.monotonic()), fetch_local=False)
+            if not done:
+                raise EngineDied(f"engine(s) {[refs.index(r) for r in waiting]} did not answer {method} within sync.timeout={self.timeout:g} s")
+            for ref in done:
+                try:
+                    answers[ref] = ray.get(ref)
+                except ray.exceptions.RayActorError as error:
+                    raise EngineDied(f"engine {refs.index(ref)} died in {method}: {error}") from error
+                except ray.exceptions.RayTaskError as error:
+                    cause = error.cause if isinstance(error.cause, (EngineDied, SyncError)) else None
+                    raise type(cause or SyncError("")) (f"engine {refs.index(ref)} failed in {method}: {cause or error}") from error
+        return [answers[ref] for ref in refs]
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        offsets = [init_info["rank_offset"] + sum(self.ranks[:i]) for i in range(len(self.ranks))]
+        self.call("init_weight_transfer_engine", [({**init_info, "rank_offset": offset},) for offset in offsets])
+
+    def start_weight_update(self) -> None:
+        self.call("start_weight_update", [()] * len(self.handles))
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.call("update_weights", [(update_info,)] * len(self.handles))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """vLLM's trainer engines pass no version; it was set by Sender.send."""
+        self.received = self.call("finish_weight_update", [(self.version,)] * len(self.handles))
+
+
+class DigestingSource(WeightSource):
+    """A source that digests each tensor as it passes, on the rank that sends."""
+
+    def __init__(self, source: WeightSource, active: bool):
+        self.source, self.active, self.digests = source, active, {}
+
+    def metadata(self) -> list[ParamMeta]:
+        return self.source.metadata()
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        self.digests = {}
+        for name, tensor in self.source:
+            if self.active:
+                self.digests[name] = digest(tensor)
+            yield name, tensor
+
+
+class GlooSender(TrainerWeightTransferEngine[GlooTrainerInit]):
+    """Broadcasts the learner's weights. Only rank 0 is in the group; the other ranks iterate the source, which gathers sharded weights."""
+
+    init_info_cls = GlooTrainerInit
+
+    @classmethod
+    def trainer_init(cls, init_info: GlooTrainerInit, *, client: PoolClient | None, source: WeightSource | None = None) -> GlooSender:
+        engine = cls(client=client, source=source, is_sender=init_info.is_sender)
+        engine.bucket_bytes, engine.group = init_info.bucket_bytes, None
+        if engine.is_sender:
+            fields = {k: v for k, v in asdict(init_info).items() if k != "rank"}
+            workers = Call(lambda: client.init_weight_transfer_engine({**fields, "rank_offset": 1}))
+            group = Call(lambda: join_group(init_info.master_address, init_info.master_port, 0, init_info.world_size, init_info.timeout))
+            while not group.done():
+                workers.check()         # an engine that failed will never join: do not wait for it
+                time.sleep(0.002)
+            engine.group = group.result(client.deadline)
+            workers.result(client.deadline)
+        return engine
+
+    def send_weights(self) -> None:
+        meta, tensors = self.source.metadata(), iter(self.source)
+        try:
+            if self.is_sender:
+                self.transmit(meta, tensors)
+        finally:
+            deque(tensors, maxlen=0)    # also after a failure: the other ranks are in the same collectives and must not be left there
+
+    def transmit(self, meta: list[ParamMeta], tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+        self.client.start_weight_update()
+        update = GlooUpdateInfo([m.name for m in meta], [str(m.dtype).removeprefix("torch.") for m in meta], [list(m.shape) for m in meta])
+        workers = Call(lambda: self.client.update_weights(asdict(update)))
+        for bucket in buckets(meta, self.bucket_bytes):
+            buffer = empty_buffer(bucket)
+            for expected, start, size in bucket:
+                name, tensor = next(tensors)
+                if (name, tensor.dtype, tuple(tensor.shape)) != (expected.name, expected.dtype, tuple(expected.shape)):
+                    raise SyncError(f"the weight source announced {expected} and gave {name} {tensor.dtype} {tuple(tensor.shape)}")
+                buffer[start:start + size].copy_(tensor.detach().contiguous().view(-1).view(torch.uint8))
+            work = broadcast(self.group, buffer)
+            while not work.is_completed():
+                workers.check()
+                if time.monotonic() > self.client.deadline:
+                    raise EngineDied(f"weights were not taken within sync.timeout={self.client.timeout:g} s")
+                time.sleep(0.0005)
+            work.wait()
+        workers.result(self.client.deadline)
+        self.client.finish_weight_update()
+
+    def shutdown(self) -> None:
+        self.group = None
+
+
+class Call:
+    """A function running in a daemon thread: unlike an executor's, such a thread cannot keep the process from exiting when its peer has died."""
+
+    def __init__(self, function: Callable[[], Any]):
+        self.value, self.error = None, None
+        self.thread = threading.Thread(target=self.run, args=(function,), daemon=True)
+        self.thread.start()
+
+    def run(self, function) -> None:
+        try:
+            self.value = function()
+        except BaseException as error:      # handed to the caller by check() or result()
+            self.error = error
+
+    def done(self) -> bool:
+        return not self.thread.is_alive()
+
+    def check(self) -> None:
+        """Raise what the function raised, if it has ended that way."""
+        if self.error is not None:
+            raise self.error
+
+    def result(self, deadline: float) -> Any:
+        self.thread.join(max(0.0, deadline - time.monotonic()))
+        if self.thread.is_alive():
+            raise EngineDied("a weight transfer did not end within sync.timeout")
+        self.check()
+        return self.value
+
+
+def on_this_gpu(function: Callable[[], Any], deadline: float) -> Any:
+    """Run a function that may wait in NCCL, which cannot be interrupted: when the deadline has passed it is left behind in its thread."""
+    device = torch.cuda.current_device()
+    return Call(lambda: (torch.cuda.set_device(device), function())[1]).result(deadline)
+
+
+class Sender:
+    """A connected trainer engine. `send` is called on every learner rank, since gathering sharded weights is a collective."""
+
+    def __init__(self, engine: TrainerWeightTransferEngine, client: PoolClient | None, source: DigestingSource):
+        self.engine, self.client, self.source = engine, client, source
+
+    def send(self, version: int) -> Delivery:
+        """Send all weights to all engines and make them live as `version`. The report is rank 0's; other ranks return an empty one.
+
+        Raises EngineDied or SyncError within sync.timeout. No engine serves after that: those that live were left in the middle of an update and count as
+        dead (EnginePool.recover restarts them).
+        """
+        from tandem.engine.learner import Delivery
+        if self.client is None:
+            self.engine.send_weights()
+            return Delivery({}, [], 0)
+        self.client.version = version
+        self.client.restart_clock()
+        if isinstance(self.engine, GlooSender):
+            self.engine.send_weights()
+        else:
+            on_this_gpu(self.engine.send_weights, self.client.deadline)
+        size = sum(torch.Size(m.shape).numel() * m.dtype.itemsize for m in self.source.metadata())
+        return Delivery(dict(self.source.digests), self.client.received, size)
+
+    def close(self) -> None:
+        self.engine.shutdown()
+
+
+def trainer_engine(transport: str, rank: int, handles: Sequence[Any], source: WeightSource, master_address: str, port: int, sync: SyncConfig) -> Sender:
+    """Connect learner rank `rank` with the engines; called on every rank, rank 0 does the work. `transport` is nccl or gloo, `port` a free one on rank 0's host.
+
+    To connect again (after a restart) call it again with another port. Raises EngineDied or SyncError within sync.timeout.
+    """
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+    client = PoolClient(handles, sync.timeout) if rank == 0 else None
+    world_size = 1 + sum(client.ranks) if client else 0
+    source, size = DigestingSource(source, active=rank == 0), sync.bucket_mib << 20
+    if transport == "gloo":
+        init = GlooTrainerInit(master_address, port, world_size, size, sync.timeout, rank=rank)
+    else:
+        init = NCCLTrainerInitInfo(master_address, port, world_size, packed=True, packed_buffer_size_bytes=size, rank=rank)
+    connect = lambda: WeightTransferTrainerFactory.trainer_init(init, client=client, source=source)
+    return Sender(connect() if transport == "gloo" or client is None else on_this_gpu(connect, client.deadline), client, source)
+
+
+WeightTransferTrainerFactory.register_engine("gloo", GlooSender)
