@@ -328,7 +328,7 @@ def validate(c: Config) -> None:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Plain nested dict, for the run folder and for --dry-run."""
-    return yaml.safe_load(yaml.safe_dump(_plain(dataclasses.asdict(config))))
+    return yaml.safe_load(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
 
 
 def _plain(value):
