@@ -73,6 +73,8 @@ class GeneratedRows:
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         row = self.draw(number) if self.fixed is None else self.fixed[number]
+        if row["answer"] is None and "{answer}" in self.template:   # many right answers, none of them given: fine as a prompt, no demonstration
+            return {**row, "response": None}
         response = re.sub(r"\{(\w+)\}", lambda match: str(row.get(match[1], match[0])), self.template)    # not str.format: \boxed{...} must pass
         return {**row, "response": response}
 
@@ -130,10 +132,14 @@ def reasoning_gym_maker(name: str, options: Mapping[str, Any]) -> Callable[[rand
         raise ConfigError(f"reasoning_gym:{name}: there is no such task{closest(name, DATASETS)}; see the reasoning-gym package for its {len(DATASETS)} tasks")
 
     def make(rng: random.Random) -> dict[str, Any]:
+        state = random.getstate()
+        random.seed(rng.getrandbits(63))    # list_functions draws from the global generator as well
         try:
             item = reasoning_gym.create_dataset(name, seed=rng.getrandbits(31), size=1, **options)[0]
-        except (TypeError, AssertionError) as error:
+        except (TypeError, AssertionError, ValueError) as error:
             raise ConfigError(f"reasoning_gym:{name}: the task refuses options {dict(options)}: {error}") from None
-        return {"prompt": item["question"], "question": item["question"], "answer": str(item["answer"]), "metadata": dict(item["metadata"]), "source_dataset": name}
+        finally:
+            random.setstate(state)
+        return {"prompt": item["question"], "question": item["question"], "answer": item["answer"], "metadata": dict(item["metadata"]), "source_dataset": name}
 
     return make
