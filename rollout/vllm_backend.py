@@ -165,6 +165,9 @@ class VllmBackend:
         async with self.or_broken("finish"):
             self.all_equal(await self.llm.collective_rpc("tandem_missing"), [], f"weights {version} are incomplete, the engine still has old values in")
             await self.llm.finish_weight_update(weight_version=str(version))
+            stamp = await self.llm.get_weight_version()
+            if stamp != str(version):
+                raise SyncError(f"vLLM stamps tokens with weight version {stamp} after weights {version} were installed")
             self.all_equal(await self.llm.collective_rpc("tandem_stale_heads"), [], f"with weights {version} the engine still computes with the old weights in")
             if not await self.llm.reset_prefix_cache(reset_running_requests=True):
                 raise SyncError(f"vLLM did not reset its prefix cache after weights {version}: it would serve keys and values of older weights")

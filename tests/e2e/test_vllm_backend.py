@@ -1,0 +1,252 @@
+"""One real vLLM engine on a tiny model with tied embeddings: its numbers are the learner's numbers, before and after real weight syncs, and every
+silent fault of a sync that was met on this stack is an error here. One engine start serves the whole file."""
+import asyncio
+import socket
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from tandem.engine.config import Config, DataConfig, RolloutConfig, SyncConfig
+from tandem.engine.tiny import make_tiny
+from tandem.engine.types import Finish, GenRequest, Prompt, Sampling, Source
+from tandem.rollout.backend import EngineDied, SyncError
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(300)]
+
+CONFIG = Config(data=DataConfig(max_prompt_tokens=400), rollout=RolloutConfig(max_tokens=600, kv_cache_gib=0.25), sync=SyncConfig(timeout=30.0, bucket_mib=1))
+EOS = 2
+
+
+class Rig:
+    """An engine on an event loop of its own, and a learner's model that can be sent to it."""
+
+    def __init__(self, folder):
+        from transformers import AutoModelForCausalLM
+
+        from tandem.rollout.vllm_backend import VllmBackend
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.backend = self.wait(VllmBackend.start(str(folder), CONFIG, seed=0, log_dir=None))
+        self.version = 0
+        self.groups = 0
+        self.sender = self.connect()
+
+    def wait(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(120)
+
+    def connect(self, skip=()):
+        from tandem.rollout.vllm_transfer import DigestingSource, GlooSender, GlooTrainerInit, PoolClient, Sender
+        rig = self
+
+        class DirectClient(PoolClient):
+            """The same client, calling the engine of this process instead of Ray actors."""
+
+            def call(self, method, arguments):
+                return [1] if method == "transfer_ranks" else [rig.wait(getattr(rig.backend, method)(*arguments[0]))]
+        client = DirectClient([None], CONFIG.sync.timeout)
+        source = DigestingSource(parameters(self.model, skip), active=True)
+        init = GlooTrainerInit("127.0.0.1", free_port(), 2, CONFIG.sync.bucket_mib << 20, CONFIG.sync.timeout, rank=0)
+        return Sender(GlooSender.trainer_init(init, client=client, source=source), client, source)
+
+    def sync(self, sender=None):
+        self.version += 1
+        return (sender or self.sender).send(self.version)
+
+    def change_weights(self):
+        """A visible change of every parameter, the embedding (and so lm_head) included."""
+        generator = torch.Generator().manual_seed(self.version)
+        with torch.no_grad():
+            for p in self.model.parameters():
+                p.add_(0.05 * torch.randn(p.shape, generator=generator))
+
+    def generate(self, prompt, samples=4, prefixes=(), **sampling):
+        return self.wait(self.backend.generate(self.request(prompt, samples, prefixes, **sampling)))
+
+    def request(self, prompt, samples, prefixes=(), **sampling):
+        self.groups += 1
+        return GenRequest(self.groups, Prompt("p", np.array(prompt, np.int32), ""), samples, Sampling(**{"max_tokens": 24, "seed": 7} | sampling), prefixes=prefixes)
+
+    def gap(self, trajectories, model=None, temperature=1.0, version=None, eos=True):
+        """max |engine's log-prob - this model's| over the sampled tokens (of one version); eos=False: sampled with end-of-sequence forbidden."""
+        worst, tokens = 0.0, 0
+        for t in trajectories:
+            with torch.no_grad():
+                logits = (model or self.model)(torch.tensor(t.tokens[None].astype(np.int64))).logits[0, :-1].double() / temperature
+            if not eos:
+                logits[:, EOS] = -torch.inf
+            logp = torch.log_softmax(logits, -1).gather(1, torch.tensor(t.tokens[1:, None].astype(np.int64)))[:, 0].numpy()
+            chosen = (t.source[1:] == Source.POLICY) & ((t.version[1:] == version) if version is not None else True)
+            tokens += chosen.sum()
+            worst = max(worst, np.abs(logp - t.behaviour_logp[1:])[chosen].max(initial=0.0))
+        assert tokens
+        return worst
+
+    def in_worker(self, code):
+        """Run a statement inside vLLM's engine process; `worker` is the worker."""
+        self.wait(self.backend.llm.collective_rpc(eval("lambda worker: exec(code, {'worker': worker})", {"code": code})))
+
+    def heal(self):
+        """Bring the engine back by hand after a provoked failure, to save an engine start; users have no such thing."""
+        self.backend.broken, self.backend.updating = None, False
+        self.in_worker("if worker._weight_update_active: worker.finish_weight_update()")
+        self.sync()
+        self.wait(self.backend.llm.resume_generation())
+
+
+def parameters(model, skip=()):
+    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+
+    class Parameters(WeightSource):
+        def named(self):
+            return [(n, p.detach()) for n, p in model.named_parameters() if n not in skip]
+
+        def metadata(self):
+            return [ParamMeta(n, p.dtype, tuple(p.shape)) for n, p in self.named()]
+
+        def __iter__(self):
+            return iter(self.named())
+    return Parameters()
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def rig(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")      # lets the tests break things inside the engine process
+    patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    rig = Rig(make_tiny(tmp_path_factory.mktemp("model") / "tiny"))
+    yield rig
+    import multiprocessing
+    rig.wait(rig.backend.close())
+    patch.undo()
+    assert not multiprocessing.active_children(), "the engine left a process behind"
+
+
+PROMPT = [1, 20, 21, 22, 23, 24]
+LONG = [1] + list(range(10, 100)) * 3       # longer than two blocks of the prefix cache
+
+
+def test_logprobs_and_streams_before_any_sync(rig):
+    group = rig.generate(PROMPT, samples=8, max_tokens=64, temperature=0.7)
+    assert rig.gap(group, temperature=0.7) < 1e-4
+    assert len({t.tokens.tobytes() for t in group}) == 8                        # one seed, different samples
+    for t in group:
+        sampled = t.source == Source.POLICY
+        assert t.tokens[:len(PROMPT)].tolist() == PROMPT and (t.source[:len(PROMPT)] == Source.PROMPT).all()
+        assert (t.version == np.where(sampled, 0, -1)).all() and (np.isnan(t.behaviour_logp) == ~sampled).all()
+        assert (t.finish == Finish.STOP) == (t.tokens[-1] == EOS)              # the end-of-sequence token belongs to the response
+        assert t.finish == Finish.STOP or sampled.sum() == 64
+    assert {t.finish for t in group} == {Finish.STOP, Finish.LENGTH}
+
+
+def test_same_seed_same_samples_other_group_other_samples(rig):
+    request = rig.request(PROMPT, 4)
+    first, again, other = rig.wait(rig.backend.generate(request)), rig.wait(rig.backend.generate(request)), rig.generate(PROMPT)
+    same = lambda a, b: [x.tokens.tolist() for x in a] == [x.tokens.tolist() for x in b]
+    assert same(first, again) and not same(first, other)
+
+
+def test_prefixes_are_forced_and_not_sampled(rig):
+    from tandem.engine.types import Trajectory
+    prefixes = (np.array([30, 31, 32], np.int32), np.zeros(0, np.int32), np.arange(40, 64).astype(np.int32))
+    a, b, c = rig.generate(PROMPT, samples=3, prefixes=prefixes)
+    assert isinstance(a, Trajectory) and a.response[:3].tolist() == [30, 31, 32] and len(a.response) <= 24
+    assert (a.source == Source.PREFIX).sum() == 3 and (b.source == Source.PREFIX).sum() == 0
+    assert np.isnan(a.behaviour_logp[:9]).all() and (a.version[:9] == -1).all() and (a.version[9:] == 0).all()
+    assert c.response.tolist() == prefixes[2].tolist() and c.finish == Finish.LENGTH and not (c.source == Source.POLICY).any()   # no room left
+    assert rig.gap([a, b]) < 1e-4
+
+
+def test_sync_makes_the_new_weights_live(rig):
+    rig.generate(LONG)                                                          # fills the prefix cache with keys and values of the old weights
+    before = rig.wait(rig.backend.held_digest())
+    assert before == rig.wait(rig.backend.held_digest())
+    rig.change_weights()
+    assert rig.gap(rig.generate(LONG)) > 0.1                                    # not synced yet: the comparison can see it
+    delivery = rig.sync()
+    assert delivery.received == [delivery.sent] and set(delivery.sent) == {n for n, _ in rig.model.named_parameters()}
+    assert rig.wait(rig.backend.held_digest()) != before and rig.wait(rig.backend.weight_version()) == rig.version
+    group = rig.generate(LONG)
+    assert rig.gap(group) < 1e-4 and {v for t in group for v in t.version} == {-1, rig.version}
+    assert rig.backend.cached_tokens > 0
+
+
+def test_update_in_flight_stamps_two_versions(rig):
+    import copy
+    old, old_version = copy.deepcopy(rig.model), rig.version
+    running = asyncio.run_coroutine_threadsafe(rig.backend.generate(rig.request(PROMPT, 4, max_tokens=600, min_tokens=600)), rig.loop)
+    progress = lambda: [s.detokenizer.num_output_tokens() for s in list(rig.backend.llm.output_processor.request_states.values())]
+    while not (progress() and min(progress()) > 20):
+        assert not running.done()
+    rig.change_weights()
+    rig.sync()
+    group = running.result(120)
+    for t in group:
+        stamps = t.version[t.source == Source.POLICY]
+        assert set(stamps) == {old_version, rig.version} and (np.diff(stamps) >= 0).all() and len(stamps) == 600
+    assert rig.gap(group, model=old, version=old_version, eos=False) < 1e-4
+    assert rig.gap(group, version=rig.version, eos=False) < 1e-4                # keys and values of the first part were computed anew
+
+
+def test_missing_parameter_is_found(rig):
+    name = "model.layers.2.self_attn.k_proj.weight"                             # a third of a fused layer
+    sender = rig.connect(skip=[name])
+    with pytest.raises(SyncError, match="layers.2.self_attn.qkv_proj"):
+        rig.sync(sender)
+    with pytest.raises(EngineDied, match="incomplete"):                         # half-loaded weights never sample a token
+        rig.generate(PROMPT)
+    rig.sender = None
+    rig.backend.broken = None
+    rig.sender = rig.connect()
+    rig.heal()
+    assert rig.gap(rig.generate(PROMPT)) < 1e-4
+
+
+def test_stale_tied_lm_head_is_found(rig):
+    rig.in_worker("import tandem.rollout.vllm_worker as w; w.kept = w.repack_tied_heads; w.repack_tied_heads = lambda model: None")
+    rig.change_weights()
+    with pytest.raises(SyncError, match="lm_head"):
+        rig.sync()
+    rig.in_worker("import tandem.rollout.vllm_worker as w; w.repack_tied_heads = w.kept")
+    rig.heal()
+    assert rig.gap(rig.generate(PROMPT)) < 1e-4
+
+
+def test_prefix_cache_that_is_not_reset_is_found(rig, monkeypatch):
+    async def refuses(**_):
+        return False
+    rig.change_weights()
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.backend.llm, "reset_prefix_cache", refuses)
+        with pytest.raises(SyncError, match="prefix cache"):
+            rig.sync()
+    rig.heal()
+
+    async def lies(**_):
+        return True
+    rig.generate(LONG)
+    rig.change_weights()
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.backend.llm, "reset_prefix_cache", lies)
+        rig.sync()
+    assert rig.gap(rig.generate(LONG)) > 1e-3                                   # what the gate on log-probs sees
+    rig.sync()
+    assert rig.gap(rig.generate(LONG)) < 1e-4
+
+
+def test_stale_version_stamp_is_found(rig, monkeypatch):
+    async def forgets(_):
+        pass
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.backend.llm, "update_weight_version", forgets)
+        with pytest.raises(SyncError, match="version"):
+            rig.sync()
+    rig.heal()
