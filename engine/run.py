@@ -100,7 +100,7 @@ class Run:
             if not self.replaying:
                 from tandem.rollout.pool import EnginePool
                 start_pool = lambda: EnginePool.start(cfg, self.model_path, self.placement, self.folder)
-        with ThreadPoolExecutor(2) as threads:
+        with ThreadPoolExecutor(1 if cfg.mode == "inline" else 2) as threads:      # transformers cannot load two models in one process at once
             pool, learner = threads.submit(start_pool), threads.submit(start_learner) if with_learner else None
             for future, name in ((pool, "pool"), (learner, "learner")):
                 if future is not None and future.exception() is None:
