@@ -7,9 +7,6 @@ and that the chunked head gives the model's own log-probs, so that a model it do
 from __future__ import annotations
 
 import inspect
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,13 +18,15 @@ from tandem.engine.logprob import token_logprobs
 
 TINY = "tandem:tiny"
 TINY_FOLDER = Path("models/tiny")
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}      # of `self_check`, on log-probs
 
 
 def resolve_model(model: ModelConfig) -> str:
     """Where to load from: a local folder or a hub name. `tandem:tiny` is made on first use. Raises ConfigError if there is no such model."""
     if model.path == TINY:
         if not (TINY_FOLDER / "config.json").is_file():
-            make_tiny_once()
+            from tandem.engine.tiny import make_tiny
+            make_tiny(TINY_FOLDER)
         return str(TINY_FOLDER.resolve())
     folder = Path(model.path).expanduser()
     if folder.is_dir():
@@ -38,22 +37,6 @@ def resolve_model(model: ModelConfig) -> str:
         raise ConfigError(f"model.path is {model.path!r}: there is no such folder")
     read_config(model, model.path)
     return model.path
-
-
-def make_tiny_once() -> None:
-    """Write models/tiny whole or not at all, also when several processes start at once."""
-    from tandem.engine.tiny import make_tiny
-    TINY_FOLDER.parent.mkdir(parents=True, exist_ok=True)
-    scratch = tempfile.mkdtemp(prefix="tiny-", dir=TINY_FOLDER.parent)
-    try:
-        make_tiny(scratch)
-        os.chmod(scratch, 0o755)
-        os.rename(scratch, TINY_FOLDER)
-    except OSError:
-        if not (TINY_FOLDER / "config.json").is_file():     # else another process was faster, and its model is the same
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def read_config(model: ModelConfig, path: str):
@@ -97,7 +80,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model.eval()
         self.head = Head(model.get_output_embeddings())
-        # flash attention finds packed sequences in a batch of one only; rows start at position 0, so the bins can stand in one line
+        # With flash attention transformers keeps packed sequences apart in a batch of one only; rows start at position 0, so bins can stand in one line.
         self.one_line = "flash" in model.config._attn_implementation
 
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor, index: torch.Tensor, target: torch.Tensor, temperature: float = 1.0,
@@ -144,10 +127,13 @@ def load_policy(model: ModelConfig) -> Policy:
     from transformers import AutoModelForCausalLM
     path = resolve_model(model)
     try:
-        causal = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, model.dtype), attn_implementation=model.attention,
-                                                      trust_remote_code=model.trust_remote_code)
+        causal, loading = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, model.dtype), attn_implementation=model.attention,
+                                                               trust_remote_code=model.trust_remote_code, output_loading_info=True)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"model {model.path!r} could not be loaded with attention={model.attention!r}, dtype={model.dtype!r}: {first_line(error)}") from None
+    if loading["missing_keys"]:
+        raise ConfigError(f"model {model.path!r}: its weight files lack {sorted(loading['missing_keys'])[:3]} and {max(0, len(loading['missing_keys']) - 3)} more, "
+                          "which would stay random; export or download it again")
     refuse_unknown_head(causal, model)
     policy = Policy(causal)
     self_check(policy, model)
@@ -162,28 +148,36 @@ def refuse_unknown_head(causal: nn.Module, model: ModelConfig) -> None:
             raise ConfigError(f"model {model.path!r} has {name}={value} in its config.json: its logits are not a linear map of the hidden states, "
                               "which the chunked head assumes; this model is not supported")
     if "position_ids" not in inspect.signature(causal.get_decoder().forward).parameters:
-        raise ConfigError(f"model {model.path!r} ({type(causal).__name__}) takes no position_ids, so that packed sequences cannot be told apart; this model is not supported")
+        raise ConfigError(f"model {model.path!r} ({type(causal).__name__}) takes no position_ids, so that packed sequences cannot be told apart; "
+                          "this model is not supported")
 
 
 @torch.no_grad()
 def self_check(policy: Policy, model: ModelConfig) -> None:
-    """Two packed random sequences against a plain forward of each. Raises ConfigError if the log-probs differ by more than rounding."""
-    weight = policy.head.weight
-    sequences = torch.randint(len(weight), (2, 12), generator=torch.Generator().manual_seed(0)).to(weight.device)
-    lengths = (12, 8)
-    expected = [policy.model(input_ids=s[None, :n], use_cache=False).logits[0, :-1].float().log_softmax(-1).gather(-1, s[1:n, None])
-                for s, n in zip(sequences, lengths)]
-    flat = torch.cat([s[:n] for s, n in zip(sequences, lengths)])
-    at = torch.arange(sum(lengths), device=weight.device)
-    positions = torch.where(at < lengths[0], at, at - lengths[0])
-    index = torch.cat([at[:lengths[0] - 1], at[lengths[0]:-1]])
-    logp, _ = policy(flat[None].repeat(2, 1), positions[None].repeat(2, 1), torch.cat([index, index + len(flat)]), flat[index + 1].repeat(2))
-    gap = (logp - torch.cat(expected).squeeze(-1).repeat(2)).abs().mean().item()
-    bound = 1e-3 if model.dtype == "float32" else 0.1
-    if not gap <= bound:
-        raise ConfigError(f"model {model.path!r} ({type(policy.model).__name__}, attention {model.attention!r}): packed log-probs differ from the model's own "
-                          f"by {gap:.2e} on average, expected at most {bound:.0e} in {model.dtype}: it mixes packed sequences, or its logits are not a linear "
-                          "map of the hidden states; try model.attention=sdpa, else this model is not supported")
+    """Compare packed log-probs with a plain forward of each sequence, and a sequence behind one neighbour with itself behind another.
+
+    Raises ConfigError if they differ by more than rounding; the second difference is exactly 0 on the CPU. Flash attention needs a GPU: on the CPU its
+    model is checked with SDPA.
+    """
+    causal, device, tolerance = policy.model, policy.head.weight.device, TOLERANCE[model.dtype]
+    a, other, b = torch.randint(len(policy.head.weight), (3, 8), generator=torch.Generator().manual_seed(0)).to(device)
+    b = b[:6]
+    swapped = policy.one_line and device.type == "cpu"
+    if swapped:
+        causal.set_attn_implementation("sdpa")
+    own = torch.cat([causal(input_ids=s[None], use_cache=False).logits[0, :-1].float().log_softmax(-1).gather(-1, s[1:, None]).squeeze(-1) for s in (a, b)])
+    bins = torch.stack([torch.cat([a, b]), torch.cat([other, b])])
+    positions = torch.cat([torch.arange(len(a)), torch.arange(len(b))]).to(device).expand(2, -1)
+    index = positions.reshape(-1).nonzero().squeeze(-1) - 1                        # every token but the first of each sequence is predicted
+    packed = policy(bins, positions, index, bins.reshape(-1)[index + 1])[0].reshape(2, -1)
+    if swapped:
+        causal.set_attn_implementation(model.attention)
+    gap, leak = (packed[0] - own).abs().mean().item(), (packed[0] - packed[1])[len(a) - 1:].abs().max().item()
+    if not (gap <= tolerance and leak <= tolerance / 10):
+        raise ConfigError(f"model {model.path!r} ({type(causal).__name__}, attention {model.attention!r}, {model.dtype}): packed log-probs differ from the "
+                          f"model's own by {gap:.1e} on average (expected at most {tolerance:.0e}), and by {leak:.1e} between two neighbours in the pack "
+                          f"({tolerance / 10:.0e}): it mixes packed sequences, or its logits are not a linear map of the hidden states; "
+                          "try model.attention=sdpa, else this model is not supported")
 
 
 def hf_parameters(policy: Policy) -> Iterator[tuple[str, nn.Parameter]]:
