@@ -184,7 +184,7 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
         tree = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"config {path}: not valid YAML: {error}") from None
-    origin = {}
+    origin = set()
     if not isinstance(tree, dict):
         raise ConfigError(f"config {path}: expected a mapping of sections at the top, found {type(tree).__name__}")
     for override in overrides:
@@ -203,20 +203,21 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
             if not isinstance(node, dict):
                 raise ConfigError(f"override {override!r}: {part!r} is a value in {path}, not a section")
         node[parts[-1]] = value
-        origin[key] = "on the command line"
+        origin.add(key)
     config = build(Config, tree, "", str(path), origin)
     validate(config)
     return config
 
 
-def build(cls: type, tree: dict, prefix: str, path: str, origin: dict[str, str]):
+def build(cls: type, tree: dict, prefix: str, path: str, origin: set[str]):
     """A dataclass from a mapping, checking key names and value types all the way down."""
     if not isinstance(tree, dict):
         raise ConfigError(f"{prefix.rstrip('.')}: expected a section (a mapping), found {tree!r}; set in {path}")
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in tree.items():
-        where = origin.get(prefix + str(key), f"in {path}")
+        overridden = any(o == prefix + str(key) or o.startswith(f"{prefix}{key}.") for o in origin)
+        where = "on the command line" if overridden else f"in {path}"
         if key not in hints:
             raise ConfigError(f"unknown key {prefix + str(key)!r}{closest(key, hints)}, set {where}; known keys here: {', '.join(hints)}")
         values[key] = coerce(hints[key], value, prefix + key, where, path, origin)
@@ -256,7 +257,7 @@ def coerce(hint, value, key: str, where: str, path: str, origin):
             raise wrong from None
         if hint is float:
             return number
-        if number != int(number):
+        if not number.is_integer():
             raise wrong
         return int(number)
     if not isinstance(value, hint):
