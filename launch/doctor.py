@@ -39,7 +39,7 @@ def run(config: Config | None, reward: bool = False) -> int:
             print(title)
         for state, name, detail in checks:
             states.append(state)
-            print(f"  {state:<8}{name:<14}{detail}", flush=True)
+            print(f"  {state:<8}{name:<15} {detail}", flush=True)
     if reward:
         print("rewards")
         print("  " + try_rewards(config).replace("\n", "\n  "))
@@ -158,7 +158,7 @@ def of_config(config: Config) -> Iterator[Check]:
         try:
             source = kind(dataset, config.data, tokenizer, config.model, config.run.seed)
             first = source.take(1)[0]
-            yield OK, name, f"{dataset.path}: {len(source)} rows, the first has {len(first.tokens)} tokens: {short(tokenizer.decode(first.tokens))}"
+            yield OK, name, f"{dataset.path}: {len(source) if len(source) < sys.maxsize else 'endless'} rows, the first has {len(first.tokens)} tokens: {short(tokenizer.decode(first.tokens))}"
         except ConfigError as error:
             yield BAD, name, str(error)
     if config.mode == "cluster":
