@@ -16,7 +16,7 @@ from tandem.algorithms.objectives import RolloutCorrection
 from tandem.algorithms.options import build
 from tandem.algorithms.reductions import Reduction
 from tandem.engine.loading import load_object
-from tandem.engine.types import GenRequest, Prompt, Row, Sampling, ScoredGroup, Source, Trajectory
+from tandem.engine.types import Finish, GenRequest, Prompt, Row, Sampling, ScoredGroup, Source, Trajectory
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,9 @@ class Method:
     uses_experts: ClassVar[bool] = False    # a config without `data.experts` is then an error
     uses_rollouts: ClassVar[bool] = True    # a config without rewards is then an error
 
+    aligned: ClassVar[bool] = False                 # demonstrations come with their prompts: `experts` of the step's prompts are drawn from data.experts
+    scores_demonstrations: ClassVar[bool] = False   # the reward functions also score each prompt's demonstration
+
     def demand(self, step: int, budget: Budget, signals: Mapping[str, float]) -> Demand:
         """What step `step` needs. Called when its rollouts are requested, up to `staleness` steps ahead."""
         return Demand(prompts=budget.prompts if self.uses_rollouts else 0, experts=budget.experts if self.uses_experts else 0)
@@ -92,6 +95,9 @@ class Method:
 
     def terms(self, batch: Batch) -> list[Term]:
         raise NotImplementedError
+
+    def observe(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Called after every optimizer step with its metrics (grad_norm, entropy, loss/TERM, reward/mean, ...), for methods that react to them."""
 
     def metrics(self, step: int) -> dict[str, float]:
         """Numbers of the method's own for the step's report, e.g. mu."""
@@ -119,13 +125,32 @@ def expert_row(trajectory: Trajectory, term: str) -> Row:
     return Row(tokens=trajectory.tokens, source=trajectory.source, weights={term: mask}, prompt_id=trajectory.prompt_id)
 
 
+def demonstration(group: ScoredGroup) -> Trajectory:
+    """A prompt's demonstration as a trajectory of the group."""
+    prompt, response = group.prompt.tokens, group.prompt.demonstration
+    source = np.repeat(np.array([Source.PROMPT, Source.EXPERT], np.int8), [len(prompt), len(response)])
+    return Trajectory(group.prompt.id, np.concatenate([prompt, response]).astype(np.int32), source, Finish.STOP, group=group.group)
+
+
 # name -> "module:Class"; imported on use, so that listing methods costs nothing and one broken file breaks one method
 METHODS: dict[str, str] = {
     "sft": "tandem.algorithms.sft:SFT",
     "grpo": "tandem.algorithms.grpo:GRPO",
     "sft_rl": "tandem.algorithms.sft_rl:SFTThenRL",
+    "static_mix": "tandem.algorithms.static_mix:StaticMix",
+    "rl_with_sft": "tandem.algorithms.rl_with_sft:RLWithSFT",
+    "alternating": "tandem.algorithms.alternating:Alternating",
     "chord_mu": "tandem.algorithms.chord:ChordMu",
     "chord_phi": "tandem.algorithms.chord:ChordPhi",
+    "sft_is": "tandem.algorithms.chord:SFTIS",
+    "luffy": "tandem.algorithms.luffy:LUFFY",
+    "srft": "tandem.algorithms.srft:SRFT",
+    "prefix_rft": "tandem.algorithms.prefix_rft:PrefixRFT",
+    "uft": "tandem.algorithms.uft:UFT",
+    "hpt": "tandem.algorithms.hpt:HPT",
+    "visurf": "tandem.algorithms.visurf:ViSurf",
+    "relift": "tandem.algorithms.relift:ReLIFT",
+    "sasr": "tandem.algorithms.sasr:SASR",
 }
 
 

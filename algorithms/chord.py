@@ -61,3 +61,11 @@ class ChordPhi(ChordMu):
 
     mu: Schedule = field(default_factory=lambda: Schedule(peak=0.1))
     token_weight: str = "phi"
+
+
+@dataclass
+class SFTIS(ChordMu):
+    title: ClassVar[str] = "SFT with importance sampling: CHORD's rejected variant, expert tokens weighted by p"
+
+    mu: Schedule = field(default_factory=lambda: Schedule(peak=0.1))
+    token_weight: str = "p"

@@ -15,8 +15,8 @@ def build(cls: type[T], options: Any, owner: str) -> T:
         return options
     if not isinstance(options, Mapping):
         raise ValueError(f"{owner}: found {options!r}, expected a mapping of options")
-    known = [f.name for f in dataclasses.fields(cls) if f.init]
+    known = {f.name.rstrip("_"): f.name for f in dataclasses.fields(cls) if f.init}     # `as` is a word of Python, so its field is `as_`
     for key in options:
         if key not in known:
             raise ValueError(f"{owner} has no option {key!r}{closest(key, known)}; its options: {', '.join(known) or 'none'}")
-    return cls(**options)
+    return cls(**{known[key]: value for key, value in options.items()})

@@ -315,6 +315,9 @@ def validate(c: Config) -> None:
         require(c.data.prompts is not None or c.rollout.backend == "replay", f"method {c.method['name']!r} trains on rollouts, but data.prompts is not set")
         require(bool(c.reward.functions) or c.run.fake_reward, f"method {c.method['name']!r} trains on rewards, but reward.functions is empty")
     require(c.rollout.backend != "replay" or c.rollout.record is not None, "rollout.backend is replay, but rollout.record names no rollouts.jsonl")
+    require(c.rollout.backend != "replay" or c.data.evaluation is None,
+            "rollout.backend is replay, which cannot answer new prompts, but data.evaluation is set; set data.evaluation=null and evaluate the saved model")
+    require(not (c.mode == "cluster" and c.rollout.backend == "hf"), "rollout.backend hf runs in one process, but mode is cluster; use mode=inline or backend vllm")
     require(not (c.mode == "inline" and c.rollout.backend == "vllm"), "mode=inline runs without vLLM, but rollout.backend is vllm; use mode=cluster or backend hf")
     require(not (c.mode == "inline" and c.cluster.learner_ranks > 1), f"mode=inline is one process, but cluster.learner_ranks is {c.cluster.learner_ranks}; use mode=cluster or learner_ranks=1")
     require(c.cluster.engine_gpus == 0 or c.cluster.engine_gpus >= c.cluster.tensor_parallel,

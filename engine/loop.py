@@ -21,6 +21,9 @@ from tandem.engine.types import Row, ScoredGroup, Source, StepPlan, StepReport
 from tandem.rollout.backend import SyncError
 
 
+STALE = -2      # a version no token has: after the first update of a batch the learner's weights are nobody's
+
+
 class NotFinite(RuntimeError):
     """Too many steps in a row had a non-finite gradient."""
 
@@ -37,7 +40,7 @@ def train(run) -> None:
         clock.lap("sync")
         run.producer.ensure(step, signals)
         demand, groups = run.producer.take(step)
-        experts = tuple(run.experts.take(demand.experts)) if demand.experts else ()
+        experts = tuple(run.experts.take(demand.experts)) if demand.experts and not method.aligned else ()
         clock.lap("rollout")
 
         batch = Batch(step, groups, experts, signals, off_policy=run.off_policy)
@@ -58,10 +61,12 @@ def train(run) -> None:
                             f"the rows of each are in {run.folder / 'bad_steps'}; weights are those before the first of them")
         run.step = step + 1
 
+        metrics = {**report.metrics, **rollout_metrics(groups)}
+        method.observe(step, metrics)
+        signals = run.signals = {**metrics, **method.metrics(step)}
         if run.producer.wants_weights(step + 1, signals) or run.evaluation_due(step + 1):
             run.sync(step + 1)
         clock.lap("sync")
-        signals = run.signals = {**report.metrics, **rollout_metrics(groups), **method.metrics(step)}
         run.report(step, demand, groups, signals, clock)
         if run.evaluation_due(step + 1):
             run.evaluate(step + 1)
@@ -81,16 +86,15 @@ def update(run, step: int, demand: Demand, rows: Sequence[Row], terms: Sequence[
         rows = with_old(rows, run.learner.logprobs(rows, run.config.rollout.temperature))
         parts = split(rows, learner.updates_per_batch, np.random.default_rng([run.config.run.seed, step]))
     reports = []
-    for part in parts:
+    for number, part in enumerate(parts):
         z = denominators(terms, part)
         plan = StepPlan(step=step, terms=tuple(terms), denominators=z, temperature=run.config.rollout.temperature, optimizer=demand.optimizer,
-                        micro_batches=pack(part, terms, run.learner.ranks, learner.micro_batch_tokens, version=step),
+                        micro_batches=pack(part, terms, run.learner.ranks, learner.micro_batch_tokens, version=step if number == 0 else STALE),
                         learning_rate=run.learning_rate(step, demand), entropy=learner.entropy or any("entropy" in t.needs for t in terms))
         reports.append(run.learner.step(plan))
-    if len(reports) == 1:
-        return reports[0]
-    keys = reports[0].metrics.keys() & set.intersection(*(set(r.metrics) for r in reports))
-    return StepReport({k: float(np.mean([r.metrics[k] for r in reports])) for k in keys}, any(r.skipped for r in reports), sum(r.seconds for r in reports))
+    keys = {key: None for report in reports for key in report.metrics}
+    return StepReport({key: float(np.mean([r.metrics[key] for r in reports if key in r.metrics])) for key in keys},
+                      any(r.skipped for r in reports), sum(r.seconds for r in reports))
 
 
 def with_reference(run, rows: Sequence[Row], terms: Sequence[Term]) -> Sequence[Row]:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from tandem.algorithms.base import Budget, Demand, Method
-from tandem.engine.types import Finish, GenRequest, RewardOutcome, Sampling, ScoredGroup, Source, Trajectory
+from tandem.engine.types import Finish, GenRequest, Prompt, RewardOutcome, Sampling, ScoredGroup, Source, Trajectory
 from tandem.rollout.backend import EngineDied
 
 REDRAWS = 8     # a step may draw this many times its prompts before it gives up on filling the batch
@@ -58,10 +58,14 @@ class Books:
 
 
 class Producer:
-    """`decode(ids) -> text` is the tokenizer's; `recover()` restarts dead engines and gives them the present weights before they serve."""
+    """`decode(ids) -> text` is the tokenizer's; `recover()` restarts dead engines and gives them the present weights before they serve.
+
+    `aligned` is the source of prompts that have demonstrations, for methods that roll out the prompts of their demonstrations.
+    """
 
     def __init__(self, method: Method, prompts, pool, rewards, decode: Callable[[np.ndarray], str], budget: Budget, sampling: Sampling,
-                 staleness: int, on_error: str, seed: int, recover: Callable[[], None]):
+                 staleness: int, on_error: str, seed: int, recover: Callable[[], None], aligned=None):
+        self.aligned = aligned
         self.method, self.prompts, self.pool, self.rewards, self.decode = method, prompts, pool, rewards, decode
         self.budget, self.sampling, self.staleness, self.on_error, self.seed, self.recover = budget, sampling, staleness, on_error, seed, recover
         self.tickets: list[Ticket] = []
@@ -76,7 +80,7 @@ class Producer:
         while self.next_step <= min(step + self.staleness, self.budget.steps - 1):
             demand = self.method.demand(self.next_step, self.budget, signals)
             ticket = Ticket(self.next_step, demand)
-            ticket.slots = [self.draw(ticket.step) for _ in range(demand.prompts)]
+            ticket.slots = [self.draw(ticket.step, self.aligned if self.method.aligned and i < demand.experts else None) for i in range(demand.prompts)]
             self.tickets.append(ticket)
             self.next_step += 1
 
@@ -116,9 +120,9 @@ class Producer:
         assert b.requested == b.accepted + b.filtered + b.failed + running, f"rollout books do not balance: {b}, running {running}"
         return ticket.demand, tuple(accepted)
 
-    def draw(self, step: int) -> Slot:
+    def draw(self, step: int, source=None) -> Slot:
         """Request rollouts for the next prompt."""
-        (prompt,) = self.prompts.take(1)
+        (prompt,) = (source or self.prompts).take(1)
         seed = int(np.random.SeedSequence([self.seed, self.next_group]).generate_state(1)[0] >> 1)
         request = self.method.request(self.next_group, prompt, replace(self.sampling, seed=seed), step, self.budget)
         self.next_group += 1
@@ -135,6 +139,8 @@ class Producer:
         with self.scoring:
             if slot.scoring is None:
                 responses = [t.response for t in usable(slot.generation.result())]
+                if self.scores_demonstration(slot.request.prompt):
+                    responses.append(slot.request.prompt.demonstration)
                 slot.scoring = self.rewards.submit(slot.request.prompt, [self.decode(r) for r in responses], responses)
 
     def finish(self, slot: Slot) -> ScoredGroup | None:
@@ -152,7 +158,13 @@ class Producer:
                         self.issue(waiting)
         self.score(slot)
         outcomes = slot.scoring.result()
-        return scored_group(slot.request, kept, outcomes, self.on_error, [self.decode(t.response) for t in kept])
+        group = scored_group(slot.request, kept, outcomes[:len(kept)], self.on_error, [self.decode(t.response) for t in kept])
+        if group is not None and len(outcomes) > len(kept):
+            group = replace(group, demonstration_reward=outcomes[-1].value)      # None where its reward failed: then it takes no part
+        return group
+
+    def scores_demonstration(self, prompt: Prompt) -> bool:
+        return self.method.scores_demonstrations and prompt.demonstration is not None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on: groups that were accepted or scored are kept, requests still running are re-issued."""

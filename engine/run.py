@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,8 @@ class Run:
         self.tokenizer = load_tokenizer(cfg.model)
         source = lambda kind, dataset: dataset and kind(dataset, cfg.data, self.tokenizer, cfg.model, cfg.run.seed)
         self.prompts = source(PromptSource, cfg.data.prompts) if self.method.uses_rollouts else None
-        self.experts = source(ExpertSource, cfg.data.experts) if self.method.uses_experts else None
+        self.experts = source(ExpertSource, cfg.data.experts) if self.method.uses_experts and not self.method.aligned else None
+        self.aligned = source(PromptSource, replace(cfg.data.experts, response=cfg.data.experts.response or "response")) if self.method.aligned else None
         held_out = source(PromptSource, cfg.data.evaluation)
         self.eval_prompts = held_out.take(min(len(held_out), cfg.eval.limit or len(held_out))) if held_out else []
         rewards = cfg.reward if not cfg.run.fake_reward else type(cfg.reward)(functions=("fake",))
@@ -92,7 +94,7 @@ class Run:
             from tandem.engine.learner import InlineLearner
             start_learner = lambda: InlineLearner.start(cfg, self.model_path)
         else:
-            from tandem.engine.learner import RayLearner
+            from tandem.engine.ray_learner import RayLearner
             from tandem.launch import placement
             self.placement = placement.start(cfg, self.folder)
             self.stack.callback(self.placement.close)
@@ -110,7 +112,7 @@ class Run:
         budget = Budget(cfg.rollout.prompts_per_step, cfg.rollout.samples_per_prompt, cfg.data.experts_per_step, cfg.run.steps)
         sampling = Sampling(cfg.rollout.max_tokens, cfg.rollout.temperature, cfg.rollout.top_p)
         self.producer = Producer(self.method, self.prompts, self.pool, self.rewards, self.decode, budget, sampling, cfg.rollout.staleness,
-                                 cfg.reward.on_error, cfg.run.seed, self.recover)
+                                 cfg.reward.on_error, cfg.run.seed, self.recover, self.aligned)
         if not with_learner:
             return
         if self.found:
@@ -248,7 +250,7 @@ class Run:
 
     def sources(self) -> dict:
         """The data sources that have a cursor."""
-        return {name: source for name, source in (("prompts", self.prompts), ("experts", self.experts)) if source is not None}
+        return {name: source for name, source in (("prompts", self.prompts), ("experts", self.experts), ("aligned", self.aligned)) if source is not None}
 
     def dump_step(self, step: int, rows: Sequence[Row], report: StepReport) -> None:
         folder = self.folder / "bad_steps"

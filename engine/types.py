@@ -124,6 +124,7 @@ class ScoredGroup:
     rewards: np.ndarray                                 # float32 [n], finite
     outcomes: tuple[RewardOutcome, ...] = ()
     texts: tuple[str, ...] = ()
+    demonstration_reward: float | None = None           # of prompt.demonstration, if the method asked for it to be scored
 
     def __post_init__(self):
         check_lengths("ScoredGroup", len(self.trajectories), rewards=self.rewards)

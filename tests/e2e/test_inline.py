@@ -1,0 +1,133 @@
+"""Whole runs in one process: the same loop, producer, learner, sync and checkpoints that a cluster run uses, with in-process leaves."""
+import json
+import pickle
+import sys
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tandem.engine.config import load
+from tandem.engine.run import train
+
+BASE = {
+    "mode": "inline",
+    "model": {"path": "tandem:tiny"},
+    "data": {"prompts": {"path": "task:sort", "options": {"digits": 3}}, "experts": {"path": "task:sort", "options": {"digits": 3, "size": 16}},
+             "evaluation": {"path": "task:sort", "split": "test", "options": {"digits": 3, "size": 8}}, "experts_per_step": 6, "max_prompt_tokens": 32, "max_expert_tokens": 32},
+    "rollout": {"prompts_per_step": 3, "samples_per_prompt": 4, "max_tokens": 6},
+    "reward": {"functions": ["exact"]},
+    "learner": {"learning_rate": 1e-3, "micro_batch_tokens": 128},
+    "run": {"steps": 4, "save_model": False},
+}
+
+
+def config(folder: Path, method, *overrides: str):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump({**BASE, "method": method}))
+    return load(path, [f"run.dir={folder}", *overrides])
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    files = sorted((run / "checkpoints" / f"step_{step}").rglob("*.safetensors"))
+    assert files, f"no safetensors in the checkpoint of step {step} of {run}"
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+SHORT = f"reward.functions=[{Path(__file__).parent / 'short_reward.py'}:score]"
+METHODS = [{"name": "chord_mu", "mu": {"kind": "cosine", "peak": 0.9, "valley": 0.1, "decay": 4}}, {"name": "grpo"}, {"name": "sft_rl", "sft_steps": 2}]
+
+
+@pytest.mark.parametrize("method, staleness", [(METHODS[0], 0), (METHODS[0], 1), (METHODS[2], 0)])
+def test_four_steps_equal_two_resumed_for_two_more_to_the_bit(tmp_path, method, staleness):
+    overrides = [f"rollout.staleness={staleness}", "run.checkpoint_every=2", SHORT]
+    assert train(config(tmp_path / "a", method, *overrides)) == 0
+    whole = tmp_path / "a" / "run"
+
+    stopped = config(tmp_path / "b", method, *overrides)
+    script = (f"import sys; sys.argv = ['x']\nfrom tandem.engine import loop, run\nfrom tandem.engine.config import load\n"
+              f"keep = run.Run.checkpoint\n"
+              f"def checkpoint_then_die(self):\n    keep(self)\n    import os\n    os._exit(9)\n"
+              f"run.Run.checkpoint = checkpoint_then_die\n"
+              f"run.train(load({str(tmp_path / 'b' / 'config.yaml')!r}, {['run.dir=' + str(tmp_path / 'b'), *overrides]!r}))\n")
+    died = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert died.returncode == 9, died.stderr
+    assert train(config(tmp_path / "b", method, *overrides, "run.resume=true")) == 0
+    parts = tmp_path / "b" / "run"
+
+    a, b = weights(whole, 4), weights(parts, 4)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+    timeless = lambda run: [{k: v for k, v in line.items() if not any(w in k for w in ("seconds", "time/", "per_second", "idle"))} for line in lines(run / "metrics.jsonl")]
+    assert timeless(whole) == timeless(parts)
+    assert lines(whole / "rollouts.jsonl") == lines(parts / "rollouts.jsonl")
+
+
+def test_training_raises_the_reward(tmp_path):
+    """The reward asks for short responses; ten GRPO steps must find out."""
+    train(config(tmp_path, {"name": "grpo"}, "run.steps=12", SHORT, "learner.learning_rate=3e-3",
+                 "rollout.prompts_per_step=8"))
+    rewards = [line["reward/mean"] for line in lines(tmp_path / "run" / "metrics.jsonl") if "reward/mean" in line]
+    assert len(rewards) == 12 and sum(rewards[-3:]) > sum(rewards[:3]) + 0.3, rewards
+
+
+@pytest.mark.parametrize("name", ["sft", "chord_phi"])
+def test_other_methods_run(tmp_path, name):
+    assert train(config(tmp_path, {"name": name}, "run.steps=2")) == 0
+    steps = [line for line in lines(tmp_path / "run" / "metrics.jsonl") if "grad_norm" in line]
+    assert len(steps) == 2 and all(line["grad_norm"] > 0 for line in steps)
+
+
+def test_several_updates_per_batch_use_the_snapshots_log_probs(tmp_path):
+    train(config(tmp_path, {"name": "grpo"}, "run.steps=1", "learner.updates_per_batch=3", "learner.learning_rate=0.01", "run.fake_reward=true"))
+    (step,) = [line for line in lines(tmp_path / "run" / "metrics.jsonl") if "policy/ppo_kl" in line]
+    assert step["policy/ppo_kl"] != 0, "with one update the ratio is exactly 1; after the first of three it is not"
+
+
+def test_rollouts_recorded_in_one_run_train_another(tmp_path):
+    train(config(tmp_path / "a", {"name": "grpo"}, "run.steps=2", "run.fake_reward=true", "run.rollout_only=true"))
+    recorded = tmp_path / "a" / "run" / "rollouts.jsonl"
+    assert len(lines(recorded)) == 2 * 3 * 4
+    train(config(tmp_path / "b", {"name": "grpo"}, "run.steps=2", "run.fake_reward=true", "rollout.backend=replay", f"rollout.record={recorded}", "data.evaluation=null"))
+    replayed = lines(tmp_path / "b" / "run" / "rollouts.jsonl")
+    assert [l["tokens"] for l in replayed] == [l["tokens"] for l in lines(recorded)]
+
+
+def test_a_breakpoint_in_a_method_gets_the_terminal(tmp_path):
+    method = tmp_path / "mine.py"
+    method.write_text("from dataclasses import dataclass\nfrom tandem.algorithms.grpo import GRPO\n@dataclass\nclass Mine(GRPO):\n"
+                      "    def rows(self, batch):\n        breakpoint()\n        return super().rows(batch)\n")
+    config(tmp_path, {"name": f"{method}:Mine"})
+    script = f"from tandem.engine.run import train; from tandem.engine.config import load; train(load({str(tmp_path / 'config.yaml')!r}, ['run.dir={tmp_path}', 'run.steps=1']))"
+    out = subprocess.run([sys.executable, "-c", script], input="p 'batch of', len(batch.groups)\nc\n", capture_output=True, text=True, timeout=200)
+    assert out.returncode == 0 and "('batch of', 3)" in out.stdout, out.stdout + out.stderr
+    assert "mine.py" in out.stdout
+
+
+def test_inline_imports_no_heavy_stack(tmp_path):
+    config(tmp_path, {"name": "grpo"})
+    script = (f"import sys; from tandem.engine.run import train; from tandem.engine.config import load; train(load({str(tmp_path / 'config.yaml')!r}, ['run.dir={tmp_path}', 'run.steps=1']))\n"
+              "print('heavy:', sorted({m.split('.')[0] for m in sys.modules} & {'ray', 'vllm', 'deepspeed'}))")
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
+    assert "heavy: []" in out.stdout, out.stdout + out.stderr
+
+
+def test_a_bad_row_never_reaches_training(tmp_path):
+    """A gradient that is not finite leaves the weights alone, is counted, its rows are kept, and the run ends after max_skipped_steps."""
+    method = tmp_path / "mine.py"
+    method.write_text("import numpy as np\nfrom dataclasses import dataclass, replace\nfrom tandem.algorithms.grpo import GRPO\n@dataclass\nclass Mine(GRPO):\n"
+                      "    def rows(self, batch):\n        rows = super().rows(batch)\n        return [replace(rows[0], advantage=rows[0].advantage * np.float32('nan')), *rows[1:]]\n")
+    from tandem.engine.loop import NotFinite
+    with pytest.raises(NotFinite, match="2 steps in a row"):
+        train(config(tmp_path, {"name": f"{method}:Mine"}, "learner.max_skipped_steps=1", "run.fake_reward=true"))
+    saved = pickle.loads((tmp_path / "run" / "bad_steps" / "step_0.pkl").read_bytes())
+    assert len(saved["rows"]) == 12
