@@ -24,18 +24,22 @@ def make_tiny(folder: str | Path, hidden: int = 128, layers: int = 4, heads: int
     Raises FileExistsError if `folder` already holds something. Two processes may race for one folder: both return, one wrote.
     """
     import torch
+    from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = make_tokenizer()
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=heads,
                          num_key_value_heads=heads, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
-                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, attention_bias=False, dtype="float32")
+                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, attention_bias=False, dtype="float32",
+                         architectures=["LlamaForCausalLM"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config).float()
     with complete_folder(folder) as temporary:
         tokenizer.save_pretrained(temporary)
-        model.save_pretrained(temporary)
+        model.config.save_pretrained(temporary)     # not the model's own save_pretrained, which imports DeepSpeed where it is installed
+        model.generation_config.save_pretrained(temporary)
+        save_file(dict(model.named_parameters()), Path(temporary) / "model.safetensors", metadata={"format": "pt"})
     return Path(folder)
 
 
