@@ -139,6 +139,16 @@ class LearnerRank:
         self.engine.close()
 
 
+def deliver(named: Sequence[tuple[str, torch.Tensor]], backends: Sequence, version: int) -> Delivery:
+    """Hand tensors to backends of this process."""
+    received = []
+    for backend in backends:
+        asyncio.run(backend.start_weight_update())
+        asyncio.run(backend.update_weights({"named": named}))
+        received.append(asyncio.run(backend.finish_weight_update(version)))
+    return Delivery({name: digest(tensor) for name, tensor in named}, received, sum(t.numel() * t.element_size() for _, t in named))
+
+
 def observe(micro: MicroBatch, logp: torch.Tensor, entropy: torch.Tensor | None) -> dict[str, torch.Tensor]:
     """What a micro-batch shows beside its losses: sums, and `max/` for maxima. Indices are made on the host, so that the GPU is not waited for."""
     found = {"tokens/trained": torch.tensor(float(len(micro.index))), "tokens/real": torch.tensor(float(micro.real_tokens)),
@@ -161,7 +171,7 @@ def merge(into: dict, more: dict) -> None:
         if key not in into:
             into[key] = value
         elif key.startswith("max/"):
-            into[key] = torch.maximum(into[key], value) if isinstance(value, torch.Tensor) else np.maximum(into[key], value)     # both keep NaN
+            into[key] = torch.maximum(into[key], value) if isinstance(value, torch.Tensor) else float(np.maximum(into[key], value))     # both keep NaN
         else:
             into[key] = into[key] + value
 
@@ -221,13 +231,7 @@ class InlineLearner:
 
     def send(self, version: int) -> Delivery:
         """Put the present weights into every backend of the pool."""
-        named = list(self.rank.engine.full_parameters())
-        received = []
-        for backend in self.pool.backends:
-            asyncio.run(backend.start_weight_update())
-            asyncio.run(backend.update_weights({"named": named}))
-            received.append(asyncio.run(backend.finish_weight_update(version)))
-        return Delivery({name: digest(tensor) for name, tensor in named}, received, sum(t.numel() * t.element_size() for _, t in named))
+        return deliver(list(self.rank.engine.full_parameters()), self.pool.backends, version)
 
     def rss(self) -> list[int]:
         """Bytes of memory per rank."""

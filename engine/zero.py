@@ -216,12 +216,16 @@ class ZeroEngine:
         for group in self.inner.param_groups:
             group["lr"] = value
 
+    def parameter_shapes(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """(name, dtype, full shape) in the order of full_parameters; no communication."""
+        return [(name, p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for name, p in hf_parameters(self.module)]
+
     def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All parameters in full, on every rank: a collective at stage 3. A tensor is valid only until the next one is asked for."""
         if self.stage < 3:
             yield from ((name, p.detach()) for name, p in hf_parameters(self.module))
             return
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
         bucket, size = [], 0
         for name, parameter in [*hf_parameters(self.module), (None, None)]:
             bytes_ = 0 if parameter is None else parameter.ds_numel * parameter.element_size()
@@ -269,7 +273,7 @@ def check_offload(stage: int) -> None:
     for x in inputs:
         engine.backward(engine(x).sum() * ranks)
     engine.step()
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
     with GatheredParameters([module.weight], enabled=stage == 3):
         moved = -module.weight.detach().flatten().clone()
     engine.destroy()

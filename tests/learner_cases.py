@@ -1,5 +1,6 @@
 """Rows, plans and an independent gradient, shared by the learner's tests."""
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from tandem.engine.types import Row, Source, StepPlan
 TEMPERATURE = 0.8
 TERMS = (Term("policy", PPOClip(), Reduction("token_mean")), Term("sft", NLL("phi"), Reduction("seq_mean_token_mean"), 0.3),
          Term("kl", KLToReference(), Reduction("sum_over_constant", 16), 0.1, needs=frozenset({"ref_logp"})))
+
+CLIP = 0.6      # above the gradient norms of make_rows(count=17), below those of make_rows(0)
+SEEDS = (("sft", 2), ("main", 3), ("other", 4))     # (moment set, rows) of the steps after a resume
 
 
 def only(name):
@@ -44,6 +48,12 @@ def poison(rows):
 def make_plan(rows, ranks=1, budget=64, terms=TERMS, **changes):
     plan = StepPlan(0, tuple(terms), denominators(terms, rows), pack(rows, terms, ranks, budget, version=0), learning_rate=1e-3, temperature=TEMPERATURE, entropy=True)
     return replace(plan, **changes)
+
+
+@cache
+def budget_of(seed, count, ranks, micro_batches):
+    """A token budget with which make_rows(seed, count) makes so many micro-batches per rank."""
+    return next(b for b in (10_000, *range(400, 0, -4)) if len(pack(make_rows(seed, count), TERMS, ranks, b, version=0)[0]) == micro_batches)
 
 
 def plain_gradient(model_path, rows, terms):
