@@ -1,6 +1,8 @@
 """Rewards: what each signature is given, what comes back, and which configs are refused. Runners here are inline, check() aside."""
 import math
+import re
 from concurrent.futures import Future
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -188,7 +190,6 @@ def test_bad_results_are_typed_outcomes_and_never_zero(user, body, kind, message
     good, bad = score(config, ["good", "bad"])
     assert good.value == 1.0
     assert bad.value is None and bad.error.kind == kind and bad.error.function == config.functions[0]
-    import re
     assert re.search(message, bad.error.message)
 
 
@@ -309,3 +310,12 @@ def test_check_fails_with_the_error_in_its_report(user):
     config = user("def score(completion, answer): return answer.lower()")
     with pytest.raises(ConfigError, match="(?s)failed on 2 .*AttributeError: 'int' object has no attribute 'lower'"):
         check(config, [{"prompt": "x", "answer": 3}])
+
+
+# --- docs -------------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("number, name, expected", [(0, "score", [1.1, 0.1]), (1, "score", [1.0, 0.0]), (2, "compute_score", [1.0, 0.0])])
+def test_the_examples_of_the_docs_work(user, number, name, expected):
+    blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    assert values(user(blocks[number], name), ["4", "5"], content=CHAT, answer="4") == expected
