@@ -3,7 +3,9 @@
 For z = (h W^T + b) / T, logp = z[target] - lse(z) and H = lse(z) - sum p z, both in float32 (float64 for float64 input). Backward computes the
 logits of each chunk again and uses
     d logp / d z = onehot(target) - p        dH / dz = -p (log p + H)
-so that a tensor of shape [tokens, vocabulary] exists neither forward nor backward. The price is one more matmul h W^T per token.
+so that a tensor of shape [tokens, vocabulary] exists neither forward nor backward. The price is one more matmul h W^T per token. Measured on one CPU
+core with 2048 tokens, H 576, V 49152, chunk 1024, forward and backward, against a plain log_softmax: float32 4.8 s and 510 MiB instead of 6.5 s
+and 1160 MiB (and the latter grows with the tokens), bfloat16 2.5 s instead of 1.7 s.
 
 The matmuls run in the dtype of `hidden` and `weight`. In bfloat16 the logits are therefore rounded to 8 bits before the float32 softmax, as they are in
 vLLM and in transformers; a GPU returns the float32 accumulator instead, at no cost. The weight gradient is summed over chunks in float32.

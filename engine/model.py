@@ -125,15 +125,18 @@ class Head(nn.Module):
 def load_policy(model: ModelConfig) -> Policy:
     """Load the model of the config on the CPU and check that packing and the chunked head reproduce its own log-probs. Raises ConfigError."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar()
     path = resolve_model(model)
     try:
         causal, loading = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, model.dtype), attn_implementation=model.attention,
                                                                trust_remote_code=model.trust_remote_code, output_loading_info=True)
     except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"model {model.path!r} could not be loaded with attention={model.attention!r}, dtype={model.dtype!r}: {first_line(error)}") from None
-    if loading["missing_keys"]:
-        raise ConfigError(f"model {model.path!r}: its weight files lack {sorted(loading['missing_keys'])[:3]} and {max(0, len(loading['missing_keys']) - 3)} more, "
-                          "which would stay random; export or download it again")
+        raise ConfigError(f"model {model.path!r} could not be loaded with attention={model.attention!r}, dtype={model.dtype!r}: "
+                          f"{first_line(error)}") from None
+    if missing := sorted(loading["missing_keys"]):
+        raise ConfigError(f"model {model.path!r}: its weight files lack {len(missing)} parameters, among them {', '.join(missing[:3])}; "
+                          "they would stay random: export or download it again")
     refuse_unknown_head(causal, model)
     policy = Policy(causal)
     self_check(policy, model)
@@ -143,8 +146,8 @@ def load_policy(model: ModelConfig) -> Policy:
 def refuse_unknown_head(causal: nn.Module, model: ModelConfig) -> None:
     """Logits must be a plain linear map of the last hidden state; `self_check` catches what has no known name."""
     config = causal.config.get_text_config()
-    for name, plain in (("final_logit_softcapping", (None, 0)), ("logit_scale", (None, 1)), ("logits_scaling", (None, 1)), ("lm_head_multiplier", (None, 1))):
-        if (value := getattr(config, name, None)) not in plain:
+    for name, plain in (("final_logit_softcapping", 0), ("logit_scale", 1), ("logits_scaling", 1), ("lm_head_multiplier", 1)):
+        if (value := getattr(config, name, None)) not in (None, plain):
             raise ConfigError(f"model {model.path!r} has {name}={value} in its config.json: its logits are not a linear map of the hidden states, "
                               "which the chunked head assumes; this model is not supported")
     if "position_ids" not in inspect.signature(causal.get_decoder().forward).parameters:
@@ -165,10 +168,11 @@ def self_check(policy: Policy, model: ModelConfig) -> None:
     swapped = policy.one_line and device.type == "cpu"
     if swapped:
         causal.set_attn_implementation("sdpa")
-    own = torch.cat([causal(input_ids=s[None], use_cache=False).logits[0, :-1].float().log_softmax(-1).gather(-1, s[1:, None]).squeeze(-1) for s in (a, b)])
+    alone = lambda s: causal(input_ids=s[None], use_cache=False).logits[0, :-1].float().log_softmax(-1).gather(-1, s[1:, None]).squeeze(-1)
+    own = torch.cat([alone(a), alone(b)])
     bins = torch.stack([torch.cat([a, b]), torch.cat([other, b])])
     positions = torch.cat([torch.arange(len(a)), torch.arange(len(b))]).to(device).expand(2, -1)
-    index = positions.reshape(-1).nonzero().squeeze(-1) - 1                        # every token but the first of each sequence is predicted
+    index = positions.reshape(-1).nonzero().squeeze(-1) - 1     # every token but the first of each sequence is predicted
     packed = policy(bins, positions, index, bins.reshape(-1)[index + 1])[0].reshape(2, -1)
     if swapped:
         causal.set_attn_implementation(model.attention)

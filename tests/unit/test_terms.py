@@ -50,10 +50,11 @@ def test_reductions_by_hand(reduction, expected):
 def test_terms_add_up_by_hand():
     """PPO with the clip active on one token, the k3 estimator, and a truncated rollout correction: each token as its formula says."""
     weight, nan = lambda *x: np.array(x, np.float32), np.nan
-    row = Row(np.arange(3, dtype=np.int32), np.array([0, 1, 1], np.int8), {"policy": weight(0, 1, 1), "kl": weight(0, 0, 1)}, advantage=weight(0, 2, -1),
-              old_logp=weight(nan, -1.0, -1.0), behaviour_logp=weight(nan, -3.0, -1.5), ref_logp=weight(nan, -1.0, -0.8))
+    row = Row(np.arange(3, dtype=np.int32), np.array([0, 1, 1], np.int8), {"policy": weight(0, 1, 1), "kl": weight(0, 0, 1)},
+              advantage=weight(0, 2, -1), old_logp=weight(nan, -1.0, -1.0), behaviour_logp=weight(nan, -3.0, -1.5), ref_logp=weight(nan, -1.0, -0.8))
     logp = [-1 + log(1.5), -1 + log(0.9)]
-    terms = [Term("policy", PPOClip(0.2, 0.2), correction=RolloutCorrection(cap=2.0)), Term("kl", KLToReference(), coefficient=0.1, needs=frozenset({"ref_logp"}))]
+    terms = [Term("policy", PPOClip(0.2, 0.2), correction=RolloutCorrection(cap=2.0)),
+             Term("kl", KLToReference(), coefficient=0.1, needs=frozenset({"ref_logp"}))]
     loss, sums, _ = step([row], terms, {0: logp})
     policy = (2.0 * (-2 * 1.2) + exp(0.5) * (1 * 0.9)) / 2              # corrections exp(-1 + 3) cut to 2, and exp(-1 + 1.5)
     d = -0.8 - logp[1]
