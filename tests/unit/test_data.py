@@ -162,7 +162,7 @@ def test_other_formats_give_the_same_tokens(kind, tmp_path, tokenizer, model, mo
     ([ROWS[0], {"prompt": " ", "response": "y"}], [":2", "prompt", "empty"]),
     ([{"prompt": "x", "response": "\n"}], [":1", "response", "empty"]),
     ([{"prompt": "x", "response": None}], [":1", "response", "null"]),
-    ([{"prompt": 3, "response": "y"}], [":1", "prompt", "int"]),
+    ([{"prompt": 3, "response": "y"}], [":1", "prompt", "found 3"]),
     ([{"prompt": [], "response": "y"}], [":1", "prompt", "messages"]),
     ([{"prompt": [{"role": "user"}], "response": "y"}], [":1", "role and content"]),
     ([{"prompt": [{"role": "assistant", "content": "x"}], "response": "y"}], [":1", "assistant's"]),
@@ -175,6 +175,17 @@ def test_bad_rows_are_found_before_the_run_and_named(rows, words, tmp_path, toke
     with pytest.raises(ConfigError) as error:
         experts(jsonl(tmp_path, rows), tokenizer, model, data=DataConfig(max_prompt_tokens=32, max_expert_tokens=16))
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_long_files_are_read_whole_and_tokenised_later(tmp_path, tokenizer, model, monkeypatch):
+    monkeypatch.setattr("tandem.engine.data.TOKENISED_ROWS", 2)
+    data = DataConfig(max_prompt_tokens=8, shuffle=False)
+    with pytest.raises(ConfigError, match=":4: .*response.* is empty"):
+        experts(jsonl(tmp_path, [*ROWS[:3], {"prompt": "x", "response": ""}]), tokenizer, model, data=data)
+    source = experts(jsonl(tmp_path, [*ROWS[:3], {"prompt": "1" * 8, "response": "y"}]), tokenizer, model, data=data)
+    source.take(3)
+    with pytest.raises(ConfigError, match=":4: the prompt has 9 tokens"):
+        source.take(1)
 
 
 @pytest.mark.parametrize("rows, data, system, template, words", [
