@@ -7,6 +7,7 @@ A restarted engine has the weights of the model folder, not the run's: it refuse
 from __future__ import annotations
 
 import os
+import queue
 import threading
 import time
 from concurrent.futures import Future
@@ -121,13 +122,15 @@ class Slot:
 
 
 class EnginePool:
-    """Thread-safe: requests end in Ray's callback threads, timeouts in a watchdog's."""
+    """Answers, deaths and timeouts are handled in one thread of the pool's own, which also runs the callbacks of its futures: inside Ray's callback threads a
+    call to Ray would wait for itself."""
 
     def __init__(self, config: Config, model_path: str, placement, run_dir: str | Path):
         self.config, self.model_path, self.placement, self.run_dir = config, model_path, placement, Path(run_dir)
         self.lock = threading.RLock()
         self.restarts, self.generated_tokens = 0, 0
-        self.closed = threading.Event()
+        self.answers: queue.SimpleQueue = queue.SimpleQueue()     # (slot, handle, ref, Ray's future); None ends the thread
+        self.thread = threading.Thread(target=self.work, name="rollout_pool", daemon=True)
         self.slots: list[Slot] = []
 
     @classmethod
@@ -140,7 +143,7 @@ class EnginePool:
         except BaseException:
             pool.close()
             raise
-        threading.Thread(target=pool.watch, name="rollout_watchdog", daemon=True).start()
+        pool.thread.start()
         return pool
 
     def actor(self, index: int, stale: bool):
@@ -181,15 +184,31 @@ class EnginePool:
             slot.pending[ref] = Pending(request, result, time.monotonic())
             if slot.busy_since is None:
                 slot.busy_since = time.monotonic()
-        ref.future().add_done_callback(lambda done: self.finish(slot, handle, ref, done))
+        ref.future().add_done_callback(lambda done: self.answers.put((slot, handle, ref, done)))
         return result
 
+    def work(self) -> None:
+        """The pool's thread."""
+        limit = self.config.rollout.request_timeout
+        while True:
+            try:
+                answer = self.answers.get(timeout=min(1.0, limit / 4))
+            except queue.Empty:
+                with self.lock:
+                    late = [(slot, slot.handle) for slot in self.slots if any(time.monotonic() - p.started > limit for p in slot.pending.values())]
+                for slot, handle in late:
+                    self.bury(slot, handle, f"no answer within rollout.request_timeout={limit:g} s")
+                continue
+            if answer is None:
+                return
+            self.finish(*answer)
+
     def finish(self, slot: Slot, handle, ref, done: Future) -> None:
-        """One answer of an engine; runs in one of Ray's threads."""
+        """One answer of an engine."""
         error = done.exception()
         cause = getattr(error, "cause", None) or error
         if isinstance(cause, EngineDied) or is_actor_error(error):
-            self.bury(slot, handle, str(cause))
+            self.bury(slot, handle, first_line(cause))
             return
         with self.lock:
             pending = self.retire(slot, ref)
@@ -223,14 +242,6 @@ class EnginePool:
         for pending in lost:
             pending.result.set_exception(EngineDied(f"engine {slot.index}: {reason}"))
 
-    def watch(self) -> None:
-        limit = self.config.rollout.request_timeout
-        while not self.closed.wait(min(1.0, limit / 4)):
-            with self.lock:
-                late = [(slot, slot.handle) for slot in self.slots if any(time.monotonic() - p.started > limit for p in slot.pending.values())]
-            for slot, handle in late:
-                self.bury(slot, handle, f"no answer within rollout.request_timeout={limit:g} s")
-
     def recover(self) -> int:
         """Restart every engine that is dead, unhealthy or stuck in a weight update; returns how many. They serve only after the next weight update.
 
@@ -243,7 +254,7 @@ class EnginePool:
                 if ray.get([health, updating], timeout=CLOSE_SECONDS)[1]:
                     self.bury(slot, slot.handle, "a weight update was begun and never finished")
             except ray.exceptions.RayError as error:
-                self.bury(slot, slot.handle, str(getattr(error, "cause", None) or error))
+                self.bury(slot, slot.handle, first_line(getattr(error, "cause", None) or error))
         dead = [slot for slot in self.slots if not slot.alive]
         if self.restarts + len(dead) > self.config.rollout.max_restarts:
             raise RolloutPoolExhausted(f"{len(dead)} rollout engine(s) dead after {self.restarts} restarts, rollout.max_restarts is "
@@ -283,7 +294,9 @@ class EnginePool:
     def close(self) -> None:
         """End all engines and their processes; unanswered requests fail with EngineDied. Idempotent."""
         import ray
-        self.closed.set()
+        if self.thread.is_alive():
+            self.answers.put(None)
+            self.thread.join()
         if not ray.is_initialized():
             return
         with self.lock:
@@ -293,6 +306,11 @@ class EnginePool:
             ray.wait(refs, num_returns=len(refs), timeout=CLOSE_SECONDS)
         for slot in living:
             self.bury(slot, slot.handle, "the pool was closed")
+
+
+def first_line(error: BaseException) -> str:
+    """Ray's errors are a page long."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def is_actor_error(error: BaseException | None) -> bool:

@@ -129,7 +129,7 @@ class PoolClient:
                 try:
                     answers[ref] = ray.get(ref)
                 except ray.exceptions.RayActorError as error:
-                    raise EngineDied(f"engine {refs.index(ref)} died in {method}: {error}") from error
+                    raise EngineDied(f"engine {refs.index(ref)} died in {method}: {str(error).splitlines()[0]}") from error
                 except ray.exceptions.RayTaskError as error:
                     cause = error.cause if isinstance(error.cause, (EngineDied, SyncError)) else None
                     raise type(cause or SyncError("")) (f"engine {refs.index(ref)} failed in {method}: {cause or error}") from error

@@ -1,0 +1,152 @@
+"""Two real vLLM engines in Ray actors: both hold the same weights after a sync; one is killed in the middle of its work and in the middle of a transfer.
+Three engine starts and one restart in all; the tests run in order and build on each other."""
+import os
+import signal
+import socket
+import time
+from concurrent.futures import wait
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from tandem.engine.config import ClusterConfig, Config, DataConfig, RolloutConfig, SyncConfig
+from tandem.engine.tiny import make_tiny
+from tandem.engine.types import GenRequest, Prompt, Sampling, Source
+from tandem.rollout.backend import EngineDied, SyncError
+from tandem.rollout.pool import EnginePool, RolloutPoolExhausted
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(120)]
+
+CONFIG = Config(data=DataConfig(max_prompt_tokens=64), rollout=RolloutConfig(max_tokens=900, kv_cache_gib=0.25, max_restarts=1),
+                sync=SyncConfig(timeout=30.0, bucket_mib=1), cluster=ClusterConfig(engines=2, engine_cpus=0.5, learner_cpus=0.5))
+
+
+class Rig:
+    def __init__(self, folder):
+        from transformers import AutoModelForCausalLM
+
+        from tandem.launch import placement
+        model_path = str(make_tiny(folder / "tiny"))
+        self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+        self.run_dir = folder / "run"
+        self.placement = placement.start(CONFIG, self.run_dir)
+        self.pool = EnginePool.start(CONFIG, model_path, self.placement, self.run_dir)
+        self.groups = 0
+
+    def submit(self, count, samples=4, **sampling):
+        self.groups += count
+        return [self.pool.submit(GenRequest(self.groups - i, Prompt("p", np.array([1, 20, 21, 22], np.int32), ""), samples,
+                                            Sampling(**{"max_tokens": 16, "seed": 3} | sampling))) for i in range(count)]
+
+    def ask(self, method):
+        import ray
+        return ray.get([getattr(handle, method).remote() for handle in self.pool.handles], timeout=60)
+
+    def connect(self):
+        from vllm.distributed.weight_transfer.base import ModuleSource
+
+        from tandem.rollout.vllm_transfer import trainer_engine
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        return trainer_engine("gloo", 0, self.pool.handles, ModuleSource(self.model), "127.0.0.1", port, CONFIG.sync)
+
+
+@pytest.fixture(scope="module")
+def rig(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    shared_memory = set(os.listdir("/dev/shm"))
+    rig = Rig(tmp_path_factory.mktemp("pool"))
+    started = [pid for pids in rig.ask("process_ids") for pid in pids]
+    yield rig
+    started += [pid for pids in rig.ask("process_ids") for pid in pids]
+    rig.pool.close()
+    assert_gone(started)
+    eventually(lambda: not {n for n in set(os.listdir("/dev/shm")) - shared_memory if n.startswith(("psm_", "sem."))}, "shared memory left behind")
+    rig.placement.close()
+    patch.undo()
+
+
+def assert_gone(pids):
+    """A killed engine's vLLM process needs a moment to notice."""
+    eventually(lambda: not [p for p in pids if psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE], f"a process of {pids} was left behind")
+
+
+def eventually(condition, complaint):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, complaint
+        time.sleep(0.1)
+
+
+def test_engines_share_the_work_and_agree(rig):
+    with torch.no_grad():
+        for p in rig.model.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    delivery = rig.connect().send(1)
+    assert delivery.received == [delivery.sent] * 2
+    assert rig.ask("weight_version") == [1, 1] and len(set(rig.ask("held_digest"))) == 1
+    futures = rig.submit(4)
+    loads = [[p.request.group for p in slot.pending.values()] for slot in rig.pool.slots]
+    assert loads == [[4, 2], [3, 1]]                                            # by load, ties by index: the same every time
+    for future in futures:
+        (group,) = {t.group for t in future.result(60)}
+        assert all((t.version[t.source == Source.POLICY] == 1).all() for t in future.result())
+    stats = rig.pool.stats()
+    assert stats["engines"] == 2 and stats["busy_seconds"] > 0
+    assert stats["generated_tokens"] == sum((t.source == Source.POLICY).sum() for f in futures for t in f.result())
+    assert Path(rig.run_dir, "logs/engine_1.log").stat().st_size > 0            # vLLM's output is in a file, not on the terminal
+
+
+def test_engine_killed_mid_group(rig):
+    victim, survivor = rig.ask("process_ids")
+    futures = rig.submit(2, samples=32, max_tokens=900, min_tokens=900)
+    time.sleep(0.2)
+    os.kill(victim[1], signal.SIGKILL)                                          # vLLM's process; the actor lives and has to notice
+    wait(futures, timeout=60)
+    with pytest.raises(EngineDied, match="engine 0"):
+        futures[0].result(1)
+    assert len(futures[1].result(60)) == 32                                       # the other engine's group is not touched
+    assert len(rig.pool.handles) == 1
+    assert rig.pool.recover() == 1 and len(rig.pool.handles) == 2
+    assert_gone(victim)
+
+    fresh, current = rig.submit(2)
+    with pytest.raises(SyncError, match="engine 0 was restarted"):              # it has the original weights
+        fresh.result(60)
+    assert len(current.result(60)) == 4
+    delivery = rig.connect().send(2)
+    assert delivery.received == [delivery.sent] * 2 and len(set(rig.ask("held_digest"))) == 1
+    for future in rig.submit(2):
+        assert all((t.version[t.source == Source.POLICY] == 2).all() for t in future.result(60))
+
+
+def test_engine_killed_mid_transfer(rig):
+    sender = rig.connect()
+    (_, survivor), victim = rig.pool.handles, rig.ask("process_ids")[0]
+
+    class Trap:
+        """Kills an engine when the first tensors are on their way."""
+
+        def metadata(self):
+            return inner.metadata()
+
+        def __iter__(self):
+            for i, pair in enumerate(inner):
+                if i == 5:
+                    for pid in victim:
+                        os.kill(pid, signal.SIGKILL)
+                yield pair
+    inner, sender.source.source = sender.source.source, Trap()
+    begin = time.monotonic()
+    with pytest.raises((EngineDied, SyncError)):
+        sender.send(3)
+    assert time.monotonic() - begin < CONFIG.sync.timeout + 5
+    with pytest.raises(RolloutPoolExhausted, match="engine 0: .*\n.*engine 1: "):   # the survivor is stuck in the update, so it counts as dead as well
+        rig.pool.recover()
+    with pytest.raises(EngineDied):
+        rig.submit(1)[0].result(10)
