@@ -36,7 +36,9 @@ def engine_arguments(model_path: str, config: Config, seed: int) -> dict[str, An
     r, cluster = config.rollout, config.cluster
     on_gpu = cluster.engine_gpus > 0
     longest = config.data.max_prompt_tokens + max(r.max_tokens, config.eval.max_tokens or 0)
-    device = dict(gpu_memory_utilization=r.gpu_memory_utilization) if on_gpu else dict(kv_cache_memory_bytes=int(r.kv_cache_gib * 2**30), enforce_eager=True)
+    # whole prefills on CPU: where one is split, vLLM rewinds the generator of a seeded request, which torch's CPU generator cannot do, and the engine dies
+    device = dict(gpu_memory_utilization=r.gpu_memory_utilization) if on_gpu else dict(
+        kv_cache_memory_bytes=int(r.kv_cache_gib * 2**30), enforce_eager=True, enable_chunked_prefill=False, max_num_batched_tokens=max(longest, 8192))
     return dict(model=model_path, tokenizer=config.model.tokenizer or model_path, trust_remote_code=config.model.trust_remote_code,
                 dtype=config.model.dtype, max_model_len=r.max_model_len or longest, max_num_seqs=r.max_sequences, seed=seed,
                 enable_prefix_caching=r.prefix_caching, logprobs_mode="processed_logprobs", tensor_parallel_size=cluster.tensor_parallel,
@@ -109,10 +111,13 @@ class VllmBackend:
         """All samples of one request, in order. Raises EngineDied; the request may then be re-issued elsewhere."""
         await self.health()
         seed = None if request.sampling.seed is None else int(np.random.SeedSequence([request.sampling.seed, request.group]).generate_state(1)[0] >> 1)
-        if request.prefixes:
-            if len(request.prefixes) != request.samples:
-                raise ValueError(f"group {request.group}: {len(request.prefixes)} prefixes for {request.samples} samples; give one per sample (may be empty) or none")
-            jobs = [self.run(request, np.asarray(p, np.int32), 1, None if seed is None else seed + i) for i, p in enumerate(request.prefixes)]
+        prefixes = request.prefixes
+        if prefixes and len(prefixes) != request.samples:
+            raise ValueError(f"group {request.group}: {len(prefixes)} prefixes for {request.samples} samples; give one per sample (may be empty) or none")
+        if not prefixes and request.sampling.temperature == 0:
+            prefixes = ((),) * request.samples          # vLLM refuses n > 1 for greedy samples
+        if prefixes:
+            jobs = [self.run(request, np.asarray(p, np.int32), 1, None if seed is None else seed + i) for i, p in enumerate(prefixes)]
             return tuple(t for part in await asyncio.gather(*jobs) for t in part)
         return tuple(await self.run(request, np.zeros(0, np.int32), request.samples, seed))
 
