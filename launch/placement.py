@@ -120,15 +120,11 @@ def start(config: Config, run_dir: str | Path, say: Callable[[str], None] = prin
     import ray
     wanted, c = plan(config), config.cluster
     say(f"placement: asked for {wanted.describe()}")
-    try:
-        if c.address is None:
-            ray.init(address="local", num_cpus=cpu_count(), include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
-                     object_store_memory=c.object_store_mib << 20)
-        else:
-            ray.init(address=c.address, log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError as error:
-        raise ConfigError(f"cluster.address is {c.address!r}, but no Ray cluster answers there ({str(error).splitlines()[0]}); "
-                          "start one with `ray start --head`, or leave the address out for a local Ray") from None
+    if c.address is None:
+        ray.init(address="local", num_cpus=cpu_count(), include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
+                 object_store_memory=c.object_store_mib << 20)
+    else:
+        attach(c.address)
     try:
         link_logs(Path(run_dir))
         group = reserve(wanted, c.deadline, say)
@@ -141,6 +137,22 @@ def start(config: Config, run_dir: str | Path, say: Callable[[str], None] = prin
            for i in range(len(wanted.bundles))]
     say(f"placement: got {', '.join(got)}")
     return Placement(group, wanted, worker_env(config, c.engine_gpus), worker_env(config, c.learner_gpus))
+
+
+def attach(address: str) -> None:
+    """Join a running Ray cluster. Ray itself would wait for minutes for a head that is not there, so its port is tried first."""
+    import ray
+    try:
+        if address != "auto":
+            host, _, port = address.rpartition(":")
+            if "//" in host or not host or not port.isdigit():
+                raise ConfigError(f"cluster.address is {address!r}, expected HOST:PORT of the cluster's head (port 6379 unless chosen otherwise) or auto; "
+                                  "ray:// addresses are not supported: start tandem on a node of the cluster")
+            socket.create_connection((host, int(port)), timeout=10).close()
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except OSError as error:        # ConnectionError, what Ray raises for auto, is one too
+        raise ConfigError(f"cluster.address is {address!r}, but no Ray cluster answers there ({str(error).splitlines()[0]}); "
+                          "start one with `ray start --head`, or leave the address out for a local Ray") from None
 
 
 def reserve(wanted: Plan, deadline: float, say: Callable[[str], None]):

@@ -1,0 +1,100 @@
+"""Placement on real Ray: two raylets on this machine stand for two nodes."""
+import time
+
+import psutil
+import pytest
+
+from learner_cases import make_plan, make_rows
+from tandem.engine.config import ClusterConfig, Config, ConfigError, LearnerConfig, ModelConfig, RolloutConfig
+from tandem.launch import placement
+
+pytestmark = pytest.mark.stack
+
+
+def ray_processes() -> list[str]:
+    return [p.name() for p in psutil.Process().children(recursive=True) if p.name() in ("raylet", "gcs_server") or "ray::" in p.name()]
+
+
+@pytest.fixture(scope="module")
+def two_nodes():
+    """The address of a Ray cluster of two nodes with one CPU each."""
+    from ray.cluster_utils import Cluster
+    node = dict(num_cpus=1, object_store_memory=100 << 20, include_dashboard=False)
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    cluster.add_node(**{k: v for k, v in node.items() if k != "include_dashboard"})
+    yield cluster.address
+    cluster.shutdown()
+    assert ray_processes() == []
+
+
+def config(**cluster) -> Config:
+    """Two learner ranks and no engine: rollouts are replayed."""
+    return Config(model=ModelConfig(path="tandem:tiny"), rollout=RolloutConfig(backend="replay", record="unused"), learner=LearnerConfig(zero_stage=2),
+                  cluster=ClusterConfig(**{"learner_ranks": 2, "strategy": "STRICT_SPREAD", "deadline": 60, **cluster}))
+
+
+def test_learner_ranks_of_two_nodes_train_together(two_nodes, in_tmp):
+    import ray
+    from tandem.engine.learner import InlineLearner
+    from tandem.engine.model import resolve_model
+    from tandem.engine.ray_learner import RayLearner
+    cfg, said = config(address=two_nodes), []
+    model_path = resolve_model(cfg.model)
+    places = placement.start(cfg, in_tmp / "run", said.append)
+    try:
+        learner = RayLearner.start(cfg, model_path, places, in_tmp / "run")
+        try:
+            nodes = ray.get([actor.__ray_call__.remote(lambda self: __import__("ray").get_runtime_context().get_node_id()) for actor in learner.actors])
+            report = learner.step(make_plan(make_rows(), ranks=2))
+        finally:
+            learner.close()
+    finally:
+        places.close()
+    assert len(set(nodes)) == 2
+    assert any("asked for 2 learner rank(s) of {CPU 1}, strategy STRICT_SPREAD" in line for line in said)
+    assert all(f"learner rank {rank} on " in said[-1] and node[:6] in said[-1] for rank, node in enumerate(nodes))
+    alone = InlineLearner.start(cfg, model_path).step(make_plan(make_rows()))
+    assert report.metrics["grad_norm"] == pytest.approx(alone.metrics["grad_norm"], rel=1e-4)
+
+
+def test_what_no_cluster_can_hold_ends_at_the_deadline(two_nodes, in_tmp):
+    began = time.monotonic()
+    with pytest.raises(ConfigError) as caught:
+        placement.start(config(address=two_nodes, learner_ranks=3, deadline=3), in_tmp / "run", lambda line: None)
+    assert time.monotonic() - began < 60
+    message = str(caught.value)
+    assert "no place after 3 s (cluster.deadline)" in message and "asked: 3 learner rank(s) of {CPU 1}, strategy STRICT_SPREAD" in message
+    assert message.count(": {CPU 1}\n") == 2, message       # what each of the two nodes has
+
+    places = placement.start(config(address=two_nodes), in_tmp / "run", lambda line: None)     # the failed request left nothing reserved
+    places.close()
+
+
+def test_local_ray_gives_engines_and_ranks_their_places_and_ends(in_tmp):
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+    cfg = Config(cluster=ClusterConfig(engines=2, engine_cpus=0.25, learner_ranks=2, learner_cpus=0.5, threads=3))
+    places = placement.start(cfg, in_tmp / "run", lambda line: None)
+    try:
+        @ray.remote
+        def probe():
+            import os
+            import ray
+            return ray.get_runtime_context().get_assigned_resources(), os.environ["OMP_NUM_THREADS"], os.environ["DS_ACCELERATOR"]
+
+        at = lambda bundle, cpus, env: probe.options(num_cpus=cpus, runtime_env={"env_vars": env}, scheduling_strategy=PlacementGroupSchedulingStrategy(
+            places.group, placement_group_bundle_index=bundle)).remote()
+        bundles = [places.engine_bundle(0), places.engine_bundle(1), places.learner_bundle(0), places.learner_bundle(1)]
+        assert bundles == [0, 1, 2, 3] and [b["CPU"] for b in places.group.bundle_specs] == [0.25, 0.25, 0.5, 0.5]
+        resources, threads, accelerator = ray.get(at(places.learner_bundle(1), 0.5, places.learner_env), timeout=120)
+        assert (resources, threads, accelerator) == ({"CPU": 0.5}, "3", "cpu")
+        assert (in_tmp / "run" / "ray_session" / "logs").is_dir()
+    finally:
+        places.close()
+    assert ray_processes() == []
+
+
+@pytest.mark.parametrize("address, said", [("127.0.0.1:1", "no Ray cluster answers there"), ("ray://127.0.0.1:10001", "expected HOST:PORT"), ("head", "expected HOST:PORT")])
+def test_address_without_a_cluster_is_the_users_mistake(in_tmp, address, said):
+    with pytest.raises(ConfigError, match=f"cluster.address is '{address}'.* {said}"):
+        placement.start(config(address=address), in_tmp / "run", lambda line: None)
