@@ -306,6 +306,8 @@ def validate(c: Config) -> None:
     require(c.learner.learning_rate > 0, f"learner.learning_rate is {c.learner.learning_rate}, must be > 0")
     require(len(c.reward.weights) in (0, len(c.reward.functions)),
             f"reward.weights has {len(c.reward.weights)} entries for {len(c.reward.functions)} reward.functions; give one weight per function or none")
+    require(c.learner.zero_stage > 0 or not c.learner.offload_optimizer,
+            "learner.offload_optimizer is true with learner.zero_stage 0, which has nothing to offload; use zero_stage 1, 2 or 3, or switch it off")
     if method.uses_experts:
         require(c.data.experts is not None, f"method {c.method['name']!r} trains on demonstrations, but data.experts is not set")
         require(c.data.experts.response is not None or c.data.experts.path.startswith(("task:", "reasoning_gym:")),
