@@ -167,6 +167,14 @@ class DigestingSource(WeightSource):
             yield name, tensor
 
 
+def finish_broadcast(work) -> None:
+    """Raise EngineDied if an ended broadcast had failed: gloo says so as soon as a peer closes its connection."""
+    try:
+        work.wait()
+    except RuntimeError as error:
+        raise EngineDied(f"an engine left the weight transfer: {str(error).splitlines()[0]}") from error
+
+
 class GlooSender(TrainerWeightTransferEngine[GlooTrainerInit]):
     """Broadcasts the learner's weights. Only rank 0 is in the group; the other ranks iterate the source, which gathers sharded weights."""
 
@@ -182,9 +190,11 @@ class GlooSender(TrainerWeightTransferEngine[GlooTrainerInit]):
             group = Call(lambda: join_group(init_info.master_address, init_info.master_port, 0, init_info.world_size, init_info.timeout))
             while not group.done():
                 workers.check()         # an engine that failed will never join: do not wait for it
+                if time.monotonic() > client.deadline:
+                    raise EngineDied(f"engines did not join the transfer group within sync.timeout={client.timeout:g} s")
                 time.sleep(0.002)
+            workers.result(client.deadline)     # first: an engine that could not join says more about it than the group does
             engine.group = group.result(client.deadline)
-            workers.result(client.deadline)
         return engine
 
     def send_weights(self) -> None:
@@ -212,7 +222,7 @@ class GlooSender(TrainerWeightTransferEngine[GlooTrainerInit]):
                 if time.monotonic() > self.client.deadline:
                     raise EngineDied(f"weights were not taken within sync.timeout={self.client.timeout:g} s")
                 time.sleep(0.0005)
-            work.wait()
+            finish_broadcast(work)
         workers.result(self.client.deadline)
         self.client.finish_weight_update()
 
@@ -282,7 +292,11 @@ class Sender:
         return Delivery(dict(self.source.digests), self.client.received, size)
 
     def close(self) -> None:
-        self.engine.shutdown()
+        """Leave the transfer group. NCCL may wait for peers that are dead, so nobody waits for NCCL."""
+        if self.client is None or isinstance(self.engine, GlooSender):
+            self.engine.shutdown()
+        else:
+            Call(self.engine.shutdown)
 
 
 def trainer_engine(transport: str, rank: int, handles: Sequence[Any], source: WeightSource, master_address: str, port: int, sync: SyncConfig) -> Sender:

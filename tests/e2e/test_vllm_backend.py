@@ -1,6 +1,7 @@
 """One real vLLM engine on a tiny model with tied embeddings: its numbers are the learner's numbers, before and after real weight syncs, and every
 silent fault of a sync that was met on this stack is an error here. One engine start serves the whole file."""
 import asyncio
+import os
 import socket
 import threading
 
@@ -122,12 +123,14 @@ def rig(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")      # lets the tests break things inside the engine process
     patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    shared_memory = set(os.listdir("/dev/shm"))
     rig = Rig(make_tiny(tmp_path_factory.mktemp("model") / "tiny"))
     yield rig
     import multiprocessing
     rig.wait(rig.backend.close())
     patch.undo()
     assert not multiprocessing.active_children(), "the engine left a process behind"
+    assert not [n for n in set(os.listdir("/dev/shm")) - shared_memory if n.startswith(("psm_", "sem."))], "the engine left shared memory behind"
 
 
 PROMPT = [1, 20, 21, 22, 23, 24]

@@ -59,27 +59,21 @@ class Rig:
 def rig(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    shared_memory = set(os.listdir("/dev/shm"))
     rig = Rig(tmp_path_factory.mktemp("pool"))
     started = [pid for pids in rig.ask("process_ids") for pid in pids]
     yield rig
     started += [pid for pids in rig.ask("process_ids") for pid in pids]
     rig.pool.close()
     assert_gone(started)
-    eventually(lambda: not {n for n in set(os.listdir("/dev/shm")) - shared_memory if n.startswith(("psm_", "sem."))}, "shared memory left behind")
     rig.placement.close()
     patch.undo()
 
 
 def assert_gone(pids):
     """A killed engine's vLLM process needs a moment to notice."""
-    eventually(lambda: not [p for p in pids if psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE], f"a process of {pids} was left behind")
-
-
-def eventually(condition, complaint):
     deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, complaint
+    while left := [p for p in pids if psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE]:
+        assert time.monotonic() < deadline, f"processes left behind: {left}"
         time.sleep(0.1)
 
 
@@ -143,7 +137,7 @@ def test_engine_killed_mid_transfer(rig):
                 yield pair
     inner, sender.source.source = sender.source.source, Trap()
     begin = time.monotonic()
-    with pytest.raises((EngineDied, SyncError)):
+    with pytest.raises(EngineDied):
         sender.send(3)
     assert time.monotonic() - begin < CONFIG.sync.timeout + 5
     with pytest.raises(RolloutPoolExhausted, match="engine 0: .*\n.*engine 1: "):   # the survivor is stuck in the update, so it counts as dead as well
