@@ -51,7 +51,7 @@ class LUFFY(Method):
         for g in batch.groups:
             demo = g.demonstration_reward is not None
             rewards.append(np.append(g.rewards, g.demonstration_reward) if demo else g.rewards)
-            lengths.append(np.array([sampled_tokens(t) for t in g.trajectories] + [len(g.prompt.demonstration)] * demo))
+            lengths.append(np.array([sampled_tokens(t) for t in g.trajectories] + ([len(g.prompt.demonstration)] if demo else [])))
         rows = []
         for g, advantages in zip(batch.groups, self.policy.estimate(rewards, lengths)):
             rows += [self.policy.row(t, a) for t, a in zip(g.trajectories, advantages)]

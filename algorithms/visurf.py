@@ -53,7 +53,7 @@ class ViSurf(Method):
         controlled = {g.group: self.controlled(g) for g in withy}
         self.smoothed = float(np.mean([controlled[g.group] == float(g.rewards.mean()) for g in withy])) if withy else 0.0
         rewards = [np.append(g.rewards, controlled[g.group]) if g.group in controlled else g.rewards for g in batch.groups]
-        lengths = [np.array([sampled_tokens(t) for t in g.trajectories] + [len(g.prompt.demonstration)] * (g.group in controlled)) for g in batch.groups]
+        lengths = [np.array([sampled_tokens(t) for t in g.trajectories] + ([len(g.prompt.demonstration)] if g.group in controlled else [])) for g in batch.groups]
         rows = []
         for g, advantages in zip(batch.groups, self.policy.estimate(rewards, lengths)):
             rows += [self.policy.row(t, a) for t, a in zip(g.trajectories, advantages)]

@@ -43,7 +43,7 @@ def evaluate(pool, rewards, prompts: Sequence[Prompt], sampling: Sampling, sampl
             recover()
     scorings = [rewards.submit(p, [decode(t.response) for t in ts], [t.response for t in ts]) for p, ts in zip(prompts, done)]
     outcomes = [o for s in scorings for o in s.result()]
-    scored = [o for o in outcomes if o.error is None]
+    scored = [o for o in outcomes if o.error is None and verifier in o.parts]
     values = np.array([o.parts[verifier] for o in scored], np.float64)
     mean = lambda xs: float(np.mean(xs)) if len(xs) else float("nan")
     return EvalResult(accuracy=mean(values), reward=mean([o.value for o in scored]), length=mean([len(t.response) for ts in done for t in ts]),

@@ -73,14 +73,17 @@ class Run:
         self.prompts = source(PromptSource, cfg.data.prompts) if self.method.uses_rollouts else None
         self.experts = source(ExpertSource, cfg.data.experts) if self.method.uses_experts and not self.method.aligned else None
         self.aligned = source(PromptSource, replace(cfg.data.experts, response=cfg.data.experts.response or "response")) if self.method.aligned else None
-        held_out = source(PromptSource, cfg.data.evaluation)
+        held_out = cfg.data.evaluation and PromptSource(cfg.data.evaluation, cfg.data, self.tokenizer, cfg.model, seed=0)   # the same problems for all seeds
         self.eval_prompts = held_out.take(min(len(held_out), cfg.eval.limit or len(held_out))) if held_out else []
         rewards = cfg.reward if not cfg.run.fake_reward else type(cfg.reward)(functions=("fake",))
         self.verifier = rewards.functions[0] if rewards.functions else None
         self.rewards = None
         if rewards.functions:
-            self.rewards = RewardRunner(rewards, cfg.run.seed, inline=cfg.mode == "inline")
+            inline = cfg.mode == "inline"
+            self.rewards = RewardRunner(rewards, cfg.run.seed, inline=inline, log=None if inline else self.folder / "logs" / "rewards.log")
             self.stack.callback(self.rewards.close)
+            for prompt in self.eval_prompts[:1]:
+                self.rewards.require_columns(prompt.columns)
 
     def start(self, with_learner: bool = True) -> None:
         """Start engines and learner, restore the checkpoint if there is one, and give the engines the present weights."""
