@@ -1,8 +1,11 @@
 """The command line as a user meets it: exit codes, one-screen errors, dry runs, the list of methods."""
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -111,6 +114,17 @@ def test_words_that_are_no_override_are_refused(config, capsys):
             cli.main(words)
         assert caught.value.code == 2
     assert "--dryrun" in capsys.readouterr().err
+
+
+def test_the_readmes_own_reward_and_method_train(config, in_tmp, capsys):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    blocks = re.findall(r"```python\n(# (\w+\.py).*?)```", readme, re.DOTALL)
+    for text, name in blocks:
+        (in_tmp / name).write_text(text)
+    assert [name for _, name in blocks] == ["my_reward.py", "my_method.py"]
+    assert cli.main(["train", config, 'method={name: "my_method.py:Mixed", weight: 0.3}', "reward.functions=[my_reward.py:score]"]) == 0
+    metrics = json.loads((in_tmp / "runs" / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert metrics["loss/sft"] > 0 and "loss/policy" in metrics
 
 
 def test_failure_leaves_a_traceback_in_the_run_folder(config, in_tmp, capsys):
