@@ -30,7 +30,6 @@ from typing import Any
 
 import numpy as np
 
-
 MANIFEST = "MANIFEST.json"
 
 

@@ -58,8 +58,6 @@ class Telemetry:
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         metrics, rollouts, events = (self.run_dir / name for name in ("metrics.jsonl", "rollouts.jsonl", "events.jsonl"))
-        if resume_step is None and config.run.resume:
-            resume_step = 0
         if resume_step is None and metrics.exists() and metrics.stat().st_size:
             raise ConfigError(f"run folder {self.run_dir} already holds a run; set run.resume=true to continue it, choose another run.name, or delete it")
         cut(metrics, resume_step or 0)
@@ -220,7 +218,7 @@ def start_wandb(config: Config, run_dir: Path):
     try:
         import wandb
     except ImportError:
-        raise ConfigError(f"run.wandb is {config.run.wandb!r}, but wandb is not installed: pip install wandb, or remove run.wandb") from None
+        raise ConfigError(f"run.wandb is {config.run.wandb!r}, but wandb is not installed: pip install 'tandem-rl[track]', or remove run.wandb") from None
     id_file = run_dir / "wandb_id"
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(4))
@@ -246,7 +244,7 @@ def start_tensorboard(run_dir: Path, resume_step: int | None):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise ConfigError("run.tensorboard is true, but tensorboard is not installed: pip install tensorboard, or remove run.tensorboard") from None
+        raise ConfigError("run.tensorboard is true, but tensorboard is not installed: pip install 'tandem-rl[track]', or remove run.tensorboard") from None
     return SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step)
 
 
