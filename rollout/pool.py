@@ -164,7 +164,8 @@ class EnginePool:
             except ray.exceptions.RayError as error:
                 path = log_path(self.run_dir, slot.index)
                 tail = "\n  ".join(path.read_text(errors="replace").splitlines()[-15:]) if path.exists() else "(on another machine)"
-                reason = f"not up after cluster.start_timeout={self.config.cluster.start_timeout:g} s" if isinstance(error, ray.exceptions.GetTimeoutError) else str(error)
+                late = isinstance(error, ray.exceptions.GetTimeoutError)
+                reason = f"not up after cluster.start_timeout={self.config.cluster.start_timeout:g} s" if late else str(error)
                 raise RuntimeError(f"rollout engine {slot.index} did not start: {reason}\nend of {path}:\n  {tail}") from error
 
     # -- generation ---------------------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import numpy as np
 
 from tandem.engine.config import Config
 from tandem.engine.digest import combine
-from tandem.engine.types import Finish, GenRequest, Sampling, Source, Trajectory
+from tandem.engine.types import Finish, GenRequest, Source, Trajectory
 from tandem.rollout.backend import EngineDied, SyncError
 
 FINISH = {"stop": Finish.STOP, "length": Finish.LENGTH}
@@ -97,7 +97,7 @@ class VllmBackend:
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from tandem.rollout import vllm_worker  # registers the transports; vLLM checks their names here as well
+        import tandem.rollout.vllm_worker  # noqa: F401  registers the transports; vLLM checks their names here as well
         imported = time.perf_counter()
         backend = cls(AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(model_path, config, seed))), config)
         await backend.llm.update_weight_version("0")
