@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 failed, the traceback is in a file; 2 bad input, told on o
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import traceback
@@ -24,6 +25,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:     # `tandem methods | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except ConfigError as error:
         if args.debug:
             raise
@@ -147,7 +151,6 @@ def check_logprobs(args) -> int:
 
 def methods(args) -> int:
     import inspect
-    import os
 
     from tandem.algorithms.base import METHODS, method_class
     broken = 0

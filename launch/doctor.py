@@ -19,7 +19,7 @@ from tandem.engine.config import Config, ConfigError
 from tandem.launch import machine
 from tandem.launch.machine import GIB
 
-OK, WARN, BAD = "ok", "warn", "MISSING"
+OK, WARN, BAD = "ok", "warn", "FAIL"
 CLUSTER_ONLY = ("ray", "vllm", "deepspeed")
 NOT_NEXT_TO_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
 
@@ -43,7 +43,7 @@ def run(config: Config | None, reward: bool = False) -> int:
     if reward:
         print("rewards")
         print("  " + try_rewards(config).replace("\n", "\n  "))
-    print("\na run could not start: see MISSING above" if BAD in states else "\na run could start")
+    print("\na run could not start: see FAIL above" if BAD in states else "\na run could start")
     return 2 if BAD in states else 0
 
 

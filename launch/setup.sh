@@ -15,7 +15,7 @@ find_python() {
             echo "$candidate"; return
         fi
     done
-    die "needs Python 3.11, 3.12 or 3.13; found: $("${PYTHON:-python3}" --version 2>&1 | head -n 1)" \
+    die "needs Python 3.11, 3.12 or 3.13; found: $({ "${PYTHON:-python3}" --version || echo "no ${PYTHON:-python3}"; } 2>/dev/null)" \
         "Install one (Debian, Ubuntu: apt install python3.11 python3.11-venv), or name it: make PYTHON=/path/to/python3.11"
 }
 
