@@ -18,7 +18,7 @@ import torch
 from tandem.algorithms.base import Term
 from tandem.algorithms.objectives import NLL
 from tandem.engine import terms as term_losses
-from tandem.engine.config import Config, ModelConfig
+from tandem.engine.config import Config, ConfigError, ModelConfig
 from tandem.engine.digest import digest
 from tandem.engine.model import Policy, load_policy
 from tandem.engine.packing import pack
@@ -222,9 +222,13 @@ class InlineLearner:
 
     @classmethod
     def start(cls, config: Config, model_path: str) -> InlineLearner:
+        """Raises ConfigError if cluster.learner_gpus asks for a GPU that is not there."""
+        gpu = config.cluster.learner_gpus > 0
+        if gpu and not torch.cuda.is_available():
+            raise ConfigError(f"cluster.learner_gpus is {config.cluster.learner_gpus:g}, but torch finds no GPU here; set it to 0")
         torch.set_num_threads(config.cluster.threads)
         torch.manual_seed(config.run.seed)
-        return cls(LearnerRank(config, model_path, LocalEngine(build_policy(config, model_path), config.learner)))
+        return cls(LearnerRank(config, model_path, LocalEngine(build_policy(config, model_path), config.learner, gpu)))
 
     def connect(self, pool) -> None:
         self.pool = pool

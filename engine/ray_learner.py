@@ -50,7 +50,7 @@ class RankActor:
         learner, cluster = self.config.learner, self.config.cluster
         torch.set_num_threads(cluster.threads)
         torch.manual_seed(self.config.run.seed + self.rank)
-        join(self.rank, cluster.learner_ranks, address, port, cluster.start_timeout)
+        join(self.rank, cluster.learner_ranks, address, port, cluster.start_timeout, gpu=cluster.learner_gpus > 0)
         if learner.offload_optimizer:
             check_offload(learner.zero_stage)
         engine = ZeroEngine(build_policy(self.config, self.model_path), learner, bucket_mib=self.config.sync.bucket_mib)

@@ -51,7 +51,7 @@ def evaluate(terms: Sequence[Term], z: Mapping[str, float], micro: MicroBatch, t
         if term.name not in micro.weights:
             continue
         weight = torch.as_tensor(micro.weights[term.name], device=tokens.logp.device)
-        index = weight.nonzero().squeeze(-1)
+        index = torch.as_tensor(np.flatnonzero(micro.weights[term.name]), device=weight.device)       # found on the host: nobody waits for a GPU
         if len(index) == 0:
             continue
         chosen = tokens.take(index)

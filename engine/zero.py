@@ -61,12 +61,27 @@ def set_random_state(state: dict) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+def read_state(folder: str | Path, rank: int, layout: dict) -> dict:
+    """rank_R.pt of a checkpoint. Raises ConfigError if it was written with another layout (ranks, ZeRO stage, dtype), which cannot be read back exactly."""
+    for path in (Path(folder) / f"rank_{rank}.pt", Path(folder) / "rank_0.pt"):
+        if path.is_file():
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            break
+    else:
+        raise ConfigError(f"checkpoint {folder} has no {path.name}: it is not a learner's checkpoint")
+    if state["layout"] != layout:
+        raise ConfigError(f"checkpoint {folder} was written with {state['layout']}, this run has {layout}: set mode, cluster.learner_ranks, learner.zero_stage, "
+                          "learner.offload_optimizer and model.dtype as they were to resume, or start a new run from an exported model")
+    return state
+
+
 class LocalEngine:
     """One process, no DeepSpeed: for mode=inline, and the yardstick that ZeroEngine is tested against."""
 
-    def __init__(self, policy: Policy, learner: LearnerConfig):
+    def __init__(self, policy: Policy, learner: LearnerConfig, gpu: bool = False):
         from accelerate import Accelerator
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+        self.accelerator = Accelerator(cpu=not gpu, mixed_precision="no")
+        self.layout = {"engine": "inline", "dtype": str(next(policy.parameters()).dtype)}
         self.device, self.clip = self.accelerator.device, learner.grad_clip
         self.module = self.accelerator.prepare(policy)
         self.weights = [p for p in policy.parameters() if p.requires_grad]
@@ -119,16 +134,18 @@ class LocalEngine:
         from safetensors.torch import save_file
         Path(folder).mkdir(parents=True, exist_ok=True)
         save_file({f"{i}": m.detach().contiguous() for i, m in enumerate(self.masters)}, Path(folder) / "weights.safetensors")
-        torch.save({"optimizer": self.optimizer.state_dict(), "moments": self.moments.state_dict(), "random": random_state()}, Path(folder) / "rank_0.pt")
+        state = {"layout": self.layout, "optimizer": self.optimizer.state_dict(), "moments": self.moments.state_dict(), "random": random_state()}
+        torch.save(state, Path(folder) / "rank_0.pt")
 
     @torch.no_grad()
     def load(self, folder: str | Path) -> None:
+        """Raises ConfigError if the checkpoint was written by another kind of learner."""
         from safetensors.torch import load_file
+        state = read_state(folder, 0, self.layout)
         saved = load_file(Path(folder) / "weights.safetensors")
         for i, master in enumerate(self.masters):
             master.copy_(saved[f"{i}"])
         self._refresh()
-        state = torch.load(Path(folder) / "rank_0.pt", map_location="cpu", weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
         self.moments.load_state_dict(state["moments"])
         set_random_state(state["random"])
@@ -137,10 +154,9 @@ class LocalEngine:
         self.accelerator.free_memory()
 
 
-def join(rank: int, ranks: int, address: str, port: int, timeout: float) -> None:
-    """Join the learner's process group: NCCL where this process has a GPU, else gloo. Once per process, before any ZeroEngine."""
-    gpu = torch.cuda.is_available()
-    if not gpu:
+def join(rank: int, ranks: int, address: str, port: int, timeout: float, gpu: bool = False) -> None:
+    """Join the learner's process group: NCCL with a GPU per rank, else gloo. Once per process, before any ZeroEngine."""
+    if not gpu:     # also on a machine that has some
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK="0", MASTER_ADDR=address, MASTER_PORT=str(port))
     import logging
@@ -161,7 +177,7 @@ def zero_config(stage: int, dtype: torch.dtype, clip: float, offload: bool, pers
               "bf16": {"enabled": dtype == torch.bfloat16},
               "zero_optimization": {"stage": stage, "reduce_bucket_size": BUCKET, "stage3_param_persistence_threshold": persistent}}
     if offload:
-        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.distributed.get_backend() == "nccl"}
     if dtype == torch.bfloat16 and stage > 0:       # stage 0 has no such choice: there DeepSpeed adds micro-batches up in bfloat16
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
@@ -175,7 +191,9 @@ class ZeroEngine:
         self.stage, self.bucket = learner.zero_stage, bucket_mib * 2**20
         self.ranks, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
         inner = adamw([p for p in policy.parameters() if p.requires_grad], learner)
-        config = zero_config(self.stage, next(policy.parameters()).dtype, learner.grad_clip, learner.offload_optimizer, persistent)
+        dtype = next(policy.parameters()).dtype
+        self.layout = {"engine": "deepspeed", "dtype": str(dtype), "ranks": self.ranks, "zero_stage": self.stage, "offload_optimizer": learner.offload_optimizer}
+        config = zero_config(self.stage, dtype, learner.grad_clip, learner.offload_optimizer, persistent)
         self.engine, _, _, _ = deepspeed.initialize(model=policy, optimizer=inner, config=config, dist_init_required=False)
         self.module, self.device, self.inner = self.engine.module, self.engine.device, inner
         if self.stage == 0:
@@ -240,14 +258,13 @@ class ZeroEngine:
         """All ranks write into the same folder: DeepSpeed's own checkpoint, and rank_R.pt with what DeepSpeed does not know of."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.engine.save_checkpoint(str(folder), tag="zero", save_latest=False)
-        torch.save({"moments": self.moments.state_dict(), "random": random_state()}, Path(folder) / f"rank_{self.rank}.pt")
+        torch.save({"layout": self.layout, "moments": self.moments.state_dict(), "random": random_state()}, Path(folder) / f"rank_{self.rank}.pt")
         torch.distributed.barrier()
 
     def load(self, folder: str | Path) -> None:
-        if not (Path(folder) / f"rank_{self.rank}.pt").is_file():
-            raise ConfigError(f"checkpoint {folder} has no rank_{self.rank}.pt: it was written by fewer learner ranks; set cluster.learner_ranks as it was")
+        """Raises ConfigError if the checkpoint was written by another kind of learner."""
+        state = read_state(folder, self.rank, self.layout)
         self.engine.load_checkpoint(str(folder), tag="zero", load_lr_scheduler_states=False)
-        state = torch.load(Path(folder) / f"rank_{self.rank}.pt", map_location="cpu", weights_only=True)
         self.moments.load_state_dict(state["moments"])
         set_random_state(state["random"])
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from learner_cases import TERMS, equal, make_plan, make_rows, only, plain_gradient, poison, weights
 
-from tandem.engine.config import Config, LearnerConfig, ModelConfig
+from tandem.engine.config import Config, ConfigError, LearnerConfig, ModelConfig
 from tandem.engine.learner import LearnerRank, build_policy
 from tandem.engine.zero import LocalEngine
 
@@ -140,6 +140,14 @@ def test_resume_is_exact(model_path, tmp_path, dtype):
             learner.step(make_plan(make_rows(seed), optimizer=name))
     assert equal(weights(rank), weights(resumed))
     assert not equal(weights(rank), weights(make_rank(model_path, dtype)))
+
+
+def test_checkpoint_of_another_kind_of_learner_is_refused(model_path, tmp_path):
+    make_rank(model_path, "bfloat16").save(tmp_path / "ck")
+    with pytest.raises(ConfigError, match=r"was written with .*bfloat16.*, this run has .*float32.*model\.dtype"):
+        make_rank(model_path).load(tmp_path / "ck")
+    with pytest.raises(ConfigError, match="not a learner's checkpoint"):
+        make_rank(model_path).load(tmp_path)
 
 
 def test_bfloat16_keeps_small_updates_in_its_masters(model_path):
