@@ -11,8 +11,8 @@ from tandem.launch import placement
 pytestmark = pytest.mark.stack
 
 
-def ray_processes() -> list[str]:
-    return [p.name() for p in psutil.Process().children(recursive=True) if p.name() in ("raylet", "gcs_server") or "ray::" in p.name()]
+def ray_processes() -> list[tuple[int, str]]:
+    return [(p.pid, p.name()) for p in psutil.Process().children(recursive=True) if p.name() in ("raylet", "gcs_server") or "ray::" in p.name()]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,9 @@ def test_local_ray_gives_engines_and_ranks_their_places_and_ends(in_tmp):
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
     cfg = Config(cluster=ClusterConfig(engines=2, engine_cpus=0.25, learner_ranks=2, learner_cpus=0.5, threads=3))
+    before = set(ray_processes())       # of the other tests' cluster
     places = placement.start(cfg, in_tmp / "run", lambda line: None)
+    assert any(name == "raylet" for _, name in set(ray_processes()) - before)
     try:
         @ray.remote
         def probe():
@@ -91,7 +93,7 @@ def test_local_ray_gives_engines_and_ranks_their_places_and_ends(in_tmp):
         assert (in_tmp / "run" / "ray_session" / "logs").is_dir()
     finally:
         places.close()
-    assert ray_processes() == []
+    assert set(ray_processes()) <= before
 
 
 @pytest.mark.parametrize("address, said", [("127.0.0.1:1", "no Ray cluster answers there"), ("ray://127.0.0.1:10001", "expected HOST:PORT"), ("head", "expected HOST:PORT")])
