@@ -29,7 +29,7 @@ from tandem.engine.loop import Clock
 from tandem.engine.producer import Producer
 from tandem.engine.telemetry import Telemetry, redirect_output
 from tandem.engine.types import Row, Sampling, ScoredGroup, Source, StepReport
-from tandem.rollout.backend import SyncError
+from tandem.rollout.backend import EngineDied, SyncError
 
 
 class Run:
@@ -71,6 +71,9 @@ class Run:
         self.tokenizer = load_tokenizer(cfg.model)
         source = lambda kind, dataset: dataset and kind(dataset, cfg.data, self.tokenizer, cfg.model, cfg.run.seed)
         self.prompts = source(PromptSource, cfg.data.prompts) if self.method.uses_rollouts else None
+        if self.replaying and self.prompts is None:
+            from tandem.rollout.replay_backend import RecordedPrompts
+            self.prompts = RecordedPrompts(cfg.rollout.record)
         self.experts = source(ExpertSource, cfg.data.experts) if self.method.uses_experts and not self.method.aligned else None
         self.aligned = source(PromptSource, replace(cfg.data.experts, response=cfg.data.experts.response or "response")) if self.method.aligned else None
         held_out = cfg.data.evaluation and PromptSource(cfg.data.evaluation, cfg.data, self.tokenizer, cfg.model, seed=0)   # the same problems for all seeds
@@ -136,22 +139,29 @@ class Run:
 
     def sync(self, version: int) -> None:
         """Give all engines the weights of `version` and prove that they have them. Nothing to do if they have."""
-        if self.version == version:
-            return
-        report = weights.sync(self.learner, self.pool, version)
-        self.version = version
-        self.telemetry.event("sync", version=version, seconds=report.seconds, bytes=report.bytes)
+        while self.version != version:
+            try:
+                report = weights.sync(self.learner, self.pool, version)
+            except EngineDied as error:
+                self.restart(str(error))
+                continue
+            self.version = version
+            self.telemetry.event("sync", version=version, seconds=report.seconds, bytes=report.bytes)
+
+    def restart(self, reason: str) -> None:
+        """Start new engines in the place of dead ones. They refuse to serve until they have taken weights. Raises RolloutPoolExhausted if too many died."""
+        restarted = self.pool.recover()
+        self.telemetry.event("engines_restarted", count=restarted, reason=reason)
+        self.display.message(f"restarted {restarted} rollout engine(s): {reason}")
+        if self.learner is not None:
+            self.learner.connect(self.pool)
 
     def recover(self) -> None:
-        """Restart dead engines; they serve again only after they have taken the present weights."""
-        restarted = self.pool.recover()
-        if self.learner is None:
-            return      # engines that are never updated serve the weights they loaded
-        self.learner.connect(self.pool)
-        version, self.version = self.version, None
-        self.sync(version)
-        self.telemetry.event("engines_restarted", count=restarted, version=version)
-        self.display.message(f"restarted {restarted} rollout engine(s), weights {version} in place")
+        """Restart dead engines and give all of them the present weights."""
+        self.restart("an engine died while it generated")
+        if self.learner is not None:
+            version, self.version = self.version, None
+            self.sync(version)
 
     def gap(self, rows: Sequence[Row], version: int) -> tuple[float, float, int]:
         """(max, mean, tokens) of |rollout log-prob - learner log-prob| over the tokens of `rows` that were sampled with weight version `version`."""

@@ -97,7 +97,7 @@ def test_rollouts_recorded_in_one_run_train_another(tmp_path):
     train(config(tmp_path / "a", {"name": "grpo"}, "run.steps=2", "run.fake_reward=true", "run.rollout_only=true"))
     recorded = tmp_path / "a" / "run" / "rollouts.jsonl"
     assert len(lines(recorded)) == 2 * 3 * 4
-    train(config(tmp_path / "b", {"name": "grpo"}, "run.steps=2", "run.fake_reward=true", "rollout.backend=replay", f"rollout.record={recorded}", "data.evaluation=null"))
+    train(config(tmp_path / "b", {"name": "grpo"}, "run.steps=2", "run.fake_reward=true", "rollout.backend=replay", f"rollout.record={recorded}", "data.evaluation=null", "data.prompts=null"))
     replayed = lines(tmp_path / "b" / "run" / "rollouts.jsonl")
     assert [l["tokens"] for l in replayed] == [l["tokens"] for l in lines(recorded)]
 
