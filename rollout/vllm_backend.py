@@ -12,6 +12,7 @@ import asyncio
 import os
 import sys
 import time
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -150,35 +151,35 @@ class VllmBackend:
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
         await self.health()
-        await self.llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info))
+        await self.ask(self.llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info)))
 
     async def start_weight_update(self) -> None:
         await self.health()
         self.updating = True
         async with self.or_broken("start"):
-            await self.llm.pause_generation(mode="keep", clear_cache=False)
-            await self.llm.start_weight_update()
+            await self.ask(self.llm.pause_generation(mode="keep", clear_cache=False))
+            await self.ask(self.llm.start_weight_update())
 
     async def update_weights(self, update_info: dict[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
         await self.health()
         async with self.or_broken("receive"):
-            await self.llm.update_weights(WeightTransferUpdateRequest(update_info))
+            await self.ask(self.llm.update_weights(WeightTransferUpdateRequest(update_info)))
 
     async def finish_weight_update(self, version: int) -> dict[str, str]:
         await self.health()
         async with self.or_broken("finish"):
-            self.all_equal(await self.llm.collective_rpc("tandem_missing"), [], f"weights {version} are incomplete, the engine still has old values in")
-            await self.llm.finish_weight_update(weight_version=str(version))
-            stamp = await self.llm.get_weight_version()
+            self.all_equal(await self.ask(self.llm.collective_rpc("tandem_missing")), [], f"weights {version} are incomplete, the engine still has old values in")
+            await self.ask(self.llm.finish_weight_update(weight_version=str(version)))
+            stamp = await self.ask(self.llm.get_weight_version())
             if stamp != str(version):
                 raise SyncError(f"vLLM stamps tokens with weight version {stamp} after weights {version} were installed")
-            self.all_equal(await self.llm.collective_rpc("tandem_stale_heads"), [], f"with weights {version} the engine still computes with the old weights in")
-            if not await self.llm.reset_prefix_cache(reset_running_requests=True):
+            self.all_equal(await self.ask(self.llm.collective_rpc("tandem_stale_heads")), [], f"with weights {version} the engine still computes with the old weights in")
+            if not await self.ask(self.llm.reset_prefix_cache(reset_running_requests=True)):
                 raise SyncError(f"vLLM did not reset its prefix cache after weights {version}: it would serve keys and values of older weights")
-            received = await self.llm.collective_rpc("tandem_received")
+            received = await self.ask(self.llm.collective_rpc("tandem_received"))
             self.all_equal(received, received[0], f"tensor-parallel workers received different weights {version}:")
-            await self.llm.resume_generation()
+            await self.ask(self.llm.resume_generation())
             self.version, self.updating = version, False
         return received[0]
 
@@ -194,12 +195,12 @@ class VllmBackend:
 
     async def weight_version(self) -> int:
         await self.health()
-        return int(await self.llm.get_weight_version())
+        return int(await self.ask(self.llm.get_weight_version()))
 
     async def held_digest(self) -> str:
         """One digest over the weights all workers compute with; on a CPU with the limits of WorkerExtension.tandem_held."""
         await self.health()
-        held = await self.llm.collective_rpc("tandem_held")
+        held = await self.ask(self.llm.collective_rpc("tandem_held"))
         return combine({f"{rank}:{name}": value for rank, worker in enumerate(held) for name, value in worker.items()})
 
     # -- life ---------------------------------------------------------------------------------------------------------------------------------------
@@ -209,6 +210,19 @@ class VllmBackend:
             raise EngineDied(self.broken)
         if self.llm.errored:
             raise EngineDied("vLLM's engine process died")
+
+    async def ask(self, call: Awaitable[Any]) -> Any:
+        """Await a control call to vLLM, or raise EngineDied: vLLM leaves calls unanswered for ever when its engine process dies under them."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+        task = asyncio.ensure_future(call)
+        while not (await asyncio.wait({task}, timeout=0.2))[0]:
+            if self.llm.errored:
+                task.cancel()
+                raise EngineDied("vLLM's engine process died")
+        try:
+            return task.result()
+        except EngineDeadError as error:
+            raise EngineDied(f"vLLM's engine process died: {error}") from error
 
     async def close(self) -> None:
         self.broken = self.broken or "the engine was closed"
@@ -229,7 +243,7 @@ class BrokenOnError:
     async def __aexit__(self, kind, error, trace):
         if error is not None:
             self.backend.broken = f"a weight update failed ({self.phase}): {type(error).__name__}: {error}"
-            if not isinstance(error, SyncError):
+            if not isinstance(error, (SyncError, EngineDied)):
                 raise SyncError(self.backend.broken) from error
 
 

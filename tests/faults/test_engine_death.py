@@ -100,7 +100,7 @@ def test_engine_killed_mid_group(rig):
     victim, survivor = rig.ask("process_ids")
     futures = rig.submit(2, samples=32, max_tokens=900, min_tokens=900)
     time.sleep(0.2)
-    os.kill(victim[1], signal.SIGKILL)                                          # vLLM's process; the actor lives and has to notice
+    os.kill(victim[0], signal.SIGKILL)                                          # the actor; vLLM's process must not outlive it
     wait(futures, timeout=60)
     with pytest.raises(EngineDied, match="engine 0"):
         futures[0].result(1)
@@ -132,14 +132,13 @@ def test_engine_killed_mid_transfer(rig):
         def __iter__(self):
             for i, pair in enumerate(inner):
                 if i == 5:
-                    for pid in victim:
-                        os.kill(pid, signal.SIGKILL)
+                    os.kill(victim[1], signal.SIGKILL)      # vLLM's process; the actor lives and has to notice
                 yield pair
     inner, sender.source.source = sender.source.source, Trap()
     begin = time.monotonic()
     with pytest.raises(EngineDied):
         sender.send(3)
-    assert time.monotonic() - begin < CONFIG.sync.timeout + 5
+    assert time.monotonic() - begin < CONFIG.sync.timeout                       # vLLM itself would leave the call unanswered for ever
     with pytest.raises(RolloutPoolExhausted, match="engine 0: .*\n.*engine 1: "):   # the survivor is stuck in the update, so it counts as dead as well
         rig.pool.recover()
     with pytest.raises(EngineDied):
