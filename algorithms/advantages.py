@@ -48,9 +48,9 @@ ESTIMATORS: dict[str, Callable[..., list[np.ndarray]]] = {
 
 
 def each_group(rewards: Groups, estimate: Callable[[np.ndarray], np.ndarray]) -> list[np.ndarray]:
-    """A group of one has nothing to be compared with: 0."""
+    """A group of one, or without spread, has nothing to be compared with: exactly 0, where rounding in mean and std would leave a rest."""
     arrays = [np.asarray(r, np.float64) for r in rewards]
-    return [(estimate(r) if len(r) > 1 else np.zeros(len(r))).astype(np.float32) for r in arrays]
+    return [(estimate(r) if len(r) > 1 and np.ptp(r) > 0 else np.zeros(len(r))).astype(np.float32) for r in arrays]
 
 
 def whiten(values: Sequence[np.ndarray], lengths: Groups) -> list[np.ndarray]:

@@ -25,7 +25,7 @@ class Alternating(Method):
     every: int = 8
     sft_learning_rate: float | None = None
     separate_moments: bool = True
-    policy: PolicyLoss = field(default_factory=PolicyLoss)
+    policy: PolicyLoss | dict | str = field(default_factory=dict)
 
     def __post_init__(self):
         if self.every < 1:

@@ -42,6 +42,7 @@ class Budget:
     samples: int        # rollouts per prompt
     experts: int        # demonstrations
     steps: int          # optimizer steps of the whole run
+    seed: int = 0       # of the run, for draws that a method makes itself
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,13 @@ def demonstration(group: ScoredGroup) -> Trajectory:
     prompt, response = group.prompt.tokens, group.prompt.demonstration
     source = np.repeat(np.array([Source.PROMPT, Source.EXPERT], np.int8), [len(prompt), len(response)])
     return Trajectory(group.prompt.id, np.concatenate([prompt, response]).astype(np.int32), source, Finish.STOP, group=group.group)
+
+
+def with_demonstration(group: ScoredGroup, reward: float | None) -> ScoredGroup:
+    """The group with its prompt's demonstration as one more trajectory, last; unchanged where there is none or it has no reward."""
+    if group.prompt.demonstration is None or reward is None:
+        return group
+    return dataclasses.replace(group, trajectories=(*group.trajectories, demonstration(group)), rewards=np.append(np.asarray(group.rewards, np.float64), reward))
 
 
 # name -> "module:Class"; imported on use, so that listing methods costs nothing and one broken file breaks one method

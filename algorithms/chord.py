@@ -5,7 +5,8 @@
     CHORD-phi   L_SFT = - TOK_demo{ sg[p_t (1 - p_t)] log p_t },           mu = 0.1 constant
 
 Source: arXiv 2508.11408. Rollout and expert tokens have denominators of their own; prompts of the two streams need not match.
-Defaults: decay over 200 steps (math; the paper's tool-use runs take 30), the schedule as in the authors' code (half cosine).
+Defaults: decay over 200 steps (math; the paper's tool-use runs take 30), the schedule as in the authors' code (half cosine). The paper's adaptive variant
+mu = max(0, tau - mean reward) is `mu: {kind: reward_gap, peak: 0.5}`, one step late: it reads the reward of the step before.
 Paper and code: the code averages token means of micro-batches weighted by rows, which is the paper's token mean only for rows of equal length; this file
 does the paper's. phi carries no stop-gradient in the paper's formula, both public codes detach it; so does this file.
 """
@@ -26,9 +27,9 @@ class ChordMu(Method):
     paper: ClassVar[str] = "2508.11408"
     uses_experts: ClassVar[bool] = True
 
-    mu: Schedule = field(default_factory=lambda: Schedule("cosine", peak=0.9, valley=0.05, decay=200))
+    mu: Schedule | float = field(default_factory=lambda: Schedule("cosine", peak=0.9, valley=0.05, decay=200))
     token_weight: str = "one"           # one | p (SFT-IS, the paper's rejected variant) | phi
-    policy: PolicyLoss = field(default_factory=PolicyLoss)
+    policy: PolicyLoss | dict | str = field(default_factory=dict)
 
     def __post_init__(self):
         self.mu, self.policy = Schedule.parse(self.mu), PolicyLoss.parse(self.policy)
@@ -36,30 +37,31 @@ class ChordMu(Method):
             raise ValueError(f"mu goes from {self.mu.peak} to {self.mu.valley}; it must stay within [0, 1], since RL is weighted by 1 - mu")
         if self.token_weight not in ("one", "p", "phi"):
             raise ValueError(f"token_weight is {self.token_weight!r}; known: one, p, phi")
+        self.now = self.mu(0)
 
     def demand(self, step, budget, signals):
-        mu = self.mu(step)      # at the ends of the range one of the two forward passes has weight zero and is not run
-        return Demand(prompts=budget.prompts if mu < 1.0 else 0, experts=budget.experts if mu > 0.0 else 0)
+        mu = self.mu(step, signals)     # at the ends of the range one of the two forward passes has weight zero and is not run
+        return Demand(prompts=budget.prompts if mu < 1.0 or self.mu.adaptive else 0, experts=budget.experts if mu > 0.0 else 0)
 
     def accept(self, group):
         return self.policy.accept(group)
 
     def rows(self, batch: Batch):
-        return self.policy.rows(batch) + [expert_row(t, "expert") for t in batch.experts]
+        return self.policy.rows(batch.groups) + [expert_row(t, "expert") for t in batch.experts]
 
     def terms(self, batch: Batch):
-        mu = self.mu(batch.step)
-        return self.policy.terms(batch, 1.0 - mu) + [Term("expert", NLL(self.token_weight), coefficient=mu)]
+        self.now = self.mu(batch.step, batch.signals)
+        return self.policy.terms(batch, 1.0 - self.now) + [Term("expert", NLL(self.token_weight), coefficient=self.now)]
 
     def metrics(self, step):
-        return {"mu": self.mu(step)}
+        return {"mu": self.now}
 
 
 @dataclass
 class ChordPhi(ChordMu):
     title: ClassVar[str] = "CHORD-phi: constant mu, expert tokens weighted by p(1 - p)"
 
-    mu: Schedule = field(default_factory=lambda: Schedule(peak=0.1))
+    mu: Schedule | float = 0.1
     token_weight: str = "phi"
 
 
@@ -67,5 +69,5 @@ class ChordPhi(ChordMu):
 class SFTIS(ChordMu):
     title: ClassVar[str] = "SFT with importance sampling: CHORD's rejected variant, expert tokens weighted by p"
 
-    mu: Schedule = field(default_factory=lambda: Schedule(peak=0.1))
+    mu: Schedule | float = 0.1
     token_weight: str = "p"

@@ -22,7 +22,7 @@ class GRPO(Method):
     title: ClassVar[str] = "group-relative policy optimisation on own samples"
     paper: ClassVar[str] = "2402.03300"
 
-    policy: PolicyLoss = field(default_factory=PolicyLoss)
+    policy: PolicyLoss | dict | str = field(default_factory=dict)
 
     def __post_init__(self):
         self.policy = PolicyLoss.parse(self.policy)
@@ -31,7 +31,7 @@ class GRPO(Method):
         return self.policy.accept(group)
 
     def rows(self, batch: Batch):
-        return self.policy.rows(batch)
+        return self.policy.rows(batch.groups)
 
     def terms(self, batch: Batch):
         return self.policy.terms(batch)

@@ -3,22 +3,21 @@
     J = (1/Z) [ sum_{i on} sum_t CLIP(rho_it, A_i) + sum_{j demo} sum_t f(p_jt) A_j ],     f(p) = p/(p + gamma), gamma = 0.1
     A over rollouts and demonstration together; the demonstration's reward comes from the verifier; Z = all tokens of both
 
-Source: arXiv 2504.14945. The behaviour probability of expert tokens is taken as 1. A prompt with a demonstration gets samples - 1 rollouts, so a group
-keeps its size. When every rollout is right the demonstration's advantage is 0: its influence fades without a schedule.
-Paper and code: both train without the division by std (paper text). as=code divides the sum by a constant, the response limit `length` (8192 there) and not by
-the number of rows, drops the clip, and adds an entropy bonus of 0.001 over all tokens (the paper says 0.01).
+Source: arXiv 2504.14945. The behaviour probability of expert tokens is taken as 1, so that the ratio is p and the gradient goes through f: a token weighs
+A gamma p/(p + gamma)^2. A prompt with a demonstration gets samples - 1 rollouts, so a group keeps its size. When every rollout is right the
+demonstration's advantage is 0: its influence fades without a schedule. Dynamic sampling, if switched on, judges the group with its demonstration.
+Paper and code: both train without the division by std (the paper's text, against its formula), with an entropy bonus over the tokens of both sources: 0.01 in
+the paper, 0.001 in the code. as=code also drops the clip and divides the sum by a constant, the response limit (8192 there), not by tokens or rows:
+give it as `policy: {reduction_length: 8192}`.
 """
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-import numpy as np
-
-from tandem.algorithms.base import Batch, Method, Term, demonstration, expert_row
+from tandem.algorithms.base import Batch, Method, Term, with_demonstration
 from tandem.algorithms.objectives import BySource, ExpertRatio
-from tandem.algorithms.policy import PolicyLoss, sampled_tokens
+from tandem.algorithms.policy import PolicyLoss, variant
 from tandem.engine.types import Row
 
 
@@ -32,34 +31,23 @@ class LUFFY(Method):
 
     as_: str = "paper"                  # paper | code
     gamma: float | None = 0.1           # None: plain ratio p, the ablation without shaping
-    length: int | None = None           # as=code: the constant the sum is divided by
-    policy: PolicyLoss = field(default_factory=lambda: PolicyLoss.parse({"advantage": "dr_grpo"}))
+    policy: PolicyLoss | dict | str = field(default_factory=dict)
 
     def __post_init__(self):
-        if self.as_ not in ("paper", "code") or (self.as_ == "code") != (self.length is not None):
-            raise ValueError(f"as is {self.as_!r} with length {self.length}: as=code needs a length (the response limit), as=paper takes none")
-        base = {"advantage": "dr_grpo"} if self.as_ == "paper" else {
-            "advantage": "dr_grpo", "clip_low": math.inf, "clip_high": math.inf, "reduction": "constant", "reduction_length": self.length, "entropy_bonus": 0.001}
-        self.policy = PolicyLoss.parse({**base, **self.policy} if isinstance(self.policy, dict) else base if self.as_ == "code" else self.policy)
+        self.policy = PolicyLoss.parse(self.policy, **variant(self.as_, {"advantage": "dr_grpo", "entropy_bonus": 0.01}, {"preset": "luffy_code"}))
 
     def request(self, group, prompt, sampling, step, budget):
         samples = budget.samples if prompt.demonstration is None else max(1, budget.samples - 1)
         return super().request(group, prompt, sampling, step, replace(budget, samples=samples))
 
+    def accept(self, group):
+        return self.policy.accept(with_demonstration(group, group.demonstration_reward))
+
     def rows(self, batch: Batch) -> list[Row]:
-        rewards, lengths = [], []
-        for g in batch.groups:
-            demo = g.demonstration_reward is not None
-            rewards.append(np.append(g.rewards, g.demonstration_reward) if demo else g.rewards)
-            lengths.append(np.array([sampled_tokens(t) for t in g.trajectories] + ([len(g.prompt.demonstration)] if demo else [])))
-        rows = []
-        for g, advantages in zip(batch.groups, self.policy.estimate(rewards, lengths)):
-            rows += [self.policy.row(t, a) for t, a in zip(g.trajectories, advantages)]
-            if g.demonstration_reward is not None:
-                row = expert_row(demonstration(g), "policy")
-                for name in self.policy.regularisers():
-                    row.weights[name] = row.weights["policy"]
-                rows.append(replace(row, advantage=row.weights["policy"] * advantages[-1], group=g.group))
+        rows = self.policy.rows([with_demonstration(g, g.demonstration_reward) for g in batch.groups])
+        for row in rows:
+            if "entropy" in row.weights:
+                row.weights["entropy"][:] = row.weights["policy"]      # over expert tokens as well
         return rows
 
     def terms(self, batch: Batch) -> list[Term]:

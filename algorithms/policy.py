@@ -2,7 +2,8 @@
 
     L = RED{ objective(rho_t, A_i) } + kl RED{ k3(pi || pi_ref) } - entropy_bonus RED{ h_t }
 
-`policy:` in a config is a preset name, or a mapping of the fields below, with `preset` to start from. Every hybrid takes the same options.
+`policy:` in a config is a preset name, or a mapping of the fields below. Every hybrid takes the same options, over defaults of its own; `preset: NAME`
+starts from that preset instead of the method's defaults.
 
 preset                  source              advantage               objective       reduction
 grpo                    arXiv 2402.03300    (R - mean)/std          clip 0.2/0.2    token_mean; the paper: kl 0.04, seq_mean_token_mean
@@ -13,18 +14,24 @@ reinforce_pp            arXiv 2501.03262    R whitened              clip 0.2/0.2
 reinforce_pp_baseline   arXiv 2501.03262    R - mean, whitened      clip 0.2/0.2    token_mean
 gspo                    arXiv 2507.18071    (R - mean)/std          gspo            seq_mean_token_mean
 cispo                   arXiv 2506.13585    (R - mean)/std          cispo           token_mean
+luffy_code              code of LUFFY,      R - mean                ppo, no clip    constant (sum / reduction_length, not divided by rows); entropy bonus 0.001
+                        ReLIFT and HPT
 """
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from tandem.algorithms.advantages import ESTIMATORS
-from tandem.algorithms.base import Batch, Term, policy_row
+from tandem.algorithms.base import Batch, Term
 from tandem.algorithms.objectives import CISPO, GSPO, EntropyBonus, KLToReference, PPOClip, Reinforce, RolloutCorrection
 from tandem.algorithms.options import build
 from tandem.algorithms.reductions import Reduction
+from tandem.algorithms.schedules import Schedule
 from tandem.engine.config import closest
 from tandem.engine.types import Finish, Row, ScoredGroup, Source, Trajectory
 
@@ -37,7 +44,11 @@ PRESETS: dict[str, dict] = {
     "reinforce_pp_baseline": {"advantage": "reinforce_pp_baseline"},
     "gspo": {"objective": "gspo", "clip_low": 3e-4, "clip_high": 4e-4, "reduction": "seq_mean_token_mean"},
     "cispo": {"objective": "cispo"},
+    "luffy_code": {"advantage": "dr_grpo", "clip_low": math.inf, "clip_high": math.inf, "reduction": "constant", "entropy_bonus": 0.001},
 }
+TRAINED = (Source.POLICY, Source.PREFIX, Source.EXPERT)     # sources whose tokens belong to the policy term, where a method puts them into a group
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -51,8 +62,8 @@ class PolicyLoss:
     dual_clip: float | None = None
     reduction: str = "token_mean"
     reduction_length: int | None = None
-    kl: float = 0.0                     # beta; > 0 loads a frozen reference model
-    entropy_bonus: float = 0.0
+    kl: Schedule | float = 0.0          # beta; anything but 0 loads a frozen reference model
+    entropy_bonus: Schedule | float = 0.0
     dynamic_sampling: bool = False      # redraw groups whose rewards are all equal (DAPO)
     mask_truncated: bool = False        # do not train on responses cut at max_tokens (DAPO's overlong filtering)
     correction: str = "auto"            # auto (token TIS where rollouts may be stale) | none | token | sequence
@@ -65,41 +76,46 @@ class PolicyLoss:
         check("correction", self.correction, ("auto", "none", "token", "sequence"))
         check("correction_mode", self.correction_mode, ("truncate", "mask"))
         Reduction(self.reduction, self.reduction_length)    # fails here, not in step 1
+        self.kl, self.entropy_bonus = Schedule.parse(self.kl), Schedule.parse(self.entropy_bonus)
 
     @classmethod
-    def parse(cls, value) -> PolicyLoss:
-        """A preset name, a mapping of options with an optional `preset`, or a PolicyLoss."""
+    def parse(cls, value, **defaults) -> PolicyLoss:
+        """A preset name, a mapping of options with an optional `preset`, or a PolicyLoss, which is taken as it is.
+
+        `defaults` are the method's own; they may name a preset themselves. A preset that `value` names takes their place, single options change them.
+        """
         if isinstance(value, cls):
             return value
         options = {"preset": value} if isinstance(value, str) else dict(value)
+        if "preset" not in options:
+            options = {**defaults, **options}
         preset = options.pop("preset", "grpo")
         check("preset", preset, PRESETS)
         return build(cls, {**PRESETS[preset], **options}, "policy")
 
     def accept(self, group: ScoredGroup) -> bool:
+        """False for a group that teaches nothing and is to be redrawn."""
         return not self.dynamic_sampling or bool(np.ptp(group.rewards) > 0)
 
-    def estimate(self, rewards, lengths) -> list[np.ndarray]:
-        return ESTIMATORS[self.advantage](rewards, lengths)
-
-    def advantages(self, groups) -> list[np.ndarray]:
-        """float32 [n] per group, from the rewards of its rollouts."""
-        return self.estimate([g.rewards for g in groups], [np.array([sampled_tokens(t) for t in g.trajectories]) for g in groups])
+    def advantages(self, groups: Sequence[ScoredGroup]) -> list[np.ndarray]:
+        """float32 [n] per group, from the rewards of its trajectories."""
+        return ESTIMATORS[self.advantage]([g.rewards for g in groups], [np.array([trained(t).sum() for t in g.trajectories]) for g in groups])
 
     def row(self, trajectory: Trajectory, advantage: float) -> Row:
-        """A rollout as a row of the policy term, and of the regularisers that are on."""
-        row = policy_row(trajectory, advantage, "policy")
-        if self.mask_truncated and trajectory.finish == Finish.LENGTH:
-            row.weights["policy"][:] = 0
-        for name in self.regularisers():
-            row.weights[name] = row.weights["policy"]
-        return row
+        """A row of the policy term. The regularisers that are on get the tokens the policy sampled itself: KL and entropy are expectations under it."""
+        cut = self.mask_truncated and trajectory.finish == Finish.LENGTH
+        mask = np.zeros(len(trajectory.tokens), np.float32) if cut else trained(trajectory)
+        sampled = mask * (trajectory.source == Source.POLICY)
+        return Row(tokens=trajectory.tokens, source=trajectory.source, weights={"policy": mask, **{name: sampled.copy() for name in self.regularisers()}},
+                   advantage=mask * np.float32(advantage), behaviour_logp=trajectory.behaviour_logp, version=trajectory.version, group=trajectory.group,
+                   prompt_id=trajectory.prompt_id)
 
-    def rows(self, batch: Batch) -> list[Row]:
-        return [self.row(t, a) for g, advantages in zip(batch.groups, self.advantages(batch.groups)) for t, a in zip(g.trajectories, advantages)]
+    def rows(self, groups: Sequence[ScoredGroup]) -> list[Row]:
+        """Every trajectory of every group as a row, with the advantage that it has within its group."""
+        return [self.row(t, a) for g, advantages in zip(groups, self.advantages(groups)) for t, a in zip(g.trajectories, advantages)]
 
     def regularisers(self) -> list[str]:
-        return [name for name, on in (("kl", self.kl), ("entropy", self.entropy_bonus)) if on]
+        return [name for name, coefficient in (("kl", self.kl), ("entropy", self.entropy_bonus)) if not coefficient.off]
 
     def token_objective(self):
         if self.objective == "ppo":
@@ -111,15 +127,24 @@ class PolicyLoss:
         level = ("token" if batch.off_policy else "none") if self.correction == "auto" else self.correction
         correction = None if level == "none" else RolloutCorrection(level, self.correction_mode, self.correction_cap)
         terms = [Term("policy", self.token_objective(), reduction, coefficient, correction)]
-        if self.kl:
-            terms.append(Term("kl", KLToReference(), reduction, coefficient * self.kl, needs=frozenset({"ref_logp"})))
-        if self.entropy_bonus:
-            terms.append(Term("entropy", EntropyBonus(), reduction, coefficient * self.entropy_bonus, needs=frozenset({"entropy"})))
+        now = lambda schedule: coefficient * schedule(batch.step, batch.signals)
+        if not self.kl.off:
+            terms.append(Term("kl", KLToReference(), reduction, now(self.kl), needs=frozenset({"ref_logp"})))
+        if not self.entropy_bonus.off:
+            terms.append(Term("entropy", EntropyBonus(), reduction, now(self.entropy_bonus), needs=frozenset({"entropy"})))
         return terms
 
 
-def sampled_tokens(trajectory: Trajectory) -> int:
-    return int((trajectory.source == Source.POLICY).sum())
+def trained(trajectory: Trajectory) -> np.ndarray:
+    """float32 [T]: 1 on the tokens of the policy term."""
+    return np.isin(trajectory.source, TRAINED).astype(np.float32)
+
+
+def variant(as_: str, paper: T, code: T) -> T:
+    """What `as: paper | code` selects."""
+    if as_ not in ("paper", "code"):
+        raise ValueError(f"as is {as_!r}; known: paper, code")
+    return paper if as_ == "paper" else code
 
 
 def check(option: str, value, known) -> None:

@@ -3,14 +3,17 @@
     group of N = N - 1 plain rollouts + 1 hybrid  y = [ y*_1 .. y*_L , continuation ~ pi ],    L = floor(l |y*|),  l ~ U(low(t), high)
     L = -(1/Z) sum_i sum_t CLIP(rho_it, A_i),    A over all N; on prefix tokens only the top 20 % by entropy are pushed, the others count with A = 0
 
-Source: arXiv 2507.01679 (v3), authors' code for constants: high = 0.95, low falls from 0.95 to 0 by a cosine (default over 500 steps: UNVERIFIED).
-log pi_old on prefix tokens is the learner's own; rollout correction does not apply to them. The prefix is cut on token ids and never holds the whole
-response. Paper and code: the code takes the entropy quantile within each micro-batch; here it is within each row, which no packing can change.
+Source: arXiv 2507.01679 (v3), authors' code for constants: high = 0.95, low falls from 0.95 to 0 by a cosine.
+UNVERIFIED: over how many steps low falls (500 here), N, learning rate; that the tables came from GRPO over all N (the code has other estimators, too).
+log pi_old on prefix tokens is the learner's own; rollout correction, KL and entropy bonus leave them out. The prefix is cut on token ids and never holds the
+whole response, its draw depends on (run seed, group). Dynamic sampling, if switched on, judges the group with its hybrid.
+Paper and code: the code takes the entropy quantile within each micro-batch; here it is within each row, which no packing can change.
 """
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -28,25 +31,30 @@ class PrefixRFT(Method):
     uses_experts: ClassVar[bool] = True
     aligned: ClassVar[bool] = True
 
-    low: Schedule = field(default_factory=lambda: Schedule("cosine", peak=0.95, valley=0.0, decay=500))
-    high: float = 0.95
+    low: Schedule | float = field(default_factory=lambda: Schedule("cosine", peak=0.95, valley=0.0, decay=500))
+    high: Schedule | float = 0.95
     keep: float = 0.2               # share of prefix tokens that are pushed
-    policy: PolicyLoss = field(default_factory=PolicyLoss)
+    policy: PolicyLoss | dict | str = field(default_factory=dict)
 
     def __post_init__(self):
-        self.low, self.policy = Schedule.parse(self.low), PolicyLoss.parse(self.policy)
-        if not 0.0 <= self.keep <= 1.0 or not 0.0 <= self.high <= 1.0:
-            raise ValueError(f"keep is {self.keep} and high is {self.high}; both are shares in [0, 1]")
+        self.low, self.high, self.policy = Schedule.parse(self.low), Schedule.parse(self.high), PolicyLoss.parse(self.policy)
+        for name, shares in (("low", (self.low.peak, self.low.valley)), ("high", (self.high.peak, self.high.valley)), ("keep", (self.keep,))):
+            if not all(0.0 <= share <= 1.0 for share in shares):
+                raise ValueError(f"{name} is {getattr(self, name)}; it is a share, within [0, 1]")
+        self.signals, self.rewards = {}, {}
 
-    def prefix_length(self, group: int, step: int, demonstration: int) -> int:
-        """Drawn from the group's ordinal, so that every rank, engine and resumed run draws the same."""
-        low = min(self.low(step), self.high)
-        share = low + (self.high - low) * np.random.default_rng([group, step]).random()
-        return min(int(share * demonstration), demonstration - 1)
+    def demand(self, step, budget, signals):
+        self.signals = signals      # what the prefixes of this step's requests go by
+        return super().demand(step, budget, signals)
+
+    def prefix_length(self, step: int, demonstration: int, seed) -> int:
+        high = self.high(step, self.signals)
+        low = min(self.low(step, self.signals), high)
+        return min(int((low + (high - low) * np.random.default_rng(seed).random()) * demonstration), demonstration - 1)
 
     def request(self, group, prompt, sampling, step, budget):
         request = super().request(group, prompt, sampling, step, budget)
-        length = 0 if prompt.demonstration is None else self.prefix_length(group, step, len(prompt.demonstration))
+        length = 0 if prompt.demonstration is None else self.prefix_length(step, len(prompt.demonstration), [budget.seed, group])
         if length <= 0:
             return request
         none = np.zeros(0, np.int32)
@@ -56,14 +64,19 @@ class PrefixRFT(Method):
         return self.policy.accept(group)
 
     def rows(self, batch: Batch) -> list[Row]:
-        rows = []
-        for g, advantages in zip(batch.groups, self.policy.advantages(batch.groups)):
-            for t, a in zip(g.trajectories, advantages):
-                row, prefix = self.policy.row(t, a), (t.source == Source.PREFIX).astype(np.float32)
-                row.weights["policy"] += prefix
-                rows.append(replace(row, advantage=row.advantage + prefix * a))
-        return rows
+        hybrid, plain = ([r for g in batch.groups for t, r in zip(g.trajectories, g.rewards) if (t.source == Source.PREFIX).any() == kind] for kind in (True, False))
+        self.rewards = {f"reward_{name}": float(np.mean(values)) for name, values in (("hybrid", hybrid), ("plain", plain)) if values}
+        return self.policy.rows(batch.groups)
 
     def terms(self, batch: Batch) -> list[Term]:
         first, *others = self.policy.terms(batch)
         return [replace(first, objective=PrefixSelected(first.objective, self.keep), needs=first.needs | {"entropy"}), *others]
+
+    def metrics(self, step):
+        return {"prefix_low": min(self.low(step, self.signals), self.high(step, self.signals)), **self.rewards}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"signals": dict(self.signals)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.signals = dict(state["signals"])

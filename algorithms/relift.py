@@ -3,21 +3,23 @@
     RL step:   L_GRPO; prompts that no rollout solved go to a buffer, with their demonstrations
     SFT step:  L = - TOK_buf{ log p_t } - alpha TOK_buf{ h_t },     as soon as the buffer holds `buffer` demonstrations; it takes that many
 
-Source: arXiv 2506.07527; buffer 128, alpha 1e-4 (paper; the code has 1e-3). The SFT step has optimizer moments of its own.
-Paper and code: the paper's RL is GRPO with std, clip and token mean; as=code has no std, no clip, divides by the response limit `length`, adds an entropy bonus
-of 0.001, and takes the newest demonstrations first. The authors clip gradients at 1.0 (SFT) and 0.7 (RL); learner.grad_clip is one number for both.
+Source: arXiv 2506.07527; buffer 128. The SFT step has optimizer moments of its own.
+Paper and code: the paper's RL is GRPO with std, clip and token mean, alpha 1e-4, and a plain buffer: oldest first. as=code has no std, no clip, divides by the
+response limit (give it as `policy: {reduction_length: 8192}`), an entropy bonus of 0.001, alpha 1e-3, takes the newest demonstrations first, and calls a
+prompt hardest only if all its rewards are exactly 0, so that a format penalty keeps it out. The authors clip gradients at 1.0 (SFT) and 0.7 (RL);
+learner.grad_clip is one number for both. With dynamic sampling, hardest prompts are kept: they have no gradient, but feed the buffer.
 """
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from tandem.algorithms.base import Batch, Demand, Method, Term, demonstration, expert_row
 from tandem.algorithms.objectives import NLL, EntropyBonus
-from tandem.algorithms.policy import PolicyLoss
-from tandem.engine.types import Row, Trajectory
+from tandem.algorithms.policy import PolicyLoss, variant
+from tandem.algorithms.schedules import Schedule
+from tandem.engine.types import Row, ScoredGroup, Trajectory
 
 
 @dataclass
@@ -29,53 +31,61 @@ class ReLIFT(Method):
 
     as_: str = "paper"
     buffer: int = 128
-    alpha: float = 1e-4
+    alpha: Schedule | float | None = None   # None: 1e-4 as paper, 1e-3 as code
     sft_learning_rate: float | None = None
-    length: int | None = None           # as=code: the constant
-    policy: PolicyLoss = field(default_factory=PolicyLoss)
+    policy: PolicyLoss | dict | str = field(default_factory=dict)
 
     def __post_init__(self):
-        if self.as_ not in ("paper", "code") or (self.as_ == "code") != (self.length is not None):
-            raise ValueError(f"as is {self.as_!r} with length {self.length}: as=code needs a length (the response limit), as=paper takes none")
-        base = {} if self.as_ == "paper" else {"advantage": "dr_grpo", "clip_low": math.inf, "clip_high": math.inf, "reduction": "constant",
-                                               "reduction_length": self.length, "entropy_bonus": 0.001}
-        self.policy = PolicyLoss.parse({**base, **self.policy} if isinstance(self.policy, dict) else base if self.as_ == "code" else self.policy)
+        if self.buffer < 1:
+            raise ValueError(f"buffer is {self.buffer}, must be at least 1")
+        self.policy = PolicyLoss.parse(self.policy, **variant(self.as_, {}, {"preset": "luffy_code"}))
+        self.alpha = Schedule.parse(variant(self.as_, 1e-4, 1e-3) if self.alpha is None else self.alpha)
         self.waiting: list[Trajectory] = []
+        self.planned: set[int] = set()      # SFT steps that were announced and not yet made; with staleness, steps are announced ahead
         self.pushed = self.consumed = 0
 
+    def hardest(self, group: ScoredGroup) -> bool:
+        unsolved = not (group.rewards > 0).any() if self.as_ == "paper" else not group.rewards.any()
+        return group.prompt.demonstration is not None and unsolved
+
     def demand(self, step, budget, signals):
-        if len(self.waiting) >= self.buffer:
+        if len(self.waiting) >= self.buffer * (1 + len(self.planned - {step})):
+            self.planned.add(step)
+        if step in self.planned:
             return Demand(kind="sft", learning_rate=self.sft_learning_rate, optimizer="sft")
         return Demand(prompts=budget.prompts, experts=budget.experts, kind="rl")
 
     def accept(self, group):
-        return self.policy.accept(group)
+        return self.hardest(group) or self.policy.accept(group)
 
     def rows(self, batch: Batch) -> list[Row]:
-        if not batch.groups:
-            newest_first = self.as_ == "code"
-            taken = self.waiting[-self.buffer:][::-1] if newest_first else self.waiting[:self.buffer]
-            self.waiting = self.waiting[:-self.buffer] if newest_first else self.waiting[self.buffer:]
-            self.consumed += len(taken)
-            rows = [expert_row(t, "buffer") for t in taken]
-            for row in rows:
-                row.weights["buffer_entropy"] = row.weights["buffer"]
-            return rows
-        hardest = [demonstration(g) for g in batch.groups if g.prompt.demonstration is not None and not (g.rewards > 0).any()]
-        self.waiting += hardest
-        self.pushed += len(hardest)
-        return self.policy.rows(batch)
+        if batch.groups:
+            found = [demonstration(g) for g in batch.groups if self.hardest(g)]
+            self.waiting += found
+            self.pushed += len(found)
+            return self.policy.rows(batch.groups)
+        self.planned.discard(batch.step)
+        if self.as_ == "code":
+            taken, self.waiting = self.waiting[-self.buffer:][::-1], self.waiting[:-self.buffer]
+        else:
+            taken, self.waiting = self.waiting[:self.buffer], self.waiting[self.buffer:]
+        self.consumed += len(taken)
+        rows = [expert_row(t, "buffer") for t in taken]
+        for row in rows:
+            row.weights["buffer_entropy"] = row.weights["buffer"].copy()
+        return rows
 
     def terms(self, batch: Batch) -> list[Term]:
         if batch.groups:
             return self.policy.terms(batch)
-        return [Term("buffer", NLL()), Term("buffer_entropy", EntropyBonus(), coefficient=self.alpha, needs=frozenset({"entropy"}))]
+        return [Term("buffer", NLL()),
+                Term("buffer_entropy", EntropyBonus(), coefficient=self.alpha(batch.step, batch.signals), needs=frozenset({"entropy"}))]
 
     def metrics(self, step):
         return {"buffer": float(len(self.waiting)), "demonstrations_used": float(self.consumed)}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"waiting": list(self.waiting), "pushed": self.pushed, "consumed": self.consumed}
+        return {"waiting": list(self.waiting), "planned": sorted(self.planned), "pushed": self.pushed, "consumed": self.consumed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.waiting, self.pushed, self.consumed = list(state["waiting"]), state["pushed"], state["consumed"]
+        self.waiting, self.planned, self.pushed, self.consumed = list(state["waiting"]), set(state["planned"]), state["pushed"], state["consumed"]

@@ -3,7 +3,8 @@
     L = L_GRPO + c L_SFT
 
 Source: a baseline of LUFFY (arXiv 2504.14945, table 1: 40.1 against 45.5 for RL alone) with c = 1. There the SFT term is a token mean while the policy term
-is a sum over tokens divided by 8192, which hides a ratio that grows with the batch; here both are token means unless `policy.reduction` says otherwise.
+is a sum over tokens divided by 8192, which hides a ratio that grows with the batch; here both are token means unless `policy.reduction` says otherwise (`policy: {preset: luffy_code,
+reduction_length: 8192}` is theirs).
 """
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ class RLWithSFT(Method):
     paper: ClassVar[str] = "2504.14945"
     uses_experts: ClassVar[bool] = True
 
-    coefficient: Schedule = field(default_factory=lambda: Schedule(peak=1.0))
-    policy: PolicyLoss = field(default_factory=PolicyLoss)
+    coefficient: Schedule | float = 1.0
+    policy: PolicyLoss | dict | str = field(default_factory=dict)
 
     def __post_init__(self):
         self.coefficient, self.policy = Schedule.parse(self.coefficient), PolicyLoss.parse(self.policy)
@@ -32,7 +33,7 @@ class RLWithSFT(Method):
         return self.policy.accept(group)
 
     def rows(self, batch: Batch):
-        return self.policy.rows(batch) + [expert_row(t, "expert") for t in batch.experts]
+        return self.policy.rows(batch.groups) + [expert_row(t, "expert") for t in batch.experts]
 
     def terms(self, batch: Batch):
-        return self.policy.terms(batch) + [Term("expert", NLL(), coefficient=self.coefficient(batch.step))]
+        return self.policy.terms(batch) + [Term("expert", NLL(), coefficient=self.coefficient(batch.step, batch.signals))]

@@ -3,12 +3,15 @@
     L_t = I_t L_SFT + (1 - I_t) L_GRPO,    I_t ~ Bernoulli(p_t),    p_t = G_last / (G_last + gamma G_warm)
     G_last: norm of the SFT gradient at the most recent SFT step;  G_warm: at the end of the warm-up
 
-Source: arXiv 2505.13026: a per-step switch, probabilistic, driven by gradient norms; warm-up loss is the NLL summed over tokens (mean over sequences here).
-UNVERIFIED: the formula of p_t, gamma, the warm-up's length; no code is public. The norm is the global one before clipping; the draw depends on (seed, step)
-alone, so that all ranks and a resumed run draw the same. p_t freezes while no SFT step is drawn.
+Source: arXiv 2505.13026: a per-step switch, probabilistic, driven by gradient norms; warm-up loss is the NLL summed over tokens (`sft_reduction:
+seq_mean_token_sum`; the default, a token mean, keeps the learning rate of SFT).
+UNVERIFIED: the formula of p_t, gamma, the warm-up's length, and how the paper's split of samples by the group's median enters the loss (here: not at all); no
+code is public. The norm is the global one before clipping. The draw depends on (run seed, step) alone, so that all ranks and a resumed run draw the same.
+p_t freezes while no SFT step is drawn. The two kinds of step share their optimizer moments. `probability` puts any schedule in p_t's place.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -19,6 +22,7 @@ from tandem.algorithms.base import Batch, Demand, Method, Term, expert_row
 from tandem.algorithms.objectives import NLL
 from tandem.algorithms.policy import PolicyLoss
 from tandem.algorithms.reductions import Reduction
+from tandem.algorithms.schedules import Schedule
 
 
 @dataclass
@@ -29,28 +33,30 @@ class SASR(Method):
 
     warmup: int = 100                   # SFT steps
     gamma: float = 1.0
-    seed: int = 0
-    sft_reduction: str = "token_mean"   # the paper's warm-up: seq_mean_token_sum
+    probability: Schedule | float | None = None
+    sft_reduction: str = "token_mean"
     sft_learning_rate: float | None = None
-    policy: PolicyLoss = field(default_factory=PolicyLoss)
+    policy: PolicyLoss | dict | str = field(default_factory=dict)
 
     def __post_init__(self):
         if self.warmup < 1:
             raise ValueError(f"warmup is {self.warmup}, must be at least 1: the switch compares with the gradient norm at its end")
-        self.policy = PolicyLoss.parse(self.policy)
+        if self.probability is None:
+            self.probability = Schedule("saturating", peak=1.0, signal="sft_norm_ratio", threshold=self.gamma)
+        self.probability, self.policy = Schedule.parse(self.probability), PolicyLoss.parse(self.policy)
         Reduction(self.sft_reduction)
         self.g_warm = self.g_last = 0.0
+        self.next_p = 1.0
 
-    def probability(self) -> float:
-        """p_t, the chance of an SFT step."""
-        scale = self.g_last + self.gamma * self.g_warm
-        return self.g_last / scale if scale > 0 else 1.0
+    def p(self, step: int, signals: Mapping[str, float]) -> float:
+        """The chance that `step` is an SFT step."""
+        return 1.0 if step < self.warmup else self.probability(step, {**signals, **self.norm_ratio()})
 
-    def is_sft(self, step: int) -> bool:
-        return step < self.warmup or bool(np.random.default_rng([self.seed, step]).random() < self.probability())
+    def norm_ratio(self) -> dict[str, float]:
+        return {"sft_norm_ratio": self.g_last / self.g_warm} if self.g_warm > 0 else {}
 
     def demand(self, step, budget, signals):
-        if self.is_sft(step):
+        if np.random.default_rng([budget.seed, step]).random() < self.p(step, signals):
             return Demand(experts=budget.experts, kind="sft", learning_rate=self.sft_learning_rate)
         return Demand(prompts=budget.prompts, kind="rl")
 
@@ -58,19 +64,20 @@ class SASR(Method):
         return self.policy.accept(group)
 
     def rows(self, batch: Batch):
-        return self.policy.rows(batch) + [expert_row(t, "expert") for t in batch.experts]
+        return self.policy.rows(batch.groups) + [expert_row(t, "expert") for t in batch.experts]
 
     def terms(self, batch: Batch) -> list[Term]:
         return [*self.policy.terms(batch), Term("expert", NLL(), Reduction(self.sft_reduction))]
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> None:
-        if metrics.get("loss/expert") is not None and metrics.get("grad_norm") is not None:
+        if "loss/expert" in metrics and math.isfinite(metrics.get("grad_norm", math.nan)):
             self.g_last = float(metrics["grad_norm"])
             if step < self.warmup:
                 self.g_warm = self.g_last
+        self.next_p = self.p(step + 1, metrics)
 
     def metrics(self, step):
-        return {"sft_probability": self.probability()}
+        return {"sft_probability": self.next_p, **self.norm_ratio()}
 
     def state_dict(self) -> dict[str, Any]:
         return {"g_warm": self.g_warm, "g_last": self.g_last}

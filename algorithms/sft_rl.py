@@ -24,7 +24,7 @@ class SFTThenRL(Method):
 
     sft_steps: int = 100
     sft_learning_rate: float | None = None      # None: learner.learning_rate for both stages
-    policy: PolicyLoss = field(default_factory=PolicyLoss)
+    policy: PolicyLoss | dict | str = field(default_factory=dict)
 
     def __post_init__(self):
         self.sft, self.rl = SFT(), GRPO(self.policy)

@@ -5,21 +5,23 @@
     L_RL^demo  = - E_demo[ p_t A ]                                A over rollouts and demonstration; behaviour probability 1, no clip
     L_RL^self  = sg[0.1 exp(+H)] E_{right}[ -log pi(y) ] + E_{wrong}[ +log pi(y) ]
 
-Source: arXiv 2506.19767. Rollouts ignore their advantage: right ones are pushed up with weight 0.1 e^H, wrong ones down with weight 1.
-UNVERIFIED: the level of H and the reductions, which the paper does not give. Default: H is the row's mean token entropy, all terms token means (`level`,
-`reduction`). Paper and code: the authors' code is said to use exp(+H), per token, in the SFT weight; as=code does. Rewards are read as right (> 0) or wrong.
+Source: arXiv 2506.19767. Rollouts ignore their advantage: right ones are pushed up with weight 0.1 e^H, wrong ones down with weight 1, without a bound.
+Both halves of the self term share one mean over all rollouts: they are the expectation of -R log pi with R = +-1, taken apart. Rewards are read as right
+(> 0) or wrong. No `policy` options: the self term is the method's own.
+UNVERIFIED: the level of H and the reductions, which the paper does not give (default: H is the row's mean token entropy, all terms are token means; options
+`level`, `reduction`), and everything as=code does: exp(+H) per token in the SFT weight and an entropy bonus of 0.001, known from notes on the authors' code.
 """
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import numpy as np
-
 from tandem.algorithms.advantages import grpo
-from tandem.algorithms.base import Batch, Method, Term, demonstration, expert_row, policy_row
-from tandem.algorithms.objectives import EntropyWeightedNLL, ExpertRatio, SelfReinforce
+from tandem.algorithms.base import Batch, Method, Term, expert_row, policy_row, with_demonstration
+from tandem.algorithms.objectives import EntropyBonus, EntropyWeightedNLL, ExpertRatio, SelfReinforce
+from tandem.algorithms.policy import variant
 from tandem.algorithms.reductions import Reduction
+from tandem.algorithms.schedules import Schedule
 from tandem.engine.types import Row
 
 ENTROPY = frozenset({"entropy"})
@@ -34,29 +36,37 @@ class SRFT(Method):
     scores_demonstrations: ClassVar[bool] = True
 
     as_: str = "paper"              # paper: exp(-H) per row | code: exp(+H) per token, in the SFT weight
-    sft_scale: float = 0.5
-    self_scale: float = 0.1
+    sft_scale: Schedule | float = 0.5
+    self_scale: Schedule | float = 0.1
     level: str = "sequence"         # of H: sequence | token
     reduction: str = "token_mean"
 
     def __post_init__(self):
-        if self.as_ not in ("paper", "code") or self.level not in ("sequence", "token"):
-            raise ValueError(f"as is {self.as_!r} (paper | code), level is {self.level!r} (sequence | token)")
+        if self.level not in ("sequence", "token"):
+            raise ValueError(f"level is {self.level!r}; known: sequence, token")
+        self.sft_scale, self.self_scale = Schedule.parse(self.sft_scale), Schedule.parse(self.self_scale)
+        self.sign, self.sft_level, self.entropy_bonus = variant(self.as_, (-1.0, self.level, 0.0), (1.0, "token", 0.001))
         Reduction(self.reduction)
 
     def rows(self, batch: Batch) -> list[Row]:
         rows = []
-        for g in batch.groups:
-            rows += [policy_row(t, 1.0 if r > 0 else -1.0, "self") for t, r in zip(g.trajectories, g.rewards)]
-            if g.demonstration_reward is not None:
-                (advantages,) = grpo([np.append(g.rewards, g.demonstration_reward)])
-                row = expert_row(demonstration(g), "demo_sft")
-                row.weights["demo_rl"] = row.weights["demo_sft"]
-                rows.append(replace(row, advantage=row.weights["demo_rl"] * advantages[-1], group=g.group))
+        for group in batch.groups:
+            own = [policy_row(t, 1.0 if r > 0 else -1.0, "self") for t, r in zip(group.trajectories, group.rewards)]
+            united, demos = with_demonstration(group, group.demonstration_reward), []
+            if united is not group:
+                ((*_, advantage),) = grpo([united.rewards])
+                row = expert_row(united.trajectories[-1], "demo_sft")
+                row.weights["demo_rl"] = row.weights["demo_sft"].copy()
+                demos = [replace(row, advantage=row.weights["demo_rl"] * advantage, group=group.group)]
+            if self.entropy_bonus:
+                for row in own + demos:
+                    row.weights["entropy"] = next(iter(row.weights.values())).copy()      # on all its trained tokens
+            rows += own + demos
         return rows
 
     def terms(self, batch: Batch) -> list[Term]:
-        reduction = Reduction(self.reduction)
-        sft = EntropyWeightedNLL(self.sft_scale, -1.0, self.level) if self.as_ == "paper" else EntropyWeightedNLL(self.sft_scale, 1.0, "token")
-        return [Term("self", SelfReinforce(self.self_scale, self.level), reduction, needs=ENTROPY), Term("demo_sft", sft, reduction, needs=ENTROPY),
-                Term("demo_rl", ExpertRatio(gamma=None), reduction)]
+        reduction, now = Reduction(self.reduction), lambda schedule: schedule(batch.step, batch.signals)
+        terms = [Term("self", SelfReinforce(now(self.self_scale), self.level), reduction, needs=ENTROPY),
+                 Term("demo_sft", EntropyWeightedNLL(now(self.sft_scale), self.sign, self.sft_level), reduction, needs=ENTROPY),
+                 Term("demo_rl", ExpertRatio(gamma=None), reduction)]
+        return terms + ([Term("entropy", EntropyBonus(), reduction, self.entropy_bonus, needs=ENTROPY)] if self.entropy_bonus else [])

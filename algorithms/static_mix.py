@@ -6,7 +6,7 @@ Source: the ablation of CHORD, arXiv 2508.11408, where mu in {0.02, 0.1, 0.5} di
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from tandem.algorithms.chord import ChordMu
@@ -17,4 +17,4 @@ from tandem.algorithms.schedules import Schedule
 class StaticMix(ChordMu):
     title: ClassVar[str] = "(1 - mu) GRPO + mu SFT with a constant mu"
 
-    mu: Schedule = field(default_factory=lambda: Schedule(peak=0.1))
+    mu: Schedule | float = 0.1

@@ -4,11 +4,12 @@
     rho_y = pi(y)/pi_old(y) with the learner's own pi_old, so 1 on the first update: the gradient is RLVR + A_y SFT
 
 Source: arXiv 2510.10606. Controls of the reward of y:
-  1. y is written the way the model writes: `align` names a function (y ids, rollout ids) -> y ids for that; default: as the dataset has it, through the
+  1. y is written the way the model writes: `align` names a function (y ids, [rollout ids]) -> y ids for that; default: as the dataset has it, through the
      model's own chat template.
   2. y earns nothing for a format it does not have: `reward` sets R(y) by hand, e.g. to the weight of the answer reward alone.
   3. Smoothing: if a rollout does as well as y (within `tolerance`), R(y) = mean of the rollouts, so that A_y = 0.
-UNVERIFIED: token or sequence reduction inside CLIP; default: mean of sequence means, as GRPO published.
+UNVERIFIED: token or sequence reduction inside CLIP (default: mean of sequence means, as GRPO published), group size, learning rate and steps; no author's
+code was to be had. The KL term of the derivation is dropped, as in the paper's implementation. Dynamic sampling, if switched on, judges the G rollouts and y.
 """
 from __future__ import annotations
 
@@ -17,8 +18,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from tandem.algorithms.base import Batch, Method, demonstration, expert_row, load_object
-from tandem.algorithms.policy import PolicyLoss, sampled_tokens
+from tandem.algorithms.base import Batch, Method, with_demonstration
+from tandem.algorithms.policy import PolicyLoss
+from tandem.engine.loading import load_object
 from tandem.engine.types import Row, ScoredGroup
 
 
@@ -34,35 +36,42 @@ class ViSurf(Method):
     tolerance: float = 1e-6
     reward: float | None = None         # of y; None: what the reward functions say
     align: str | None = None            # file.py:function
-    policy: PolicyLoss = field(default_factory=lambda: PolicyLoss(reduction="seq_mean_token_mean"))
+    policy: PolicyLoss | dict | str = field(default_factory=dict)
 
     def __post_init__(self):
-        self.policy = PolicyLoss.parse({"reduction": "seq_mean_token_mean", **self.policy} if isinstance(self.policy, dict) else self.policy)
+        self.policy = PolicyLoss.parse(self.policy, reduction="seq_mean_token_mean")
         self.aligner = load_object(self.align, "method.align") if self.align else None
         self.smoothed = 0.0
 
-    def controlled(self, group: ScoredGroup) -> float:
-        """R(y) after the controls."""
-        own = group.demonstration_reward if self.reward is None else self.reward
-        if self.smoothing and group.rewards.max() >= own - self.tolerance:
-            return float(group.rewards.mean())
-        return own
+    def own_reward(self, group: ScoredGroup) -> float | None:
+        """R(y) before smoothing; None where the group has no y."""
+        return None if group.prompt.demonstration is None else group.demonstration_reward if self.reward is None else self.reward
+
+    def matched(self, group: ScoredGroup) -> bool:
+        """Whether a rollout does as well as y, so that smoothing applies."""
+        own = self.own_reward(group)
+        return self.smoothing and own is not None and bool(group.rewards.max(initial=-np.inf) >= own - self.tolerance)
+
+    def united(self, group: ScoredGroup) -> ScoredGroup:
+        """The group with y in it, all three controls applied."""
+        reward = float(group.rewards.mean(dtype=np.float64)) if self.matched(group) else self.own_reward(group)
+        if self.aligner and reward is not None:
+            y = self.aligner(group.prompt.demonstration, [t.response for t in group.trajectories])
+            group = replace(group, prompt=replace(group.prompt, demonstration=np.asarray(y, np.int32)))
+        return with_demonstration(group, reward)
+
+    def accept(self, group):
+        return self.policy.accept(self.united(group))
 
     def rows(self, batch: Batch) -> list[Row]:
-        withy = [g for g in batch.groups if g.demonstration_reward is not None]
-        controlled = {g.group: self.controlled(g) for g in withy}
-        self.smoothed = float(np.mean([controlled[g.group] == float(g.rewards.mean()) for g in withy])) if withy else 0.0
-        rewards = [np.append(g.rewards, controlled[g.group]) if g.group in controlled else g.rewards for g in batch.groups]
-        lengths = [np.array([sampled_tokens(t) for t in g.trajectories] + ([len(g.prompt.demonstration)] if g.group in controlled else [])) for g in batch.groups]
+        matched = [self.matched(g) for g in batch.groups]
+        self.smoothed = sum(matched) / max(1, len(matched))
+        groups = [self.united(g) for g in batch.groups]
         rows = []
-        for g, advantages in zip(batch.groups, self.policy.estimate(rewards, lengths)):
-            rows += [self.policy.row(t, a) for t, a in zip(g.trajectories, advantages)]
-            if g.group in controlled:
-                if self.aligner:
-                    y = self.aligner(g.prompt.demonstration, [t.response for t in g.trajectories])
-                    g = replace(g, prompt=replace(g.prompt, demonstration=np.asarray(y, np.int32)))
-                row = expert_row(demonstration(g), "policy")
-                rows.append(replace(row, advantage=row.weights["policy"] * advantages[-1], group=g.group))
+        for group, same, advantages in zip(groups, matched, self.policy.advantages(groups)):
+            if same:
+                advantages[-1] = 0.0        # what the mean gives but for rounding
+            rows += [self.policy.row(t, a) for t, a in zip(group.trajectories, advantages)]
         return rows
 
     def terms(self, batch: Batch):
