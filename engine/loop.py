@@ -47,7 +47,7 @@ def train(run) -> None:
         rows, terms = method.rows(batch), tuple(method.terms(batch))
         rows = with_reference(run, rows, terms)
         check_staleness(step, groups, cfg.rollout.staleness, cfg.rollout.backend)
-        if groups and run.gated < cfg.sync.gate_steps and not run.replaying:
+        if groups and run.gated < cfg.sync.gate_steps and not run.off_policy:
             run.gate(rows, step)
         clock.lap("prepare")
 

@@ -28,8 +28,11 @@ from tandem.engine.evaluation import EvalResult, evaluate
 from tandem.engine.loop import Clock
 from tandem.engine.producer import Producer
 from tandem.engine.telemetry import Telemetry, redirect_output
-from tandem.engine.types import Row, Sampling, ScoredGroup, Source, StepReport
+from tandem.engine.types import GenRequest, Row, Sampling, ScoredGroup, Source, StepReport
 from tandem.rollout.backend import EngineDied, SyncError
+
+
+PROBE_GROUPS = 1 << 41   # group ordinals of gate probes; training counts from 0, evaluation from 1 << 40
 
 
 class Run:
@@ -69,6 +72,9 @@ class Run:
         self.method = make_method(cfg.method["name"], {k: v for k, v in cfg.method.items() if k != "name"})
         self.model_path = resolve_model(cfg.model)
         self.tokenizer = load_tokenizer(cfg.model)
+        if cfg.mode == "cluster":
+            from tandem.launch.placement import preflight
+            preflight(cfg, self.model_path)
         source = lambda kind, dataset: dataset and kind(dataset, cfg.data, self.tokenizer, cfg.model, cfg.run.seed)
         self.prompts = source(PromptSource, cfg.data.prompts) if self.method.uses_rollouts else None
         if self.replaying and self.prompts is None:
@@ -102,7 +108,7 @@ class Run:
         else:
             from tandem.engine.ray_learner import RayLearner
             from tandem.launch import placement
-            self.placement = placement.start(cfg, self.folder)
+            self.placement = placement.start(cfg, self.folder, self.display.message)
             self.stack.callback(self.placement.close)
             start_learner = lambda: RayLearner.start(cfg, self.model_path, self.placement, self.folder)
             if not self.replaying:
@@ -115,7 +121,7 @@ class Run:
                     setattr(self, name, future.result())
                     self.stack.callback(future.result().close)
             pool.result(), learner and learner.result()
-        budget = Budget(cfg.rollout.prompts_per_step, cfg.rollout.samples_per_prompt, cfg.data.experts_per_step, cfg.run.steps)
+        budget = Budget(cfg.rollout.prompts_per_step, cfg.rollout.samples_per_prompt, cfg.data.experts_per_step, cfg.run.steps, cfg.run.seed)
         sampling = Sampling(cfg.rollout.max_tokens, cfg.rollout.temperature, cfg.rollout.top_p)
         self.producer = Producer(self.method, self.prompts, self.pool, self.rewards, self.decode, budget, sampling, cfg.rollout.staleness,
                                  cfg.reward.on_error, cfg.run.seed, self.recover, self.aligned)
@@ -147,6 +153,8 @@ class Run:
                 continue
             self.version = version
             self.telemetry.event("sync", version=version, seconds=report.seconds, bytes=report.bytes)
+            if self.config.rollout.staleness and not self.replaying and self.gated < self.config.sync.gate_steps:
+                self.probe(version)
 
     def restart(self, reason: str) -> None:
         """Start new engines in the place of dead ones. They refuse to serve until they have taken weights. Raises RolloutPoolExhausted if too many died."""
@@ -171,8 +179,15 @@ class Run:
         gaps = np.concatenate([np.zeros(0, np.float32), *gaps])
         return (float(gaps.max()), float(gaps.mean()), len(gaps)) if len(gaps) else (0.0, 0.0, 0)
 
+    def probe(self, version: int) -> None:
+        """The gate where rollouts are a step old when they are trained on: sample a few prompts now, with the weights the learner has now."""
+        prompts = [self.prompts[i] for i in range(min(4, len(self.prompts)))] if self.prompts else []
+        sampling = Sampling(self.config.rollout.max_tokens, self.config.rollout.temperature, self.config.rollout.top_p, seed=version)
+        futures = [self.pool.submit(GenRequest(PROBE_GROUPS + i, prompt, 2, sampling)) for i, prompt in enumerate(prompts)]
+        self.gate([policy_row(t, 0.0, "policy") for future in futures for t in future.result()], version)
+
     def gate(self, rows: Sequence[Row], step: int) -> None:
-        """Compare the engines' log-probs with the learner's on the sampled tokens, before anything is trained on them."""
+        """Compare the engines' log-probs with the learner's on sampled tokens, before anything is trained on them."""
         largest, mean, tokens = self.gap(rows, step)
         if tokens:
             self.check_gap(largest, mean, step)
@@ -335,7 +350,8 @@ def evaluate_model(config: Config) -> int:
     """Held-out accuracy of model.path as it is: engines only, no learner."""
     if config.data.evaluation is None or not config.reward.functions:
         raise ConfigError("an evaluation needs data.evaluation and reward.functions; one of them is not set")
-    with started(config, with_learner=False) as run:
+    name = f"{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"      # evaluations of one model do not overwrite each other
+    with started(replace(config, run=replace(config.run, name=name, resume=False)), with_learner=False) as run:
         run.evaluate(0)
     return 0
 

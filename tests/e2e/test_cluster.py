@@ -72,7 +72,6 @@ def test_a_run_with_two_ranks_survives_the_death_of_its_engine(tmp_path):
         (engine,) = [p for p in members if "EngineCore" in p.name() or "EngineCore" in " ".join(p.cmdline())]
         engine.kill()
         output, _ = process.communicate(timeout=250)
-        members += []
     finally:
         process.kill()
     assert process.returncode == 0, output
