@@ -3,9 +3,8 @@
 For z = (h W^T + b) / T, logp = z[target] - lse(z) and H = lse(z) - sum p z, both in float32 (float64 for float64 input). Backward computes the
 logits of each chunk again and uses
     d logp / d z = onehot(target) - p        dH / dz = -p (log p + H)
-so that a tensor of shape [tokens, vocabulary] exists neither forward nor backward. The price is one more matmul h W^T per token. Measured on one CPU
-core with 2048 tokens, H 576, V 49152, chunk 1024, forward and backward, against a plain log_softmax: float32 4.8 s and 510 MiB instead of 6.5 s
-and 1160 MiB (and the latter grows with the tokens), bfloat16 2.5 s instead of 1.7 s.
+so that a tensor of shape [tokens, vocabulary] exists neither forward nor backward. Backward begins with the chunk that forward ended with, which is kept:
+up to `chunk` tokens nothing is computed twice, beyond that the price is one more matmul h W^T per token. Figures: docs/performance.md.
 
 The matmuls run in the dtype of `hidden` and `weight`. In bfloat16 the logits are therefore rounded to 8 bits before the float32 softmax, as they are in
 vLLM and in transformers; a GPU returns the float32 accumulator instead, at no cost. The weight gradient is summed over chunks in float32.
@@ -36,11 +35,11 @@ class ChunkedHead(torch.autograd.Function):
             z = scaled_logits(hidden[part], weight, bias, temperature, kind)
             lse[part] = z.logsumexp(-1)
             logp[part] = z.gather(-1, target[part, None]).squeeze(-1) - lse[part]
+            log_p = z.sub_(lse[part, None])
             if entropy:
-                p = (z - lse[part, None]).exp_()
-                ent[part] = lse[part] - p.mul_(z).sum(-1)
+                ent[part] = -(log_p.exp().mul_(log_p)).sum(-1)
         ctx.save_for_backward(hidden, weight, bias, target, lse, ent)
-        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.temperature, ctx.chunk, ctx.last = temperature, chunk, log_p if len(hidden) else None
         ctx.set_materialize_grads(False)
         return logp, ent
 
@@ -52,8 +51,11 @@ class ChunkedHead(torch.autograd.Function):
         d_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         d_weight = torch.zeros_like(weight, dtype=lse.dtype) if ctx.needs_input_grad[1] else None
         d_bias = torch.zeros_like(bias, dtype=lse.dtype) if ctx.needs_input_grad[2] else None
-        for part in parts(len(hidden), ctx.chunk):
-            log_p = scaled_logits(hidden[part], weight, bias, ctx.temperature, lse.dtype).sub_(lse[part, None])
+        for part in reversed(parts(len(hidden), ctx.chunk)):
+            if part.stop == len(hidden) and ctx.last is not None:
+                log_p, ctx.last = ctx.last, None        # overwritten below, so it serves once
+            else:
+                log_p = scaled_logits(hidden[part], weight, bias, ctx.temperature, lse.dtype).sub_(lse[part, None])
             slope = grad_logp[part, None]
             if grad_entropy is not None:
                 slope = (log_p + ent[part, None]).mul_(grad_entropy[part, None]).add_(slope)
@@ -65,7 +67,9 @@ class ChunkedHead(torch.autograd.Function):
             d_z = d_z.to(hidden.dtype)
             if d_hidden is not None:
                 d_hidden[part] = d_z @ weight
-            if d_weight is not None:
+            if d_weight is not None and d_weight.dtype == d_z.dtype:
+                d_weight.addmm_(d_z.T, hidden[part])
+            elif d_weight is not None:
                 d_weight += d_z.T @ hidden[part]
         cast = lambda grad, like: None if grad is None else grad.to(like.dtype)
         return d_hidden, cast(d_weight, weight), cast(d_bias, bias), None, None, None, None
