@@ -43,8 +43,13 @@ def raw(rewards, lengths=None) -> list[np.ndarray]:
     return [np.asarray(r, np.float32) for r in rewards]
 
 
+def gae(rewards, lengths=None) -> list[np.ndarray]:
+    """R itself, from which algorithms/critic.py makes advantages per token once the values are known."""
+    return raw(rewards)
+
+
 ESTIMATORS: dict[str, Callable[..., list[np.ndarray]]] = {
-    f.__name__: f for f in (grpo, dr_grpo, rloo, reinforce_pp, reinforce_pp_baseline, raw)}
+    f.__name__: f for f in (grpo, dr_grpo, rloo, reinforce_pp, reinforce_pp_baseline, raw, gae)}
 
 
 def each_group(rewards: Groups, estimate: Callable[[np.ndarray], np.ndarray]) -> list[np.ndarray]:

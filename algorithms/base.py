@@ -6,7 +6,7 @@ rows and terms are all it hands over. A user's method is a file of its own, name
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -23,7 +23,8 @@ from tandem.engine.types import Finish, GenRequest, Prompt, Row, Sampling, Score
 class Term:
     """One summand of the loss: `coefficient * sum_rows sum_t weight * scale * objective / Z`.
 
-    `name` is the key into `Row.weights`. `needs` names the streams the objective cannot do without (ref_logp, entropy).
+    `name` is the key into `Row.weights`. `needs` names the streams the objective cannot do without (entropy, value) or that the loop has to fill in
+    before `Method.credit` (old_logp, ref_logp, old_value).
     """
 
     name: str
@@ -54,6 +55,7 @@ class Demand:
     kind: str = "mixed"                     # mixed | rl | sft, for reports
     learning_rate: float | None = None
     optimizer: str = "main"
+    set_reference: bool = False             # the weights this step starts from are the reference from now on
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +80,7 @@ class Method:
 
     aligned: ClassVar[bool] = False                 # demonstrations come with their prompts: `experts` of the step's prompts are drawn from data.experts
     scores_demonstrations: ClassVar[bool] = False   # the reward functions also score each prompt's demonstration
+    policy: ClassVar[Any] = None                    # the RL half, algorithms.policy.PolicyLoss, where the method has one (then a field, set in __post_init__)
 
     def demand(self, step: int, budget: Budget, signals: Mapping[str, float]) -> Demand:
         """What step `step` needs. Called when its rollouts are requested, up to `staleness` steps ahead."""
@@ -96,6 +99,16 @@ class Method:
 
     def terms(self, batch: Batch) -> list[Term]:
         raise NotImplementedError
+
+    @property
+    def critic(self) -> bool:
+        """Whether the learner gets a value head."""
+        return self.policy is not None and self.policy.advantage == "gae"
+
+    def credit(self, rows: Sequence[Row], batch: Batch) -> Sequence[Row]:
+        """From rewards to advantages, where that takes more than rewards: called with the rows of `rows`, after the loop has filled in the streams that
+        terms need: old_logp and old_value (one forward of the learner, before the update), ref_logp (of the reference). Returns rows in the same order."""
+        return self.policy.credit(rows, batch) if self.critic else rows
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> None:
         """Called after every optimizer step with its metrics (grad_norm, entropy, loss/TERM, reward/mean, ...), for methods that react to them."""
@@ -159,6 +172,8 @@ METHODS: dict[str, str] = {
     "visurf": "tandem.algorithms.visurf:ViSurf",
     "relift": "tandem.algorithms.relift:ReLIFT",
     "sasr": "tandem.algorithms.sasr:SASR",
+    "ppo": "tandem.algorithms.ppo:PPO",
+    "reft": "tandem.algorithms.reft:ReFT",
 }
 
 
@@ -171,6 +186,11 @@ def method_class(name: str) -> type[Method]:
     if not (isinstance(cls, type) and issubclass(cls, Method) and dataclasses.is_dataclass(cls)):
         raise ValueError(f"method {name!r} is {cls!r}; expected a dataclass that inherits tandem.algorithms.base.Method")
     return cls
+
+
+def configured(block: Mapping[str, Any]) -> Method:
+    """The method of a config's `method:` block, `name` and options."""
+    return make_method(block["name"], {key: value for key, value in block.items() if key != "name"})
 
 
 def make_method(name: str, options: Mapping[str, Any]) -> Method:

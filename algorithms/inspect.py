@@ -5,8 +5,8 @@
     out = inspect(make_method("grpo", {}), Batch(0, (g,), ()), logp=lambda row: np.full(len(row.tokens), -0.5))
     out.loss, out.terms["policy"], out.gradients[0]
 
-It takes the path that training takes: the method's rows and terms, the packer, the global denominators and `engine.terms.evaluate`. Only the numbers
-that a model would give (log-probs, entropies) come from the caller. Unit tests, notebooks and comparisons with authors' code stand on it.
+It takes the path that training takes: the method's rows, terms and credit, the packer, the global denominators and `engine.terms.evaluate`. Only the
+numbers that a model would give (log-probs, entropies, values) come from the caller. Unit tests, notebooks and comparisons with authors' code stand on it.
 """
 from __future__ import annotations
 
@@ -33,40 +33,49 @@ class Inspection:
     coefficients: dict[str, float]
     denominators: dict[str, float]
     gradients: list[np.ndarray]
+    value_gradients: list[np.ndarray]   # d loss / d value, the same way
     metrics: dict[str, float]           # TERM/METRIC, mean over the term's tokens
     rows: list[Row]
 
 
 def inspect(method: Method, batch: Batch, logp: PerRow, entropy: PerRow | None = None, old: PerRow | None = None, reference: PerRow | None = None,
-            micro_batch_tokens: int = 1 << 20, ranks: int = 1) -> Inspection:
-    """Evaluate `method` on `batch`. logp, entropy, old and reference map a row to float [T]; old and reference become the row's streams."""
-    rows = list(method.rows(batch))
-    if old is not None:
-        rows = [replace(r, old_logp=np.asarray(old(r), np.float32)) for r in rows]
-    if reference is not None:
-        rows = [replace(r, ref_logp=np.asarray(reference(r), np.float32)) for r in rows]
-    terms = method.terms(batch)
+            value: PerRow | None = None, old_value: PerRow | None = None, micro_batch_tokens: int = 1 << 20, ranks: int = 1) -> Inspection:
+    """Evaluate `method` on `batch`. logp, entropy, old, reference, value and old_value map a row to float [T]; all but logp, entropy and value become the
+    row's streams. For a term that needs old log-probs or values and is given none, the present ones are the old ones, as before a first update; the
+    present value is 0 if not given, as of a new critic."""
+    rows, terms = list(method.rows(batch)), method.terms(batch)
+    needs = frozenset().union(*(term.needs for term in terms))
+    if value is None and "value" in needs:
+        value = lambda row: np.zeros(len(row.tokens))
+    for name, given, present in (("old_logp", old, logp), ("old_value", old_value, value), ("ref_logp", reference, None)):
+        if per_row := given or (present if name in needs else None):
+            rows = [replace(r, **{name: np.asarray(per_row(r), np.float32)}) for r in rows]
+        elif name in needs and rows:
+            raise ValueError(f"a term needs {name!r}, which inspect was not given")
+    rows = list(method.credit(rows, batch))
     z = denominators(terms, rows)
-    leaves = [torch.tensor(np.asarray(logp(r)), dtype=torch.float32, requires_grad=True) for r in rows]
+    leaf = lambda per_row: [torch.tensor(np.asarray(per_row(r)), dtype=torch.float32, requires_grad=True) for r in rows]
+    leaves, value_leaves = leaf(logp), None if value is None else leaf(value)
     total, sums = torch.zeros(()), {}
     for micro in (m for rank in pack(rows, terms, ranks, micro_batch_tokens, batch.step) for m in rank):
         places = [(i, np.flatnonzero(rows[i].trained)) for i in micro.rows]
         gather = lambda per_row: torch.cat([per_row(i)[torch.as_tensor(t)] for i, t in places]) if places else torch.zeros(0, requires_grad=True)
         entropies = None if entropy is None else gather(lambda i: torch.tensor(np.asarray(entropy(rows[i])), dtype=torch.float32))
-        loss, parts = evaluate(terms, z, micro, streams(micro, gather(lambda i: leaves[i]), entropies))
+        values = None if value is None else gather(lambda i: value_leaves[i])
+        loss, parts = evaluate(terms, z, micro, streams(micro, gather(lambda i: leaves[i]), entropies, values))
         total = total + loss
-        for key, value in parts.items():
-            sums[key] = sums.get(key, 0.0) + float(value)
+        for key, part in parts.items():
+            sums[key] = sums.get(key, 0.0) + float(part)
     if total.requires_grad:
         total.backward()
-    gradients = [np.zeros(len(r.tokens), np.float32) if l.grad is None else l.grad.numpy() for r, l in zip(rows, leaves)]
+    gradient = lambda leaves: [np.zeros(len(r.tokens), np.float32) if l.grad is None else l.grad.numpy() for r, l in zip(rows, leaves)]
     metrics = {}
-    for key, value in sums.items():
+    for key, total_of in sums.items():
         if key.startswith("sum/"):
             term, metric = key[4:].split("/", 1)
-            metrics[f"{term}/{metric}"] = value / max(sums[f"count/{term}"], 1.0)
-    return Inspection(total.item(), {t.name: sums.get(f"loss/{t.name}", 0.0) for t in terms}, {t.name: t.coefficient for t in terms}, z, gradients,
-                      metrics, rows)
+            metrics[f"{term}/{metric}"] = total_of / max(sums[f"count/{term}"], 1.0)
+    return Inspection(total.item(), {t.name: sums.get(f"loss/{t.name}", 0.0) for t in terms}, {t.name: t.coefficient for t in terms}, z, gradient(leaves),
+                      gradient(value_leaves or leaves[:0]), metrics, rows)
 
 
 def trajectory(prompt: Sequence[int], response: Sequence[int], behaviour_logp: Sequence[float] | None = None, expert: bool = False, version: int = 0,

@@ -27,6 +27,9 @@ class Tokens:
     behaviour_logp: torch.Tensor | None = None  # float32 [n], NaN on tokens that no rollout engine sampled
     ref_logp: torch.Tensor | None = None        # float32 [n]
     entropy: torch.Tensor | None = None         # float32 [n]
+    value: torch.Tensor | None = None           # float32 [n], requires grad: the critic's present value of the state in which the token was chosen
+    old_value: torch.Tensor | None = None       # float32 [n] the same before the update
+    returns: torch.Tensor | None = None         # float32 [n]
 
     @property
     def old(self) -> torch.Tensor:

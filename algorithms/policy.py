@@ -14,6 +14,7 @@ reinforce_pp            arXiv 2501.03262    R whitened              clip 0.2/0.2
 reinforce_pp_baseline   arXiv 2501.03262    R - mean, whitened      clip 0.2/0.2    token_mean
 gspo                    arXiv 2507.18071    (R - mean)/std          gspo            seq_mean_token_mean
 cispo                   arXiv 2506.13585    (R - mean)/std          cispo           token_mean
+ppo                     arXiv 1707.06347    gae                     clip 0.2/0.2    token_mean; a value head, see algorithms/critic.py
 luffy_code              code of LUFFY,      R - mean                ppo, no clip    constant (sum / reduction_length, not divided by rows); entropy bonus 0.001
                         ReLIFT and HPT
 """
@@ -28,6 +29,7 @@ import numpy as np
 
 from tandem.algorithms.advantages import ESTIMATORS
 from tandem.algorithms.base import Batch, Term
+from tandem.algorithms.critic import Critic
 from tandem.algorithms.objectives import CISPO, GSPO, EntropyBonus, KLToReference, PPOClip, Reinforce, RolloutCorrection
 from tandem.algorithms.options import build
 from tandem.algorithms.reductions import Reduction
@@ -44,6 +46,7 @@ PRESETS: dict[str, dict] = {
     "reinforce_pp_baseline": {"advantage": "reinforce_pp_baseline"},
     "gspo": {"objective": "gspo", "clip_low": 3e-4, "clip_high": 4e-4, "reduction": "seq_mean_token_mean"},
     "cispo": {"objective": "cispo"},
+    "ppo": {"advantage": "gae"},
     "luffy_code": {"advantage": "dr_grpo", "clip_low": math.inf, "clip_high": math.inf, "reduction": "constant", "entropy_bonus": 0.001},
 }
 TRAINED = (Source.POLICY, Source.PREFIX, Source.EXPERT)     # sources whose tokens belong to the policy term, where a method puts them into a group
@@ -56,6 +59,7 @@ class PolicyLoss:
     """Options of the RL half."""
 
     advantage: str = "grpo"             # algorithms/advantages.py
+    critic: Critic | dict | None = None     # options of advantage gae: algorithms/critic.py
     objective: str = "ppo"              # ppo | gspo | cispo | reinforce
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -77,6 +81,9 @@ class PolicyLoss:
         check("correction_mode", self.correction_mode, ("truncate", "mask"))
         Reduction(self.reduction, self.reduction_length)    # fails here, not in step 1
         self.kl, self.entropy_bonus = Schedule.parse(self.kl), Schedule.parse(self.entropy_bonus)
+        if self.critic is not None and self.advantage != "gae":
+            raise ValueError(f"policy.critic is given, but policy.advantage is {self.advantage!r}, which has no critic; set policy.advantage to gae (preset ppo)")
+        self.critic = build(Critic, self.critic or {}, "policy.critic") if self.advantage == "gae" else None
 
     @classmethod
     def parse(cls, value, **defaults) -> PolicyLoss:
@@ -88,10 +95,15 @@ class PolicyLoss:
             return value
         options = {"preset": value} if isinstance(value, str) else dict(value)
         if "preset" not in options:
-            options = {**defaults, **options}
+            critic = {**(defaults.get("critic") or {}), **(options.get("critic") or {})}
+            options = {**defaults, **options, "critic": critic or None}
         preset = options.pop("preset", "grpo")
         check("preset", preset, PRESETS)
         return build(cls, {**PRESETS[preset], **options}, "policy")
+
+    @property
+    def uses_reference(self) -> bool:
+        return not self.kl.off or self.critic is not None and not self.critic.kl.off
 
     def accept(self, group: ScoredGroup) -> bool:
         """False for a group that teaches nothing and is to be redrawn."""
@@ -106,9 +118,13 @@ class PolicyLoss:
         cut = self.mask_truncated and trajectory.finish == Finish.LENGTH
         mask = np.zeros(len(trajectory.tokens), np.float32) if cut else trained(trajectory)
         sampled = mask * (trajectory.source == Source.POLICY)
-        return Row(tokens=trajectory.tokens, source=trajectory.source, weights={"policy": mask, **{name: sampled.copy() for name in self.regularisers()}},
-                   advantage=mask * np.float32(advantage), behaviour_logp=trajectory.behaviour_logp, version=trajectory.version, group=trajectory.group,
-                   prompt_id=trajectory.prompt_id)
+        row = Row(tokens=trajectory.tokens, source=trajectory.source, weights={"policy": mask, **{name: sampled.copy() for name in self.regularisers()}},
+                  advantage=mask * np.float32(advantage), behaviour_logp=trajectory.behaviour_logp, version=trajectory.version, group=trajectory.group,
+                  prompt_id=trajectory.prompt_id)
+        return row if self.critic is None else self.critic.row(row, trajectory)
+
+    def credit(self, rows: Sequence[Row], batch: Batch) -> Sequence[Row]:
+        return rows if self.critic is None else self.critic.credit(rows, batch)
 
     def rows(self, groups: Sequence[ScoredGroup]) -> list[Row]:
         """Every trajectory of every group as a row, with the advantage that it has within its group."""
@@ -132,7 +148,7 @@ class PolicyLoss:
             terms.append(Term("kl", KLToReference(), reduction, now(self.kl), needs=frozenset({"ref_logp"})))
         if not self.entropy_bonus.off:
             terms.append(Term("entropy", EntropyBonus(), reduction, now(self.entropy_bonus), needs=frozenset({"entropy"})))
-        return terms
+        return terms + ([] if self.critic is None else self.critic.terms(reduction, coefficient))
 
 
 def trained(trajectory: Trajectory) -> np.ndarray:

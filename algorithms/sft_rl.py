@@ -3,7 +3,7 @@
     L(t) = L_SFT  for t < sft_steps,   L_GRPO  afterwards                (mu(t) = 1[t < S] in CHORD's notation)
 
 The baseline that a hybrid has to beat: tuned, it beat every single-stage hybrid of the audit arXiv 2604.23747. Each stage has its own learning rate
-(they differ by 5x to 50x in published recipes), and the RL stage starts from fresh optimizer moments.
+(they differ by 5x to 50x in published recipes), and the RL stage starts from fresh optimizer moments. A KL term holds it near the end of the first stage.
 """
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class SFTThenRL(Method):
     def demand(self, step, budget, signals):
         if step < self.sft_steps:
             return Demand(experts=budget.experts, kind="sft", learning_rate=self.sft_learning_rate, optimizer="sft")
-        return Demand(prompts=budget.prompts, kind="rl")
+        return Demand(prompts=budget.prompts, kind="rl", set_reference=step == self.sft_steps and self.policy.uses_reference)
 
     def accept(self, group):
         return self.policy.accept(group)

@@ -160,6 +160,7 @@ class RunState:
     method: dict[str, Any] = field(default_factory=dict)            # Method.state_dict()
     signals: dict[str, float] = field(default_factory=dict)         # metrics of the last step, as the next one's Batch sees them
     gated: int = 0                                                  # steps whose log-probs were compared before training
+    tokens: int = 0                                                 # generated + trained so far
     rng: dict[str, Any] = field(default_factory=dict)               # rng_state()
 
     FILE = "run_state.pkl"

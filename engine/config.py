@@ -94,6 +94,7 @@ class LearnerConfig:
     offload_optimizer: bool = False                 # optimizer states in CPU memory
     micro_batch_tokens: int = 4096                  # packed tokens per forward and rank; a longer row gets a micro-batch of its own
     updates_per_batch: int = 1                      # optimizer steps per batch of rollouts; > 1 computes old log-probs first
+    epochs_per_batch: int = 1                       # how often each batch is gone through, in updates_per_batch steps each time
     head_chunk: int = 1024                          # tokens whose logits exist at a time
     gradient_checkpointing: bool = False
     entropy: bool = True                            # report token entropy
@@ -143,6 +144,7 @@ class RunConfig:
     name: str = "run"
     dir: str = "runs"                               # the run folder is dir/name
     steps: int = 10
+    token_budget: int | None = None                 # end the run after so many generated + trained tokens, for comparisons at equal cost
     seed: int = 0
     checkpoint_every: int = 0                       # steps; 0 = only at the end
     keep_checkpoints: int = 2
@@ -285,17 +287,17 @@ def require(condition: bool, message: str) -> None:
 
 def validate(c: Config) -> None:
     """Every rule that spans keys. Raises ConfigError naming both values and what to change; never edits."""
-    from tandem.algorithms.base import make_method, method_class
+    from tandem.algorithms.base import configured, method_class
     require(bool(c.model.path), "model.path is not set: name a Hugging Face folder or model, or tandem:tiny")
     require("name" in c.method, "method.name is not set: choose one of `tandem methods`, or a path my_method.py:MyMethod")
     try:
         method = method_class(c.method["name"])
-        make_method(c.method["name"], {k: v for k, v in c.method.items() if k != "name"})
+        configured(c.method)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"method: {error}") from None
     for key, low in (("rollout.prompts_per_step", 1), ("rollout.samples_per_prompt", 1), ("rollout.max_tokens", 1), ("rollout.staleness", 0),
                      ("rollout.max_sequences", 1), ("data.max_prompt_tokens", 1), ("data.max_expert_tokens", 1), ("data.experts_per_step", 0),
-                     ("reward.workers", 1), ("learner.micro_batch_tokens", 1), ("learner.updates_per_batch", 1), ("learner.head_chunk", 1),
+                     ("reward.workers", 1), ("learner.micro_batch_tokens", 1), ("learner.updates_per_batch", 1), ("learner.epochs_per_batch", 1), ("learner.head_chunk", 1),
                      ("learner.warmup_steps", 0), ("cluster.engines", 1), ("cluster.tensor_parallel", 1), ("cluster.learner_ranks", 1), ("cluster.threads", 1),
                      ("eval.every", 0), ("eval.samples", 1), ("run.steps", 1), ("run.checkpoint_every", 0), ("run.keep_checkpoints", 1)):
         section, name = key.split(".")

@@ -15,15 +15,17 @@ import numpy as np
 import psutil
 import torch
 
-from tandem.algorithms.base import Term
+from tandem.algorithms.base import Term, configured
 from tandem.algorithms.objectives import NLL
 from tandem.engine import terms as term_losses
 from tandem.engine.config import Config, ConfigError, ModelConfig
 from tandem.engine.digest import digest
-from tandem.engine.model import Policy, load_policy
+from tandem.engine.model import Policy, hf_parameters, load_policy
 from tandem.engine.packing import pack
 from tandem.engine.types import MicroBatch, Row, Source, StepPlan, StepReport
 from tandem.engine.zero import LocalEngine
+
+REFERENCE = "reference.safetensors"     # in a checkpoint: the reference, where it is not the run's original model
 
 
 @dataclass(frozen=True)
@@ -37,18 +39,24 @@ class Delivery:
 
 def build_policy(config: Config, model_path: str) -> Policy:
     policy = load_policy(replace(config.model, path=model_path))
+    if config.method and configured(config.method).critic:
+        policy.add_critic()
     if config.learner.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
     return policy
 
 
 class LearnerRank:
-    """One rank. `model_path` is the run's original model, also after a resume: the frozen reference is loaded from it when first asked for."""
+    """One rank. `model_path` is the run's original model, also after a resume: the frozen reference is loaded from it when first asked for.
+
+    `set_reference` makes the present weights the reference instead; they are then part of every checkpoint.
+    """
 
     def __init__(self, config: Config, model_path: str, engine, rank: int = 0, ranks: int = 1):
         self.config, self.engine, self.rank, self.ranks = config, engine, rank, ranks
         self.model: ModelConfig = replace(config.model, path=model_path)
         self.reference: Policy | None = None
+        self.own_reference = False      # the reference is not the run's original model
 
     # -- training ---------------------------------------------------------------------------------------------------------------------------------
 
@@ -64,8 +72,8 @@ class LearnerRank:
         self.engine.set_learning_rate(plan.learning_rate)
         sums: dict[str, torch.Tensor] = {}
         for micro in plan.micro_batches[0]:
-            logp, entropy = self._forward(self.engine.forward, micro, plan.temperature, plan.entropy)
-            loss, found = term_losses.evaluate(plan.terms, plan.denominators, micro, term_losses.streams(micro, logp, entropy))
+            logp, entropy, value = self._forward(self.engine.forward, micro, plan.temperature, plan.entropy)
+            loss, found = term_losses.evaluate(plan.terms, plan.denominators, micro, term_losses.streams(micro, logp, entropy, value))
             self.engine.backward(loss)
             merge(sums, {**found, **observe(micro, logp.detach(), None if entropy is None else entropy.detach())})
         totals = gather(numbers(sums), self.ranks)
@@ -80,39 +88,66 @@ class LearnerRank:
         move = lambda array: torch.as_tensor(array, device=self.engine.device)
         return forward(move(micro.tokens), move(micro.positions), move(micro.index), move(micro.target), temperature, self.config.learner.head_chunk, entropy)
 
-    @torch.no_grad()
     def logprobs(self, rows: Sequence[Row], temperature: float, reference: bool = False) -> list[np.ndarray | None]:
-        """float32 [T] per row, in row order: the present policy's (or the frozen reference's) log-prob of every trained token, NaN elsewhere.
+        """The log-probs of `streams`."""
+        return self.streams(rows, temperature, reference)["logp"]
 
+    @torch.no_grad()
+    def streams(self, rows: Sequence[Row], temperature: float, reference: bool = False) -> dict[str, list[np.ndarray | None]]:
+        """`logp` and, if there is a critic, `value`: float32 [T] per row, in row order, NaN on tokens that are not trained.
+
+        logp is the present policy's (or the frozen reference's) log-prob of the token, value that of the state in which it was chosen.
         Called with the same rows on all ranks; rows that another rank computed are None here.
         """
         forward = self._reference() if reference else self.engine.forward
+        names = ("logp",) if reference or self.engine.module.critic is None else ("logp", "value")
         plain = [Term(name, NLL()) for name in sorted({name for row in rows for name in row.weights})]
         share = pack(rows, plain, self.ranks, self.config.learner.micro_batch_tokens, version=-1)[self.rank]
-        results = [(micro, self._forward(forward, micro, temperature, False)[0]) for micro in share]
+        results = [(micro, self._forward(forward, micro, temperature, False)) for micro in share]
         out: list[np.ndarray | None] = [None] * len(rows)
+        empty = lambda row: np.full((len(names), len(row.tokens)), np.nan, np.float32)
         if self.rank == 0:      # the packer leaves out rows without a trained token
-            out = [None if row.trained.any() else np.full(len(row.tokens), np.nan, np.float32) for row in rows]
-        for micro, logp in results:
-            logp, place = logp.float().cpu().numpy(), micro.positions.reshape(-1)[micro.index] + 1
+            out = [None if row.trained.any() else empty(row) for row in rows]
+        for micro, (logp, _, value) in results:
+            found, place = torch.stack([logp, value][:len(names)]).cpu().numpy(), micro.positions.reshape(-1)[micro.index] + 1
             for number, i in enumerate(micro.rows):
                 mine = micro.segment == number
-                out[i] = np.full(len(rows[i].tokens), np.nan, np.float32)
-                out[i][place[mine]] = logp[mine]
-        return out
+                out[i] = empty(rows[i])
+                out[i][:, place[mine]] = found[:, mine]
+        return {name: [None if one is None else one[k] for one in out] for k, name in enumerate(names)}
 
     def _reference(self) -> Policy:
         if self.reference is None:
             self.reference = load_policy(self.model).to(self.engine.device).requires_grad_(False)
         return self.reference
 
+    @torch.no_grad()
+    def set_reference(self) -> None:
+        """Make the present weights the reference from now on. A collective."""
+        frozen = dict(hf_parameters(self._reference()))
+        for name, tensor in self.engine.full_parameters():
+            frozen[name].copy_(tensor)
+        self.own_reference = True
+
     # -- weights ----------------------------------------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path) -> None:
         self.engine.save(folder)
+        if self.own_reference and self.rank == 0:
+            from safetensors.torch import save_file
+            save_file({name: p.detach().cpu() for name, p in hf_parameters(self.reference)}, Path(folder) / REFERENCE)
 
+    @torch.no_grad()
     def load(self, folder: str | Path) -> None:
         self.engine.load(folder)
+        self.own_reference = (Path(folder) / REFERENCE).is_file()
+        if self.own_reference:
+            from safetensors.torch import load_file
+            saved = load_file(Path(folder) / REFERENCE)
+            for name, parameter in hf_parameters(self._reference()):
+                parameter.copy_(saved[name])
+        else:
+            self.reference = None
 
     def export(self, folder: str | Path) -> None:
         """A plain Hugging Face folder (safetensors, config, generation config), written by rank 0; the tokenizer is the caller's. A collective.
@@ -217,8 +252,8 @@ class InlineLearner:
 
     def __init__(self, rank: LearnerRank):
         self.rank, self.pool, self.synced, self.sync_timeout = rank, None, None, rank.config.sync.timeout
-        self.step, self.logprobs, self.save, self.load, self.export = rank.step, rank.logprobs, rank.save, rank.load, rank.export
-        self.close = rank.close
+        self.step, self.logprobs, self.streams, self.set_reference = rank.step, rank.logprobs, rank.streams, rank.set_reference
+        self.save, self.load, self.export, self.close = rank.save, rank.load, rank.export, rank.close
 
     @classmethod
     def start(cls, config: Config, model_path: str) -> InlineLearner:

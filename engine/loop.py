@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from tandem.algorithms.base import Batch, Demand, Term
+from tandem.algorithms.critic import diagnostics
 from tandem.engine.packing import pack
 from tandem.engine.producer import oldest_version
 from tandem.engine.terms import denominators
@@ -44,8 +45,10 @@ def train(run) -> None:
         clock.lap("rollout")
 
         batch = Batch(step, groups, experts, signals, off_policy=run.off_policy)
+        if demand.set_reference:
+            run.learner.set_reference()
         rows, terms = method.rows(batch), tuple(method.terms(batch))
-        rows = with_reference(run, rows, terms)
+        rows = method.credit(with_streams(run, rows, terms), batch)
         check_staleness(step, groups, cfg.rollout.staleness, cfg.rollout.backend)
         if groups and run.gated < cfg.sync.gate_steps and not run.off_policy:
             run.gate(rows, step)
@@ -60,8 +63,10 @@ def train(run) -> None:
             raise NotFinite(f"{skipped} steps in a row had a non-finite gradient (learner.max_skipped_steps is {cfg.learner.max_skipped_steps}); "
                             f"the rows of each are in {run.folder / 'bad_steps'}; weights are those before the first of them")
         run.step = step + 1
+        run.tokens += int(report.metrics.get("tokens/real", 0)) + sum(int((t.source == Source.POLICY).sum()) for g in groups for t in g.trajectories)
+        run.done = run.step == cfg.run.steps or (cfg.run.token_budget is not None and run.tokens >= cfg.run.token_budget)
 
-        metrics = {**report.metrics, **rollout_metrics(groups)}
+        metrics = {**report.metrics, **rollout_metrics(groups), **diagnostics(rows)}
         method.observe(step, metrics)
         signals = run.signals = {**metrics, **method.metrics(step)}
         if run.producer.wants_weights(step + 1, signals) or run.evaluation_due(step + 1):
@@ -72,19 +77,21 @@ def train(run) -> None:
             run.evaluate(step + 1)
         if run.checkpoint_due(step + 1):
             run.checkpoint()
-        if run.stop_requested and run.step < cfg.run.steps:
+        if run.done or run.stop_requested:
             return
 
 
 def update(run, step: int, demand: Demand, rows: Sequence[Row], terms: Sequence[Term]) -> StepReport:
-    """One optimizer step per part of the batch; with several, the clip needs the log-probs from before the first."""
+    """One optimizer step per part of the batch, in each epoch; with several, the clip needs the log-probs from before the first."""
     learner = run.config.learner
     if not any(row.trained.any() for row in rows):
         return StepReport({"empty": 1.0})
     parts = [rows]
-    if learner.updates_per_batch > 1:
-        rows = with_old(rows, run.learner.logprobs(rows, run.config.rollout.temperature))
-        parts = split(rows, learner.updates_per_batch, np.random.default_rng([run.config.run.seed, step]))
+    if learner.updates_per_batch * learner.epochs_per_batch > 1:
+        if any(row.old_logp is None for row in rows):
+            rows = [replace(r, old_logp=l) for r, l in zip(rows, run.learner.logprobs(rows, run.config.rollout.temperature))]
+        rng = np.random.default_rng([run.config.run.seed, step])
+        parts = [part for _ in range(learner.epochs_per_batch) for part in split(rows, learner.updates_per_batch, rng)]
     reports = []
     for number, part in enumerate(parts):
         z = denominators(terms, part)
@@ -97,15 +104,17 @@ def update(run, step: int, demand: Demand, rows: Sequence[Row], terms: Sequence[
                       any(r.skipped for r in reports), sum(r.seconds for r in reports))
 
 
-def with_reference(run, rows: Sequence[Row], terms: Sequence[Term]) -> Sequence[Row]:
-    """Add the frozen reference model's log-probs, if a term asks for them."""
-    if not any("ref_logp" in t.needs for t in terms):
-        return rows
-    return [replace(r, ref_logp=l) for r, l in zip(rows, run.learner.logprobs(rows, run.config.rollout.temperature, reference=True))]
-
-
-def with_old(rows: Sequence[Row], logps: Sequence[np.ndarray]) -> list[Row]:
-    return [replace(r, old_logp=l) for r, l in zip(rows, logps)]
+def with_streams(run, rows: Sequence[Row], terms: Sequence[Term]) -> Sequence[Row]:
+    """Add what terms need from before the update: the learner's own log-probs and values, and the reference's log-probs."""
+    needs, temperature = frozenset().union(*(t.needs for t in terms)), run.config.rollout.temperature
+    if needs & {"old_logp", "old_value"}:
+        found = run.learner.streams(rows, temperature)
+        for name, stream in (("old_logp", "logp"), ("old_value", "value")):
+            if name in needs:
+                rows = [replace(r, **{name: s}) for r, s in zip(rows, found[stream])]
+    if "ref_logp" in needs:
+        rows = [replace(r, ref_logp=l) for r, l in zip(rows, run.learner.logprobs(rows, temperature, reference=True))]
+    return rows
 
 
 def split(rows: Sequence[Row], parts: int, rng: np.random.Generator) -> list[list[Row]]:

@@ -71,8 +71,9 @@ def load_tokenizer(model: ModelConfig):
 
 
 class Policy(nn.Module):
-    """`model` is the whole Hugging Face model, `head` the chunked head over the very same parameters.
+    """`model` is the whole Hugging Face model, `head` the chunked head over the very same parameters, `critic` a value head or None.
 
+    The critic is no part of `model`: engines are not sent it and an exported model does not have it.
     Dropout stays off, also in training: the policy that is trained must be the policy that sampled.
     """
 
@@ -80,19 +81,24 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model.eval()
         self.head = Head(model.get_output_embeddings())
+        self.critic: ValueHead | None = None
         # With flash attention transformers keeps packed sequences apart in a batch of one only; rows start at position 0, so bins can stand in one line.
         self.one_line = "flash" in model.config._attn_implementation
 
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor, index: torch.Tensor, target: torch.Tensor, temperature: float = 1.0,
-                chunk: int = 1024, entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Log-prob of `target[i]` given the hidden state at flat position `index[i]` of the bins, as in `MicroBatch`.
+                chunk: int = 1024, entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Log-prob of `target[i]` given the hidden state at flat position `index[i]` of the bins, as in `MicroBatch`, and the critic's value of that state.
 
-        tokens, positions int64 [B, L]; index, target int64 [n] -> (logp [n], entropy [n] or None), float32.
+        tokens, positions int64 [B, L]; index, target int64 [n] -> (logp [n], entropy [n] or None, value [n] or None), float32.
         """
         if self.one_line:
             tokens, positions = tokens.reshape(1, -1), positions.reshape(1, -1)
         hidden = self.model.get_decoder()(input_ids=tokens, position_ids=positions, use_cache=False)[0]
-        return self.head(hidden.reshape(-1, hidden.shape[-1])[index], target, temperature, chunk, entropy)
+        hidden = hidden.reshape(-1, hidden.shape[-1])[index]
+        return *self.head(hidden, target, temperature, chunk, entropy), None if self.critic is None else self.critic(hidden)
+
+    def add_critic(self) -> None:
+        self.critic = ValueHead(self.head.weight)
 
     def train(self, mode: bool = True):
         """Leaves the modules below alone, so that dropout stays off."""
@@ -120,6 +126,17 @@ class Head(nn.Module):
 
     def forward(self, hidden, target, temperature: float, chunk: int, entropy: bool):
         return token_logprobs(hidden, self.weight, self.bias, target, temperature, chunk, entropy)
+
+
+class ValueHead(nn.Module):
+    """V = w . hidden + b in float32, on the policy's own trunk. Zero at the start, so that the first advantages are sums of rewards."""
+
+    def __init__(self, output: torch.Tensor):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(output.new_zeros(output.shape[1])), nn.Parameter(output.new_zeros(1))
+
+    def forward(self, hidden):
+        return hidden.float() @ self.weight.float() + self.bias.float()
 
 
 def load_policy(model: ModelConfig) -> Policy:

@@ -20,7 +20,7 @@ import numpy as np
 from tandem.algorithms.base import Term
 from tandem.engine.types import MicroBatch, Row, Source
 
-STREAMS = ("advantage", "behaviour_logp", "old_logp", "ref_logp")
+STREAMS = ("advantage", "behaviour_logp", "old_logp", "ref_logp", "old_value", "returns")
 
 # The cost of a micro-batch in units of one token through everything but attention: LAUNCH + B * L * (1 + L / SQUARE).
 # Attention over a bin is dense [L, L] with SDPA. Measured on a CPU, hidden 128, 4 layers: 63 us a token in short bins, 346 us in one bin of 4096,

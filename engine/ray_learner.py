@@ -150,9 +150,17 @@ class RayLearner:
 
     def logprobs(self, rows: Sequence[Row], temperature: float, reference: bool = False) -> list[np.ndarray]:
         """See LearnerRank.logprobs; here complete."""
+        return self.streams(rows, temperature, reference)["logp"]
+
+    def streams(self, rows: Sequence[Row], temperature: float, reference: bool = False) -> dict[str, list[np.ndarray]]:
+        """See LearnerRank.streams; here complete."""
         import ray
-        parts = self._all("logprobs", ray.put(list(rows)), temperature, reference)
-        return [next(logp for logp in found if logp is not None) for found in zip(*parts, strict=True)]
+        parts = self._all("streams", ray.put(list(rows)), temperature, reference)
+        complete = lambda lists: [next(one for one in found if one is not None) for found in zip(*lists, strict=True)]
+        return {name: complete([part[name] for part in parts]) for name in parts[0]}
+
+    def set_reference(self) -> None:
+        self._all("set_reference")
 
     def connect(self, pool) -> None:
         """Make the transfer group between the ranks and the engines of the pool, anew after an engine was restarted."""

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tandem.algorithms.base import Budget, Demand, make_method, policy_row
+from tandem.algorithms.base import Budget, Demand, configured, policy_row
 from tandem.engine import weights
 from tandem.engine.checkpoint import Checkpoints, RunState, rng_state, set_rng_state
 from tandem.engine.config import Config, ConfigError
@@ -42,6 +42,7 @@ class Run:
         self.config, self.display, self.stack = config, display, ExitStack()
         self.folder = Path(config.run.dir) / config.run.name
         self.step, self.version, self.signals = 0, None, {}
+        self.tokens, self.done = 0, False       # generated + trained tokens so far; whether the run has reached its end
         self.gated, self.stop_requested = 0, False
         self.learner = None
         self.first_eval: EvalResult | None = None
@@ -69,7 +70,7 @@ class Run:
         if cfg.run.resume and found is None:
             raise ConfigError(f"run.resume is set, but {self.checkpoints.folder} holds no complete checkpoint; unset it to start from the beginning")
         self.found = found
-        self.method = make_method(cfg.method["name"], {k: v for k, v in cfg.method.items() if k != "name"})
+        self.method = configured(cfg.method)
         self.model_path = resolve_model(cfg.model)
         self.tokenizer = load_tokenizer(cfg.model)
         if cfg.mode == "cluster":
@@ -215,11 +216,11 @@ class Run:
 
     def evaluation_due(self, step: int) -> bool:
         every = self.config.eval.every
-        return bool(self.eval_prompts) and (step == self.config.run.steps or bool(every and step % every == 0))
+        return bool(self.eval_prompts) and (self.done or bool(every and step % every == 0))
 
     def checkpoint_due(self, step: int) -> bool:
         every = self.config.run.checkpoint_every
-        return step == self.config.run.steps or self.stop_requested or bool(every and step % every == 0)
+        return self.done or bool(self.stop_requested) or bool(every and step % every == 0)
 
     def evaluate(self, step: int) -> None:
         if not self.eval_prompts or self.evaluated_at == step:
@@ -235,7 +236,7 @@ class Run:
 
     def report(self, step: int, demand: Demand, groups: Sequence[ScoredGroup], signals, clock: Clock) -> None:
         """One step's numbers to files, trackers and the screen."""
-        metrics = {**signals, **clock.metrics(), **self.speed(clock, signals), "version": float(self.version or 0)}
+        metrics = {**signals, **clock.metrics(), **self.speed(clock, signals), "version": float(self.version or 0), "tokens/total": float(self.tokens)}
         if self.config.sync.gate_steps and "gap/max" in metrics and not self.replaying:
             self.check_gap(metrics["gap/mean"], metrics["gap/mean"], step)     # one token's rounding may pass the gate's bound some day, the mean may not
         self.telemetry.step(step, metrics)
@@ -258,7 +259,7 @@ class Run:
 
     def checkpoint(self) -> None:
         state = RunState(step=self.step, cursors={name: source.state_dict() for name, source in self.sources().items()}, producer=self.producer.state_dict(),
-                         method=self.method.state_dict(), signals=dict(self.signals), gated=self.gated, rng=rng_state())
+                         method=self.method.state_dict(), signals=dict(self.signals), gated=self.gated, tokens=self.tokens, rng=rng_state())
         with self.checkpoints.write(self.step) as folder:
             self.learner.save(folder / "learner")
             state.save(folder)
@@ -267,7 +268,7 @@ class Run:
 
     def restore(self, folder: Path) -> None:
         state = RunState.load(folder)
-        self.step, self.signals, self.gated = state.step, state.signals, state.gated
+        self.step, self.signals, self.gated, self.tokens = state.step, state.signals, state.gated, state.tokens
         self.method.load_state_dict(state.method)
         self.producer.load_state_dict(state.producer)
         for name, source in self.sources().items():
@@ -325,7 +326,7 @@ def train(config: Config) -> int:
             rollout_only(run)
             return 0
         loop.train(run)
-        if run.stop_requested and run.step < config.run.steps:
+        if not run.done:
             run.display.message(f"stopped by {run.stop_requested} at step {run.step}; go on with run.resume=true")
             return 130 if run.stop_requested == "SIGINT" else 75
         if config.run.save_model:

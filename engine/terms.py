@@ -30,22 +30,23 @@ def denominators(terms: Sequence[Term], rows: Sequence[Row]) -> dict[str, float]
     return {term.name: term.reduction.denominator(row_counts(rows, term.name)) for term in terms}
 
 
-def streams(micro: MicroBatch, logp: torch.Tensor, entropy: torch.Tensor | None = None) -> Tokens:
-    """The objective's view of a micro-batch. logp, entropy: float32 [n] on the compute device."""
+def streams(micro: MicroBatch, logp: torch.Tensor, entropy: torch.Tensor | None = None, value: torch.Tensor | None = None) -> Tokens:
+    """The objective's view of a micro-batch. logp, entropy and the critic's value: float32 [n] on the compute device."""
     tensor = lambda name: torch.as_tensor(micro.streams[name], device=logp.device) if name in micro.streams else None
     return Tokens(logp=logp, segment=torch.as_tensor(micro.segment, device=logp.device), group=torch.as_tensor(micro.group, device=logp.device),
                   source=torch.as_tensor(micro.source, device=logp.device), advantage=tensor("advantage"), old_logp=tensor("old_logp"),
-                  behaviour_logp=tensor("behaviour_logp"), ref_logp=tensor("ref_logp"), entropy=entropy)
+                  behaviour_logp=tensor("behaviour_logp"), ref_logp=tensor("ref_logp"), entropy=entropy,
+                  value=value, old_value=tensor("old_value"), returns=tensor("returns"))
 
 
 def evaluate(terms: Sequence[Term], z: Mapping[str, float], micro: MicroBatch, tokens: Tokens) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """This micro-batch's share of the step's loss, and sums for the report.
 
-    Returns (loss, sums): `loss` is a scalar attached to `tokens.logp` even when no token belongs to any term (a rank without rows still has to
-    run its backward pass, or collectives of the other ranks would wait for ever). `sums` are detached scalars to be added up over micro-batches
+    Returns (loss, sums): `loss` is a scalar attached to `tokens.logp` and `tokens.value` even when no token belongs to any term (a rank without rows
+    still has to run its whole backward pass, or collectives of the other ranks would wait for ever). `sums` are detached scalars to be added up over micro-batches
     and ranks: `loss/TERM` (already divided by Z), `count/TERM` (tokens), `sum/TERM/METRIC` (token sums, divide by count at the end).
     """
-    loss = tokens.logp.sum() * 0.0
+    loss = tokens.logp.sum() * 0.0 + (0.0 if tokens.value is None else tokens.value.sum() * 0.0)
     sums: dict[str, torch.Tensor] = {}
     for term in terms:
         if term.name not in micro.weights:

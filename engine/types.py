@@ -145,13 +145,15 @@ class Row:
     behaviour_logp: np.ndarray | None = None            # float32 [T], NaN where absent
     old_logp: np.ndarray | None = None                  # float32 [T]; None: the learner's own log-prob of this very forward
     ref_logp: np.ndarray | None = None                  # float32 [T]
+    old_value: np.ndarray | None = None                 # float32 [T] the critic's value of the state in which token t was chosen, before the update
+    returns: np.ndarray | None = None                   # float32 [T] what that value should have been
     version: np.ndarray | None = None                   # int32 [T]
     group: int = -1
     prompt_id: str = ""
 
     def __post_init__(self):
         check_lengths("Row", len(self.tokens), source=self.source, advantage=self.advantage, behaviour_logp=self.behaviour_logp,
-                      old_logp=self.old_logp, ref_logp=self.ref_logp, version=self.version,
+                      old_logp=self.old_logp, ref_logp=self.ref_logp, old_value=self.old_value, returns=self.returns, version=self.version,
                       **{f"weights[{k!r}]": w for k, w in self.weights.items()})
         for name, weight in self.weights.items():
             if weight[0] != 0:
@@ -182,7 +184,7 @@ class MicroBatch:
     segment: np.ndarray                                 # int64 [n] row number within this micro-batch, 0-based
     group: np.ndarray                                   # int64 [n]
     source: np.ndarray                                  # int8 [n]
-    streams: Mapping[str, np.ndarray]                   # float32 [n]: advantage, behaviour_logp, old_logp, ref_logp, where present (NaN: absent for that token)
+    streams: Mapping[str, np.ndarray]                   # float32 [n]: advantage, behaviour_logp, old_logp, ref_logp, old_value, returns, where present (NaN: absent for that token)
     fresh: np.ndarray                                   # bool [n]: sampled by the rollout engine with the learner's present weights
     rows: tuple[int, ...]                               # positions in the step's row list
     real_tokens: int                                    # tokens that are not padding

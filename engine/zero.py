@@ -71,7 +71,7 @@ def read_state(folder: str | Path, rank: int, layout: dict) -> dict:
         raise ConfigError(f"checkpoint {folder} has no {path.name}: it is not a learner's checkpoint")
     if state["layout"] != layout:
         raise ConfigError(f"checkpoint {folder} was written with {state['layout']}, this run has {layout}: set mode, cluster.learner_ranks, learner.zero_stage, "
-                          "learner.offload_optimizer and model.dtype as they were to resume, or start a new run from an exported model")
+                          "learner.offload_optimizer, model.dtype and method as they were to resume, or start a new run from an exported model")
     return state
 
 
@@ -81,7 +81,7 @@ class LocalEngine:
     def __init__(self, policy: Policy, learner: LearnerConfig, gpu: bool = False):
         from accelerate import Accelerator
         self.accelerator = Accelerator(cpu=not gpu, mixed_precision="no")
-        self.layout = {"engine": "inline", "dtype": str(next(policy.parameters()).dtype)}
+        self.layout = {"engine": "inline", "dtype": str(next(policy.parameters()).dtype), "critic": policy.critic is not None}
         self.device, self.clip = self.accelerator.device, learner.grad_clip
         self.module = self.accelerator.prepare(policy)
         self.weights = [p for p in policy.parameters() if p.requires_grad]
@@ -192,7 +192,7 @@ class ZeroEngine:
         self.ranks, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
         inner = adamw([p for p in policy.parameters() if p.requires_grad], learner)
         dtype = next(policy.parameters()).dtype
-        self.layout = {"engine": "deepspeed", "dtype": str(dtype), "ranks": self.ranks, "zero_stage": self.stage, "offload_optimizer": learner.offload_optimizer}
+        self.layout = {"engine": "deepspeed", "dtype": str(dtype), "critic": policy.critic is not None, "ranks": self.ranks, "zero_stage": self.stage, "offload_optimizer": learner.offload_optimizer}
         config = zero_config(self.stage, dtype, learner.grad_clip, learner.offload_optimizer, persistent)
         self.engine, _, _, _ = deepspeed.initialize(model=policy, optimizer=inner, config=config, dist_init_required=False)
         self.module, self.device, self.inner = self.engine.module, self.engine.device, inner

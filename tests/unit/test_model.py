@@ -56,7 +56,7 @@ def micro_batches(rows, budget=96):
 
 def run(policy, micro, temperature=1.0, chunk=7, entropy=True):
     tensor = torch.as_tensor
-    return policy(tensor(micro.tokens), tensor(micro.positions), tensor(micro.index), tensor(micro.target), temperature, chunk, entropy)
+    return policy(tensor(micro.tokens), tensor(micro.positions), tensor(micro.index), tensor(micro.target), temperature, chunk, entropy)[:2]
 
 
 def alone(model, row, temperature=1.0):

@@ -98,7 +98,7 @@ def gradient(policy, rows, terms, parts, ranks):
     for part in (rows[start::parts] for start in range(parts)):
         for micro in (micro for micros in pack(part, terms, ranks, 10_000, version=0) for micro in micros):
             tensor = torch.as_tensor
-            logp, entropy = policy(tensor(micro.tokens), tensor(micro.positions), tensor(micro.index), tensor(micro.target), 0.9, 16, True)
+            logp, entropy, _ = policy(tensor(micro.tokens), tensor(micro.positions), tensor(micro.index), tensor(micro.target), 0.9, 16, True)
             loss, _ = evaluate(terms, z, micro, streams(micro, logp, entropy))
             loss.backward()
             total, forwards = total + loss.item(), forwards + 1
