@@ -54,7 +54,9 @@ class PrefixRFT(Method):
 
     def request(self, group, prompt, sampling, step, budget):
         request = super().request(group, prompt, sampling, step, budget)
-        length = 0 if prompt.demonstration is None else self.prefix_length(step, len(prompt.demonstration), [budget.seed, group])
+        if prompt.demonstration is None:
+            return request
+        length = min(self.prefix_length(step, len(prompt.demonstration), [budget.seed, group]), sampling.max_tokens - 1)
         if length <= 0:
             return request
         none = np.zeros(0, np.int32)

@@ -9,7 +9,8 @@ Source: arXiv 2506.19767. Rollouts ignore their advantage: right ones are pushed
 Both halves of the self term share one mean over all rollouts: they are the expectation of -R log pi with R = +-1, taken apart. Rewards are read as right
 (> 0) or wrong. No `policy` options: the self term is the method's own.
 UNVERIFIED: the level of H and the reductions, which the paper does not give (default: H is the row's mean token entropy, all terms are token means; options
-`level`, `reduction`), and everything as=code does: exp(+H) per token in the SFT weight and an entropy bonus of 0.001, known from notes on the authors' code.
+`level`, `reduction`), and everything as=code does, known from notes on the authors' code alone: H of the token itself, exp(+H) in the SFT weight, LUFFY's
+shaping p/(p + 0.1) in place of p, and an entropy bonus of 0.001.
 """
 from __future__ import annotations
 
@@ -35,17 +36,18 @@ class SRFT(Method):
     aligned: ClassVar[bool] = True
     scores_demonstrations: ClassVar[bool] = True
 
-    as_: str = "paper"              # paper: exp(-H) per row | code: exp(+H) per token, in the SFT weight
+    as_: str = "paper"              # paper | code
     sft_scale: Schedule | float = 0.5
     self_scale: Schedule | float = 0.1
-    level: str = "sequence"         # of H: sequence | token
+    level: str | None = None        # of H: sequence | token; None: sequence as paper, token as code
     reduction: str = "token_mean"
 
     def __post_init__(self):
+        self.sft_scale, self.self_scale = Schedule.parse(self.sft_scale), Schedule.parse(self.self_scale)
+        level, self.sign, self.gamma, self.entropy_bonus = variant(self.as_, ("sequence", -1.0, None, 0.0), ("token", 1.0, 0.1, 0.001))
+        self.level = self.level or level
         if self.level not in ("sequence", "token"):
             raise ValueError(f"level is {self.level!r}; known: sequence, token")
-        self.sft_scale, self.self_scale = Schedule.parse(self.sft_scale), Schedule.parse(self.self_scale)
-        self.sign, self.sft_level, self.entropy_bonus = variant(self.as_, (-1.0, self.level, 0.0), (1.0, "token", 0.001))
         Reduction(self.reduction)
 
     def rows(self, batch: Batch) -> list[Row]:
@@ -67,6 +69,6 @@ class SRFT(Method):
     def terms(self, batch: Batch) -> list[Term]:
         reduction, now = Reduction(self.reduction), lambda schedule: schedule(batch.step, batch.signals)
         terms = [Term("self", SelfReinforce(now(self.self_scale), self.level), reduction, needs=ENTROPY),
-                 Term("demo_sft", EntropyWeightedNLL(now(self.sft_scale), self.sign, self.sft_level), reduction, needs=ENTROPY),
-                 Term("demo_rl", ExpertRatio(gamma=None), reduction)]
+                 Term("demo_sft", EntropyWeightedNLL(now(self.sft_scale), self.sign, self.level), reduction, needs=ENTROPY),
+                 Term("demo_rl", ExpertRatio(self.gamma), reduction)]
         return terms + ([Term("entropy", EntropyBonus(), reduction, self.entropy_bonus, needs=ENTROPY)] if self.entropy_bonus else [])

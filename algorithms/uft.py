@@ -58,7 +58,9 @@ class UFT(Method):
 
     def request(self, group, prompt, sampling, step, budget):
         request = super().request(group, prompt, sampling, step, budget)
-        length = 0 if prompt.demonstration is None else self.hint_length(step, len(prompt.demonstration), [budget.seed, group])
+        if prompt.demonstration is None:
+            return request
+        length = min(self.hint_length(step, len(prompt.demonstration), [budget.seed, group]), sampling.max_tokens - 1)
         if length <= 0:
             return request
         return replace(request, prefixes=(prompt.demonstration[:length],) * budget.samples, prefix_source=Source.HINT)

@@ -152,11 +152,13 @@ def test_srft_by_hand():
         np.testing.assert_allclose(gradient[1:], expected, rtol=1e-4)
 
 
-def test_srft_as_code_has_the_other_sign_per_token_and_an_entropy_bonus():
+def test_srft_as_code_by_hand():
+    """Entropy of the token itself, exp(+H), the shaped ratio, an entropy bonus over all tokens. Rewards 1, 0, 1: A = 1/sqrt(3)."""
     entropies = lambda row: 0.1 * np.arange(len(row.tokens), dtype=np.float32)
-    out = look(make_method("srft", {"as": "code"}), batch(groups=[with_demo((1, 1))]), half, entropy=entropies)
-    a_zero = by_source(out, Source.EXPERT)[0]
-    np.testing.assert_allclose(a_zero[1:], -0.5 * np.exp([0.1, 0.2, 0.3]) / 3, rtol=1e-5)
+    out = look(make_method("srft", {"as": "code"}), batch(groups=[with_demo((1, 0))]), half, entropy=entropies)
+    up, shaped = np.exp([0.1, 0.2, 0.3]), 0.1 * 0.5 / 0.36 / math.sqrt(3)
+    for gradient, expected in zip(out.gradients, (-0.1 * up / 4, [1 / 4], (-0.5 * up - shaped) / 3), strict=True):
+        np.testing.assert_allclose(gradient[1:], expected, rtol=1e-4)
     assert out.coefficients["entropy"] == 0.001 and out.denominators["entropy"] == 7.0
 
 

@@ -15,8 +15,8 @@ def prompt(tokens=20):
     return Prompt("p", np.array([1], np.int32), "", {}, np.arange(100, 100 + tokens, dtype=np.int32))
 
 
-def requests(method, step, tokens=20, groups=range(200), budget=BUDGET):
-    return [method.request(g, prompt(tokens), Sampling(8), step, budget) for g in groups]
+def requests(method, step, tokens=20, groups=range(200), budget=BUDGET, max_tokens=64):
+    return [method.request(g, prompt(tokens), Sampling(max_tokens), step, budget) for g in groups]
 
 
 def hybrid(rewards=(0.0, 1.0)):
@@ -178,3 +178,9 @@ def test_an_empty_hint_is_a_zero():
     """Section 6(f)2."""
     out = look(make_method("uft", {}), batch(groups=[aligned([0, 1, 0, 0], None)]), half)
     assert out.terms["hint"] == 0.0 and math.isfinite(out.loss)
+
+
+@pytest.mark.parametrize("name, options", [("prefix_rft", {"low": 0.9}), ("uft", {"p": 1.0})])
+def test_a_long_demonstration_leaves_the_model_a_token_to_write(name, options):
+    """max_tokens counts the whole response, so a prefix of that length would leave nothing to sample."""
+    assert {len(r.prefixes[-1]) for r in requests(make_method(name, options), 0, max_tokens=8)} == {7}
