@@ -236,7 +236,7 @@ class Run:
 
     def report(self, step: int, demand: Demand, groups: Sequence[ScoredGroup], signals, clock: Clock) -> None:
         """One step's numbers to files, trackers and the screen."""
-        metrics = {**signals, **clock.metrics(), **self.speed(clock, signals), "version": float(self.version or 0), "tokens/total": float(self.tokens)}
+        metrics = {**signals, **clock.metrics(), **self.speed(clock, signals), "version": float(self.version or 0), "tokens/total": float(self.tokens), "cpu_seconds": time.process_time()}
         if self.config.sync.gate_steps and "gap/max" in metrics and not self.replaying:
             self.check_gap(metrics["gap/mean"], metrics["gap/mean"], step)     # one token's rounding may pass the gate's bound some day, the mean may not
         self.telemetry.step(step, metrics)
