@@ -66,8 +66,10 @@ class PrefixRFT(Method):
         return self.policy.accept(group)
 
     def rows(self, batch: Batch) -> list[Row]:
-        hybrid, plain = ([r for g in batch.groups for t, r in zip(g.trajectories, g.rewards) if (t.source == Source.PREFIX).any() == kind] for kind in (True, False))
-        self.rewards = {f"reward_{name}": float(np.mean(values)) for name, values in (("hybrid", hybrid), ("plain", plain)) if values}
+        rewards = {"reward_hybrid": [], "reward_plain": []}        # apart, since a prefix inflates success
+        for t, reward in ((t, r) for g in batch.groups for t, r in zip(g.trajectories, g.rewards)):
+            rewards["reward_hybrid" if (t.source == Source.PREFIX).any() else "reward_plain"].append(reward)
+        self.rewards = {name: float(np.mean(values)) for name, values in rewards.items() if values}
         return self.policy.rows(batch.groups)
 
     def terms(self, batch: Batch) -> list[Term]:

@@ -3,8 +3,8 @@
     L = L_GRPO + c L_SFT
 
 Source: a baseline of LUFFY (arXiv 2504.14945, table 1: 40.1 against 45.5 for RL alone) with c = 1. There the SFT term is a token mean while the policy term
-is a sum over tokens divided by 8192, which hides a ratio that grows with the batch; here both are token means unless `policy.reduction` says otherwise (`policy: {preset: luffy_code,
-reduction_length: 8192}` is theirs).
+is a sum over tokens divided by 8192, which hides a ratio that grows with the batch; here both are token means unless `policy` says otherwise:
+theirs is `policy: {preset: luffy_code, reduction_length: 8192}`.
 """
 from __future__ import annotations
 

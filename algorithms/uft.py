@@ -31,14 +31,15 @@ class UFT(Method):
     uses_experts: ClassVar[bool] = True
     aligned: ClassVar[bool] = True
 
-    p: Schedule | float = field(default_factory=lambda: Schedule("cosine", peak=0.95, valley=0.05, decay=300))
+    p: Schedule | float | None = None   # None: the cosine above
     hint_steps: int = 300               # T: no hints from this step on
     segments: int = 5
     hint_coefficient: Schedule | float = 0.001
     policy: PolicyLoss | dict | str = field(default_factory=dict)
 
     def __post_init__(self):
-        self.p, self.hint_coefficient = Schedule.parse(self.p), Schedule.parse(self.hint_coefficient)
+        self.p = Schedule("cosine", peak=0.95, valley=0.05, decay=self.hint_steps) if self.p is None else Schedule.parse(self.p)
+        self.hint_coefficient = Schedule.parse(self.hint_coefficient)
         if not all(0.0 <= p <= 1.0 for p in (self.p.peak, self.p.valley)) or self.segments < 1:
             raise ValueError(f"p is {self.p} and segments is {self.segments}; p is a probability, and there must be at least one segment")
         self.policy = PolicyLoss.parse(self.policy, kl=0.001)

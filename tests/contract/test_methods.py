@@ -1,4 +1,4 @@
-"""What every method must do, whatever it optimises: stay finite on degenerate batches, not depend on order or packing, survive a resume, draw by (seed, step)."""
+"""What every method must do, whatever it optimises: be finite on degenerate batches, not depend on order or packing, survive a resume, draw by (seed, step)."""
 import math
 import pickle
 from dataclasses import replace
@@ -14,9 +14,12 @@ from tandem.engine.types import Finish, Source
 # Options that make much happen within a few steps; every method is also tested with none.
 LIVELY = {
     "sft_rl": {"sft_steps": 7}, "alternating": {"every": 3}, "sasr": {"warmup": 3}, "relift": {"buffer": 3}, "hpt": {"gate": 0.25},
-    "chord_mu": {"mu": {"kind": "reward_gap", "peak": 0.5}}, "static_mix": {"policy": "dapo"}, "chord_phi": {"mu": {"kind": "cosine", "peak": 0.9, "warmup": 3, "decay": 6}},
-    "prefix_rft": {"low": {"kind": "reward_gap", "peak": 0.8}, "policy": {"kl": 0.1, "entropy_bonus": 0.01}}, "uft": {"p": {"kind": "gate", "peak": 0.9, "valley": 0.2, "threshold": 0.1}, "hint_steps": 9},
-    "luffy": {"as": "code", "policy": {"reduction_length": 16}}, "srft": {"as": "code", "self_scale": {"kind": "entropy_exp", "peak": 0.1}}, "visurf": {"policy": {"kl": 0.1}},
+    "chord_mu": {"mu": {"kind": "reward_gap", "peak": 0.5}}, "static_mix": {"policy": "dapo"},
+    "chord_phi": {"mu": {"kind": "cosine", "peak": 0.9, "warmup": 3, "decay": 6}},
+    "prefix_rft": {"low": {"kind": "reward_gap", "peak": 0.8}, "policy": {"kl": 0.1, "entropy_bonus": 0.01}},
+    "uft": {"p": {"kind": "gate", "peak": 0.9, "valley": 0.2, "threshold": 0.1}, "hint_steps": 9},
+    "luffy": {"as": "code", "policy": {"reduction_length": 16}}, "srft": {"as": "code", "self_scale": {"kind": "entropy_exp", "peak": 0.1}},
+    "visurf": {"policy": {"kl": 0.1}},
     "rl_with_sft": {"coefficient": {"kind": "linear", "peak": 1.0, "decay": 10}}, "grpo": {"policy": {"kl": {"kind": "linear", "peak": 0.1, "decay": 8}}},
     "sft_is": {"mu": {"kind": "periodic", "peak": 1.0, "period": 4}},
 }
@@ -42,7 +45,7 @@ DEGENERATE = {
     "all wrong": lambda: batch(groups=[rollouts((0, 0), demo=[5, 6, 3], demo_reward=1.0)]),
     "demonstration wrong as well": lambda: batch(groups=[rollouts((0, 0), demo=[5, 6, 3], demo_reward=0.0)]),
     "group of one": lambda: batch(groups=[group([trajectory([1], [5, 6])], [1.0])]),
-    "group of one beside its demonstration": lambda: batch(groups=[replace(group([trajectory([1], [5, 6])], [0.0], demonstration=[7, 3]), demonstration_reward=1.0)]),
+    "group of one and a demonstration": lambda: batch(groups=[replace(group([trajectory([1], [5, 6])], [0.0], demonstration=[7, 3]), demonstration_reward=1.0)]),
     "only a demonstration": lambda: batch(groups=[without_rollouts([7, 3], 1.0)]),
     "empty hint": lambda: batch(groups=[rollouts((0, 1), demo=[5, 6, 3])]),
     "hints": lambda: batch(groups=[hinted((0, 1))]),
@@ -76,7 +79,8 @@ def test_nothing_but_trained_tokens_has_a_gradient(name, options):
 def test_order_and_packing_change_nothing(name, options):
     """Groups, rollouts within a group, and demonstrations in another order, in small micro-batches over two ranks: the same terms and gradients."""
     groups = [aligned([0, 1, 0, 2] if n else [0, 0, 0, 0], 1.0, number=n, prefix=n == 2) for n in range(3)]
-    groups = [replace(g, trajectories=tuple(replace(t, tokens=t.tokens + 20 * n * (t.source == Source.POLICY)) for t in g.trajectories)) for n, g in enumerate(groups)]
+    other_ids = lambda t, n: replace(t, tokens=t.tokens + 20 * n * (t.source == Source.POLICY))
+    groups = [replace(g, trajectories=tuple(other_ids(t, n) for t in g.trajectories)) for n, g in enumerate(groups)]
     turned = [replace(g, trajectories=g.trajectories[::-1], rewards=g.rewards[::-1]) for g in groups[::-1]]
     whole = look(make_method(name, options), batch(groups=groups), ids)
     split = look(make_method(name, options), batch(groups=turned, experts=EXPERTS[::-1]), ids, micro_batch_tokens=12, ranks=2)

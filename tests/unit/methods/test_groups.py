@@ -47,7 +47,9 @@ def test_luffy_as_code_divides_by_the_response_limit_and_does_not_clip():
 
 def test_luffy_shaping_is_largest_at_gamma():
     """Section 7(g): d loss/d log p = -A g p/(p + g)^2 / Z, A/4 at p = g."""
-    gradient = lambda p, gamma=0.1: by_source(look(make_method("luffy", {"gamma": gamma}), batch(groups=[with_demo((0, 0))]), constant(math.log(p))), Source.EXPERT)[0][1] * -7
+    def gradient(p, gamma=0.1):
+        out = look(make_method("luffy", {"gamma": gamma}), batch(groups=[with_demo((0, 0))]), constant(math.log(p)))
+        return by_source(out, Source.EXPERT)[0][1] * -7
     a = 1 - 1 / 3
     assert gradient(0.1) == pytest.approx(a / 4, rel=1e-5) and gradient(0.05) < gradient(0.1) > gradient(0.2)
     assert gradient(0.3) == pytest.approx(a * 0.1 * 0.3 / 0.16, rel=1e-5) and gradient(0.3, None) == pytest.approx(a * 0.3, rel=1e-5)
@@ -94,7 +96,10 @@ def test_dynamic_sampling_judges_the_group_with_its_demonstration(name):
 
 
 def test_visurf_by_hand():
-    """Rewards 0, 0 and 1 for y: mean 1/3, unbiased std 1/sqrt(3): A = -1/sqrt(3) twice, A_y = 2/sqrt(3) = G/sqrt(G + 1). Means over 3, 1 and 3 tokens, then over 3."""
+    """Rewards 0, 0 and 1 for y: mean 1/3, unbiased std 1/sqrt(3): A = -1/sqrt(3) twice, A_y = 2/sqrt(3) = G/sqrt(G + 1).
+
+    Means over 3, 1 and 3 tokens, then over the three.
+    """
     out = look(make_method("visurf", {}), batch(groups=[with_demo((0, 0))]))
     low, high = 1 / math.sqrt(3), 2 / math.sqrt(3)
     for gradient, expected in zip(out.gradients, ([low / 9] * 3, [low / 3], [-high / 9] * 3), strict=True):

@@ -138,7 +138,8 @@ def test_schedules_of_a_signal():
 
 
 @pytest.mark.parametrize("value, words", [({"kind": "cosine", "warm_up": 3}, "did you mean 'warmup'"), ({"kind": "cosin"}, "did you mean 'cosine'"),
-                                          ({"kind": "step", "decay": -1}, "must be >= 0"), ({"kind": "step", "signal": "entropy"}, "step alone"), ("cosine", "expected a mapping")])
+                                          ({"kind": "step", "decay": -1}, "must be >= 0"), ({"kind": "step", "signal": "entropy"}, "step alone"),
+                                          ("cosine", "expected a mapping")])
 def test_a_wrong_schedule_is_named(value, words):
     with pytest.raises(ValueError, match=words):
         Schedule.parse(value)

@@ -155,6 +155,8 @@ def test_hint_lengths_are_binomial_and_end_with_the_schedule():
         share = np.where(lengths == 19, 20, lengths).mean() / 20
         assert share == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / 5 / 2000) + 1e-9) and method.metrics(step) == {"hint_p": pytest.approx(p)}
     assert not any(r.prefixes for step in (300, 301, 5000) for r in requests(method, step, groups=range(50)))
+    short = make_method("uft", {"hint_steps": 60})
+    assert short.probability(29) == pytest.approx(0.5) and short.probability(59) == pytest.approx(0.05) and short.probability(60) == 0.0
     (one,) = requests(method, 0, groups=[1])
     assert len(one.prefixes) == BUDGET.samples and len({p.tobytes() for p in one.prefixes}) == 1 and one.prefix_source == Source.HINT
 

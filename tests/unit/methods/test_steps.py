@@ -75,7 +75,8 @@ def warm_sasr(g_warm=2.0, g_last=2.0, **options):
     return method
 
 
-@pytest.mark.parametrize("last, gamma, expected", [(2.0, 1.0, 1 / 2), (2.0, 3.0, 1 / 4), (1.0, 1.0, 1 / 3), (6.0, 0.5, 6 / 7), (2.0, 0.0, 1.0), (2.0, 1e12, 0.0)])
+@pytest.mark.parametrize("last, gamma, expected", [(2.0, 1.0, 1 / 2), (2.0, 3.0, 1 / 4), (1.0, 1.0, 1 / 3), (6.0, 0.5, 6 / 7),
+                                                   (2.0, 0.0, 1.0), (2.0, 1e12, 0.0)])
 def test_sasr_probability_by_hand(last, gamma, expected):
     """Section 5(g): G/(G + gamma G_warm): 1/(1 + gamma) where nothing changed; gamma 0 is pure SFT, gamma without end pure RL."""
     method = warm_sasr(g_last=last, gamma=gamma)
