@@ -1,10 +1,11 @@
 """Digests of weights: the same bytes, dtype and shape give the same text in every process and on every device.
 
-Fast enough to run on every weight sync (about 1.1 GB/s on one CPU core, memory bandwidth on a GPU, where nothing but a few sums is copied to the
-host). It finds faults in transport; it is no protection against someone who forges weights.
+Fast enough to run on every weight sync, about as fast as copying the bytes (7 GB/s on one CPU core with int8 dot products, where the copy made 6.5). It finds
+faults in transport; it is no protection against someone who forges weights.
 
-Method: the bytes are read as 32-bit words x_i. Every block of `BLOCK` words gives two sums of x_i w_i mod 2^64, with fixed random 64-bit weights w_i, so two
-words cannot be swapped unseen and a changed block keeps both sums with a chance below 2^-64. SHA-256 over dtype, shape and all sums makes the text.
+Method: the bytes are read as int8 rows of `BLOCK`. Each row is multiplied by a fixed random [BLOCK, 16] matrix in exact integer arithmetic, and SHA-256 over dtype,
+shape and all products makes the text. Rows that differ keep all 16 products with a chance of at most 2^-112. What does not fill rows goes to SHA-256 as it is.
+The matrix has 7-bit entries, so that no kernel of any CPU or GPU saturates on the way.
 """
 from __future__ import annotations
 
@@ -15,34 +16,35 @@ from functools import cache
 import numpy as np
 import torch
 
-BLOCK = 1 << 18
+BLOCK = 4096        # bytes per row: 127 * 64 * 4096 is well below 2^31
+COLUMNS = 16
+FEWEST = 32         # rows; fewer are not worth a matmul (and a GPU refuses less than 17)
+ROWS = 1 << 16      # at a time, which bounds the memory for products to 4 MiB
 
 
 @cache
-def block_weights(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two int64 [BLOCK], the same on every machine: SHAKE-256 is a standard, a random generator is not."""
-    words = np.frombuffer(hashlib.shake_256(b"tandem weight digest").digest(2 * 8 * BLOCK), np.dtype("<i8")).astype(np.int64)
-    first, second = torch.from_numpy(words).to(device).split(BLOCK)
-    return first, second
+def mixing_matrix(device: torch.device) -> torch.Tensor:
+    """int8 [BLOCK, COLUMNS] in -64 .. 63, the same on every machine: SHAKE-256 is a standard, a random generator is not."""
+    words = np.frombuffer(hashlib.shake_256(b"tandem weight digest").digest(BLOCK * COLUMNS), np.uint8)
+    return torch.from_numpy((words >> 1).astype(np.int8) - np.int8(64)).view(COLUMNS, BLOCK).to(device).t()
 
 
 @torch.no_grad()
 def digest(tensor: torch.Tensor) -> str:
     """32 hexadecimal characters for the tensor's bytes, dtype and shape. Any dtype, device and memory layout."""
-    raw = tensor.detach().contiguous().flatten().view(torch.uint8)
-    if raw.storage_offset() % 4:                # words must be aligned
-        raw = raw.clone()
-    whole = len(raw) // 4 * 4
-    first, second = block_weights(raw.device)
-    sums, wide, product = [], torch.empty_like(first), torch.empty_like(first)     # reused: fresh pages for every block cost more than the arithmetic
-    for block in raw[:whole].view(torch.int32).split(BLOCK):
-        n = len(block)
-        wide[:n].copy_(block)
-        for weights in (first, second):
-            sums.append(torch.mul(wide[:n], weights[:n], out=product[:n]).sum())
+    raw = tensor.detach().contiguous().flatten().view(torch.int8)
+    whole = len(raw) // BLOCK
+    whole = whole if whole >= FEWEST else 0
     text = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    text.update(raw[whole:].cpu().numpy().tobytes())
-    text.update(torch.stack(sums).cpu().numpy().astype("<i8").tobytes())
+    if whole:
+        rows = raw[:whole * BLOCK].view(whole, BLOCK)
+        if raw.data_ptr() % 16:                 # the matmul wants alignment
+            rows = rows.clone()
+        last = max(FEWEST, whole % ROWS)        # no part below FEWEST: the last one takes some rows of the one before
+        parts = [rows[start:start + ROWS] for start in range(0, whole - last, ROWS)]
+        for part in [*parts, rows[whole - last:]]:
+            text.update(torch._int_mm(part, mixing_matrix(raw.device)).cpu().numpy().astype("<i4", copy=False).tobytes())
+    text.update(raw[whole * BLOCK:].cpu().numpy().tobytes())
     return text.hexdigest()[:32]
 
 

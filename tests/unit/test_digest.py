@@ -5,9 +5,9 @@ import sys
 import pytest
 import torch
 
-from tandem.engine.digest import BLOCK, combine, digest
+from tandem.engine.digest import BLOCK, FEWEST, combine, digest
 
-SIZE = 2 * BLOCK + 7
+SIZE = 2 * FEWEST * BLOCK + 7    # rows for the matmul, whatever the dtype, and a rest
 
 
 def sample(dtype=torch.float32, size=SIZE):
