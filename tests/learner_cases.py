@@ -1,4 +1,5 @@
 """Rows, plans and an independent gradient, shared by the learner's tests."""
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 
@@ -6,17 +7,21 @@ import numpy as np
 import torch
 
 from tandem.algorithms.base import Term
+from tandem.algorithms.critic import ValueLoss
 from tandem.algorithms.objectives import NLL, KLToReference, PPOClip
 from tandem.algorithms.reductions import Reduction
+from tandem.engine.learner import build_policy
 from tandem.engine.packing import pack
 from tandem.engine.terms import denominators
 from tandem.engine.types import Row, Source, StepPlan
 
 TEMPERATURE = 0.8
 TERMS = (Term("policy", PPOClip(), Reduction("token_mean")), Term("sft", NLL("phi"), Reduction("seq_mean_token_mean"), 0.3),
-         Term("kl", KLToReference(), Reduction("sum_over_constant", 16), 0.1, needs=frozenset({"ref_logp"})))
+         Term("kl", KLToReference(), Reduction("sum_over_constant", 16), 0.1, needs=frozenset({"ref_logp"})),
+         Term("value", ValueLoss(), Reduction("seq_mean_token_mean"), 0.1, needs=frozenset({"value", "old_value", "returns"})))
+METHOD = {"name": "ppo"}        # so that the learner gets a critic
 
-CLIP = 0.6      # above the gradient norms of make_rows(count=17), below those of make_rows(0)
+CLIP = 0.75     # above the gradient norms of make_rows(count=17), below those of make_rows(0)
 SEEDS = (("sft", 2), ("main", 3), ("other", 4))     # (moment set, rows) of the steps after a resume
 
 
@@ -35,9 +40,23 @@ def make_rows(seed=0, count=7):
         mask = (np.arange(length) >= start).astype(np.float32)
         source = np.where(mask > 0, Source.EXPERT if expert else Source.POLICY, Source.PROMPT).astype(np.int8)
         noise = np.where(mask > 0, rng.normal(-4.6, 0.1, length), np.nan).astype(np.float32)
-        rows.append(Row(tokens, source, {"sft": mask} if expert else {"policy": mask, "kl": mask}, advantage=mask * np.float32(rng.normal()),
-                        behaviour_logp=None if expert else noise, ref_logp=noise, version=np.where(mask > 0, 0, -1).astype(np.int32), group=i))
+        rows.append(Row(tokens, source, {"sft": mask} if expert else {"policy": mask, "kl": mask, "value": mask}, advantage=mask * np.float32(rng.normal()),
+                        behaviour_logp=None if expert else noise, ref_logp=noise, old_value=None if expert else noise + 4.6, returns=None if expert else -0.2 * noise,
+                        version=np.where(mask > 0, 0, -1).astype(np.int32), group=i))
     return rows
+
+
+def make_policy(config, model_path):
+    """With a critic that says something from the start."""
+    policy = build_policy(config, model_path)
+    with torch.no_grad():
+        policy.critic.weight.copy_(critic_weight(len(policy.critic.weight)))
+        policy.critic.bias.fill_(0.1)
+    return policy
+
+
+def critic_weight(hidden):
+    return 0.1 * torch.randn(hidden, generator=torch.Generator().manual_seed(1))
 
 
 def poison(rows):
@@ -57,12 +76,17 @@ def budget_of(seed, count, ranks, micro_batches):
 
 
 def plain_gradient(model_path, rows, terms):
-    """({parameter: gradient}, loss) by the formula of the loss, row by row through transformers' own head: nothing of packer, chunked head or engines."""
+    """({parameter: gradient}, loss) by the formula of the loss, row by row through transformers' own head: nothing of packer, chunked head or engines.
+
+    The critic's value of a token is a linear map of the hidden state one position before it.
+    """
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    critic = {"critic.weight": critic_weight(model.config.hidden_size).requires_grad_(), "critic.bias": torch.tensor([0.1], requires_grad=True)}
     z, loss = denominators(terms, rows), 0.0
     for row in rows:
-        logits = model(input_ids=torch.as_tensor(row.tokens, dtype=torch.long)[None]).logits[0, :-1] / TEMPERATURE
+        out = model(input_ids=torch.as_tensor(row.tokens, dtype=torch.long)[None], output_hidden_states=True)
+        logits, values = out.logits[0, :-1] / TEMPERATURE, (out.hidden_states[-1][0, :-1] * critic["critic.weight"]).sum(-1) + critic["critic.bias"]
         logp = logits.log_softmax(-1).gather(-1, torch.as_tensor(row.tokens[1:], dtype=torch.long)[:, None]).squeeze(-1)
         for term in terms:
             if term.name not in row.weights:
@@ -73,17 +97,28 @@ def plain_gradient(model_path, rows, terms):
             elif term.name == "sft":
                 p = logp.detach().exp()
                 token = -p * (1 - p) * logp
-            else:
+            elif term.name == "kl":
                 d = torch.as_tensor(row.ref_logp[1:]).nan_to_num() - logp
                 token = d.exp() - d - 1
+            else:
+                old, returns = torch.as_tensor(row.old_value[1:]).nan_to_num(), torch.as_tensor(row.returns[1:]).nan_to_num()
+                near = torch.minimum(torch.maximum(values, old - 0.2), old + 0.2)
+                token = torch.maximum((values - returns) ** 2, (near - returns) ** 2) / 2
             loss = loss + term.coefficient * scale * (token[mask > 0]).sum() / z[term.name]
     loss.backward()
-    return {name: p.grad for name, p in model.named_parameters()}, float(loss.detach())
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in (*model.named_parameters(), *critic.items())}, float(loss.detach())
 
 
 def weights(rank):
-    """{parameter: copy of the full tensor} of a LearnerRank; a collective."""
-    return {name: tensor.clone() for name, tensor in rank.engine.full_parameters()}
+    """{parameter: copy of the full tensor} of a LearnerRank, and its critic's; a collective."""
+    critic = {f"critic.{name}": p for name, p in rank.engine.module.critic.named_parameters()}
+    gathered = nullcontext()
+    if any(hasattr(p, "ds_id") for p in critic.values()):       # ZeRO-3 has split it
+        from deepspeed.runtime.zero import GatheredParameters
+        gathered = GatheredParameters(list(critic.values()))
+    with gathered:
+        critic = {name: p.detach().clone() for name, p in critic.items()}
+    return {name: tensor.clone() for name, tensor in rank.engine.full_parameters()} | critic
 
 
 def equal(left, right):

@@ -43,10 +43,11 @@ def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 SHORT = f"reward.functions=[{Path(__file__).parent / 'short_reward.py'}:score]"
-METHODS = [{"name": "chord_mu", "mu": {"kind": "cosine", "peak": 0.9, "valley": 0.1, "decay": 4}}, {"name": "grpo"}, {"name": "sft_rl", "sft_steps": 2}]
+METHODS = [{"name": "chord_mu", "mu": {"kind": "cosine", "peak": 0.9, "valley": 0.1, "decay": 4}}, {"name": "grpo"}, {"name": "sft_rl", "sft_steps": 2},
+           {"name": "reft", "sft_steps": 1, "policy": {"critic": {"kl": 0.05, "bootstrap": True}}}]     # reference set before the checkpoint, used after it
 
 
-@pytest.mark.parametrize("method, staleness", [(METHODS[0], 0), (METHODS[0], 1), (METHODS[2], 0)])
+@pytest.mark.parametrize("method, staleness", [(METHODS[0], 0), (METHODS[0], 1), (METHODS[2], 0), (METHODS[3], 0)])
 def test_four_steps_equal_two_resumed_for_two_more_to_the_bit(tmp_path, method, staleness):
     overrides = [f"rollout.staleness={staleness}", "run.checkpoint_every=2", SHORT]
     assert train(config(tmp_path / "a", method, *overrides)) == 0
@@ -72,9 +73,10 @@ def test_four_steps_equal_two_resumed_for_two_more_to_the_bit(tmp_path, method, 
     assert lines(whole / "rollouts.jsonl") == lines(parts / "rollouts.jsonl")
 
 
-def test_training_raises_the_reward(tmp_path):
-    """The reward asks for short responses; ten GRPO steps must find out."""
-    train(config(tmp_path, {"name": "grpo"}, "run.steps=12", SHORT, "learner.learning_rate=3e-3",
+@pytest.mark.parametrize("name", ["grpo", "ppo"])
+def test_training_raises_the_reward(tmp_path, name):
+    """The reward asks for short responses; ten steps must find out."""
+    train(config(tmp_path, {"name": name}, "run.steps=12", SHORT, "learner.learning_rate=3e-3",
                  "rollout.prompts_per_step=8"))
     rewards = [line["reward/mean"] for line in lines(tmp_path / "run" / "metrics.jsonl") if "reward/mean" in line]
     assert len(rewards) == 12 and sum(rewards[-3:]) > sum(rewards[:3]) + 0.3, rewards
@@ -91,6 +93,17 @@ def test_several_updates_per_batch_use_the_snapshots_log_probs(tmp_path):
     train(config(tmp_path, {"name": "grpo"}, "run.steps=1", "learner.updates_per_batch=3", "learner.learning_rate=0.01", "run.fake_reward=true"))
     (step,) = [line for line in lines(tmp_path / "run" / "metrics.jsonl") if "policy/ppo_kl" in line]
     assert step["policy/ppo_kl"] != 0, "with one update the ratio is exactly 1; after the first of three it is not"
+
+
+def test_ppo_goes_through_a_batch_in_epochs_of_minibatches(tmp_path):
+    train(config(tmp_path, {"name": "ppo", "policy": {"critic": {"kl": 0.1}}}, "run.steps=2", "learner.updates_per_batch=3", "learner.epochs_per_batch=2",
+                 "run.fake_reward=true", "learner.learning_rate=0.01", "run.save_model=true"))
+    first, second = (line for line in lines(tmp_path / "run" / "metrics.jsonl") if "critic/kl" in line)
+    assert first["critic/kl"] == pytest.approx(0, abs=1e-5) and second["critic/kl"] != pytest.approx(0, abs=1e-5), "the reference is the model the run began with"
+    assert first["critic/explained_variance"] == pytest.approx(0, abs=1e-6) and first["value/value"] != 0, "a new critic knows nothing, and learns in its first batch"
+    state = torch.load(tmp_path / "run" / "checkpoints" / "step_2" / "learner" / "rank_0.pt", weights_only=True)
+    assert {int(s["step"]) for s in state["optimizer"]["state"].values()} == {2 * 3 * 2}
+    assert not any("critic" in name for name in load_file(tmp_path / "run" / "model" / "model.safetensors"))
 
 
 def test_rollouts_recorded_in_one_run_train_another(tmp_path):

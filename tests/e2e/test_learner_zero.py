@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from learner_cases import CLIP, SEEDS, TERMS, equal, make_plan, make_rows, only, plain_gradient, weights
+from learner_cases import CLIP, METHOD, SEEDS, TERMS, equal, make_plan, make_policy, make_rows, only, plain_gradient, weights
 
 from tandem.engine.config import Config, LearnerConfig, ModelConfig
-from tandem.engine.learner import LearnerRank, build_policy
+from tandem.engine.learner import LearnerRank
 from tandem.engine.zero import LocalEngine
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(240)]
@@ -29,7 +29,7 @@ def model_path(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(model_path):
     """{term: (gradient, loss)} of plain PyTorch in this process."""
-    return {name: plain_gradient(model_path, make_rows(count=17), TERMS if name == "all" else only(name)) for name in ("policy", "sft", "kl", "all")}
+    return {name: plain_gradient(model_path, make_rows(count=17), TERMS if name == "all" else only(name)) for name in ("policy", "sft", "kl", "value", "all")}
 
 
 def free_port():
@@ -106,8 +106,8 @@ def test_several_steps_with_clipping_and_moment_sets_equal_one_process(results, 
 
 
 def local(model_path):
-    config = Config(model=ModelConfig(path=model_path), learner=LearnerConfig(grad_clip=CLIP, weight_decay=0.1))
-    return LearnerRank(config, model_path, LocalEngine(build_policy(config, model_path), config.learner))
+    config = Config(model=ModelConfig(path=model_path), learner=LearnerConfig(grad_clip=CLIP, weight_decay=0.1), method=METHOD)
+    return LearnerRank(config, model_path, LocalEngine(make_policy(config, model_path), config.learner))
 
 
 def test_non_finite_gradient_of_one_rank_changes_nothing_on_any(results):
@@ -134,15 +134,16 @@ def test_resume_is_exact(results):
         assert all(equal(outs[0]["straight on"][0], out["straight on"][0]) for out in outs), f"{case}: ranks differ"
 
 
-def test_logprobs_of_all_ranks_together_are_those_of_one_process(results, model_path):
+def test_logprobs_and_values_of_all_ranks_together_are_those_of_one_process(results, model_path):
     stage, ranks, cases = results
     one = local(model_path)
     one.step(make_plan(make_rows(0)))
     rows = make_rows(5)
-    for i, (row, right) in enumerate(zip(rows, one.logprobs(rows, 0.8))):
-        found = [out["logprobs"][i] for out in cases["plain"] if out["logprobs"][i] is not None]
-        assert len(found) == 1, "exactly one rank computes a row"
-        assert np.array_equal(np.isnan(found[0]), ~row.trained) and np.allclose(found[0], right, atol=1e-5, equal_nan=True)
+    for name, streams in one.streams(rows, 0.8).items():
+        for i, (row, right) in enumerate(zip(rows, streams)):
+            found = [out["streams"][name][i] for out in cases["plain"] if out["streams"][name][i] is not None]
+            assert len(found) == 1, "exactly one rank computes a row"
+            assert np.array_equal(np.isnan(found[0]), ~row.trained) and np.allclose(found[0], right, atol=1e-5, equal_nan=True)
 
 
 def test_offload_that_drops_micro_batches_is_refused(tmp_path):

@@ -24,7 +24,7 @@ SMALL = {
     "learner": {"learning_rate": 1e-3, "micro_batch_tokens": 128},
     "run": {"steps": 2, "save_model": False},
 }
-OPTIONS = {"sft_rl": {"sft_steps": 1}, "alternating": {"every": 2}, "relift": {"buffer": 1}, "sasr": {"warmup": 1}, "uft": {"p": 0.7}}
+OPTIONS = {"sft_rl": {"sft_steps": 1}, "reft": {"sft_steps": 1}, "alternating": {"every": 2}, "relift": {"buffer": 1}, "sasr": {"warmup": 1}, "uft": {"p": 0.7}}
 
 
 def steps(folder: Path) -> list[dict]:

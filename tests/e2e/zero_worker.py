@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import torch
-from learner_cases import CLIP, SEEDS, TERMS, budget_of, make_plan, make_rows, only, poison, weights
+from learner_cases import CLIP, METHOD, SEEDS, TERMS, budget_of, make_plan, make_policy, make_rows, only, poison, weights
 
 from tandem.engine import zero
 from tandem.engine.config import Config, LearnerConfig, ModelConfig
-from tandem.engine.learner import LearnerRank, build_policy
+from tandem.engine.learner import LearnerRank
 from tandem.engine.ray_learner import share
 
 
@@ -33,9 +33,9 @@ class Probe(torch.optim.AdamW):
 
 def build(case, stage, model, ranks, rank):
     learner = LearnerConfig(grad_clip=CLIP, zero_stage=stage, weight_decay=0.1, offload_optimizer=case == "offload")
-    config = Config(model=ModelConfig(path=model, dtype="bfloat16" if case == "bfloat16" else "float32"), learner=learner)
+    config = Config(model=ModelConfig(path=model, dtype="bfloat16" if case == "bfloat16" else "float32"), learner=learner, method=METHOD)
     torch.manual_seed(rank)
-    return LearnerRank(config, model, zero.ZeroEngine(build_policy(config, model), learner, persistent=0), rank, ranks)
+    return LearnerRank(config, model, zero.ZeroEngine(make_policy(config, model), learner, persistent=0), rank, ranks)
 
 
 def take(learner, plan):
@@ -45,7 +45,7 @@ def take(learner, plan):
 def gradients(learner, ranks):
     """{(term, micro-batches): (gradient, metrics)}; the weights are put back each time."""
     out, rows = {}, make_rows(count=17)
-    for name in ("policy", "sft", "kl", "all"):
+    for name in ("policy", "sft", "kl", "value", "all"):
         for count in (1, 3, 8):
             plan = make_plan(rows, ranks, budget_of(0, 17, ranks, count), TERMS if name == "all" else only(name))
             Probe.mode = "show"
@@ -69,7 +69,7 @@ def training(learner, ranks, folder):
     report = take(learner, make_plan(poison(make_rows(1)), ranks))
     out["poisoned"] = report.skipped, report.metrics["grad_norm"]
     out["weights after poisoned"], out["moments after poisoned"] = weights(learner), moments(learner)
-    out["logprobs"] = learner.logprobs(make_rows(5), 0.8)
+    out["streams"] = learner.streams(make_rows(5), 0.8)
     take(learner, make_plan(make_rows(1), ranks, optimizer="sft"))
     learner.save(folder)
     out["noise"] = torch.rand(3)

@@ -4,10 +4,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from learner_cases import TERMS, equal, make_plan, make_rows, only, plain_gradient, poison, weights
+from learner_cases import METHOD, TERMS, equal, make_plan, make_policy, make_rows, only, plain_gradient, poison, weights
 
 from tandem.engine.config import Config, ConfigError, LearnerConfig, ModelConfig
-from tandem.engine.learner import LearnerRank, build_policy
+from tandem.engine.learner import LearnerRank
 from tandem.engine.zero import LocalEngine
 
 @pytest.fixture(scope="module")
@@ -17,18 +17,19 @@ def model_path(tmp_path_factory):
 
 
 def make_rank(model_path, dtype="float32", **learner):
-    config = Config(model=ModelConfig(path=model_path, dtype=dtype), learner=LearnerConfig(**{"grad_clip": 0.0, **learner}))
-    return LearnerRank(config, model_path, LocalEngine(build_policy(config, model_path), config.learner))
+    config = Config(model=ModelConfig(path=model_path, dtype=dtype), learner=LearnerConfig(**{"grad_clip": 0.0, **learner}), method=METHOD)
+    return LearnerRank(config, model_path, LocalEngine(make_policy(config, model_path), config.learner))
 
 
-@pytest.mark.parametrize("term", ["policy", "sft", "kl", "all"])
+@pytest.mark.parametrize("term", ["policy", "sft", "kl", "value", "all"])
 @pytest.mark.parametrize("budget", [10_000, 48, 24])
 def test_gradient_of_any_split_is_that_of_the_formula(model_path, term, budget):
     rows, terms = make_rows(), TERMS if term == "all" else only(term)
     expected, loss = plain_gradient(model_path, rows, terms)
     rank = make_rank(model_path)
     captured = {}
-    rank.engine.optimizer.register_step_pre_hook(lambda *_: captured.update({n: p.grad.clone() for n, p in rank.engine.module.model.named_parameters()}))
+    rank.engine.optimizer.register_step_pre_hook(lambda *_: captured.update(
+        {n.removeprefix("model."): p.grad.clone() for n, p in rank.engine.module.named_parameters()}))
     report = rank.step(make_plan(rows, budget=budget, terms=terms))
     assert captured.keys() == expected.keys()
     for name in expected:
@@ -42,7 +43,7 @@ def test_report_does_not_depend_on_the_split(model_path):
     for budget in (10_000, 24):
         reports.append(make_rank(model_path).step(make_plan(rows, budget=budget)).metrics)
     whole, parts = reports
-    assert {"policy/clip_fraction", "sft/p", "kl/kl", "entropy", "gap/max", "gap/mean", "loss/policy"} <= whole.keys() and whole.keys() == parts.keys()
+    assert {"policy/clip_fraction", "sft/p", "kl/kl", "entropy", "gap/max", "gap/mean", "loss/policy", "value/value", "value/clip_fraction"} <= whole.keys() and whole.keys() == parts.keys()
     for key in whole.keys() - {"tokens/padded", "seconds/gradient", "seconds/optimizer"}:
         assert parts[key] == pytest.approx(whole[key], rel=1e-5, abs=1e-7), key
     assert whole["tokens/trained"] == sum(row.trained.sum() for row in rows) and whole["tokens/real"] == sum(len(row.tokens) for row in rows)
@@ -68,6 +69,48 @@ def test_logprobs_come_in_row_order_with_nan_where_untrained(model_path):
             expected = (model(input_ids=tokens[None]).logits[0, :-1] / 0.7).log_softmax(-1).gather(-1, tokens[1:, None]).squeeze(-1).numpy()
         assert logp.dtype == np.float32 and np.array_equal(np.isnan(logp), ~row.trained)
         assert np.allclose(logp[1:][row.trained[1:]], expected[row.trained[1:]], atol=1e-5)
+
+
+def test_values_are_those_of_the_states_in_which_the_tokens_were_chosen(model_path):
+    """Changing the last token changes its own log-prob, but not the value before it; changing the one before changes both."""
+    from transformers import AutoModelForCausalLM
+    rank, row = make_rank(model_path), make_rows(count=1)[0]
+    assert row.trained[-2:].all()
+    changed = lambda t: replace(row, tokens=np.where(np.arange(len(row.tokens)) == t, 101, row.tokens).astype(np.int32))
+    found = rank.streams([row, changed(len(row.tokens) - 1), changed(len(row.tokens) - 2)], 1.0)
+    same, last, before = found["value"]
+    assert last[-1] == pytest.approx(same[-1], abs=1e-6) and abs(before[-1] - same[-1]) > 1e-3 and found["logp"][1][-1] != found["logp"][0][-1]
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        hidden = model(input_ids=torch.as_tensor(row.tokens, dtype=torch.long)[None], output_hidden_states=True).hidden_states[-1][0]
+    expected = (hidden @ rank.engine.module.critic.weight + rank.engine.module.critic.bias).detach().numpy()
+    np.testing.assert_allclose(same[row.trained], expected[:-1][row.trained[1:]], atol=1e-5)
+
+
+def test_a_new_critic_says_zero(model_path):
+    from tandem.engine.learner import build_policy
+    config = Config(model=ModelConfig(path=model_path), method=METHOD)
+    rank, rows = LearnerRank(config, model_path, LocalEngine(build_policy(config, model_path), config.learner)), make_rows()
+    assert all(not v[row.trained].any() for v, row in zip(rank.streams(rows, 1.0)["value"], rows))
+    assert build_policy(replace(config, method={"name": "grpo"}), model_path).critic is None
+
+
+def test_reference_set_to_the_present_weights_survives_a_resume(model_path, tmp_path):
+    rank, rows = make_rank(model_path), make_rows()
+    original = rank.logprobs(rows, 1.0, reference=True)
+    rank.step(make_plan(rows))
+    expected = rank.logprobs(rows, 1.0)
+    rank.set_reference()
+    rank.step(make_plan(rows))
+    rank.save(tmp_path / "ck")
+    same = lambda a, b: all(np.array_equal(x, y, equal_nan=True) for x, y in zip(a, b, strict=True))
+    assert same(rank.logprobs(rows, 1.0, reference=True), expected) and not same(rank.logprobs(rows, 1.0), expected)
+    resumed = make_rank(model_path)
+    resumed.load(tmp_path / "ck")
+    assert same(resumed.logprobs(rows, 1.0, reference=True), expected)
+    make_rank(model_path).save(tmp_path / "before")
+    resumed.load(tmp_path / "before")
+    assert same(resumed.logprobs(rows, 1.0, reference=True), original), "a checkpoint from before has the original model as its reference"
 
 
 def test_reference_is_the_original_model_also_after_steps(model_path):
@@ -172,5 +215,8 @@ def test_export_is_a_hugging_face_folder_with_the_trained_weights(model_path, tm
     rank = make_rank(model_path)
     rank.step(make_plan(make_rows()))
     rank.export(tmp_path / "out")
-    loaded = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
-    assert equal(weights(rank), {k: v.detach() for k, v in loaded.items()}) and (tmp_path / "out" / "model.safetensors").is_file()
+    loaded, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    trained = {k: v for k, v in weights(rank).items() if not k.startswith("critic.")}
+    assert equal(trained, {k: v.detach() for k, v in loaded.named_parameters()}) and (tmp_path / "out" / "model.safetensors").is_file()
+    assert not loading["unexpected_keys"], "the value head stays behind"
+    assert {name for name, _ in rank.engine.full_parameters()} == trained.keys(), "nor do rollout engines get it"
