@@ -186,3 +186,21 @@ def test_an_empty_hint_is_a_zero():
 def test_a_long_demonstration_leaves_the_model_a_token_to_write(name, options):
     """max_tokens counts the whole response, so a prefix of that length would leave nothing to sample."""
     assert {len(r.prefixes[-1]) for r in requests(make_method(name, options), 0, max_tokens=8)} == {7}
+
+
+def test_each_hybrid_keeps_its_own_share():
+    """Section 3(f)6: whatever else is in the micro-batch; here one prefix has higher entropies throughout."""
+    second = replace(hybrid(), group=1, trajectories=tuple(replace(t, group=1, tokens=t.tokens + 20) for t in hybrid().trajectories))
+    entropy = lambda row: np.arange(len(row.tokens)) + (100.0 if row.tokens[0] > 20 else 0.0)
+    out = look(make_method("prefix_rft", {}), batch(groups=[hybrid(), second]), entropy=entropy)
+    assert [np.flatnonzero(g).tolist() for g in by_source(out, Source.PREFIX)] == [[5, 6, 7]] * 2
+
+
+@pytest.mark.parametrize("name, key", [("prefix_rft", "low"), ("uft", "p")])
+def test_a_prompt_drawn_again_after_a_resume_goes_by_the_same_signals(name, key):
+    """The producer may replace a filtered group of a step that was announced before the checkpoint: `demand` is not asked again then."""
+    one, two = (make_method(name, {key: {"kind": "reward_gap", "peak": 0.9}}) for _ in range(2))
+    one.demand(3, BUDGET, {"reward/mean": 0.6})
+    two.load_state_dict(one.state_dict())
+    lengths = lambda method: [len(r.prefixes[-1]) if r.prefixes else 0 for r in requests(method, 3)]
+    assert lengths(one) == lengths(two) != lengths(make_method(name, {key: {"kind": "reward_gap", "peak": 0.9}}))
