@@ -39,6 +39,7 @@ class EngineActor:
         """Returns seconds spent by phase."""
         from tandem.rollout.vllm_backend import VllmBackend
         self.backend = await VllmBackend.start(self.model_path, self.config, self.config.run.seed + self.index)
+        print("engine up: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.backend.start_seconds.items()), flush=True)
         return self.backend.start_seconds
 
     async def generate(self, request: GenRequest) -> tuple[Trajectory, ...]:

@@ -35,6 +35,23 @@ if TYPE_CHECKING:
 ALIGN = 16      # bytes; a view of a packed buffer must start where its dtype may start
 
 
+class Stopwatch:
+    """Seconds by phase: `lap(phase)` books the time since the lap before. Shown in the logs of learner and engine, one line per weight sync."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, phase: str | None = None) -> None:
+        now = time.perf_counter()
+        if phase is not None:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
+        self.last = now
+
+    def show(self, side: str) -> None:
+        print(f"weights {side}: " + ", ".join(f"{phase} {seconds:.4f}" for phase, seconds in self.seconds.items()), flush=True)
+
+
 # -- what both sides of the gloo transport must agree on ------------------------------------------------------------------------------------------
 
 @dataclass
@@ -206,16 +223,20 @@ class GlooSender(TrainerWeightTransferEngine[GlooTrainerInit]):
             deque(tensors, maxlen=0)    # also after a failure: the other ranks are in the same collectives and must not be left there
 
     def transmit(self, meta: list[ParamMeta], tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+        watch = Stopwatch()
         self.client.start_weight_update()
+        watch.lap("start")
         update = GlooUpdateInfo([m.name for m in meta], [str(m.dtype).removeprefix("torch.") for m in meta], [list(m.shape) for m in meta])
         workers = Call(lambda: self.client.update_weights(asdict(update)))
         for bucket in buckets(meta, self.bucket_bytes):
             buffer = empty_buffer(bucket)
             for expected, start, size in bucket:
                 name, tensor = next(tensors)
+                watch.lap("gather and digest")
                 if (name, tensor.dtype, tuple(tensor.shape)) != (expected.name, expected.dtype, tuple(expected.shape)):
                     raise SyncError(f"the weight source announced {expected} and gave {name} {tensor.dtype} {tuple(tensor.shape)}")
                 buffer[start:start + size].copy_(tensor.detach().contiguous().view(-1).view(torch.uint8))
+                watch.lap("copy")
             work = broadcast(self.group, buffer)
             while not work.is_completed():
                 workers.check()
@@ -223,8 +244,12 @@ class GlooSender(TrainerWeightTransferEngine[GlooTrainerInit]):
                     raise EngineDied(f"weights were not taken within sync.timeout={self.client.timeout:g} s")
                 time.sleep(0.0005)
             finish_broadcast(work)
+            watch.lap("broadcast")
         workers.result(self.client.deadline)
+        watch.lap("wait for engines")
         self.client.finish_weight_update()
+        watch.lap("finish")
+        watch.show("sent")
 
     def shutdown(self) -> None:
         self.group = None

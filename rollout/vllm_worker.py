@@ -18,7 +18,7 @@ from vllm.distributed.weight_transfer.base import ParamMeta, WeightTransferEngin
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
 from tandem.engine.digest import digest
-from tandem.rollout.vllm_transfer import GlooInitInfo, GlooUpdateInfo, broadcast, buckets, empty_buffer, join_group
+from tandem.rollout.vllm_transfer import GlooInitInfo, GlooUpdateInfo, Stopwatch, broadcast, buckets, empty_buffer, join_group
 
 
 @contextmanager
@@ -53,7 +53,9 @@ class GlooReceiver(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
         self.received: dict[str, str] = {}
+        self.watch = Stopwatch()
         initialize_layerwise_reload(self.model)
+        self.watch.lap("start")
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         # the base class synchronises an accelerator here, which fails without one
@@ -61,16 +63,31 @@ class GlooReceiver(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
 
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
         meta = [ParamMeta(n, getattr(torch, d), tuple(s)) for n, d, s in zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True)]
-        for bucket in buckets(meta, self.bucket_bytes):
+        def receive(bucket):
             buffer = empty_buffer(bucket)       # a new one each time: vLLM keeps views of it until a layer is complete
-            broadcast(self.group, buffer).wait()
-            with digesting(self.model, self.received):
-                self.model.load_weights([(m.name, buffer[start:start + size].view(m.dtype).view(m.shape)) for m, start, size in bucket])
+            return bucket, buffer, broadcast(self.group, buffer)
+
+        incoming = map(receive, buckets(meta, self.bucket_bytes))
+        following = next(incoming, None)
+        while following:
+            bucket, buffer, work = following
+            work.wait()
+            following = next(incoming, None)    # the next bucket travels while this one is loaded
+            self.watch.lap("receive")
+            weights = [(m.name, buffer[start:start + size].view(m.dtype).view(m.shape)) for m, start, size in bucket]
+            self.received.update((name, digest(tensor)) for name, tensor in weights)
+            self.watch.lap("digest")
+            self.model.load_weights(weights)
+            self.watch.lap("load and repack")
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+        self.watch.lap()
         finalize_layerwise_reload(self.model, self.model_config)
+        self.watch.lap("finalize")
         repack_tied_heads(self.model)
+        self.watch.lap("repack head")
+        self.watch.show("received")
 
     def shutdown(self) -> None:
         self.group = None
