@@ -67,7 +67,8 @@ def trl(args, dtype: str, folder: Path) -> dict[str, list[float]]:
 
 
 def child(args, command: list[str], name: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout, env={**os.environ, "PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1"})
+    path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout, env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"})
     if done.returncode:
         raise RuntimeError(f"{name} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
     return done.stdout

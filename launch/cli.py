@@ -75,6 +75,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     sub = command("plot", plot, "draw the curves of runs into a PNG: one run in detail, several compared")
     sub.add_argument("runs", nargs="+", help="run folders; for a comparison over seeds write NAME=RUN, equal names are averaged")
     sub.add_argument("-o", "--out", required=True, metavar="PNG")
+    from tandem.launch.plan import add_arguments
+    add_arguments(command("plan", plan, "estimate memory, split, step time and cost of a run on GPUs one does not have yet"))
 
     args, rest = parser.parse_known_args(argv)
     for word in rest:       # argparse drops positionals that follow an option
@@ -194,6 +196,12 @@ def plot(args) -> int:
             groups.setdefault(name or Path(folder).name, []).append(folder)
         plot_runs(groups, args.out)
     print(f"picture in {args.out}")
+    return 0
+
+
+def plan(args) -> int:
+    from tandem.launch.plan import describe
+    print(describe(args))
     return 0
 
 
