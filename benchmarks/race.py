@@ -5,7 +5,7 @@
     python benchmarks/race.py --out docs/race --tune                what the two-stage baseline was tuned on
     python benchmarks/race.py --out docs/race --report              table and picture again from race.json
 
-All runs start from the same random initialisation per seed, see the same 50 demonstrations and prompts of the same stream, use one learning rate and
+All runs start from the same random initialisation per seed, see the same 100 demonstrations and prompts of the same stream, use one learning rate and
 one batch size, and are evaluated on the same held-out problems; what differs is the method and its coefficients, which METHODS below lists in full.
 `sft_rl` is the tuned baseline: `--tune` runs it with several SFT lengths on seed 100, which is not raced, and the best one stands in METHODS. Runs are one
 process with one thread (mode=inline), and time is its CPU seconds, so that a busy machine does not decide the race. The raw numbers of every evaluation
@@ -27,14 +27,14 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-BUDGET = 1_200_000      # generated + trained tokens per run
-EXPERTS = 50
+BUDGET = 1_000_000      # generated + trained tokens per run
+EXPERTS = 100
 BASE = {
     "mode": "inline",
     "model": {"path": "tandem:tiny"},
     "data": {"prompts": {"path": "task:sort"}, "experts": {"path": "task:sort", "options": {"size": EXPERTS, "seed": 1, "response": "{answer}"}},
              "evaluation": {"path": "task:sort", "split": "test", "options": {"size": 256}},
-             "max_prompt_tokens": 32, "max_expert_tokens": 16, "experts_per_step": 32},
+             "max_prompt_tokens": 32, "max_expert_tokens": 16, "experts_per_step": 64},
     "rollout": {"prompts_per_step": 32, "samples_per_prompt": 8, "max_tokens": 12, "max_sequences": 256},
     "reward": {"functions": ["exact"]},
     "learner": {"learning_rate": 5e-4, "warmup_steps": 20, "betas": [0.9, 0.95], "weight_decay": 0.1, "micro_batch_tokens": 4096},
@@ -44,7 +44,7 @@ BASE = {
 METHODS: dict[str, dict] = {
     "sft": {"name": "sft"},
     "grpo": {"name": "grpo"},
-    "sft_rl": {"name": "sft_rl", "sft_steps": 200},
+    "sft_rl": {"name": "sft_rl", "sft_steps": 120},
     "static_mix": {"name": "static_mix", "mu": 0.5},
     "rl_with_sft": {"name": "rl_with_sft"},
     "alternating": {"name": "alternating", "every": 2},
@@ -60,7 +60,7 @@ METHODS: dict[str, dict] = {
     "relift": {"name": "relift", "buffer": 32},
     "sasr": {"name": "sasr", "warmup": 100},
 }
-TUNING = {f"sft_rl_{n}": {"name": "sft_rl", "sft_steps": n} for n in (60, 120, 200, 300)}
+TUNING = {f"sft_rl_{n}": {"name": "sft_rl", "sft_steps": n} for n in (120, 200, 300)}
 
 
 def run(name: str, seed: int, folder: Path) -> dict:
