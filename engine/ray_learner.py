@@ -55,6 +55,8 @@ class RankActor:
             check_offload(learner.zero_stage)
         engine = ZeroEngine(build_policy(self.config, self.model_path), learner, bucket_mib=self.config.sync.bucket_mib)
         self.learner = LearnerRank(self.config, self.model_path, engine, self.rank, cluster.learner_ranks)
+        if self.config.rollout.backend != "replay":
+            import tandem.rollout.vllm_transfer  # noqa: F401  for `connect`: it imports vLLM, which takes seconds, better now than when the engines wait for it
 
     def call(self, method: str, *arguments):
         """A method of LearnerRank."""

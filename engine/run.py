@@ -122,6 +122,9 @@ class Run:
                     setattr(self, name, future.result())
                     self.stack.callback(future.result().close)
             pool.result(), learner and learner.result()
+        if cfg.mode == "inline":
+            import torch
+            torch.set_num_threads(cfg.cluster.threads)      # holds for the thread that calls it, and the loop runs in this one
         budget = Budget(cfg.rollout.prompts_per_step, cfg.rollout.samples_per_prompt, cfg.data.experts_per_step, cfg.run.steps, cfg.run.seed)
         sampling = Sampling(cfg.rollout.max_tokens, cfg.rollout.temperature, cfg.rollout.top_p)
         self.producer = Producer(self.method, self.prompts, self.pool, self.rewards, self.decode, budget, sampling, cfg.rollout.staleness,
