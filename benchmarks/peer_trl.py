@@ -49,8 +49,7 @@ def main() -> None:
 
         def _generate_and_score_completions(self, inputs):
             out = super()._generate_and_score_completions(inputs)
-            tokens.append({"prompt": int(out["prompt_mask"].sum()), "completion": int(out["completion_mask"].sum()),
-                           "first_prompt": out["prompt_ids"][0][out["prompt_mask"][0].bool()].tolist(), "reward": float(out["advantages"].abs().sum())})
+            tokens.append({"prompt": int(out["prompt_mask"].sum()), "completion": int(out["completion_mask"].sum())})
             return out
 
     with tempfile.TemporaryDirectory() as scratch:

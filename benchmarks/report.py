@@ -35,6 +35,19 @@ def alternate(sides: Mapping[str, Callable[[], float]], repeats: int) -> dict[st
     return found
 
 
+def limits() -> dict[str, float]:
+    """What this machine can do at best: FLOP/s of a 2048 x 2048 matmul per dtype, bytes/s of a memory copy; with as many threads as torch has now."""
+    import torch
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
+        found[str(dtype).removeprefix("torch.")] = 2 * 2048**3 / median([seconds(lambda: a @ b) for _ in range(12)][2:])
+    source = torch.zeros(2**28, dtype=torch.uint8)
+    target = torch.ones_like(source)
+    found["copy"] = 2**28 / median([seconds(lambda: target.copy_(source)) for _ in range(8)][2:])
+    return found
+
+
 def seconds(function: Callable[[], object]) -> float:
     started = time.perf_counter()
     function()

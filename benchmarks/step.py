@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 
 import yaml
-from report import emit, spread
+from report import emit, limits, spread
 from workloads import WORKLOADS, make_model, write_data
 
 from tandem.engine.telemetry import read_jsonl
@@ -63,7 +63,7 @@ def trl(args, dtype: str, folder: Path) -> dict[str, list[float]]:
     found = json.loads(out.strip().splitlines()[-1])
     assert all(t["completion"] == w.prompts * w.samples * w.tokens for t in found["tokens"]), found["tokens"]
     return {"time/step": found["step"][WARM:], "time/rollout": found["generate"][WARM:],
-            "tokens/real": [float(t["prompt"] + t["completion"]) for t in found["tokens"]][WARM:], "first_prompt": found["tokens"][0]["first_prompt"]}
+            "tokens/real": [float(t["prompt"] + t["completion"]) for t in found["tokens"]][WARM:]}
 
 
 def child(args, command: list[str], name: str) -> str:
@@ -101,16 +101,17 @@ def main() -> None:
                  for dtype in args.dtypes for mode in args.modes for method in (("grpo", "chord") if args.chord else ("grpo",))}
         if args.peer_python:
             sides |= {f"trl {dtype}": lambda dtype=dtype: trl(args, dtype, folder) for dtype in args.peer_dtypes or args.dtypes}
+        peak = limits()
         rounds: dict[str, list[dict]] = {name: [] for name in sides}
         for _ in range(args.rounds):
             for name, run in sides.items():
                 rounds[name].append(run())
     results = {name: {key: [value for one in found for value in one[key]] for key in found[0]} for name, found in rounds.items()}
-    report(args, results)
+    report(args, results, peak)
 
 
-def report(args, results: dict[str, dict[str, list[float]]]) -> None:
-    middle = {name: {key: median(values) for key, values in found.items() if key != "first_prompt"} for name, found in results.items()}
+def report(args, results: dict[str, dict[str, list[float]]], peak: dict[str, float]) -> None:
+    middle = {name: {key: median(values) for key, values in found.items()} for name, found in results.items()}
     steps = {name: found["time/step"] for name, found in middle.items()}
     parts = [f"{name} {spread(results[name]['time/step'])} s (rollout {middle[name]['time/rollout']:.3g})" for name in results]
     ratios = {}
@@ -125,7 +126,7 @@ def report(args, results: dict[str, dict[str, list[float]]]) -> None:
     peers, ours = ([v for name, v in steps.items() if name.startswith("trl") == side and not name.endswith("chord")] for side in (True, False))
     if peers:
         ratios["TRL best / Tandem best"] = min(peers) / min(ours)
-    emit("step", {"workload": args.workload, **vars(WORKLOADS[args.workload]), "threads": args.threads, "micro_batch_tokens": args.micro_batch_tokens,
+    emit("step", {"workload": args.workload, **vars(WORKLOADS[args.workload]), "threads": args.threads, "micro_batch_tokens": args.micro_batch_tokens, "limits": peak,
                   "median": middle, "ratios": ratios, "steps": {name: found["time/step"] for name, found in results.items()}},
          f"{args.workload}: {'; '.join(parts)}; " + ", ".join(f"{name} {value:.2f}" for name, value in ratios.items()), args.out)
 
