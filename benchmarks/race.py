@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-BUDGET = 1_000_000      # generated + trained tokens per run
+BUDGET = 700_000        # generated + trained tokens per run
 EXPERTS = 100
 BASE = {
     "mode": "inline",
@@ -48,13 +48,13 @@ METHODS: dict[str, dict] = {
     "static_mix": {"name": "static_mix", "mu": 0.5},
     "rl_with_sft": {"name": "rl_with_sft"},
     "alternating": {"name": "alternating", "every": 2},
-    "chord_mu": {"name": "chord_mu", "mu": {"kind": "cosine", "peak": 0.9, "valley": 0.05, "decay": 60}},
+    "chord_mu": {"name": "chord_mu", "mu": {"kind": "cosine", "peak": 0.9, "valley": 0.05, "decay": 40}},
     "chord_phi": {"name": "chord_phi"},
     "sft_is": {"name": "sft_is"},
     "luffy": {"name": "luffy"},
     "srft": {"name": "srft"},
-    "prefix_rft": {"name": "prefix_rft", "low": {"kind": "cosine", "peak": 0.95, "valley": 0.0, "decay": 60}},
-    "uft": {"name": "uft", "hint_steps": 60},
+    "prefix_rft": {"name": "prefix_rft", "low": {"kind": "cosine", "peak": 0.95, "valley": 0.0, "decay": 40}},
+    "uft": {"name": "uft", "hint_steps": 40},
     "hpt": {"name": "hpt"},
     "visurf": {"name": "visurf"},
     "relift": {"name": "relift", "buffer": 32},
