@@ -30,7 +30,10 @@ from typing import Any
 
 import numpy as np
 
+from tandem.engine.config import Config, ConfigError, load, setting
+
 MANIFEST = "MANIFEST.json"
+SAME = ("mode", "model.path", "method.name", "data.prompts.path", "data.experts.path", "run.seed", "learner.zero_stage", "cluster.learner_ranks")   # in a resumed run
 
 
 class CheckpointError(RuntimeError):
@@ -96,6 +99,18 @@ class Checkpoints:
             return []
         found = ((re.fullmatch(rf"{prefix}_(\d+)", path.name), path) for path in self.folder.iterdir())
         return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+
+
+def check_resume(config: Config, run_folder: Path, done: int) -> None:
+    """Raise ConfigError if the run in `run_folder`, whose checkpoint has done so many steps, cannot be continued with this config."""
+    if done > config.run.steps:
+        raise ConfigError(f"run.steps is {config.run.steps}, but the checkpoint to resume from has done {done}; raise run.steps")
+    before = load(run_folder / "config.yaml")
+    for key in SAME:
+        found, expected = setting(config, key), setting(before, key)
+        if found != expected:
+            raise ConfigError(f"run.resume: {key} is {found!r}, but the run in {run_folder} has {expected!r} (its config.yaml); "
+                              "resume with that, or start a new run under another run.name")
 
 
 def seal(folder: Path, step: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -177,14 +178,27 @@ def closest(word: str, known) -> str:
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 
+class UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key that is given twice is an error: plain YAML takes the last one without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is given twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def load(path: str | Path, overrides: list[str] = ()) -> Config:
     """Read a YAML config, apply `key.sub=value` overrides, build and validate the tree. Raises ConfigError."""
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"config {str(path)!r}: there is no such file{closest(path.name, [p.name for p in path.parent.glob('*.yaml')] if path.parent.is_dir() else [])}")
+        raise ConfigError(f"config {str(path)!r}: {'a folder, expected a YAML file' if path.is_dir() else 'there is no such file'}{closest(path.name, [p.name for p in path.parent.glob('*.yaml')] if path.parent.is_dir() else [])}")
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+        tree = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path}: not valid YAML: {error}") from None
     origin = set()
     if not isinstance(tree, dict):
@@ -194,9 +208,9 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
         if not equals or not key:
             raise ConfigError(f"override {override!r}: expected key=value, e.g. run.steps=100")
         try:
-            value = yaml.safe_load(text)
+            value = yaml.load(text, UniqueKeys)
         except yaml.YAMLError as error:
-            raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
+            raise ConfigError(f"override {override!r}: the value is not valid YAML (in the shell, quotes go around a word with spaces: 'method={{name: sft}}'): {error}") from None
         node, parts = tree, key.split(".")
         for part in parts[:-1]:
             if node.get(part) is None:
@@ -207,7 +221,11 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
         node[parts[-1]] = value
         origin.add(key)
     config = build(Config, tree, "", str(path), origin)
-    validate(config)
+    try:
+        validate(config)
+    except ConfigError as error:
+        named = sorted(key for key in origin if key in str(error))
+        raise ConfigError(f"{error} (config {path}{', on the command line ' + ', '.join(named) if named else ''})") from error.__cause__
     return config
 
 
@@ -257,6 +275,8 @@ def coerce(hint, value, key: str, where: str, path: str, origin):
             number = float(value)
         except (TypeError, ValueError):
             raise wrong from None
+        if not math.isfinite(number):
+            raise wrong
         if hint is float:
             return number
         if not number.is_integer():
@@ -280,6 +300,14 @@ def describe(hint) -> str:
     return {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "nothing"}.get(hint, str(hint))
 
 
+def setting(config: Config, key: str):
+    """The value of a dotted key; None below a section that is not set."""
+    value = config
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, dict) else getattr(value, name, None)
+    return value
+
+
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
@@ -289,22 +317,35 @@ def validate(c: Config) -> None:
     """Every rule that spans keys. Raises ConfigError naming both values and what to change; never edits."""
     from tandem.algorithms.base import configured, method_class
     require(bool(c.model.path), "model.path is not set: name a Hugging Face folder or model, or tandem:tiny")
-    require("name" in c.method, "method.name is not set: choose one of `tandem methods`, or a path my_method.py:MyMethod")
+    require(isinstance(c.method.get("name"), str), f"method.name is {c.method.get('name', 'not set')}: choose one of `tandem methods`, or a path my_method.py:MyMethod")
     try:
         method = method_class(c.method["name"])
         configured(c.method)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"method: {error}") from None
+    except Exception as error:      # a user's own method may raise anything when it is made
+        raise ConfigError(f"method: {error}" if isinstance(error, ValueError) else f"method {c.method['name']!r} raised {type(error).__name__}: {error}") from error
     for key, low in (("rollout.prompts_per_step", 1), ("rollout.samples_per_prompt", 1), ("rollout.max_tokens", 1), ("rollout.staleness", 0),
                      ("rollout.max_sequences", 1), ("data.max_prompt_tokens", 1), ("data.max_expert_tokens", 1), ("data.experts_per_step", 0),
                      ("reward.workers", 1), ("learner.micro_batch_tokens", 1), ("learner.updates_per_batch", 1), ("learner.epochs_per_batch", 1), ("learner.head_chunk", 1),
                      ("learner.warmup_steps", 0), ("cluster.engines", 1), ("cluster.tensor_parallel", 1), ("cluster.learner_ranks", 1), ("cluster.threads", 1),
-                     ("eval.every", 0), ("eval.samples", 1), ("run.steps", 1), ("run.checkpoint_every", 0), ("run.keep_checkpoints", 1)):
-        section, name = key.split(".")
-        value = getattr(getattr(c, section), name)
-        require(value >= low, f"{key} is {value}, must be at least {low}")
+                     ("eval.every", 0), ("eval.samples", 1), ("run.steps", 1), ("run.checkpoint_every", 0), ("run.keep_checkpoints", 1), ("run.seed", 0),
+                     ("run.token_budget", 1), ("rollout.max_restarts", 0), ("reward.max_error_rate", 0), ("learner.grad_clip", 0), ("learner.weight_decay", 0),
+                     ("learner.max_skipped_steps", 0), ("sync.gate_steps", 0), ("sync.max_gap", 0), ("sync.max_mean_gap", 0), ("sync.bucket_mib", 1),
+                     ("cluster.engine_cpus", 0), ("cluster.engine_gpus", 0), ("cluster.learner_cpus", 0), ("cluster.learner_gpus", 0), ("cluster.port", 1),
+                     ("cluster.object_store_mib", 1), ("eval.temperature", 0), ("eval.limit", 1), ("eval.max_tokens", 1)):
+        value = setting(c, key)
+        require(value is None or value >= low, f"{key} is {value}, must be at least {low}")
+    for key in ("reward.timeout", "rollout.kv_cache_gib", "rollout.request_timeout", "sync.timeout", "cluster.deadline", "cluster.start_timeout"):
+        require(setting(c, key) > 0, f"{key} is {setting(c, key)}, must be > 0")
+    for key, high in (("reward.max_error_rate", 1), ("cluster.port", 65535)):
+        require((setting(c, key) or 0) <= high, f"{key} is {setting(c, key)}, must be at most {high}")
+    for key in ("rollout.top_p", "rollout.gpu_memory_utilization"):
+        require(0 < setting(c, key) <= 1, f"{key} is {setting(c, key)}, must be in (0, 1]")
+    require(all(0 <= beta < 1 for beta in c.learner.betas), f"learner.betas is {list(c.learner.betas)}, both must be in [0, 1)")
+    require(bool(c.run.name.strip()), "run.name is empty: it names the run's folder in run.dir")
     require(c.rollout.temperature > 0, f"rollout.temperature is {c.rollout.temperature}, must be > 0: greedy samples have no log-prob to train on (eval.temperature may be 0)")
-    require(0 < c.rollout.top_p <= 1, f"rollout.top_p is {c.rollout.top_p}, must be in (0, 1]")
+    require(c.rollout.top_p == 1 or c.sync.gate_steps == 0,
+            f"rollout.top_p is {c.rollout.top_p}, so engines sample from a truncated distribution, which the learner's log-probs are not of: the comparison of both would stop "
+            "the run at once; set rollout.top_p=1, or give that check up with sync.gate_steps=0")
     require(c.learner.learning_rate > 0, f"learner.learning_rate is {c.learner.learning_rate}, must be > 0")
     require(len(c.reward.weights) in (0, len(c.reward.functions)),
             f"reward.weights has {len(c.reward.weights)} entries for {len(c.reward.functions)} reward.functions; give one weight per function or none")
@@ -329,9 +370,9 @@ def validate(c: Config) -> None:
     require((c.cluster.engine_gpus > 0) == (c.cluster.learner_gpus > 0) or c.sync.transport == "gloo",
             f"cluster.engine_gpus is {c.cluster.engine_gpus} and cluster.learner_gpus is {c.cluster.learner_gpus}; with GPUs on one side only set sync.transport=gloo")
     require(not (c.run.rollout_only and not method.uses_rollouts), f"run.rollout_only with method {c.method['name']!r}, which makes no rollouts")
-    need = c.data.max_prompt_tokens + c.rollout.max_tokens
+    need = c.data.max_prompt_tokens + max(c.rollout.max_tokens, c.eval.max_tokens or 0)
     require(c.rollout.max_model_len is None or c.rollout.max_model_len >= need,
-            f"rollout.max_model_len is {c.rollout.max_model_len}, but data.max_prompt_tokens + rollout.max_tokens is {need}; raise it or lower them")
+            f"rollout.max_model_len is {c.rollout.max_model_len}, but data.max_prompt_tokens + rollout.max_tokens (or eval.max_tokens, if larger) is {need}; raise it or lower them")
 
 
 def to_dict(config: Config) -> dict[str, Any]:

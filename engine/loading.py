@@ -4,6 +4,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ def load_object(spec: str, kind: str) -> Any:
     """The object named by `package.module:Name` or `path/to/file.py:Name`.
 
     The file's folder, or for a package the current folder, becomes importable (last in the search path), so that it can import its neighbours.
-    Raises ValueError that says what is missing: the colon, the file, or the name in it.
+    Raises ValueError that says what is missing: the colon, the file, or the name in it; or what its code raised when it was imported, and where.
     """
     module_name, colon, attribute = spec.rpartition(":")
     if not colon:
@@ -31,15 +32,26 @@ def load_object(spec: str, kind: str) -> Any:
             sys.modules[key] = module
             try:
                 module_spec.loader.exec_module(module)
-            except BaseException:
+            except BaseException as error:
                 del sys.modules[key]
-                raise
+                if not isinstance(error, Exception):
+                    raise
+                raise not_importable(kind, spec, error) from error
         module = sys.modules[key]
     else:
         try:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
             raise ValueError(f"{kind} {spec!r}: no module named {error.name!r}; for a file write its path with .py") from None
+        except Exception as error:
+            raise not_importable(kind, spec, error) from error
     if not hasattr(module, attribute):
         raise ValueError(f"{kind} {spec!r}: {module.__file__} has no {attribute!r}")
     return getattr(module, attribute)
+
+
+def not_importable(kind: str, spec: str, error: Exception) -> ValueError:
+    """The error that the user's code raised, with its place; a SyntaxError has its own."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = "" if isinstance(error, SyntaxError) else f" ({frame.filename}:{frame.lineno})"
+    return ValueError(f"{kind} {spec!r} cannot be imported: {type(error).__name__}: {error}{place}")

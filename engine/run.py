@@ -21,7 +21,7 @@ import numpy as np
 
 from tandem.algorithms.base import Budget, Demand, configured, policy_row
 from tandem.engine import weights
-from tandem.engine.checkpoint import Checkpoints, RunState, rng_state, set_rng_state
+from tandem.engine.checkpoint import Checkpoints, RunState, check_resume, rng_state, set_rng_state
 from tandem.engine.config import Config, ConfigError
 from tandem.engine.display import Display
 from tandem.engine.evaluation import EvalResult, evaluate
@@ -63,24 +63,29 @@ class Run:
         """Everything that can fail because of the user's input, before anything heavy starts. Raises ConfigError."""
         from tandem.engine.data import ExpertSource, PromptSource
         from tandem.engine.model import load_tokenizer, resolve_model
+        from tandem.launch.machine import check_weights
         from tandem.rollout.rewards.runner import RewardRunner
         cfg = self.config
         self.checkpoints = Checkpoints(self.folder / "checkpoints", cfg.run.keep_checkpoints, self.display.message)
         found = self.checkpoints.latest() if cfg.run.resume else None
         if cfg.run.resume and found is None:
             raise ConfigError(f"run.resume is set, but {self.checkpoints.folder} holds no complete checkpoint; unset it to start from the beginning")
+        if found:
+            check_resume(cfg, self.folder, found[0])
         self.found = found
         self.method = configured(cfg.method)
         self.model_path = resolve_model(cfg.model)
         self.tokenizer = load_tokenizer(cfg.model)
+        check_weights(self.model_path)
         if cfg.mode == "cluster":
             from tandem.launch.placement import preflight
             preflight(cfg, self.model_path)
         source = lambda kind, dataset: dataset and kind(dataset, cfg.data, self.tokenizer, cfg.model, cfg.run.seed)
         self.prompts = source(PromptSource, cfg.data.prompts) if self.method.uses_rollouts else None
-        if self.replaying and self.prompts is None:
-            from tandem.rollout.replay_backend import RecordedPrompts
-            self.prompts = RecordedPrompts(cfg.rollout.record)
+        if self.replaying:
+            from tandem.rollout.replay_backend import RecordedPrompts, check_record
+            check_record(cfg.rollout.record)
+            self.prompts = self.prompts or RecordedPrompts(cfg.rollout.record)
         self.experts = source(ExpertSource, cfg.data.experts) if self.method.uses_experts and not self.method.aligned else None
         self.aligned = source(PromptSource, replace(cfg.data.experts, response=cfg.data.experts.response or "response")) if self.method.aligned else None
         held_out = cfg.data.evaluation and PromptSource(cfg.data.evaluation, cfg.data, self.tokenizer, cfg.model, seed=0)   # the same problems for all seeds
@@ -309,7 +314,12 @@ def started(config: Config, with_learner: bool = True):
     """A run with everything up, and its display. Start-up noise of other libraries goes to a file; a debugger needs the terminal, so mode=inline keeps it."""
     inline = config.mode == "inline"
     with ExitStack() as stack:
-        log = Path(config.run.dir) / config.run.name / "logs" / "driver.log"
+        folder = Path(config.run.dir) / config.run.name
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"run folder {folder} (run.dir/run.name) cannot be made: {error}") from None
+        log = folder / "logs" / "driver.log"
         terminal = sys.stdout if inline else stack.enter_context(redirect_output(log)).terminal
         display = stack.enter_context(Display(config.run.steps, terminal, title=f"{config.run.name}: {config.method['name']}", live=False if inline else None))
         run = stack.enter_context(Run(config, display))
@@ -354,15 +364,21 @@ def evaluate_model(config: Config) -> int:
     """Held-out accuracy of model.path as it is: engines only, no learner."""
     if config.data.evaluation is None or not config.reward.functions:
         raise ConfigError("an evaluation needs data.evaluation and reward.functions; one of them is not set")
-    name = f"{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"      # evaluations of one model do not overwrite each other
-    with started(replace(config, run=replace(config.run, name=name, resume=False)), with_learner=False) as run:
+    with started(in_own_folder(config), with_learner=False) as run:
         run.evaluate(0)
     return 0
 
 
+def in_own_folder(config: Config, **changes) -> Config:
+    """The config with a run folder of its own, so that evaluations and checks neither meet a run nor overwrite each other."""
+    return replace(config, run=replace(config.run, name=f"{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}", resume=False, **changes))
+
+
 def check_logprobs(config: Config) -> int:
     """Sample one batch and compare the engines' log-probs with the learner's, before and after a weight sync. Exit code 1 if a gap is over its bound."""
-    with started(config) as run:
+    if config.rollout.backend == "replay" or config.data.prompts is None or not configured(config.method).uses_rollouts:
+        raise ConfigError("check-logprobs samples prompts with an engine: it needs data.prompts, a method that uses rollouts, and a rollout.backend other than replay")
+    with started(in_own_folder(config)) as run:
         for label, version in (("weights as loaded", 0), ("after a sync", 1)):
             run.sync(version)
             requests = [run.method.request(i + (version << 20), p, Sampling(config.rollout.max_tokens, config.rollout.temperature, config.rollout.top_p, seed=i), 0,

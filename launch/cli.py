@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             raise
-        print(f"failed: {type(error).__name__}: {brief(error)}", file=sys.stderr)
+        print(f"failed: {type(error).__name__}: {brief(error)}\nat {place(error)}", file=sys.stderr)
         print(keep_traceback(getattr(args, "run_folder", None)), file=sys.stderr)
         return 1
 
@@ -187,6 +187,9 @@ def fetch(args) -> int:
 
 def plot(args) -> int:
     from tandem.launch.plot import plot_run, plot_runs
+    out = Path(args.out)
+    if out.suffix != ".png" or not out.resolve().parent.is_dir():
+        raise ConfigError(f"-o is {args.out!r}: expected a file NAME.png in a folder that exists")
     if len(args.runs) == 1:
         plot_run(args.runs[0].rpartition("=")[2], args.out)
     else:
@@ -209,6 +212,13 @@ def brief(error: BaseException) -> str:
     """The error's own words: a Ray error carries the remote traceback in its text, which goes to the file."""
     lines = [line for line in str(getattr(error, "cause", error)).strip().splitlines() if line.strip()]
     return "\n".join(lines[:15]) if lines else "no message"
+
+
+def place(error: BaseException) -> str:
+    """The last line of this project or the user's that ran."""
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = next((f for f in reversed(frames) if os.path.isfile(f.filename) and f"{os.sep}lib{os.sep}python" not in f.filename), frames[-1])
+    return f"{frame.filename}:{frame.lineno}, in {frame.name}"
 
 
 def keep_traceback(run_folder: Path | None) -> str:

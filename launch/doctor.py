@@ -146,10 +146,11 @@ def of_config(config: Config) -> Iterator[Check]:
     try:
         path = resolve_model(config.model)
         tokenizer = load_tokenizer(config.model)
+        machine.check_weights(path)
+        parameters = machine.parameter_count(Path(path))
     except ConfigError as error:
         yield BAD, "model", str(error)
         return
-    parameters = machine.parameter_count(Path(path))
     yield OK, "model", f"{path}" + (f", {parameters / 1e6:.2f}M parameters" if parameters else "")
     for name, kind in (("prompts", PromptSource), ("experts", ExpertSource), ("evaluation", PromptSource)):
         dataset = getattr(config.data, name)

@@ -10,7 +10,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from tandem.engine.config import Config
+from tandem.engine.config import Config, ConfigError
 
 GIB = 1 << 30
 ENGINE_RUNTIME = 1.5 * GIB      # vLLM on CPU without weights and KV cache: 0.7 to 1.2 GiB seen
@@ -106,12 +106,19 @@ def memory_plan(config: Config, model_path: str | Path) -> MemoryPlan | None:
 
 
 def parameter_count(folder: Path) -> int | None:
-    """Numbers in the safetensors files of a model folder, from their headers alone; None where there are none."""
+    """Numbers in the safetensors files of a model folder, from their headers alone; None where there are none. Raises ConfigError for a file that is cut off."""
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     count = 0
     for file in files:
-        with file.open("rb") as f:
-            header = json.loads(f.read(struct.unpack("<Q", f.read(8))[0]))
+        try:
+            with file.open("rb") as f:
+                length = struct.unpack("<Q", f.read(8))[0]
+                header = json.loads(f.read(length))
+            expected = 8 + length + max(tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__")
+        except (struct.error, ValueError, OverflowError, MemoryError):
+            raise ConfigError(f"{file} is damaged: its first bytes are not those of a safetensors file; copy or download the model again") from None
+        if (found := file.stat().st_size) != expected:
+            raise ConfigError(f"{file} is damaged: it has {found} bytes, its header says {expected}; copy or download the model again")
         for name, tensor in header.items():
             if name != "__metadata__":
                 size = 1
@@ -119,3 +126,10 @@ def parameter_count(folder: Path) -> int | None:
                     size *= n
                 count += size
     return count if files else None
+
+
+def check_weights(path: str) -> None:
+    """Raise ConfigError if a local model folder holds no weights, or files that are cut off. A hub name is left to transformers."""
+    folder = Path(path)
+    if folder.is_dir() and parameter_count(folder) is None and not any(folder.glob("pytorch_model*.bin")):
+        raise ConfigError(f"model folder {folder} has no weights: expected *.safetensors or pytorch_model*.bin beside its config.json")

@@ -26,14 +26,23 @@ class Record:
     """A rollouts.jsonl in memory: {group ordinal: its trajectories}, {group ordinal: its prompt}, in the order of the file."""
 
     def __init__(self, path: str | Path):
-        if not Path(path).is_file():
-            raise ConfigError(f"rollout.record is {str(path)!r}: there is no such file; give the rollouts.jsonl of a run")
+        check_record(path)
         self.path, self.groups, self.prompts = str(path), {}, {}
         for _, prompt, trajectory in read_rollouts(path):
             self.groups.setdefault(trajectory.group, []).append(trajectory)
             self.prompts.setdefault(trajectory.group, prompt)
-        if not self.groups:
-            raise ConfigError(f"rollout.record is {self.path!r}: the file holds no rollouts")
+
+
+def check_record(path: str | Path) -> None:
+    """Read the first rollout. Raises ConfigError if there is none."""
+    if not Path(path).is_file():
+        raise ConfigError(f"rollout.record is {str(path)!r}: there is no such file; give the rollouts.jsonl of a run")
+    try:
+        first = next(read_rollouts(path), None)
+    except (KeyError, ValueError, TypeError) as error:
+        raise ConfigError(f"rollout.record is {str(path)!r}: its first line is no rollout ({error!r}); give the rollouts.jsonl of a run") from None
+    if first is None:
+        raise ConfigError(f"rollout.record is {str(path)!r}: the file holds no rollouts")
 
 
 class RecordedPrompts:

@@ -185,8 +185,8 @@ def load_function(name: str, options: Mapping[str, Any], seed: int) -> RewardFun
         raise ConfigError(f"reward.functions: unknown reward {name!r}{closest(name, BUILTIN)}; known: {', '.join(BUILTIN)}, or a path my_reward.py:score")
     try:
         function = load_object(BUILTIN.get(name, name), "reward")
-    except (ValueError, ImportError, SyntaxError) as error:
-        raise ConfigError(f"reward.functions: {error}" if name in str(error) else f"reward {name!r} cannot be imported: {type(error).__name__}: {error}") from error
+    except ValueError as error:
+        raise ConfigError(f"reward.functions: {error}") from error
     parameters = parameters_of(name, function)
     kind = kind_of(name, parameters)
     if not isinstance(options, Mapping):
