@@ -346,6 +346,9 @@ def validate(c: Config) -> None:
     require(c.rollout.top_p == 1 or c.sync.gate_steps == 0,
             f"rollout.top_p is {c.rollout.top_p}, so engines sample from a truncated distribution, which the learner's log-probs are not of: the comparison of both would stop "
             "the run at once; set rollout.top_p=1, or give that check up with sync.gate_steps=0")
+    require(c.rollout.top_p == 1 or c.sync.gate_steps == 0,
+            f"rollout.top_p is {c.rollout.top_p}, so engines sample from a truncated distribution, which the learner's log-probs are not of: the comparison of both would stop "
+            "the run at once; set rollout.top_p=1, or give that check up with sync.gate_steps=0")
     require(c.learner.learning_rate > 0, f"learner.learning_rate is {c.learner.learning_rate}, must be > 0")
     require(len(c.reward.weights) in (0, len(c.reward.functions)),
             f"reward.weights has {len(c.reward.weights)} entries for {len(c.reward.functions)} reward.functions; give one weight per function or none")

@@ -34,12 +34,13 @@ def train(run) -> None:
     cfg, method, signals, skipped = run.config, run.method, run.signals, 0
     if cfg.eval.before and run.step == 0:
         run.evaluate(0)
-    for step in range(run.step, cfg.run.steps):
-        clock = Clock()
+    while not run.done:
+        step, clock = run.step, Clock()
         if run.producer.wants_weights(step, signals):
             run.sync(step)
         clock.lap("sync")
         run.producer.ensure(step, signals)
+        sampled = run.producer.books.tokens
         demand, groups = run.producer.take(step)
         experts = tuple(run.experts.take(demand.experts)) if demand.experts and not method.aligned else ()
         clock.lap("rollout")
@@ -63,8 +64,7 @@ def train(run) -> None:
             raise NotFinite(f"{skipped} steps in a row had a non-finite gradient (learner.max_skipped_steps is {cfg.learner.max_skipped_steps}); "
                             f"the rows of each are in {run.folder / 'bad_steps'}; weights are those before the first of them")
         run.step = step + 1
-        run.tokens += int(report.metrics.get("tokens/real", 0)) + sum(int((t.source == Source.POLICY).sum()) for g in groups for t in g.trajectories)
-        run.done = run.step == cfg.run.steps or (cfg.run.token_budget is not None and run.tokens >= cfg.run.token_budget)
+        run.tokens += int(report.metrics.get("tokens/real", 0)) + run.producer.books.tokens - sampled
 
         metrics = {**report.metrics, **rollout_metrics(groups), **diagnostics(rows)}
         method.observe(step, metrics)
@@ -77,12 +77,14 @@ def train(run) -> None:
             run.evaluate(step + 1)
         if run.checkpoint_due(step + 1):
             run.checkpoint()
-        if run.done or run.stop_requested:
+        if run.stop_requested:
             return
 
 
 def update(run, step: int, demand: Demand, rows: Sequence[Row], terms: Sequence[Term]) -> StepReport:
-    """One optimizer step per part of the batch, in each epoch; with several, the clip needs the log-probs from before the first."""
+    """One optimizer step per part of the batch, in each epoch; with several, the clip needs the log-probs from before the first.
+
+    Tokens and seconds of the report are sums over these steps, everything else is their mean."""
     learner = run.config.learner
     if not any(row.trained.any() for row in rows):
         return StepReport({"empty": 1.0})
@@ -97,10 +99,11 @@ def update(run, step: int, demand: Demand, rows: Sequence[Row], terms: Sequence[
         z = denominators(terms, part)
         plan = StepPlan(step=step, terms=tuple(terms), denominators=z, temperature=run.config.rollout.temperature, optimizer=demand.optimizer,
                         micro_batches=pack(part, terms, run.learner.ranks, learner.micro_batch_tokens, version=step if number == 0 else STALE),
-                        learning_rate=run.learning_rate(step, demand), entropy=learner.entropy or any("entropy" in t.needs for t in terms))
+                        learning_rate=run.learning_rate(step, demand), forward=run.method.forward, entropy=learner.entropy or any("entropy" in t.needs for t in terms))
         reports.append(run.learner.step(plan))
     keys = {key: None for report in reports for key in report.metrics}
-    return StepReport({key: float(np.mean([r.metrics[key] for r in reports if key in r.metrics])) for key in keys},
+    over = lambda key: np.sum if key.startswith(("tokens/", "seconds/")) else np.max if key == "gap/max" else np.mean
+    return StepReport({key: float(over(key)([r.metrics[key] for r in reports if key in r.metrics])) for key in keys},
                       any(r.skipped for r in reports), sum(r.seconds for r in reports))
 
 

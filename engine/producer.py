@@ -34,6 +34,7 @@ class Slot:
     """One group on its way: requested, generating, scoring, done."""
 
     request: GenRequest
+    aligned: bool = False           # its prompt is from the prompts that have demonstrations
     generation: Future | None = None
     scoring: Future | None = None
     group: ScoredGroup | None = None
@@ -55,6 +56,7 @@ class Books:
     filtered: int = 0
     failed: int = 0
     reissued: int = 0       # after an engine died; not counted as requested again
+    tokens: int = 0         # that the policy sampled in accepted and filtered groups
 
 
 class Producer:
@@ -80,7 +82,7 @@ class Producer:
         while self.next_step <= min(step + self.staleness, self.budget.steps - 1):
             demand = self.method.demand(self.next_step, self.budget, signals)
             ticket = Ticket(self.next_step, demand)
-            ticket.slots = [self.draw(ticket.step, self.aligned if self.method.aligned and i < demand.experts else None) for i in range(demand.prompts)]
+            ticket.slots = [self.draw(ticket.step, self.method.aligned and i < demand.experts) for i in range(demand.prompts)]
             self.tickets.append(ticket)
             self.next_step += 1
 
@@ -101,6 +103,8 @@ class Producer:
             slot = ticket.slots[0]
             if slot.group is None:
                 slot.group = self.finish(slot)
+            if slot.group is not None:
+                self.books.tokens += sum(int((t.source == Source.POLICY).sum()) for t in slot.group.trajectories)
             if slot.group is not None and self.method.accept(slot.group):
                 accepted.append(slot.group)
                 self.books.accepted += 1
@@ -111,7 +115,7 @@ class Producer:
                     raise RolloutsExhausted(f"step {step}: drew {drawn} prompts and could use only {len(accepted)} of the {ticket.demand.prompts} it needs "
                                             f"({self.books.filtered} groups filtered, {self.books.failed} without rewards so far); "
                                             "the prompts are too easy or too hard for the filter, or the reward fails: see rollouts.jsonl")
-                ticket.slots.append(self.draw(step))
+                ticket.slots.append(self.draw(step, slot.aligned))
                 drawn += 1
             ticket.slots.pop(0)
         self.tickets.pop(0)
@@ -120,14 +124,14 @@ class Producer:
         assert b.requested == b.accepted + b.filtered + b.failed + running, f"rollout books do not balance: {b}, running {running}"
         return ticket.demand, tuple(accepted)
 
-    def draw(self, step: int, source=None) -> Slot:
+    def draw(self, step: int, aligned: bool) -> Slot:
         """Request rollouts for the next prompt."""
-        (prompt,) = (source or self.prompts).take(1)
+        (prompt,) = (self.aligned if aligned else self.prompts).take(1)
         seed = int(np.random.SeedSequence([self.seed, self.next_group]).generate_state(1)[0] >> 1)
         request = self.method.request(self.next_group, prompt, replace(self.sampling, seed=seed), step, self.budget)
         self.next_group += 1
         self.books.requested += 1
-        return self.issue(Slot(request))
+        return self.issue(Slot(request, aligned))
 
     def issue(self, slot: Slot) -> Slot:
         slot.generation, slot.scoring = self.pool.submit(slot.request), None
@@ -172,11 +176,11 @@ class Producer:
             if slot.group is None and slot.scoring is not None and slot.scoring.done():
                 slot.group = self.finish(slot)
         return {"next_group": self.next_group, "next_step": self.next_step, "books": replace(self.books),
-                "tickets": [(t.step, t.demand, [(s.request, s.group) for s in t.slots]) for t in self.tickets]}
+                "tickets": [(t.step, t.demand, [(s.request, s.aligned, s.group) for s in t.slots]) for t in self.tickets]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.next_group, self.next_step, self.books = state["next_group"], state["next_step"], replace(state["books"])
-        self.tickets = [Ticket(step, demand, [Slot(request, group=group) for request, group in slots]) for step, demand, slots in state["tickets"]]
+        self.tickets = [Ticket(step, demand, [Slot(request, aligned, group=group) for request, aligned, group in slots]) for step, demand, slots in state["tickets"]]
 
     def reissue(self) -> None:
         """After a resume, once the engines hold the present weights: ask again for what was running when the checkpoint was written."""

@@ -42,14 +42,20 @@ class Run:
         self.config, self.display, self.stack = config, display, ExitStack()
         self.folder = Path(config.run.dir) / config.run.name
         self.step, self.version, self.signals = 0, None, {}
-        self.tokens, self.done = 0, False       # generated + trained tokens so far; whether the run has reached its end
+        self.tokens = 0                         # generated + trained so far
         self.gated, self.stop_requested = 0, False
-        self.learner = None
+        self.learner, self.connected = None, False
         self.first_eval: EvalResult | None = None
         self.last_eval: EvalResult | None = None
         self.evaluated_at, self.pool_stats = -1, {}
         self.replaying = config.rollout.backend == "replay"
         self.off_policy = config.rollout.staleness > 0 or self.replaying
+
+    @property
+    def done(self) -> bool:
+        """Whether the run has reached its end."""
+        cfg = self.config.run
+        return self.step >= cfg.steps or (cfg.token_budget is not None and self.tokens >= cfg.token_budget)
 
     def __enter__(self):
         return self
@@ -100,9 +106,9 @@ class Run:
             for prompt in self.eval_prompts[:1]:
                 self.rewards.require_columns(prompt.columns)
 
-    def start(self, with_learner: bool = True) -> None:
+    def start(self) -> None:
         """Start engines and learner, restore the checkpoint if there is one, and give the engines the present weights."""
-        cfg = self.config
+        cfg, with_learner = self.config, not self.config.run.rollout_only
         self.telemetry = Telemetry(cfg, self.folder, self.found[0] if self.found else None)
         self.stack.callback(self.telemetry.close)
         if cfg.mode == "inline" or self.replaying:
@@ -138,10 +144,11 @@ class Run:
             return
         if self.found:
             self.restore(self.found[1])
-        self.learner.connect(self.pool)
         self.sync(self.step)
         self.producer.reissue()
-        for done, numbers in self.telemetry.evaluations.items():
+        for done, numbers in sorted(self.telemetry.evaluations.items()):     # those before a resume
+            self.last_eval = EvalResult(**{key: math.nan if value is None else value for key, value in numbers.items()})
+            self.first_eval = self.first_eval or self.last_eval
             self.display.evaluation(done, numbers["accuracy"])
         self.display.done = self.display.first_step = self.step
         self.display.start()
@@ -153,25 +160,31 @@ class Run:
     # -- weights ----------------------------------------------------------------------------------------------------------------------------------
 
     def sync(self, version: int) -> None:
-        """Give all engines the weights of `version` and prove that they have them. Nothing to do if they have."""
+        """Give all engines the weights of `version` and prove that they have them. Nothing to do if they have.
+
+        Engines that die meanwhile are replaced. Raises EngineDied if the sync failed although no engine is dead: the next one would fail too.
+        """
         while self.version != version:
             try:
+                if not self.connected:
+                    self.learner.connect(self.pool)
+                    self.connected = True
                 report = weights.sync(self.learner, self.pool, version)
+                self.telemetry.event("sync", version=version, seconds=report.seconds, bytes=report.bytes)
+                if self.config.rollout.staleness and not self.replaying and self.gated < self.config.sync.gate_steps:
+                    self.probe(version)
+                self.version = version
             except EngineDied as error:
-                self.restart(str(error))
-                continue
-            self.version = version
-            self.telemetry.event("sync", version=version, seconds=report.seconds, bytes=report.bytes)
-            if self.config.rollout.staleness and not self.replaying and self.gated < self.config.sync.gate_steps:
-                self.probe(version)
+                if not self.restart(str(error)):
+                    raise
 
-    def restart(self, reason: str) -> None:
-        """Start new engines in the place of dead ones. They refuse to serve until they have taken weights. Raises RolloutPoolExhausted if too many died."""
-        restarted = self.pool.recover()
+    def restart(self, reason: str) -> int:
+        """Start new engines in the place of dead ones; returns how many. They refuse to serve until they have taken weights, over a new connection.
+        Raises RolloutPoolExhausted if too many died."""
+        restarted, self.connected = self.pool.recover(), False
         self.telemetry.event("engines_restarted", count=restarted, reason=reason)
         self.display.message(f"restarted {restarted} rollout engine(s): {reason}")
-        if self.learner is not None:
-            self.learner.connect(self.pool)
+        return restarted
 
     def recover(self) -> None:
         """Restart dead engines and give all of them the present weights."""
@@ -183,7 +196,7 @@ class Run:
     def gap(self, rows: Sequence[Row], version: int) -> tuple[float, float, int]:
         """(max, mean, tokens) of |rollout log-prob - learner log-prob| over the tokens of `rows` that were sampled with weight version `version`."""
         logps = self.learner.logprobs(rows, self.config.rollout.temperature)
-        gaps = [np.abs(l - r.behaviour_logp)[(r.source == Source.POLICY) & (r.version == version)]
+        gaps = [np.abs(l - r.behaviour_logp)[r.trained & (r.source == Source.POLICY) & (r.version == version)]     # others have no log-prob of the learner
                 for l, r in zip(logps, rows) if r.behaviour_logp is not None and r.version is not None]
         gaps = np.concatenate([np.zeros(0, np.float32), *gaps])
         return (float(gaps.max()), float(gaps.mean()), len(gaps)) if len(gaps) else (0.0, 0.0, 0)
@@ -245,11 +258,11 @@ class Run:
     def report(self, step: int, demand: Demand, groups: Sequence[ScoredGroup], signals, clock: Clock) -> None:
         """One step's numbers to files, trackers and the screen."""
         metrics = {**signals, **clock.metrics(), **self.speed(clock, signals), "version": float(self.version or 0), "tokens/total": float(self.tokens), "cpu_seconds": time.process_time()}
-        if self.config.sync.gate_steps and "gap/max" in metrics and not self.replaying:
-            self.check_gap(metrics["gap/mean"], metrics["gap/mean"], step)     # one token's rounding may pass the gate's bound some day, the mean may not
         self.telemetry.step(step, metrics)
         self.telemetry.rollouts(step, groups, step)
         self.display.step(step, metrics, self.method.metrics(step))
+        if self.config.sync.gate_steps and "gap/max" in metrics and not self.replaying:
+            self.check_gap(metrics["gap/mean"], metrics["gap/mean"], step)     # one token's rounding may pass the gate's bound some day, the mean may not
 
     def speed(self, clock: Clock, metrics) -> dict[str, float]:
         """Tokens per second of either side while it worked, and the share of the step's wall time in which it did not."""
@@ -310,8 +323,8 @@ def signal_handlers(run: Run) -> None:
 
 
 @contextmanager
-def started(config: Config, with_learner: bool = True):
-    """A run with everything up, and its display. Start-up noise of other libraries goes to a file; a debugger needs the terminal, so mode=inline keeps it."""
+def started(config: Config):
+    """A run with everything up, and its display; run.rollout_only has no learner. Start-up noise of other libraries goes to a file; a debugger needs the terminal, so mode=inline keeps it."""
     inline = config.mode == "inline"
     with ExitStack() as stack:
         folder = Path(config.run.dir) / config.run.name
@@ -326,15 +339,15 @@ def started(config: Config, with_learner: bool = True):
         run.prepare()
         display.message(f"run folder {run.folder}")
         began = time.perf_counter()
-        run.start(with_learner)
-        display.message(f"{'engines and learner' if with_learner else 'engines'} up after {time.perf_counter() - began:.0f} s")
+        run.start()
+        display.message(f"{'engines' if config.run.rollout_only else 'engines and learner'} up after {time.perf_counter() - began:.0f} s")
         yield run
 
 
 def train(config: Config) -> int:
     """Run a config to its end. Returns the exit code: 0 done, 75 stopped by SIGTERM or SIGUSR1 and resumable, 130 stopped by Ctrl-C."""
     from tandem.engine import loop
-    with started(config, with_learner=not config.run.rollout_only) as run:
+    with started(config) as run:
         if config.run.rollout_only:
             rollout_only(run)
             return 0
@@ -364,7 +377,7 @@ def evaluate_model(config: Config) -> int:
     """Held-out accuracy of model.path as it is: engines only, no learner."""
     if config.data.evaluation is None or not config.reward.functions:
         raise ConfigError("an evaluation needs data.evaluation and reward.functions; one of them is not set")
-    with started(in_own_folder(config), with_learner=False) as run:
+    with started(in_own_folder(config, rollout_only=True)) as run:
         run.evaluate(0)
     return 0
 

@@ -1,7 +1,7 @@
 """The rollout pool: N Ray actors with one vLLM engine each, and what to do when one of them dies.
 
 All samples of a request go to one engine, the one with the fewest samples outstanding. An engine is dead when its actor is gone, its vLLM process is
-gone, an update of its weights failed, or a request has had no answer for rollout.request_timeout seconds; all its requests then fail with EngineDied.
+gone, an update of its weights failed, or it had requests and answered none for rollout.request_timeout seconds; all its requests then fail with EngineDied.
 A restarted engine has the weights of the model folder, not the run's: it refuses to generate until it has taken an update.
 """
 from __future__ import annotations
@@ -102,7 +102,6 @@ class Pending:
 
     request: GenRequest
     result: Future
-    started: float
 
 
 @dataclass(eq=False)
@@ -116,6 +115,7 @@ class Slot:
     pending: dict[Any, Pending] = field(default_factory=dict)
     busy_seconds: float = 0.0
     busy_since: float | None = None
+    heard: float = 0.0          # when it last answered, or began to work after a pause
 
     @property
     def load(self) -> int:
@@ -183,9 +183,9 @@ class EnginePool:
             slot = min(living, key=lambda s: (s.load, s.index))
             handle = slot.handle
             ref = handle.generate.remote(request)
-            slot.pending[ref] = Pending(request, result, time.monotonic())
+            slot.pending[ref] = Pending(request, result)
             if slot.busy_since is None:
-                slot.busy_since = time.monotonic()
+                slot.busy_since = slot.heard = time.monotonic()
         ref.future().add_done_callback(lambda done: self.answers.put((slot, handle, ref, done)))
         return result
 
@@ -197,7 +197,7 @@ class EnginePool:
                 answer = self.answers.get(timeout=min(1.0, limit / 4))
             except queue.Empty:
                 with self.lock:
-                    late = [(slot, slot.handle) for slot in self.slots if any(time.monotonic() - p.started > limit for p in slot.pending.values())]
+                    late = [(slot, slot.handle) for slot in self.slots if slot.pending and time.monotonic() - slot.heard > limit]
                 for slot, handle in late:
                     self.bury(slot, handle, f"no answer within rollout.request_timeout={limit:g} s")
                 continue
@@ -216,6 +216,7 @@ class EnginePool:
             pending = self.retire(slot, ref)
             if pending is None:
                 return      # it failed before, together with its engine
+            slot.heard = time.monotonic()
             if error is None:
                 self.generated_tokens += sum(int((t.source == Source.POLICY).sum()) for t in done.result())
         if error is None:
@@ -262,7 +263,7 @@ class EnginePool:
             raise RolloutPoolExhausted(f"{len(dead)} rollout engine(s) dead after {self.restarts} restarts, rollout.max_restarts is "
                                        f"{self.config.rollout.max_restarts}; last errors:\n" + "\n".join(f"  engine {s.index}: {s.error}" for s in dead))
         self.restarts += len(dead)
-        stale = not self.config.run.rollout_only        # without a learner the model folder's weights are the run's
+        stale = not self.config.run.rollout_only        # without a learner, as in an evaluation, the model folder's weights are the run's
         for slot in dead:
             slot.handle = self.actor(slot.index, stale)
         self.wait_started(dead)

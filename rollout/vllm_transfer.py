@@ -157,6 +157,7 @@ class PoolClient:
         self.call("init_weight_transfer_engine", [({**init_info, "rank_offset": offset},) for offset in offsets])
 
     def start_weight_update(self) -> None:
+        self.call("health", [()] * len(self.handles))      # an engine that is dead is found before the living ones have begun an update they could not finish
         self.call("start_weight_update", [()] * len(self.handles))
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -304,6 +305,8 @@ class Sender:
         dead (EnginePool.recover restarts them).
         """
         from tandem.engine.learner import Delivery
+        if not isinstance(self.engine, GlooSender):
+            torch.cuda.synchronize()        # vLLM sends from streams of its own, which do not wait for the optimizer's last kernels
         if self.client is None:
             self.engine.send_weights()
             return Delivery({}, [], 0)

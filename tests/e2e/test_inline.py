@@ -95,6 +95,39 @@ def test_several_updates_per_batch_use_the_snapshots_log_probs(tmp_path):
     assert step["policy/ppo_kl"] != 0, "with one update the ratio is exactly 1; after the first of three it is not"
 
 
+def test_tokens_of_several_updates_add_up(tmp_path):
+    steps = []
+    for name, more in (("one", ()), ("six", ("learner.updates_per_batch=3", "learner.epochs_per_batch=2"))):
+        train(config(tmp_path / name, {"name": "grpo"}, "run.steps=1", "run.fake_reward=true", "data.evaluation=null", *more))
+        steps += [line for line in lines(tmp_path / name / "run" / "metrics.jsonl") if "tokens/real" in line]
+    one, six = steps
+    assert six["tokens/real"] == 2 * one["tokens/real"] and six["tokens/total"] - one["tokens/total"] == one["tokens/real"]
+
+
+def test_the_gate_passes_over_tokens_that_a_method_does_not_train(tmp_path):
+    """DAPO's overlong filtering: responses that were cut are rows without weights, for which the learner computes no log-prob."""
+    assert train(config(tmp_path, {"name": "grpo", "policy": {"mask_truncated": True}}, "run.steps=1", "run.fake_reward=true", "data.evaluation=null")) == 0
+    (step,) = [line for line in lines(tmp_path / "run" / "metrics.jsonl") if "rollout/truncated" in line]
+    assert 0 < step["rollout/truncated"] < 1
+    assert [e["tokens"] for e in lines(tmp_path / "run" / "events.jsonl") if e["kind"] == "gate"] == [step["tokens/trained"]]
+
+
+def test_a_run_killed_after_its_last_checkpoint_is_finished_by_a_resume(tmp_path, capsys):
+    """Nothing is trained any more, the model is saved, and the accuracy `before` is that of the run's beginning."""
+    overrides = ["run.steps=2", SHORT, "learner.learning_rate=1e-2", "eval.temperature=1", "eval.samples=4"]
+    assert train(config(tmp_path, {"name": "grpo"}, *overrides)) == 0
+    assert not (tmp_path / "run" / "model").exists()
+    before = weights(tmp_path / "run", 2)
+    capsys.readouterr()
+    assert train(config(tmp_path, {"name": "grpo"}, *overrides, "run.resume=true", "run.save_model=true")) == 0
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(tmp_path / "run", 2).items())
+    first, last = [line["eval/accuracy"] for line in lines(tmp_path / "run" / "metrics.jsonl") if "eval/accuracy" in line]
+    assert first != last
+    text = capsys.readouterr().out
+    assert f"before {first:.3f}" in text and f"after {last:.3f}" in text, text
+
+
 def test_ppo_goes_through_a_batch_in_epochs_of_minibatches(tmp_path):
     train(config(tmp_path, {"name": "ppo", "policy": {"critic": {"kl": 0.1}}}, "run.steps=2", "learner.updates_per_batch=3", "learner.epochs_per_batch=2",
                  "run.fake_reward=true", "learner.learning_rate=0.01", "run.save_model=true"))

@@ -143,3 +143,32 @@ def test_engine_killed_mid_transfer(rig):
         rig.pool.recover()
     with pytest.raises(EngineDied):
         rig.submit(1)[0].result(10)
+
+
+def test_a_dead_engine_is_found_before_the_others_begin_an_update(rig):
+    """Else every engine that lives would be left in the middle of an update and have to be restarted as well. Plain actors: only who is called counts."""
+    import ray
+
+    from tandem.rollout.vllm_transfer import PoolClient
+
+    @ray.remote(num_cpus=0)
+    class Engine:
+        begun = False
+
+        def transfer_ranks(self):
+            return 1
+
+        def health(self):
+            pass
+
+        def start_weight_update(self):
+            self.begun = True
+
+        def updating(self):
+            return self.begun
+    engines = [Engine.remote() for _ in range(2)]
+    client = PoolClient(engines, 30.0)
+    ray.kill(engines[1])
+    with pytest.raises(EngineDied, match="engine 1"):
+        client.start_weight_update()
+    assert not ray.get(engines[0].updating.remote(), timeout=30)

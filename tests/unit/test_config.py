@@ -69,6 +69,7 @@ def test_scientific_notation_is_a_number(write):
     ("cluster.learner_ranks=2", ["mode=inline is one process", "2"]),
     ("rollout.temperature=0", ["rollout.temperature is 0", "eval.temperature"]),
     ("rollout.max_model_len=100", ["rollout.max_model_len is 100", "1280"]),
+    ("rollout.top_p=0.9", ["rollout.top_p is 0.9", "sync.gate_steps=0"]),
     ("method.name=chrod_mu", ["unknown method 'chrod_mu'", "did you mean 'chord_mu'"]),
     ("method.muu=1", ["no option 'muu'", "did you mean 'mu'"]),
     ("method.name=nowhere.py:M", ["there is no file", "nowhere.py"]),

@@ -107,6 +107,35 @@ def test_filtered_groups_are_replaced_and_counted():
     assert [g.prompt.id for g in groups] == ["p0", "p2", "p4"] and producer.books.filtered == 2
 
 
+def test_a_filtered_prompt_with_a_demonstration_is_replaced_by_another_one_also_after_a_resume():
+    class Aligned(Plain):
+        aligned = True
+
+        def demand(self, step, budget, signals):
+            return Demand(prompts=3, experts=2)
+
+        def accept(self, group):
+            return group.group > 1
+    producer = make(Pool(), Aligned())
+    producer.aligned = Prompts()
+    producer.ensure(0, {})
+    resumed = make(Pool(), Aligned())
+    resumed.load_state_dict(producer.state_dict())
+    resumed.aligned, resumed.prompts.n = Prompts(), 100
+    resumed.aligned.n = 10
+    _, groups = producer.take(0)
+    assert (producer.aligned.n, producer.prompts.n) == (4, 1), "two aligned groups were filtered, two aligned prompts take their places"
+    _, groups = resumed.take(0)
+    assert sorted(g.prompt.id for g in groups) == ["p0", "p10", "p11"]
+
+
+def test_tokens_of_filtered_groups_were_generated_too():
+    producer = make(Pool(), DropsOdd())
+    producer.ensure(0, {})
+    producer.take(0)
+    assert producer.books.tokens == (3 + 2) * 2 * 2, "three accepted and two filtered groups of two samples of two tokens"
+
+
 def test_a_filter_that_nothing_passes_ends_in_an_error_not_in_a_loop():
     class Never(Plain):
         def accept(self, group):

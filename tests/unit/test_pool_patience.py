@@ -1,0 +1,54 @@
+"""The rollout pool's deadline is for an engine that is silent, not for a long queue. The engine is a thread here; real ones: tests/faults/test_engine_death.py."""
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+
+from tandem.engine.config import Config, RolloutConfig
+from tandem.engine.types import GenRequest, Prompt, Sampling
+from tandem.rollout.pool import EnginePool, Slot
+
+
+class OneAtATime:
+    """Works on one request after the other, `seconds` each."""
+
+    def __init__(self, seconds):
+        self.seconds, self.turn, self.generate = seconds, threading.Lock(), self
+        self.queued = []
+
+    def remote(self, request):
+        future = Future()
+        self.queued.append(future)
+        return SimpleRef(future)
+
+    def work(self):
+        for future in self.queued:
+            time.sleep(self.seconds)
+            future.set_result(())
+
+
+class SimpleRef:
+    def __init__(self, answer):
+        self.answer = answer
+
+    def future(self):
+        return self.answer
+
+
+def test_requests_that_queue_longer_than_the_deadline_are_answered_while_the_engine_works():
+    pool = EnginePool(replace(Config(), rollout=RolloutConfig(request_timeout=1.5)), "", None, ".")
+    engine, buried = OneAtATime(0.5), []
+    pool.bury = lambda slot, handle, reason: buried.append(reason)
+    pool.slots = [Slot(0, engine)]
+    pool.thread.start()
+    futures = [pool.submit(GenRequest(i, Prompt("p", np.array([1], np.int32), ""), 1, Sampling(4))) for i in range(6)]
+    engine.work()       # three seconds
+    assert [f.result(10) for f in futures] == [()] * 6 and not buried
+    silent = pool.submit(GenRequest(9, Prompt("p", np.array([1], np.int32), ""), 1, Sampling(4)))
+    while not buried:
+        time.sleep(0.1)
+    assert "request_timeout" in buried[0] and not silent.done()
+    pool.answers.put(None)

@@ -1,0 +1,78 @@
+"""Run.sync under faults: engines that die while they are connected, sent weights or probed. Learner and pool are scripted; the real ones: tests/faults."""
+from types import SimpleNamespace
+
+import pytest
+
+from tandem.engine.config import Config, RolloutConfig
+from tandem.engine.learner import Delivery
+from tandem.engine.run import Run
+from tandem.rollout.backend import EngineDied
+
+
+class Backend:
+    version = 0
+
+    async def weight_version(self):
+        return self.version
+
+    async def held_digest(self):
+        return "held"
+
+
+class Rig:
+    """A learner and a pool; each of `faults` (connect, send, probe) raises EngineDied so many times, and leaves an engine dead if `dead`."""
+
+    def __init__(self, dead=True, **faults):
+        self.faults, self.dead, self.down, self.calls = faults, dead, 0, []
+        self.backends, self.synced, self.sync_timeout = [Backend()], None, 1.0
+        self.run = Run(Config(rollout=RolloutConfig(staleness=1)), SimpleNamespace(message=lambda text: None))
+        self.run.telemetry = SimpleNamespace(event=lambda kind, **facts: None)
+        self.run.learner = self.run.pool = self
+        self.run.probe = lambda version: self.happen("probe")
+
+    def happen(self, what):
+        self.calls.append(what)
+        if self.faults.get(what, 0):
+            self.faults[what] -= 1
+            self.down += self.dead
+            raise EngineDied(what)
+
+    def connect(self, pool):
+        self.happen("connect")
+
+    def send(self, version):
+        self.happen("send")
+        self.backends[0].version = version
+        return Delivery({"w": "1"}, [{"w": "1"}], 4)
+
+    def recover(self):
+        self.calls.append("recover")
+        down, self.down = self.down, 0
+        return down
+
+
+@pytest.mark.parametrize("fault, calls", [
+    ("connect", ["connect", "recover", "connect", "send", "probe"]),
+    ("send", ["connect", "send", "recover", "connect", "send", "probe"]),
+    ("probe", ["connect", "send", "probe", "recover", "connect", "send", "probe"])])
+def test_an_engine_that_dies_at_any_moment_of_a_sync_is_replaced_and_sent_the_weights(fault, calls):
+    rig = Rig(**{fault: 1})
+    rig.run.sync(3)
+    assert rig.calls == calls and rig.run.version == 3
+    rig.run.sync(3)
+    assert rig.calls == calls, "engines that have the weights are left alone"
+
+
+def test_a_sync_that_fails_with_all_engines_alive_ends_the_run_instead_of_being_tried_for_ever():
+    rig = Rig(dead=False, send=100)
+    with pytest.raises(EngineDied, match="send"):
+        rig.run.sync(1)
+    assert rig.calls == ["connect", "send", "recover"] and rig.run.version is None
+
+
+def test_recovery_from_a_death_during_generation_sends_the_present_weights_again():
+    rig = Rig()
+    rig.run.sync(2)
+    rig.down, rig.calls[:] = 1, []
+    rig.run.recover()
+    assert rig.calls == ["recover", "connect", "send", "probe"] and rig.run.version == 2
