@@ -26,7 +26,11 @@ def resolve_model(model: ModelConfig) -> str:
     if model.path == TINY:
         if not (TINY_FOLDER / "config.json").is_file():
             from tandem.engine.tiny import make_tiny
-            make_tiny(TINY_FOLDER)
+            try:
+                make_tiny(TINY_FOLDER)
+            except FileExistsError:
+                if not (TINY_FOLDER / "config.json").is_file():     # else another run has just made it
+                    raise
         return str(TINY_FOLDER.resolve())
     folder = Path(model.path).expanduser()
     if folder.is_dir():
@@ -86,19 +90,30 @@ class Policy(nn.Module):
         self.one_line = "flash" in model.config._attn_implementation
 
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor, index: torch.Tensor, target: torch.Tensor, temperature: float = 1.0,
-                chunk: int = 1024, entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+                chunk: int = 1024, entropy: bool = False, custom=None, tags=None) -> tuple:
         """Log-prob of `target[i]` given the hidden state at flat position `index[i]` of the bins, as in `MicroBatch`, and the critic's value of that state.
 
         tokens, positions int64 [B, L]; index, target int64 [n] -> (logp [n], entropy [n] or None, value [n] or None), float32.
+        `custom` is Method.forward, which then does all this itself, with `tags`.
         """
-        if self.one_line:
-            tokens, positions = tokens.reshape(1, -1), positions.reshape(1, -1)
-        hidden = self.model.get_decoder()(input_ids=tokens, position_ids=positions, use_cache=False)[0]
-        hidden = hidden.reshape(-1, hidden.shape[-1])[index]
+        if custom is not None:
+            return custom(self, tokens, positions, index, target, temperature, chunk, entropy, tags)
+        hidden = self.trunk(tokens, positions)[index]
         return *self.head(hidden, target, temperature, chunk, entropy), None if self.critic is None else self.critic(hidden)
 
-    def add_critic(self) -> None:
-        self.critic = ValueHead(self.head.weight)
+    def trunk(self, tokens: torch.Tensor, positions: torch.Tensor, embeddings: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states [B * L, H] of the bins; with `embeddings` [B, L, H] in the place of those of the tokens."""
+        if self.one_line:
+            tokens, positions = tokens.reshape(1, -1), positions.reshape(1, -1)
+        if embeddings is None:
+            inputs = {"input_ids": tokens}
+        else:
+            inputs = {"inputs_embeds": embeddings.reshape(*tokens.shape, -1)}
+        hidden = self.model.get_decoder()(**inputs, position_ids=positions, use_cache=False)[0]
+        return hidden.reshape(-1, hidden.shape[-1])
+
+    def add_critic(self, embedding: int = 0) -> None:
+        self.critic = ValueHead(self.head.weight, embedding)
 
     def train(self, mode: bool = True):
         """Leaves the modules below alone, so that dropout stays off."""
@@ -125,18 +140,30 @@ class Head(nn.Module):
         self.weight, self.bias = output.weight, output.bias
 
     def forward(self, hidden, target, temperature: float, chunk: int, entropy: bool):
+        """See token_logprobs; without a target the most likely tokens, int64 [n]."""
+        if target is None:
+            return torch.cat([nn.functional.linear(part, self.weight, self.bias).argmax(-1) for part in hidden.split(chunk)])
         return token_logprobs(hidden, self.weight, self.bias, target, temperature, chunk, entropy)
 
 
 class ValueHead(nn.Module):
-    """V = w . hidden + b in float32, on the policy's own trunk. Zero at the start, so that the first advantages are sums of rewards."""
+    """V = w . hidden + b in float32, on the policy's own trunk. Zero at the start, so that the first advantages are sums of rewards.
 
-    def __init__(self, output: torch.Tensor):
+    With `embedding` dimensions V = w . tanh(u) + b with u = W hidden (CARFT); W is the same on all ranks.
+    """
+
+    def __init__(self, output: torch.Tensor, embedding: int = 0):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(output.new_zeros(output.shape[1])), nn.Parameter(output.new_zeros(1))
+        size = output.shape[1]
+        draw = torch.randn(embedding, size, generator=torch.Generator().manual_seed(0)) / size ** 0.5
+        self.embedding = nn.Parameter(draw.to(output)) if embedding else None
+        self.weight, self.bias = nn.Parameter(output.new_zeros(embedding or size)), nn.Parameter(output.new_zeros(1))
 
-    def forward(self, hidden):
-        return hidden.float() @ self.weight.float() + self.bias.float()
+    def forward(self, hidden, embed: bool = False):
+        """value [n], and with `embed` u [n, embedding]; float32."""
+        u = hidden.float() if self.embedding is None else hidden.float() @ self.embedding.float().T
+        value = (u if self.embedding is None else u.tanh()) @ self.weight.float() + self.bias.float()
+        return (value, u) if embed else value
 
 
 def load_policy(model: ModelConfig) -> Policy:
