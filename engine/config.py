@@ -87,7 +87,7 @@ class RolloutConfig:
 class LearnerConfig:
     learning_rate: float = 1e-6
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = 0
+    warmup_steps: int = 0                           # linear, counted for each set of optimizer moments from its first step (two stages: two warm-ups)
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     grad_clip: float = 1.0                          # global norm; 0 = off
@@ -232,16 +232,22 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
 def build(cls: type, tree: dict, prefix: str, path: str, origin: set[str]):
     """A dataclass from a mapping, checking key names and value types all the way down."""
     if not isinstance(tree, dict):
-        raise ConfigError(f"{prefix.rstrip('.')}: expected a section (a mapping), found {tree!r}; set in {path}")
+        raise ConfigError(f"{prefix.rstrip('.')}: expected a section (a mapping), found {tree!r}, set {source(prefix.rstrip('.'), path, origin)}")
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in tree.items():
-        overridden = any(o == prefix + str(key) or o.startswith(f"{prefix}{key}.") for o in origin)
-        where = "on the command line" if overridden else f"in {path}"
+        where = source(prefix + str(key), path, origin)
         if key not in hints:
-            raise ConfigError(f"unknown key {prefix + str(key)!r}{closest(key, hints)}, set {where}; known keys here: {', '.join(hints)}")
+            nested = [f"{section}.{key}" for section, hint in hints.items() if dataclasses.is_dataclass(hint) and key in typing.get_type_hints(hint)]
+            raise ConfigError(f"unknown key {prefix + str(key)!r}{closest(key, nested or hints)}, set {where}; known keys here: {', '.join(hints)}")
         values[key] = coerce(hints[key], value, prefix + key, where, path, origin)
     return cls(**values)
+
+
+def source(key: str, path: str, origin) -> str:
+    """Where a key was set: on the command line if it, a key in it, or a section around it was given there."""
+    overridden = any(key == o or key.startswith(f"{o}.") or o.startswith(f"{key}.") for o in origin)
+    return "on the command line" if overridden else f"in {path}"
 
 
 def coerce(hint, value, key: str, where: str, path: str, origin):
@@ -346,9 +352,6 @@ def validate(c: Config) -> None:
     require(c.rollout.top_p == 1 or c.sync.gate_steps == 0,
             f"rollout.top_p is {c.rollout.top_p}, so engines sample from a truncated distribution, which the learner's log-probs are not of: the comparison of both would stop "
             "the run at once; set rollout.top_p=1, or give that check up with sync.gate_steps=0")
-    require(c.rollout.top_p == 1 or c.sync.gate_steps == 0,
-            f"rollout.top_p is {c.rollout.top_p}, so engines sample from a truncated distribution, which the learner's log-probs are not of: the comparison of both would stop "
-            "the run at once; set rollout.top_p=1, or give that check up with sync.gate_steps=0")
     require(c.learner.learning_rate > 0, f"learner.learning_rate is {c.learner.learning_rate}, must be > 0")
     require(len(c.reward.weights) in (0, len(c.reward.functions)),
             f"reward.weights has {len(c.reward.weights)} entries for {len(c.reward.functions)} reward.functions; give one weight per function or none")
@@ -372,6 +375,8 @@ def validate(c: Config) -> None:
             f"cluster.engine_gpus is {c.cluster.engine_gpus} for tensor_parallel {c.cluster.tensor_parallel}; an engine needs one GPU per tensor-parallel rank")
     require((c.cluster.engine_gpus > 0) == (c.cluster.learner_gpus > 0) or c.sync.transport == "gloo",
             f"cluster.engine_gpus is {c.cluster.engine_gpus} and cluster.learner_gpus is {c.cluster.learner_gpus}; with GPUs on one side only set sync.transport=gloo")
+    require(c.sync.transport != "nccl" or (c.cluster.engine_gpus > 0 and c.cluster.learner_gpus > 0),
+            f"sync.transport is nccl, which needs GPUs on both sides, but cluster.engine_gpus is {c.cluster.engine_gpus} and cluster.learner_gpus {c.cluster.learner_gpus}; use auto or gloo")
     require(not (c.run.rollout_only and not method.uses_rollouts), f"run.rollout_only with method {c.method['name']!r}, which makes no rollouts")
     need = c.data.max_prompt_tokens + max(c.rollout.max_tokens, c.eval.max_tokens or 0)
     require(c.rollout.max_model_len is None or c.rollout.max_model_len >= need,
