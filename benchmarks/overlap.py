@@ -8,6 +8,7 @@ every one of the learner to core 1; the driver and the reward process stay free.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from statistics import median
 import psutil
 import yaml
 from report import emit, spread
-from step import HERE, WARM, config
+from step import HERE, config
 from workloads import WORKLOADS, make_model, write_data
 
 from tandem.engine.telemetry import read_jsonl
@@ -39,15 +40,15 @@ def pin(root: psutil.Process, stop: threading.Event, places: dict[str, list[int]
             try:
                 if (where := cores(process)) is not None:
                     for thread in process.threads():
-                        psutil.Process(thread.id).cpu_affinity(where)
-            except psutil.Error:
+                        os.sched_setaffinity(thread.id, where)
+            except (psutil.Error, OSError):
                 continue
 
 
 def run(args, folder: Path, staleness: int) -> dict[str, list[float]]:
     tree = config(args, "cluster", args.dtype, "grpo", folder)
     tree["rollout"] |= {"staleness": staleness, "prompts_per_step": args.prompts}
-    tree["run"] |= {"name": f"staleness-{staleness}", "steps": WARM + args.steps + staleness}
+    tree["run"] |= {"name": f"staleness-{staleness}", "steps": args.warm + args.steps + staleness}
     place = folder / "runs" / tree["run"]["name"]
     shutil.rmtree(place, ignore_errors=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
@@ -67,7 +68,7 @@ def run(args, folder: Path, staleness: int) -> dict[str, list[float]]:
     if process.returncode:
         raise RuntimeError((folder / "out.txt").read_text()[-3000:])
     # the last `staleness` steps have nothing left to roll out beside them
-    lines = [line for line in read_jsonl(place / "metrics.jsonl") if "time/step" in line][WARM:WARM + args.steps]
+    lines = [line for line in read_jsonl(place / "metrics.jsonl") if "time/step" in line][args.warm:args.warm + args.steps]
     return {key: [line[key] for line in lines] for key in ("time/step", "time/rollout", "time/learn", "time/sync", "rollout/idle", "learner/idle")}
 
 
@@ -76,7 +77,7 @@ def main() -> None:
     parser.add_argument("--workload", choices=list(WORKLOADS), default="w4")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--prompts", type=int, default=32, help="per step: more of them lengthen both sides")
-    for name, value in (("steps", 8), ("rounds", 2), ("threads", 1), ("micro-batch-tokens", 4096)):
+    for name, value in (("steps", 8), ("rounds", 2), ("threads", 1), ("warm", 2), ("micro-batch-tokens", 4096)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--timeout", type=float, default=600.0)
     parser.add_argument("--out")

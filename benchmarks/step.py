@@ -2,7 +2,7 @@
 
     python benchmarks/step.py --workload w4 --peer-python TRLVENV/bin/python [--dtypes float32 bfloat16] [--modes inline cluster] [--chord] [--rounds 2] [--steps 4]
 
-Every measurement is a run of its own (`tandem train`, or peer_trl.py) whose first two steps are left out. A step is everything from one step's begin to the next: rollouts, rewards, learning, weight sync; for TRL from on_step_begin to on_step_end.
+Every measurement is a run of its own (`tandem train`, or peer_trl.py) whose first `--warm` steps are left out. A step is everything from one step's begin to the next: rollouts, rewards, learning, weight sync; for TRL from on_step_begin to on_step_end.
 `--chord` adds a CHORD step on the same rollouts plus expert rows, compared with the GRPO step at equally many trained tokens. See docs/performance.md.
 """
 from __future__ import annotations
@@ -24,7 +24,7 @@ from workloads import WORKLOADS, make_model, write_data
 from tandem.engine.telemetry import read_jsonl
 
 HERE = Path(__file__).resolve().parent
-WARM = 2        # steps that do not count: first allocations, first compilations
+WARM = 2        # steps that do not count (--warm): first allocations, first compilations
 
 
 def config(args, mode: str, dtype: str, method: str, folder: Path) -> dict:
@@ -41,7 +41,7 @@ def config(args, mode: str, dtype: str, method: str, folder: Path) -> dict:
             "learner": {"learning_rate": w.learning_rate, "zero_stage": 0 if inline else 1, "micro_batch_tokens": args.micro_batch_tokens},
             "cluster": {"threads": args.threads},
             "sync": {"gate_steps": 0},      # a forced response cannot end, so it is not sampled from quite the learner's distribution
-            "run": {"name": f"{mode}-{dtype}-{method}", "dir": str(folder / "runs"), "steps": WARM + args.steps, "save_model": False}}
+            "run": {"name": f"{mode}-{dtype}-{method}", "dir": str(folder / "runs"), "steps": args.warm + args.steps, "save_model": False}}
 
 
 def tandem(args, mode: str, dtype: str, method: str, folder: Path) -> dict[str, list[float]]:
@@ -51,7 +51,7 @@ def tandem(args, mode: str, dtype: str, method: str, folder: Path) -> dict[str, 
     shutil.rmtree(run, ignore_errors=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
     child(args, [sys.executable, "-m", "tandem.launch.cli", "train", str(folder / "config.yaml"), "--debug"], f"tandem {mode}")
-    lines = [line for line in read_jsonl(run / "metrics.jsonl") if "time/step" in line][WARM:]
+    lines = [line for line in read_jsonl(run / "metrics.jsonl") if "time/step" in line][args.warm:]
     shutil.rmtree(run)
     return {key: [line[key] for line in lines] for key in lines[0] if key.startswith(("time/", "tokens/", "rollout/", "learner/", "seconds/"))}
 
@@ -59,11 +59,11 @@ def tandem(args, mode: str, dtype: str, method: str, folder: Path) -> dict[str, 
 def trl(args, dtype: str, folder: Path) -> dict[str, list[float]]:
     w = WORKLOADS[args.workload]
     out = child(args, [args.peer_python, str(HERE / "peer_trl.py"), "--workload", args.workload, "--model", str(folder / "model"), "--data", str(folder),
-                       "--steps", str(WARM + args.steps), "--dtype", dtype], "TRL")
+                       "--steps", str(args.warm + args.steps), "--dtype", dtype], "TRL")
     found = json.loads(out.strip().splitlines()[-1])
     assert all(t["completion"] == w.prompts * w.samples * w.tokens for t in found["tokens"]), found["tokens"]
-    return {"time/step": found["step"][WARM:], "time/rollout": found["generate"][WARM:],
-            "tokens/real": [float(t["prompt"] + t["completion"]) for t in found["tokens"]][WARM:]}
+    return {"time/step": found["step"][args.warm:], "time/rollout": found["generate"][args.warm:],
+            "tokens/real": [float(t["prompt"] + t["completion"]) for t in found["tokens"]][args.warm:]}
 
 
 def child(args, command: list[str], name: str) -> str:
@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--chord", action="store_true")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--warm", type=int, default=WARM)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--micro-batch-tokens", type=int, default=4096)
     parser.add_argument("--timeout", type=float, default=900.0)
