@@ -176,6 +176,7 @@ class RunState:
     signals: dict[str, float] = field(default_factory=dict)         # metrics of the last step, as the next one's Batch sees them
     gated: int = 0                                                  # steps whose log-probs were compared before training
     tokens: int = 0                                                 # generated + trained so far
+    optimizer_steps: dict[str, int] = field(default_factory=dict)   # steps taken with each set of optimizer moments
     rng: dict[str, Any] = field(default_factory=dict)               # rng_state()
 
     FILE = "run_state.pkl"

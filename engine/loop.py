@@ -64,6 +64,7 @@ def train(run) -> None:
             raise NotFinite(f"{skipped} steps in a row had a non-finite gradient (learner.max_skipped_steps is {cfg.learner.max_skipped_steps}); "
                             f"the rows of each are in {run.folder / 'bad_steps'}; weights are those before the first of them")
         run.step = step + 1
+        run.optimizer_steps[demand.optimizer] = run.optimizer_steps.get(demand.optimizer, 0) + 1
         run.tokens += int(report.metrics.get("tokens/real", 0)) + run.producer.books.tokens - sampled
 
         metrics = {**report.metrics, **rollout_metrics(groups), **diagnostics(rows)}

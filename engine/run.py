@@ -43,6 +43,7 @@ class Run:
         self.folder = Path(config.run.dir) / config.run.name
         self.step, self.version, self.signals = 0, None, {}
         self.tokens = 0                         # generated + trained so far
+        self.optimizer_steps: dict[str, int] = {}       # steps taken with each set of optimizer moments
         self.gated, self.stop_requested = 0, False
         self.learner, self.connected = None, False
         self.first_eval: EvalResult | None = None
@@ -69,7 +70,7 @@ class Run:
         """Everything that can fail because of the user's input, before anything heavy starts. Raises ConfigError."""
         from tandem.engine.data import ExpertSource, PromptSource
         from tandem.engine.model import load_tokenizer, resolve_model
-        from tandem.launch.machine import check_weights
+        from tandem.launch.machine import check_model
         from tandem.rollout.rewards.runner import RewardRunner
         cfg = self.config
         self.checkpoints = Checkpoints(self.folder / "checkpoints", cfg.run.keep_checkpoints, self.display.message)
@@ -82,7 +83,7 @@ class Run:
         self.method = configured(cfg.method)
         self.model_path = resolve_model(cfg.model)
         self.tokenizer = load_tokenizer(cfg.model)
-        check_weights(self.model_path)
+        check_model(cfg, self.model_path)
         if cfg.mode == "cluster":
             from tandem.launch.placement import preflight
             preflight(cfg, self.model_path)
@@ -228,11 +229,13 @@ class Run:
     # -- what the loop asks -----------------------------------------------------------------------------------------------------------------------
 
     def learning_rate(self, step: int, demand: Demand) -> float:
+        """Linear warm-up over the first steps of every set of optimizer moments (fresh moments step at full size in every direction), then the schedule."""
         cfg = self.config.learner
         base = cfg.learning_rate if demand.learning_rate is None else demand.learning_rate
-        if step < cfg.warmup_steps:
-            return base * (step + 1) / cfg.warmup_steps
-        done = (step - cfg.warmup_steps) / max(1, self.config.run.steps - cfg.warmup_steps)
+        taken = self.optimizer_steps.get(demand.optimizer, 0)
+        if taken < cfg.warmup_steps:
+            base *= (taken + 1) / cfg.warmup_steps
+        done = max(0, step - cfg.warmup_steps) / max(1, self.config.run.steps - cfg.warmup_steps)
         return base * {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[cfg.schedule]
 
     def evaluation_due(self, step: int) -> bool:
@@ -280,7 +283,8 @@ class Run:
 
     def checkpoint(self) -> None:
         state = RunState(step=self.step, cursors={name: source.state_dict() for name, source in self.sources().items()}, producer=self.producer.state_dict(),
-                         method=self.method.state_dict(), signals=dict(self.signals), gated=self.gated, tokens=self.tokens, rng=rng_state())
+                         method=self.method.state_dict(), signals=dict(self.signals), gated=self.gated, tokens=self.tokens,
+                         optimizer_steps=dict(self.optimizer_steps), rng=rng_state())
         with self.checkpoints.write(self.step) as folder:
             self.learner.save(folder / "learner")
             state.save(folder)
@@ -289,7 +293,7 @@ class Run:
 
     def restore(self, folder: Path) -> None:
         state = RunState.load(folder)
-        self.step, self.signals, self.gated, self.tokens = state.step, state.signals, state.gated, state.tokens
+        self.step, self.signals, self.gated, self.tokens, self.optimizer_steps = state.step, state.signals, state.gated, state.tokens, state.optimizer_steps
         self.method.load_state_dict(state.method)
         self.producer.load_state_dict(state.producer)
         for name, source in self.sources().items():

@@ -148,6 +148,12 @@ def test_rollouts_recorded_in_one_run_train_another(tmp_path):
     assert [l["tokens"] for l in replayed] == [l["tokens"] for l in lines(recorded)]
 
 
+def test_every_set_of_moments_has_its_own_warm_up(tmp_path):
+    train(config(tmp_path, {"name": "sft_rl", "sft_steps": 3, "sft_learning_rate": 4e-3}, "run.steps=6", "learner.warmup_steps=2"))
+    rates = [line["learning_rate"] for line in lines(tmp_path / "run" / "metrics.jsonl") if "learning_rate" in line]
+    assert rates == pytest.approx([2e-3, 4e-3, 4e-3, 5e-4, 1e-3, 1e-3])
+
+
 def test_a_breakpoint_in_a_method_gets_the_terminal(tmp_path):
     method = tmp_path / "mine.py"
     method.write_text("from dataclasses import dataclass\nfrom tandem.algorithms.grpo import GRPO\n@dataclass\nclass Mine(GRPO):\n"
