@@ -24,7 +24,7 @@ class Term:
     """One summand of the loss: `coefficient * sum_rows sum_t weight * scale * objective / Z`.
 
     `name` is the key into `Row.weights`. `needs` names the streams the objective cannot do without (entropy, value) or that the loop has to fill in
-    before `Method.credit` (old_logp, ref_logp, old_value).
+    before `Method.credit` (old_logp, ref_logp, old_value). Any other name is one of the extra streams of a custom forward.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Term:
     coefficient: float = 1.0
     correction: RolloutCorrection | None = None
     needs: frozenset[str] = frozenset()
+    together: bool = False              # all rows of a group stand in one micro-batch
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,15 @@ class Method:
     aligned: ClassVar[bool] = False                 # demonstrations come with their prompts: `experts` of the step's prompts are drawn from data.experts
     scores_demonstrations: ClassVar[bool] = False   # the reward functions also score each prompt's demonstration
     policy: ClassVar[Any] = None                    # the RL half, algorithms.policy.PolicyLoss, where the method has one (then a field, set in __post_init__)
+
+    # Experimental, for methods whose log-probs are not those of the tokens' own context, or that need more than log-probs (IFT, CARFT): what the learner calls
+    # in the place of Policy.forward in every step, a picklable callable
+    #   forward(policy, tokens, positions, index, target, temperature, chunk, entropy, tags) -> (logp [n], entropy [n] | None, value [n] | None, {name: [n]})
+    # with the arguments of Policy.forward and tags {segment, group, source: [n]}; the extra streams are `tokens.extra` of every objective.
+    # It runs on the policy's modules (trunk, head, critic), all of them in the same order on every rank, and every parameter takes part, if only times zero:
+    # ZeRO-3 would keep the last step's gradient of one that does not. Log-probs from before the update remain the ordinary ones.
+    forward: ClassVar[Callable | None] = None
+    embedding: ClassVar[int] = 0                    # dimensions of the critic's hidden layer, 0: a linear critic
 
     def demand(self, step: int, budget: Budget, signals: Mapping[str, float]) -> Demand:
         """What step `step` needs. Called when its rollouts are requested, up to `staleness` steps ahead."""
@@ -174,6 +184,8 @@ METHODS: dict[str, str] = {
     "sasr": "tandem.algorithms.sasr:SASR",
     "ppo": "tandem.algorithms.ppo:PPO",
     "reft": "tandem.algorithms.reft:ReFT",
+    "ift": "tandem.algorithms.ift:IFT",
+    "carft": "tandem.algorithms.carft:CARFT",
 }
 
 

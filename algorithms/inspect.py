@@ -10,13 +10,14 @@ numbers that a model would give (log-probs, entropies, values) come from the cal
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from tandem.algorithms.base import Batch, Method
+from tandem.algorithms.objectives import Tokens
 from tandem.engine.packing import pack
 from tandem.engine.terms import denominators, evaluate, streams
 from tandem.engine.types import Finish, Prompt, Row, ScoredGroup, Source, Trajectory
@@ -39,10 +40,10 @@ class Inspection:
 
 
 def inspect(method: Method, batch: Batch, logp: PerRow, entropy: PerRow | None = None, old: PerRow | None = None, reference: PerRow | None = None,
-            value: PerRow | None = None, old_value: PerRow | None = None, micro_batch_tokens: int = 1 << 20, ranks: int = 1) -> Inspection:
+            value: PerRow | None = None, old_value: PerRow | None = None, extra: Mapping[str, PerRow] = {}, micro_batch_tokens: int = 1 << 20, ranks: int = 1) -> Inspection:
     """Evaluate `method` on `batch`. logp, entropy, old, reference, value and old_value map a row to float [T]; all but logp, entropy and value become the
     row's streams. For a term that needs old log-probs or values and is given none, the present ones are the old ones, as before a first update; the
-    present value is 0 if not given, as of a new critic."""
+    present value is 0 if not given, as of a new critic. `extra` are the streams that a custom forward would give, 0 if not given."""
     rows, terms = list(method.rows(batch)), method.terms(batch)
     needs = frozenset().union(*(term.needs for term in terms))
     if value is None and "value" in needs:
@@ -56,13 +57,15 @@ def inspect(method: Method, batch: Batch, logp: PerRow, entropy: PerRow | None =
     z = denominators(terms, rows)
     leaf = lambda per_row: [torch.tensor(np.asarray(per_row(r)), dtype=torch.float32, requires_grad=True) for r in rows]
     leaves, value_leaves = leaf(logp), None if value is None else leaf(value)
+    extra = {**{name: lambda row: np.zeros(len(row.tokens)) for name in needs - set(Tokens.__dataclass_fields__)}, **extra}
     total, sums = torch.zeros(()), {}
     for micro in (m for rank in pack(rows, terms, ranks, micro_batch_tokens, batch.step) for m in rank):
         places = [(i, np.flatnonzero(rows[i].trained)) for i in micro.rows]
         gather = lambda per_row: torch.cat([per_row(i)[torch.as_tensor(t)] for i, t in places]) if places else torch.zeros(0, requires_grad=True)
         entropies = None if entropy is None else gather(lambda i: torch.tensor(np.asarray(entropy(rows[i])), dtype=torch.float32))
         values = None if value is None else gather(lambda i: value_leaves[i])
-        loss, parts = evaluate(terms, z, micro, streams(micro, gather(lambda i: leaves[i]), entropies, values))
+        extras = {name: gather(lambda i: torch.tensor(np.asarray(f(rows[i])), dtype=torch.float32)) for name, f in extra.items()}
+        loss, parts = evaluate(terms, z, micro, streams(micro, gather(lambda i: leaves[i]), entropies, values, extras))
         total = total + loss
         for key, part in parts.items():
             sums[key] = sums.get(key, 0.0) + float(part)

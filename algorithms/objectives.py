@@ -5,7 +5,8 @@ The loss must be differentiable in `tokens.logp`; everything else is data. `weig
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -30,6 +31,7 @@ class Tokens:
     value: torch.Tensor | None = None           # float32 [n], requires grad: the critic's present value of the state in which the token was chosen
     old_value: torch.Tensor | None = None       # float32 [n] the same before the update
     returns: torch.Tensor | None = None         # float32 [n]
+    extra: Mapping[str, torch.Tensor] = field(default_factory=dict)     # {name: float32 [n]} from a method's own forward
 
     @property
     def old(self) -> torch.Tensor:
@@ -40,7 +42,7 @@ class Tokens:
 
     def take(self, index: torch.Tensor) -> Tokens:
         """The same tokens, `index` (int64 [m]) of them."""
-        pick = lambda x: None if x is None else x[index]
+        pick = lambda x: None if x is None else {k: v[index] for k, v in x.items()} if isinstance(x, Mapping) else x[index]
         return Tokens(*(pick(getattr(self, f)) for f in self.__dataclass_fields__))
 
 

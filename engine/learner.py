@@ -39,8 +39,8 @@ class Delivery:
 
 def build_policy(config: Config, model_path: str) -> Policy:
     policy = load_policy(replace(config.model, path=model_path))
-    if config.method and configured(config.method).critic:
-        policy.add_critic()
+    if config.method and (method := configured(config.method)).critic:
+        policy.add_critic(method.embedding)
     if config.learner.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
     return policy
@@ -72,8 +72,8 @@ class LearnerRank:
         self.engine.set_learning_rate(plan.learning_rate)
         sums: dict[str, torch.Tensor] = {}
         for micro in plan.micro_batches[0]:
-            logp, entropy, value = self._forward(self.engine.forward, micro, plan.temperature, plan.entropy)
-            loss, found = term_losses.evaluate(plan.terms, plan.denominators, micro, term_losses.streams(micro, logp, entropy, value))
+            logp, entropy, *more = self._forward(self.engine.forward, micro, plan.temperature, plan.entropy, plan.forward)
+            loss, found = term_losses.evaluate(plan.terms, plan.denominators, micro, term_losses.streams(micro, logp, entropy, *more))
             self.engine.backward(loss)
             merge(sums, {**found, **observe(micro, logp.detach(), None if entropy is None else entropy.detach())})
         totals = gather(numbers(sums), self.ranks)
@@ -84,9 +84,10 @@ class LearnerRank:
                    "seconds/gradient": gradient - started, "seconds/optimizer": done - gradient}
         return StepReport(metrics, skipped=not applied, seconds=done - started)
 
-    def _forward(self, forward, micro: MicroBatch, temperature: float, entropy: bool):
+    def _forward(self, forward, micro: MicroBatch, temperature: float, entropy: bool, custom=None):
         move = lambda array: torch.as_tensor(array, device=self.engine.device)
-        return forward(move(micro.tokens), move(micro.positions), move(micro.index), move(micro.target), temperature, self.config.learner.head_chunk, entropy)
+        hook = () if custom is None else (custom, {name: move(getattr(micro, name)) for name in ("segment", "group", "source")})
+        return forward(move(micro.tokens), move(micro.positions), move(micro.index), move(micro.target), temperature, self.config.learner.head_chunk, entropy, *hook)
 
     def logprobs(self, rows: Sequence[Row], temperature: float, reference: bool = False) -> list[np.ndarray | None]:
         """The log-probs of `streams`."""

@@ -9,7 +9,7 @@ Invariants:
   * The result depends on the arguments only.
 Denominators and row scales do not depend on the packing, so that any packing of the same rows gives the same gradient.
 
-The unit that is placed is a row. Terms that need all rows of a group in one micro-batch would make it a group: see `spread`.
+The unit that is placed is a row, or a group where a term has `together`.
 """
 from __future__ import annotations
 
@@ -32,18 +32,20 @@ FACTORS = (1.0, 1.05, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)     # bin l
 
 def pack(rows: Sequence[Row], terms: Sequence[Term], ranks: int, micro_batch_tokens: int, version: int) -> tuple[tuple[MicroBatch, ...], ...]:
     """[rank][k] micro-batches for one optimizer step. `version` is the learner's weight version, for `MicroBatch.fresh`."""
-    lengths = {i: len(row.tokens) for i, row in enumerate(rows) if row.trained.any()}
-    layouts = [layout(share, micro_batch_tokens) for share in spread(lengths, ranks)]
+    trained, together = [i for i, row in enumerate(rows) if row.trained.any()], any(term.together for term in terms)
+    units: dict[tuple, list[int]] = {}
+    for i in trained:
+        units.setdefault(("group", rows[i].group) if together and rows[i].group >= 0 else ("row", i), []).append(i)
+    units = {members[0]: members for members in units.values()}
+    lengths = {first: sum(len(rows[i].tokens) for i in members) for first, members in units.items()}
+    layouts = [[[[i for first in b for i in units[first]] for b in bins] for bins in layout(share, micro_batch_tokens)] for share in spread(lengths, ranks)]
     steps = max(1, *(len(micros) for micros in layouts))
     present = [name for name in STREAMS if any(getattr(row, name) is not None for row in rows)]
     return tuple(tuple(build(rows, micros[k] if k < len(micros) else [[]], terms, present, version) for k in range(steps)) for micros in layouts)
 
 
 def spread(lengths: dict[int, int], ranks: int) -> list[dict[int, int]]:
-    """Rows to ranks, longest first to the rank with the least cost so far.
-
-    Where rows of a group must stay together, spread (and fill bins with) groups instead, with the sum of their rows as length.
-    """
+    """Rows (or units of rows) to ranks, longest first to the rank with the least cost so far."""
     shares: list[dict[int, int]] = [{} for _ in range(ranks)]
     loads = [0.0] * ranks
     for i in sorted(lengths, key=lambda i: (-lengths[i], i)):

@@ -30,23 +30,25 @@ def denominators(terms: Sequence[Term], rows: Sequence[Row]) -> dict[str, float]
     return {term.name: term.reduction.denominator(row_counts(rows, term.name)) for term in terms}
 
 
-def streams(micro: MicroBatch, logp: torch.Tensor, entropy: torch.Tensor | None = None, value: torch.Tensor | None = None) -> Tokens:
-    """The objective's view of a micro-batch. logp, entropy and the critic's value: float32 [n] on the compute device."""
+def streams(micro: MicroBatch, logp: torch.Tensor, entropy: torch.Tensor | None = None, value: torch.Tensor | None = None,
+            extra: Mapping[str, torch.Tensor] = {}) -> Tokens:
+    """The objective's view of a micro-batch. logp, entropy, the critic's value and a custom forward's extra streams: float32 [n] on the compute device."""
     tensor = lambda name: torch.as_tensor(micro.streams[name], device=logp.device) if name in micro.streams else None
     return Tokens(logp=logp, segment=torch.as_tensor(micro.segment, device=logp.device), group=torch.as_tensor(micro.group, device=logp.device),
                   source=torch.as_tensor(micro.source, device=logp.device), advantage=tensor("advantage"), old_logp=tensor("old_logp"),
                   behaviour_logp=tensor("behaviour_logp"), ref_logp=tensor("ref_logp"), entropy=entropy,
-                  value=value, old_value=tensor("old_value"), returns=tensor("returns"))
+                  value=value, old_value=tensor("old_value"), returns=tensor("returns"), extra=extra)
 
 
 def evaluate(terms: Sequence[Term], z: Mapping[str, float], micro: MicroBatch, tokens: Tokens) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """This micro-batch's share of the step's loss, and sums for the report.
 
-    Returns (loss, sums): `loss` is a scalar attached to `tokens.logp` and `tokens.value` even when no token belongs to any term (a rank without rows
-    still has to run its whole backward pass, or collectives of the other ranks would wait for ever). `sums` are detached scalars to be added up over micro-batches
+    Returns (loss, sums): `loss` is a scalar attached to everything that any rank may differentiate even when no token here belongs to any term (a rank
+    without rows still has to run its whole backward pass, or collectives of the other ranks would wait for ever). `sums` are detached scalars to be added up over micro-batches
     and ranks: `loss/TERM` (already divided by Z), `count/TERM` (tokens), `sum/TERM/METRIC` (token sums, divide by count at the end).
     """
-    loss = tokens.logp.sum() * 0.0 + (0.0 if tokens.value is None else tokens.value.sum() * 0.0)
+    attached = [tokens.logp, tokens.value, *tokens.extra.values(), tokens.entropy if any("entropy" in term.needs for term in terms) else None]
+    loss = sum(stream.sum() * 0.0 for stream in attached if stream is not None)
     sums: dict[str, torch.Tensor] = {}
     for term in terms:
         if term.name not in micro.weights:
@@ -57,7 +59,7 @@ def evaluate(terms: Sequence[Term], z: Mapping[str, float], micro: MicroBatch, t
             continue
         chosen = tokens.take(index)
         for need in term.needs:
-            if getattr(chosen, need) is None:
+            if need not in chosen.extra and getattr(chosen, need, None) is None:
                 raise ValueError(f"term {term.name!r} needs {need!r}, which this step does not have (see docs/methods.md on streams)")
         per_token, metrics = term.objective(chosen)
         factor = weight[index] * torch.as_tensor(micro.scale[term.name], device=weight.device)[index]

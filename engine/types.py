@@ -202,6 +202,7 @@ class StepPlan:
     optimizer: str = "main"                             # which set of optimizer moments this step uses
     temperature: float = 1.0
     entropy: bool = False                               # whether the head also computes token entropies
+    forward: Any = None                                 # Method.forward, in the place of Policy.forward
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from functools import cache
 import numpy as np
 import torch
 
-from tandem.algorithms.base import Term
+from tandem.algorithms.base import Batch, Term, make_method
 from tandem.algorithms.critic import ValueLoss
+from tandem.algorithms.inspect import group, trajectory
 from tandem.algorithms.objectives import NLL, KLToReference, PPOClip
 from tandem.algorithms.reductions import Reduction
 from tandem.engine.learner import build_policy
@@ -67,6 +68,18 @@ def poison(rows):
 def make_plan(rows, ranks=1, budget=64, terms=TERMS, **changes):
     plan = StepPlan(0, tuple(terms), denominators(terms, rows), pack(rows, terms, ranks, budget, version=0), learning_rate=1e-3, temperature=TEMPERATURE, entropy=True)
     return replace(plan, **changes)
+
+
+def hook_plan(name, ranks=1):
+    """A step of a method with a forward of its own, ift or carft."""
+    rng = np.random.default_rng(7)
+    draw = lambda n: rng.integers(7, 100, n)
+    groups = [group([trajectory([1], draw(n)) for n in (5, 8, 3)], [1.0, 0.0, 1.0], demonstration=draw(6), number=g) for g in range(3)]
+    batch = Batch(0, tuple(groups), tuple(trajectory([1, 2], draw(n), expert=True) for n in (4, 9, 6, 12)))
+    method = make_method(name, {} if name == "ift" else {"contrast": 1.0, "policy": {"critic": {"kl": 0.0}}})
+    zeros = lambda row: np.zeros(len(row.tokens), np.float32)
+    rows, terms = method.credit([replace(row, old_value=zeros(row)) for row in method.rows(batch)], batch), method.terms(batch)
+    return make_plan(rows, ranks, 48, terms, forward=method.forward)
 
 
 @cache

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from learner_cases import CLIP, METHOD, SEEDS, TERMS, equal, make_plan, make_policy, make_rows, only, plain_gradient, weights
+from learner_cases import CLIP, METHOD, SEEDS, TERMS, equal, hook_plan, make_plan, make_policy, make_rows, only, plain_gradient, weights
 
 from tandem.engine.config import Config, LearnerConfig, ModelConfig
 from tandem.engine.learner import LearnerRank
@@ -75,6 +75,17 @@ def test_gradient_equals_plain_pytorch_for_every_term_and_split(results, expecte
                     assert torch.allclose(gradient[key], right[key], rtol=1e-5, atol=1e-6 * size), (case, name, count, key)
                 assert metrics["grad_norm"] == pytest.approx(size, rel=1e-5), (case, name, count)
                 assert metrics["loss"] == pytest.approx(loss, rel=1e-5), (case, name, count)
+
+
+@pytest.mark.parametrize("name", ["ift", "carft"])
+def test_a_forward_of_the_methods_own_gives_the_same_step_at_every_stage(results, model_path, name):
+    stage, ranks, cases = results
+    right = local(model_path).step(hook_plan(name)).metrics
+    assert right["grad_norm"] > 0 and ("contrast/similarity" in right or "ift/guessed" in right)
+    for case in cases.keys() - {"bfloat16"}:
+        for out in cases[case]:
+            for key in right.keys() - {"seconds/gradient", "seconds/optimizer", "tokens/padded", "gap/max", "gap/mean"}:
+                assert out["hooks"][name][key] == pytest.approx(right[key], rel=1e-4, abs=1e-5), (case, key)
 
 
 def test_the_stage_is_real(results, model_path):

@@ -4,7 +4,7 @@ import time
 import psutil
 import pytest
 
-from learner_cases import make_plan, make_rows
+from learner_cases import METHOD, make_plan, make_rows
 from tandem.engine.config import ClusterConfig, Config, ConfigError, LearnerConfig, ModelConfig, RolloutConfig
 from tandem.launch import placement
 
@@ -29,7 +29,7 @@ def two_nodes():
 
 def config(**cluster) -> Config:
     """Two learner ranks and no engine: rollouts are replayed."""
-    return Config(model=ModelConfig(path="tandem:tiny"), rollout=RolloutConfig(backend="replay", record="unused"), learner=LearnerConfig(zero_stage=2),
+    return Config(method=METHOD, model=ModelConfig(path="tandem:tiny"), rollout=RolloutConfig(backend="replay", record="unused"), learner=LearnerConfig(zero_stage=2),
                   cluster=ClusterConfig(**{"learner_ranks": 2, "strategy": "STRICT_SPREAD", "deadline": 60, **cluster}))
 
 

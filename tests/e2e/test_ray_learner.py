@@ -4,7 +4,7 @@ import signal
 
 import numpy as np
 import pytest
-from learner_cases import CLIP, TEMPERATURE, make_plan, make_rows
+from learner_cases import CLIP, METHOD, TEMPERATURE, make_plan, make_rows
 
 from tandem.engine import weights
 from tandem.engine.config import ClusterConfig, Config, DataConfig, LearnerConfig, ModelConfig, RolloutConfig, SyncConfig
@@ -38,7 +38,7 @@ def test_two_ranks_and_an_engine(model_path, tmp_path):
     from tandem.engine.ray_learner import LearnerFailed, RayLearner
     from tandem.launch import placement
     from tandem.rollout.pool import EnginePool
-    config = Config(model=ModelConfig(path=model_path), data=DataConfig(max_prompt_tokens=16), rollout=RolloutConfig(max_tokens=16, kv_cache_gib=0.25, max_sequences=8),
+    config = Config(method=METHOD, model=ModelConfig(path=model_path), data=DataConfig(max_prompt_tokens=16), rollout=RolloutConfig(max_tokens=16, kv_cache_gib=0.25, max_sequences=8),
                     learner=LearnerConfig(grad_clip=CLIP, zero_stage=3), sync=SyncConfig(timeout=60.0),
                     cluster=ClusterConfig(engines=1, learner_ranks=2, engine_cpus=0.5, learner_cpus=0.5, start_timeout=200.0))
     places = placement.start(config, tmp_path)

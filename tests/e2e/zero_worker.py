@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-from learner_cases import CLIP, METHOD, SEEDS, TERMS, budget_of, make_plan, make_policy, make_rows, only, poison, weights
+from learner_cases import CLIP, METHOD, SEEDS, TERMS, budget_of, hook_plan, make_plan, make_policy, make_rows, only, poison, weights
 
 from tandem.engine import zero
 from tandem.engine.config import Config, LearnerConfig, ModelConfig
@@ -53,7 +53,17 @@ def gradients(learner, ranks):
             out[name, count] = weights(learner), metrics
             Probe.mode = "hide"
             take(learner, plan)
-    Probe.mode = "train"
+    return out
+
+
+def hooks(learner, ranks):
+    """{method: metrics} of steps with a forward of the method's own; the weights stay as they are."""
+    out = {}
+    for name in ("ift", "carft"):
+        Probe.mode = "show"
+        out[name] = dict(take(learner, hook_plan(name, ranks)).metrics)
+        Probe.mode = "hide"
+        take(learner, hook_plan(name, ranks))
     return out
 
 
@@ -90,7 +100,8 @@ def main(rank, ranks, port, stage, model, folder):
         if case == "offload":
             zero.check_offload(stage)
         learner = build(case, stage, model, ranks, rank)
-        out = {"gradients": gradients(learner, ranks)} if case != "bfloat16" else {}
+        out = {"gradients": gradients(learner, ranks), "hooks": hooks(learner, ranks)} if case != "bfloat16" else {}
+        Probe.mode = "train"
         engine = learner.engine.engine
         out["offloaded"] = bool(engine.zero_use_cpu_optimizer())
         out["local elements"] = sum(p.numel() for p in learner.engine.module.parameters())

@@ -4,7 +4,7 @@ import asyncio
 import numpy as np
 import pytest
 import torch
-from learner_cases import make_plan, make_rows
+from learner_cases import METHOD, make_plan, make_rows
 
 from tandem.engine import weights
 from tandem.engine.config import Config, DataConfig, LearnerConfig, ModelConfig, RolloutConfig
@@ -30,7 +30,7 @@ class Pool:
 
 def start(model_path, *kinds):
     """(learner, pool), connected."""
-    config = Config(mode="inline", model=ModelConfig(path=model_path), data=DataConfig(max_prompt_tokens=32), rollout=RolloutConfig(max_tokens=8), learner=LearnerConfig())
+    config = Config(mode="inline", model=ModelConfig(path=model_path), data=DataConfig(max_prompt_tokens=32), rollout=RolloutConfig(max_tokens=8), learner=LearnerConfig(), method=METHOD)
     learner = InlineLearner.start(config, model_path)
     pool = Pool([kind(model_path, config, 0) for kind in kinds])
     learner.connect(pool)
@@ -42,7 +42,7 @@ def test_engines_compute_with_the_learners_weights(model_path):
     weights.sync(learner, pool, 0)
     learner.step(make_plan(make_rows(), learning_rate=0.01))
     report = weights.sync(learner, pool, 1)
-    assert report.version == 1 and report.bytes == sum(p.numel() * 4 for p in learner.rank.engine.module.parameters()) and report.seconds > 0
+    assert report.version == 1 and report.bytes == sum(p.numel() * 4 for p in learner.rank.engine.module.model.parameters()) and report.seconds > 0
     for backend in pool.backends:
         (t, *_) = asyncio.run(backend.generate(GenRequest(0, Prompt("p", np.array([1, 50, 51], np.int32), ""), 1, Sampling(8))))
         mask = t.source == Source.POLICY
@@ -147,10 +147,10 @@ def test_no_engine_is_an_error(model_path):
 
 
 def test_bfloat16_travels_as_bfloat16(model_path):
-    config = Config(mode="inline", model=ModelConfig(path=model_path, dtype="bfloat16"), rollout=RolloutConfig(max_tokens=8))
+    config = Config(mode="inline", model=ModelConfig(path=model_path, dtype="bfloat16"), rollout=RolloutConfig(max_tokens=8), method=METHOD)
     learner = InlineLearner.start(config, model_path)
     pool = Pool([HFBackend(model_path, config, 0)])
     learner.connect(pool)
     learner.step(make_plan(make_rows(), learning_rate=0.01))
-    assert weights.sync(learner, pool, 1).bytes == sum(p.numel() * 2 for p in learner.rank.engine.module.parameters())
+    assert weights.sync(learner, pool, 1).bytes == sum(p.numel() * 2 for p in learner.rank.engine.module.model.parameters())
     assert all(torch.equal(p, q) for p, q in zip(learner.rank.engine.module.model.parameters(), pool.backends[0].model.parameters()))
