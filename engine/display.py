@@ -58,7 +58,7 @@ class Display:
 
     def start(self) -> None:
         """The first step begins now: what came before is start-up and does not count for the time left."""
-        self.began = time.monotonic()
+        self.began, self.status_text = time.monotonic(), ""
 
     def step(self, step: int, metrics: Mapping[str, float], method: Mapping[str, float] = {}) -> None:
         """Step `step` (0-based) is done. `method`: the method's own metrics, e.g. {"mu": 0.4}."""
@@ -68,9 +68,10 @@ class Display:
         if self._live is None:
             self._plain_line()
 
-    def evaluation(self, step: int, accuracy: float) -> None:
-        """Held-out accuracy after `step` steps. After a resume, call it for the earlier evaluations too (Telemetry.evaluations)."""
-        self.accuracies.append((step, accuracy))
+    def evaluation(self, step: int, accuracy: float | None) -> None:
+        """Held-out accuracy after `step` steps. After a resume, call it for the earlier evaluations too (Telemetry.evaluations). None or NaN: nothing could be scored."""
+        if accuracy is not None and math.isfinite(accuracy):
+            self.accuracies.append((step, accuracy))
 
     def status(self, text: str) -> None:
         """What the run is doing now, e.g. `collecting rollouts`; shown on the panel only."""

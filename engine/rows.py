@@ -48,7 +48,7 @@ def open_rows(dataset: DatasetConfig) -> Rows:
     elif path.suffix in (".jsonl", ".parquet"):
         if not path.is_file():
             near = closest(path.name, [p.name for p in path.parent.glob("*" + path.suffix)]) if path.parent.is_dir() else ""
-            raise ConfigError(f"dataset {dataset.path!r}: there is no such file{near}")
+            raise ConfigError(f"dataset {dataset.path!r}: there is no such file{near}; looked for {path.absolute()}")
         rows = read_jsonl(path, dataset.path) if path.suffix == ".jsonl" else read_parquet(path, dataset.path)
     elif path.is_file():
         raise ConfigError(f"dataset {dataset.path!r}: a file must end in .jsonl (one JSON object a line) or .parquet")

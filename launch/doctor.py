@@ -146,7 +146,7 @@ def of_config(config: Config) -> Iterator[Check]:
     try:
         path = resolve_model(config.model)
         tokenizer = load_tokenizer(config.model)
-        machine.check_weights(path)
+        machine.check_model(config, path)
         parameters = machine.parameter_count(Path(path))
     except ConfigError as error:
         yield BAD, "model", str(error)

@@ -128,8 +128,25 @@ def parameter_count(folder: Path) -> int | None:
     return count if files else None
 
 
-def check_weights(path: str) -> None:
-    """Raise ConfigError if a local model folder holds no weights, or files that are cut off. A hub name is left to transformers."""
-    folder = Path(path)
-    if folder.is_dir() and parameter_count(folder) is None and not any(folder.glob("pytorch_model*.bin")):
+def check_model(config: Config, path: str) -> None:
+    """Raise ConfigError if a local model folder holds no weights, files that are cut off, or a model with less context than the run needs.
+
+    A hub name is left to transformers and vLLM. vLLM wants room for the longest prompt allowed, in-process engines for the prompts there are.
+    """
+    folder, rollout, prompt = Path(path), config.rollout, config.data.max_prompt_tokens if config.mode == "cluster" else 1
+    if not folder.is_dir():
+        return
+    if parameter_count(folder) is None and not any(folder.glob("pytorch_model*.bin")):
         raise ConfigError(f"model folder {folder} has no weights: expected *.safetensors or pytorch_model*.bin beside its config.json")
+    context, need = context_length(folder), rollout.max_model_len or prompt + max(rollout.max_tokens, config.eval.max_tokens or 0)
+    if context is not None and need > context and rollout.backend != "replay":
+        raise ConfigError(f"{'rollout.max_model_len' if rollout.max_model_len else 'data.max_prompt_tokens + rollout.max_tokens (or eval.max_tokens)'} asks for "
+                          f"{need} tokens, but the model {config.model.path!r} has a context of {context} (max_position_embeddings); lower them")
+
+
+def context_length(folder: Path) -> int | None:
+    """max_position_embeddings of a model folder; None where it has none, or stretches it by a factor."""
+    known = json.loads((folder / "config.json").read_text())
+    known = known.get("text_config") or known
+    stretched = any("factor" in (known.get(key) or {}) for key in ("rope_scaling", "rope_parameters"))
+    return None if stretched else known.get("max_position_embeddings")

@@ -125,6 +125,22 @@ def test_a_run_that_ended_before_its_model_was_saved_saves_it_when_resumed(folde
     assert (folder / "runs" / "run" / "model" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("override, said", [("data.prompts=rows.jsonl", "expected a section"), ("data.prompts={pth: rows.jsonl}", "did you mean 'path'"),
+                                            ("steps=3", "did you mean 'run.steps'")])
+def test_what_was_set_on_the_command_line_is_said_to_be(refused, override, said):
+    message = refused(override)
+    assert said in message and "on the command line" in message
+
+
+def test_more_tokens_than_the_model_has_context(refused):
+    assert "context of 1024" in refused("rollout.max_tokens=1024")
+    assert "context of 1024" in refused("mode=cluster", "cluster.engine_cpus=0.1", "cluster.learner_cpus=0.1", "rollout.max_tokens=1000")
+
+
+def test_nccl_without_gpus(refused):
+    assert "sync.transport is nccl" in refused("sync.transport=nccl")
+
+
 def test_record_that_is_none(folder, refused):
     replay = ("rollout.backend=replay", "method={name: grpo}")
     assert "no such file" in refused(*replay, "rollout.record=absent.jsonl")

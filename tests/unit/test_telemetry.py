@@ -209,6 +209,24 @@ def test_the_panel_shows_everything_and_gives_the_cursor_back(monkeypatch):
         assert words in text, words
 
 
+def test_the_panel_of_a_running_run_does_not_say_that_it_starts_and_takes_an_evaluation_without_a_score(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    stream = Terminal()
+    with Display(5, stream) as display:
+        assert "starting" in rendered(display)
+        display.start()
+        display.evaluation(1, None)
+        display.evaluation(2, float("nan"))
+        display.evaluation(3, 0.25)
+        assert "starting" not in rendered(display) and "0.250 after 3 steps" in rendered(display)
+
+
+def rendered(display) -> str:
+    with display._live.console.capture() as capture:
+        display._live.console.print(display.panel())
+    return capture.get()
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True
