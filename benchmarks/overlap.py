@@ -35,7 +35,7 @@ def pin(root: psutil.Process, stop: threading.Event, places: dict[str, list[int]
                 if word in one.name() + " ".join(one.cmdline()[:2]):
                     return where
 
-    while not stop.wait(0.5):
+    while not stop.wait(2.0):
         for process in root.children(recursive=True):
             try:
                 if (where := cores(process)) is not None:
