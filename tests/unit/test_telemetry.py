@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from tandem.engine import telemetry
 from tandem.engine.config import Config, ConfigError, RunConfig
@@ -209,10 +210,8 @@ def test_the_panel_shows_everything_and_gives_the_cursor_back(monkeypatch):
         assert words in text, words
 
 
-def test_the_panel_of_a_running_run_does_not_say_that_it_starts_and_takes_an_evaluation_without_a_score(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    stream = Terminal()
-    with Display(5, stream) as display:
+def test_the_panel_of_a_running_run_does_not_say_that_it_starts_and_takes_an_evaluation_without_a_score():
+    with Display(5, Terminal()) as display:
         assert "starting" in rendered(display)
         display.start()
         display.evaluation(1, None)
@@ -222,9 +221,9 @@ def test_the_panel_of_a_running_run_does_not_say_that_it_starts_and_takes_an_eva
 
 
 def rendered(display) -> str:
-    with display._live.console.capture() as capture:
-        display._live.console.print(display.panel())
-    return capture.get()
+    console = Console(file=io.StringIO(), width=80)
+    console.print(display.panel())
+    return console.file.getvalue()
 
 
 class Terminal(io.StringIO):
