@@ -76,7 +76,7 @@ class Run:
         self.checkpoints = Checkpoints(self.folder / "checkpoints", cfg.run.keep_checkpoints, self.display.message)
         found = self.checkpoints.latest() if cfg.run.resume else None
         if cfg.run.resume and found is None:
-            raise ConfigError(f"run.resume is set, but {self.checkpoints.folder} holds no complete checkpoint; unset it to start from the beginning")
+            raise ConfigError(f"run.resume is set, but {self.checkpoints.folder} holds no complete checkpoint; to start from the beginning unset it, and choose another run.name or delete {self.folder}")
         if found:
             check_resume(cfg, self.folder, found[0])
         self.found = found
