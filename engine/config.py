@@ -70,7 +70,7 @@ class RolloutConfig:
     prompts_per_step: int = 8
     samples_per_prompt: int = 8
     max_tokens: int = 256
-    temperature: float = 1.0
+    temperature: float = 1.0                        # the learner divides all logits of a step with rollouts by it, expert tokens' too; SFT steps use 1
     top_p: float = 1.0
     staleness: int = 0                              # how many versions old a rollout may be when it is trained on; 0 = on-policy
     max_model_len: int | None = None                # default: max_prompt_tokens + max_tokens

@@ -87,18 +87,19 @@ def update(run, step: int, demand: Demand, rows: Sequence[Row], terms: Sequence[
 
     Tokens and seconds of the report are sums over these steps, everything else is their mean."""
     learner = run.config.learner
+    temperature = run.config.rollout.temperature if demand.prompts else 1.0     # a step without rollouts is plain SFT, whatever rollouts are sampled at
     if not any(row.trained.any() for row in rows):
         return StepReport({"empty": 1.0})
     parts = [rows]
     if learner.updates_per_batch * learner.epochs_per_batch > 1:
         if any(row.old_logp is None for row in rows):
-            rows = [replace(r, old_logp=l) for r, l in zip(rows, run.learner.logprobs(rows, run.config.rollout.temperature))]
+            rows = [replace(r, old_logp=l) for r, l in zip(rows, run.learner.logprobs(rows, temperature))]
         rng = np.random.default_rng([run.config.run.seed, step])
         parts = [part for _ in range(learner.epochs_per_batch) for part in split(rows, learner.updates_per_batch, rng)]
     reports = []
     for number, part in enumerate(parts):
         z = denominators(terms, part)
-        plan = StepPlan(step=step, terms=tuple(terms), denominators=z, temperature=run.config.rollout.temperature, optimizer=demand.optimizer,
+        plan = StepPlan(step=step, terms=tuple(terms), denominators=z, temperature=temperature, optimizer=demand.optimizer,
                         micro_batches=pack(part, terms, run.learner.ranks, learner.micro_batch_tokens, version=step if number == 0 else STALE),
                         learning_rate=run.learning_rate(step, demand), forward=run.method.forward, entropy=learner.entropy or any("entropy" in t.needs for t in terms))
         reports.append(run.learner.step(plan))
