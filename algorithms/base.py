@@ -197,6 +197,9 @@ def method_class(name: str) -> type[Method]:
     cls = load_object(METHODS.get(name, name), "method")
     if not (isinstance(cls, type) and issubclass(cls, Method) and dataclasses.is_dataclass(cls)):
         raise ValueError(f"method {name!r} is {cls!r}; expected a dataclass that inherits tandem.algorithms.base.Method")
+    options = [field for field, kind in cls.__dict__.get("__annotations__", {}).items() if "ClassVar" not in str(kind)]
+    if options and "__dataclass_fields__" not in cls.__dict__:
+        raise ValueError(f"method {name!r}: {cls.__name__} declares {', '.join(options)} but is no dataclass of its own, so they would be ignored; put @dataclass above it")
     return cls
 
 

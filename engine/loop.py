@@ -48,7 +48,9 @@ def train(run) -> None:
         batch = Batch(step, groups, experts, signals, off_policy=run.off_policy)
         if demand.set_reference:
             run.learner.set_reference()
-        rows, terms = method.rows(batch), tuple(method.terms(batch))
+        rows, terms = method.rows(batch), method.terms(batch)
+        if rows is None or terms is None:
+            raise TypeError(f"{type(method).__name__}.{'rows' if rows is None else 'terms'} returned None, expected a list: does it end without `return`?")
         rows = method.credit(with_streams(run, rows, terms), batch)
         check_staleness(step, groups, cfg.rollout.staleness, cfg.rollout.backend)
         if groups and run.gated < cfg.sync.gate_steps and not run.off_policy:

@@ -140,14 +140,14 @@ def evaluate(args) -> int:
         args.config, args.overrides = folder / "config.yaml", [f"model.path={folder / 'model'}", f"run.name={folder.name}_eval", *args.overrides]
     config = read(args)
     preflight(config)
-    from tandem.engine.run import evaluate_model
+    from tandem.engine.checks import evaluate_model
     return evaluate_model(config)
 
 
 def check_logprobs(args) -> int:
     config = read(args)
     preflight(config)
-    from tandem.engine.run import check_logprobs
+    from tandem.engine.checks import check_logprobs
     return check_logprobs(config)
 
 

@@ -161,3 +161,11 @@ def test_picture_with_no_place(folder, capsys):
     for out in ("nowhere/p.png", "p.xyz"):
         assert cli.main(["plot", "runs/run", "-o", out]) == 2
         assert "-o is" in capsys.readouterr().err
+
+
+def test_a_method_whose_options_would_be_ignored_is_refused(tmp_path):
+    from tandem.algorithms.base import method_class
+    file = tmp_path / "mine.py"
+    file.write_text("from tandem.algorithms.grpo import GRPO\nclass Mine(GRPO):\n    weight: float = 0.5\n")
+    with pytest.raises(ValueError, match="weight.*@dataclass"):
+        method_class(f"{file}:Mine")
