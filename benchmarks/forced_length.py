@@ -1,21 +1,30 @@
-"""GRPO and CHORD with responses that may not end early: a method of one's own, named by its path, as any user could write it."""
+"""GRPO and CHORD with responses that may not end early and steps that wait for their turn: methods of one's own, named by their path, as any user could write them."""
 from dataclasses import dataclass, replace
+
+from turns import Turns
 
 from tandem.algorithms.chord import ChordMu
 from tandem.algorithms.grpo import GRPO
 
+turns = Turns()
+begun = set()
 
-def to_full_length(request):
+
+def forced(request, step: int):
+    """The request with a full-length response; a synchronous step begins with its first one."""
+    if step not in begun:
+        begun.add(step)
+        turns.arrive()
     return replace(request, sampling=replace(request.sampling, min_tokens=request.sampling.max_tokens))
 
 
 @dataclass
 class ForcedGRPO(GRPO):
-    def request(self, *args):
-        return to_full_length(super().request(*args))
+    def request(self, group, prompt, sampling, step, budget):
+        return forced(super().request(group, prompt, sampling, step, budget), step)
 
 
 @dataclass
 class ForcedChord(ChordMu):
-    def request(self, *args):
-        return to_full_length(super().request(*args))
+    def request(self, group, prompt, sampling, step, budget):
+        return forced(super().request(group, prompt, sampling, step, budget), step)

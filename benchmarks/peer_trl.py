@@ -26,19 +26,17 @@ def main() -> None:
     import trl
     from datasets import load_dataset
     from transformers import TrainerCallback
+    from turns import Turns
     from workloads import WORKLOADS, even_letters
     w = WORKLOADS[a.workload]
     size = w.prompts * w.samples
     micro = a.micro_batch or size
-    times: dict[str, list[float]] = {"step": [], "generate": []}
+    turns, times = Turns(), {"generate": []}
     tokens: list[dict] = []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            self.began = time.perf_counter()
-
-        def on_step_end(self, args, state, control, **kwargs):
-            times["step"].append(time.perf_counter() - self.began)
+            turns.arrive()
 
     class Trainer(trl.GRPOTrainer):
         def _generate_single_turn(self, *args, **kwargs):
@@ -60,7 +58,10 @@ def main() -> None:
                                 model_init_kwargs={"dtype": "bfloat16" if a.dtype == "bfloat16" else "float32"})
         data = load_dataset("json", data_files=f"{a.data}/prompts.jsonl", split="train", cache_dir=scratch)
         trainer = Trainer(model=a.model, reward_funcs=even_letters, args=config, train_dataset=data, callbacks=[Clock()])
-        trainer.train()
+        try:
+            trainer.train()
+        except SystemExit:      # told to stop
+            pass
     print(json.dumps({**times, "tokens": tokens, "threads": torch.get_num_threads(), "versions": {m.__name__: m.__version__ for m in (torch, transformers, trl)}}))
 
 

@@ -22,7 +22,7 @@ def machine() -> dict:
     installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions()}
     return {"date": time.strftime("%Y-%m-%d %H:%M %Z"), "cpu": fields.get("model name", platform.processor()),
             "bf16": sorted({"avx512_bf16", "amx_bf16"} & set(fields.get("flags", "").split())), "cores": len(os.sched_getaffinity(0)),
-            "memory_gib": round(memory, 1), "load": round(os.getloadavg()[0], 2), "python": platform.python_version(),
+            "memory_gib": round(memory, 1), "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"), "load": round(os.getloadavg()[0], 2), "python": platform.python_version(),
             "versions": {name: installed[name] for name in PACKAGES if name in installed}}
 
 

@@ -1,8 +1,9 @@
 """A whole training step next to TRL's GRPOTrainer: same model, prompts, sample counts, response lengths, precision and reward, alternating.
 
-    python benchmarks/step.py --workload w4 --peer-python TRLVENV/bin/python [--dtypes float32 bfloat16] [--modes inline cluster] [--chord] [--rounds 2] [--steps 4]
+    python benchmarks/step.py --workload w4 --peer-python TRLVENV/bin/python [--dtypes float32 bfloat16] [--modes inline cluster] [--chord] [--steps 5]
 
-Every measurement is a run of its own (`tandem train`, or peer_trl.py) whose first `--warm` steps are left out. A step is everything from one step's begin to the next: rollouts, rewards, learning, weight sync; for TRL from on_step_begin to on_step_end.
+Each side is a process of its own (`tandem train`, or peer_trl.py) that stays up, and they take turns step by step (turns.py). The first `--warm` steps are left out. A step
+is everything from one step's begin to the next: rollouts, rewards, learning, weight sync, reports.
 `--chord` adds a CHORD step on the same rollouts plus expert rows, compared with the GRPO step at equally many trained tokens. See docs/performance.md.
 """
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +19,7 @@ from statistics import median
 
 import yaml
 from report import emit, limits, spread
+from turns import Turn
 from workloads import WORKLOADS, make_model, write_data
 
 from tandem.engine.telemetry import read_jsonl
@@ -41,37 +42,58 @@ def config(args, mode: str, dtype: str, method: str, folder: Path) -> dict:
             "learner": {"learning_rate": w.learning_rate, "zero_stage": 0 if inline else 1, "micro_batch_tokens": args.micro_batch_tokens},
             "cluster": {"threads": args.threads},
             "sync": {"gate_steps": 0},      # a forced response cannot end, so it is not sampled from quite the learner's distribution
-            "run": {"name": f"{mode}-{dtype}-{method}", "dir": str(folder / "runs"), "steps": args.warm + args.steps, "save_model": False}}
+            "run": {"name": f"{mode}-{dtype}-{method}", "dir": str(folder / "runs"), "steps": args.warm + args.steps + 1, "save_model": False}}
 
 
-def tandem(args, mode: str, dtype: str, method: str, folder: Path) -> dict[str, list[float]]:
-    """Metrics of the steps that count."""
-    tree = config(args, mode, dtype, method, folder)
-    run = folder / "runs" / tree["run"]["name"]
-    shutil.rmtree(run, ignore_errors=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
-    child(args, [sys.executable, "-m", "tandem.launch.cli", "train", str(folder / "config.yaml"), "--debug"], f"tandem {mode}")
-    lines = [line for line in read_jsonl(run / "metrics.jsonl") if "time/step" in line][args.warm:]
-    shutil.rmtree(run)
-    return {key: [line[key] for line in lines] for key in lines[0] if key.startswith(("time/", "tokens/", "rollout/", "learner/", "seconds/"))}
-
-
-def trl(args, dtype: str, folder: Path) -> dict[str, list[float]]:
-    w = WORKLOADS[args.workload]
-    out = child(args, [args.peer_python, str(HERE / "peer_trl.py"), "--workload", args.workload, "--model", str(folder / "model"), "--data", str(folder),
-                       "--steps", str(args.warm + args.steps), "--dtype", dtype], "TRL")
-    found = json.loads(out.strip().splitlines()[-1])
-    assert all(t["completion"] == w.prompts * w.samples * w.tokens for t in found["tokens"]), found["tokens"]
-    return {"time/step": found["step"][args.warm:], "time/rollout": found["generate"][args.warm:],
-            "tokens/real": [float(t["prompt"] + t["completion"]) for t in found["tokens"]][args.warm:]}
-
-
-def child(args, command: list[str], name: str) -> str:
+def start(args, side: str, folder: Path) -> Turn:
+    """Start the process of `MODE DTYPE METHOD` or `trl DTYPE`; it stops before its first step."""
+    place = folder / side.replace(" ", "-")
+    place.mkdir()
+    mode, dtype, *method = side.split()
+    if mode == "trl":
+        command = [args.peer_python, str(HERE / "peer_trl.py"), "--workload", args.workload, "--model", str(folder / "model"), "--data", str(folder),
+                   "--steps", str(args.warm + args.steps + 1), "--dtype", dtype]
+    else:
+        (place / "config.yaml").write_text(yaml.safe_dump(config(args, mode, dtype, method[0], folder)))
+        command = [sys.executable, "-m", "tandem.launch.cli", "train", str(place / "config.yaml"), "--debug"]
     path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout, env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"})
-    if done.returncode:
-        raise RuntimeError(f"{name} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
-    return done.stdout
+    with open(place / "out.txt", "w") as out:
+        return Turn(place, subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "BENCH_TURNS": str(place)}))
+
+
+def take_turns(args, sides: list[str], folder: Path) -> dict[str, dict[str, list[float]]]:
+    """{side: its metrics, one value per step that counts}. The sides are started one after the other and all stay up."""
+    w, turns = WORKLOADS[args.workload], {}
+    try:
+        for side in sides:
+            turns[side] = start(args, side, folder)
+            turns[side].wait(0, args.timeout)
+        for number in range(args.warm + args.steps):
+            for turn in turns.values():
+                turn.grant(number)
+                turn.wait(number + 1, args.timeout)
+        for turn in turns.values():
+            turn.stop(args.timeout)
+    finally:
+        for turn in turns.values():
+            if turn.process.poll() is None:
+                turn.process.terminate()
+                turn.process.wait(timeout=60)
+    results = {}
+    for side, turn in turns.items():
+        counted = slice(args.warm, args.warm + args.steps)
+        results[side] = {"time/step": turn.seconds()[counted]}
+        if side.startswith("trl"):
+            found = json.loads((turn.place / "out.txt").read_text().strip().splitlines()[-1])
+            assert all(t["completion"] == w.prompts * w.samples * w.tokens for t in found["tokens"]), found["tokens"]
+            results[side] |= {"time/rollout": found["generate"][counted], "tokens/real": [float(t["prompt"] + t["completion"]) for t in found["tokens"]][counted]}
+        else:
+            lines = [line for line in read_jsonl(folder / "runs" / side.replace(" ", "-") / "metrics.jsonl") if "time/step" in line][counted]
+            # the run's own clock counts the wait for its turn as rollout
+            results[side] |= {key: [line[key] for line in lines] for key in ("time/learn", "time/sync", "time/prepare", "tokens/real", "tokens/padded", "seconds/optimizer")}
+            results[side]["time/rollout"] = [step - sum(line[f"time/{phase}"] for phase in ("learn", "sync", "prepare"))
+                                             for step, line in zip(results[side]["time/step"], lines)]
+    return results
 
 
 def main() -> None:
@@ -83,8 +105,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32"])
     parser.add_argument("--modes", nargs="+", default=["inline", "cluster"], choices=("inline", "cluster"))
     parser.add_argument("--chord", action="store_true")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warm", type=int, default=WARM)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--micro-batch-tokens", type=int, default=4096)
@@ -98,16 +119,10 @@ def main() -> None:
             (folder / "model").symlink_to(Path(args.model).resolve())
         else:
             make_model(folder / "model")
-        sides = {f"{mode} {dtype} {method}": lambda mode=mode, dtype=dtype, method=method: tandem(args, mode, dtype, method, folder)
-                 for dtype in args.dtypes for mode in args.modes for method in (("grpo", "chord") if args.chord else ("grpo",))}
-        if args.peer_python:
-            sides |= {f"trl {dtype}": lambda dtype=dtype: trl(args, dtype, folder) for dtype in args.peer_dtypes or args.dtypes}
+        sides = [f"{mode} {dtype} {method}" for dtype in args.dtypes for mode in args.modes for method in (("grpo", "chord") if args.chord else ("grpo",))]
+        sides += [f"trl {dtype}" for dtype in args.peer_dtypes or args.dtypes] if args.peer_python else []
         peak = limits()
-        rounds: dict[str, list[dict]] = {name: [] for name in sides}
-        for _ in range(args.rounds):
-            for name, run in sides.items():
-                rounds[name].append(run())
-    results = {name: {key: [value for one in found for value in one[key]] for key in found[0]} for name, found in rounds.items()}
+        results = take_turns(args, sides, folder)
     report(args, results, peak)
 
 
