@@ -286,7 +286,8 @@ class Run:
                          method=self.method.state_dict(), signals=dict(self.signals), gated=self.gated, tokens=self.tokens,
                          optimizer_steps=dict(self.optimizer_steps), rng=rng_state())
         with self.checkpoints.write(self.step) as folder:
-            self.learner.save(folder / "learner")
+            self.learner.save(folder / "learner")       # to go on exactly: optimizer, master weights, random states
+            self.learner.export(folder / "model")       # to use: a Hugging Face folder in safetensors
             state.save(folder)
         self.telemetry.event("checkpoint", step=self.step)
         self.display.message(f"checkpoint of step {self.step} written")
