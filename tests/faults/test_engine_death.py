@@ -169,6 +169,9 @@ def test_a_dead_engine_is_found_before_the_others_begin_an_update(rig):
     engines = [Engine.remote() for _ in range(2)]
     client = PoolClient(engines, 30.0)
     ray.kill(engines[1])
+    with pytest.raises(ray.exceptions.RayActorError):      # the kill takes effect a moment later
+        while True:
+            ray.get(engines[1].health.remote(), timeout=30)
     with pytest.raises(EngineDied, match="engine 1"):
         client.start_weight_update()
     assert not ray.get(engines[0].updating.remote(), timeout=30)
