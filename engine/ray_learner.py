@@ -31,7 +31,7 @@ class RankActor:
     """One rank. Built in two steps: rank 0 must exist before the others can be told where to meet it."""
 
     def __init__(self, rank: int, config: Config, model_path: str, run_dir: str):
-        from tandem.rollout.vllm_backend import redirect_output
+        from tandem.engine.telemetry import redirect_output
         redirect_output(log_path(run_dir, rank))
         self.rank, self.config, self.model_path, self.sender = rank, config, model_path, None
 

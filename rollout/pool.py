@@ -30,7 +30,7 @@ class EngineActor:
     """One engine in a Ray actor; the methods are those of rollout.backend.Backend, and a few for the pool."""
 
     def __init__(self, index: int, config: Config, model_path: str, run_dir: str, stale: bool):
-        from tandem.rollout.vllm_backend import redirect_output
+        from tandem.engine.telemetry import redirect_output
         redirect_output(log_path(run_dir, index))       # before vLLM is imported, so that nothing of it reaches the user's terminal
         self.index, self.config, self.model_path, self.stale = index, config, model_path, stale
         self.backend = None

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 import time
 from collections.abc import Awaitable
 from pathlib import Path
@@ -62,16 +61,6 @@ def set_environment(config: Config) -> None:
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 
-def redirect_output(path: Path) -> None:
-    """Send everything this process and its children write, C++ libraries included, to a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
-        stream.flush()
-        os.dup2(file, number)
-    os.close(file)
-
-
 class VllmBackend:
     """See rollout.backend.Backend."""
 
@@ -93,6 +82,7 @@ class VllmBackend:
         """
         set_environment(config)
         if log_dir is not None:
+            from tandem.engine.telemetry import redirect_output
             redirect_output(Path(log_dir) / "engine.log")
         begin = time.perf_counter()
         from vllm import AsyncEngineArgs
