@@ -43,6 +43,8 @@ def build_policy(config: Config, model_path: str) -> Policy:
         policy.add_critic(method.embedding)
     if config.learner.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
+    if config.learner.compile:
+        policy.compile_layers(gpu=config.cluster.learner_gpus > 0)
     return policy
 
 

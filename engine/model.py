@@ -7,12 +7,15 @@ and that the chunked head gives the model's own log-probs, so that a model it do
 from __future__ import annotations
 
 import inspect
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from tandem.engine.attention import use_fast_attention
 from tandem.engine.config import ConfigError, ModelConfig
 from tandem.engine.logprob import token_logprobs
 
@@ -129,6 +132,14 @@ class Policy(nn.Module):
             if getattr(module, "gradient_checkpointing", False):
                 module.training = True      # this flag alone switches it on; the dropout modules below stay off
 
+    def compile_layers(self, gpu: bool) -> None:
+        """torch.compile of every decoder layer, once for all shapes. Raises ConfigError where there is nothing to compile it with."""
+        if not gpu and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
+            raise ConfigError("learner.compile is true, which on a CPU needs a C++ compiler, and there is neither g++ nor clang++ on this machine's PATH "
+                              "(nor is CXX set); install one or set learner.compile=false")
+        for layer in self.model.get_decoder().layers:
+            layer.compile(dynamic=True)
+
 
 class Head(nn.Module):
     """The chunked head as a module with the output embedding's own parameters (not copies): ZeRO-3 gathers parameters per module call."""
@@ -182,6 +193,8 @@ def load_policy(model: ModelConfig) -> Policy:
         raise ConfigError(f"model {model.path!r}: its weight files lack {len(missing)} parameters, among them {', '.join(missing[:3])}; "
                           "they would stay random: export or download it again")
     refuse_unknown_head(causal, model)
+    if model.attention == "sdpa" and model.dtype == "bfloat16":
+        use_fast_attention(causal)
     policy = Policy(causal)
     self_check(policy, model)
     return policy

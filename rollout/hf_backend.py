@@ -1,7 +1,7 @@
 """Rollouts from a transformers model in this process: the backend of mode=inline, of CPU debugging and of the tests.
 
-Requests that are asked together decode together: `max_sequences` rows at a time, left-padded, each distinct context prefilled once. A row that ends
-leaves the batch at once. Every sample draws from a random stream of its own, so a request's samples depend on its seed and group only, not on what
+Requests that are asked together decode together: `max_sequences` rows at a time, left-padded, each distinct context prefilled once. Rows that
+ended leave the batch. Every sample draws from a random stream of its own, so a request's samples depend on its seed and group only, not on what
 was decoded beside it (up to the rounding of a matmul with another batch size).
 
 Weights: `update_weights({"named": iterable of (name in the checkpoint, tensor)})` copies into the module. There is no cache between calls that could go stale.
@@ -20,6 +20,9 @@ from tandem.engine.config import Config
 from tandem.engine.digest import combine, digest
 from tandem.engine.types import Finish, GenRequest, Sampling, Source, Trajectory
 from tandem.rollout.backend import EngineDied, SyncError
+
+GROWTH = 128        # tokens
+KEEP = 0.875        # ended rows are decoded along, and what they draw is dropped, until the others are at most this share of the batch
 
 
 @dataclass(eq=False)
@@ -159,10 +162,39 @@ def end_tokens(model, tokenizer) -> set[int]:
     return {tokenizer.eos_token_id, *(more if isinstance(more, list) else [] if more is None else [more])}
 
 
+def growing_cache(config):
+    """transformers' DynamicCache with keys and values written in place, into room for GROWTH more tokens: joining them anew per token took half of decoding."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    class GrowingLayer(DynamicLayer):
+        room: tuple[torch.Tensor, torch.Tensor] | None = None       # self.keys and self.values are the filled part of it
+
+        def update(self, key_states, value_states, *args, **kwargs):
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            past, new = self.get_seq_length(), key_states.shape[-2]
+            if self.room is None or self.room[0].shape[-2] < past + new:
+                rows, heads = key_states.shape[:2]
+                room = tuple(x.new_empty(rows, heads, past + new + GROWTH, x.shape[-1]) for x in (key_states, value_states))
+                if past:
+                    room[0][..., :past, :], room[1][..., :past, :] = self.keys, self.values
+                self.room = room
+            self.room[0][..., past:past + new, :], self.room[1][..., past:past + new, :] = key_states, value_states
+            self.keys, self.values = (x[..., :past + new, :] for x in self.room)
+            return self.keys, self.values
+
+        def reorder_cache(self, beam_idx):
+            super().reorder_cache(beam_idx)
+            self.room = None
+
+    cache = DynamicCache(config=config)
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
 @torch.inference_mode()
 def decode(model, rows: Sequence[Sample], eos: torch.Tensor) -> None:
     """Sample all rows to their ends and fill in tokens, logp and finish. Memory beyond the model: keys and values, and one [rows, V] of logits."""
-    from transformers import DynamicCache
     device = eos.device
     tensor = lambda values, dtype: torch.tensor(values, dtype=dtype, device=device)
     room = tensor([row.sampling.max_tokens - row.forced for row in rows], torch.long)
@@ -179,28 +211,31 @@ def decode(model, rows: Sequence[Sample], eos: torch.Tensor) -> None:
     place = {key: i for i, key in enumerate(contexts)}
     ids, mask = (part.to(device) for part in left_padded(list(contexts.values())))
     position = (mask.cumsum(-1) - 1).clamp_(min=0)
-    cache = DynamicCache(config=model.config)
+    cache = growing_cache(model.config)
     logits = model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
     owner = tensor([place[row.context.tobytes()] for row in rows], torch.long)
     cache.reorder_cache(owner)
     logits, mask, position = logits[owner], mask[owner], position[owner, -1:]
 
-    alive = torch.arange(len(rows), device=device)                      # row numbers still in the batch
+    batch = torch.arange(len(rows), device=device)                      # row numbers in the batch
+    live = torch.ones_like(batch, dtype=torch.bool)                     # those of them that have not ended
     for step in range(steps):
         logits = logits.float()
         if step < all_may_end:
-            logits[(step < earliest[alive])[:, None] & torch.isin(torch.arange(logits.shape[-1], device=device), eos)] = -torch.inf
-        token, logp = draw(logits, temperature[alive], top_p[alive], uniforms[alive, step])
-        tokens[alive, step], logps[alive, step] = token, logp
-        length[alive] = step + 1
+            logits[(step < earliest[batch])[:, None] & torch.isin(torch.arange(logits.shape[-1], device=device), eos)] = -torch.inf
+        token, logp = draw(logits, temperature[batch], top_p[batch], uniforms[batch, step])
+        now = batch[live]
+        tokens[now, step], logps[now, step], length[now] = token[live], logp[live], step + 1
         ended = torch.isin(token, eos)
-        stopped[alive] = ended
-        keep = (~ended & (step + 1 < room[alive])).nonzero().squeeze(-1)
-        if len(keep) == 0:
+        stopped[now] = ended[live]
+        live &= ~ended & (step + 1 < room[batch])
+        left = int(live.sum())
+        if left == 0:
             break
-        if len(keep) < len(alive):
+        if left <= KEEP * len(batch):
+            keep = live.nonzero().squeeze(-1)
             cache.reorder_cache(keep)
-            alive, token, mask, position = alive[keep], token[keep], mask[keep], position[keep]
+            batch, token, mask, position, live = batch[keep], token[keep], mask[keep], position[keep], live[keep]
         mask, position = torch.cat([mask, mask.new_ones(len(mask), 1)], 1), position + 1
         logits = model(input_ids=token[:, None], attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True).logits[:, -1]
 

@@ -49,6 +49,34 @@ def test_report_does_not_depend_on_the_split(model_path):
     assert whole["tokens/trained"] == sum(row.trained.sum() for row in rows) and whole["tokens/real"] == sum(len(row.tokens) for row in rows)
 
 
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_gradient(model_path):
+    """Several shapes, gradient checkpointing, and a pass without gradient."""
+    from tandem.engine.learner import build_policy
+    results = []
+    for compiled in (False, True):
+        config = Config(model=ModelConfig(path=model_path), method=METHOD,
+                        learner=LearnerConfig(grad_clip=0.0, compile=compiled, gradient_checkpointing=True))
+        rank = LearnerRank(config, model_path, LocalEngine(build_policy(config, model_path), config.learner))
+        captured = {}
+        rank.engine.optimizer.register_step_pre_hook(lambda *_: captured.update({n: p.grad.clone() for n, p in rank.engine.module.named_parameters()}))
+        rank.step(make_plan(make_rows(), budget=24))
+        results.append((captured, rank.logprobs(make_rows(count=4), 0.8)))
+    (plain, logps), (fused, again) = results
+    assert all(torch.allclose(fused[name], plain[name], rtol=1e-4, atol=1e-6) for name in plain)
+    for a, b in zip(logps, again):
+        np.testing.assert_allclose(a, b, atol=2e-3)      # after one optimizer step each: AdamW's first step has the size of the learning rate
+
+
+def test_compile_without_a_compiler_is_an_error_that_says_so(model_path, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    config = Config(model=ModelConfig(path=model_path), method=METHOD, learner=LearnerConfig(compile=True))
+    from tandem.engine.learner import build_policy
+    with pytest.raises(ConfigError, match="learner.compile is true.*C.. compiler"):
+        build_policy(config, model_path)
+
+
 def test_gap_is_measured_on_fresh_sampled_tokens(model_path):
     rank, rows = make_rank(model_path), make_rows(count=4)
     logps = rank.logprobs(rows, 0.8)
