@@ -209,5 +209,5 @@ def configured(block: Mapping[str, Any]) -> Method:
 
 
 def make_method(name: str, options: Mapping[str, Any]) -> Method:
-    """Build a method from the config's `method:` block; unknown options are an error that names the closest known one."""
-    return build(method_class(name), options, f"method {name!r}")
+    """Build a method from the config's `method:` block; unknown options and values of the wrong type are a ValueError that names the key."""
+    return build(method_class(name), options, "method", f"method {name!r}")

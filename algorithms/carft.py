@@ -80,7 +80,7 @@ class CARFT(Method):
     def __post_init__(self):
         self.policy = PolicyLoss.parse(self.policy, preset="ppo", reduction="seq_mean_token_mean", critic={"lam": 0.95, "kl": 0.05, "coefficient": 5.0})
         if not self.critic:
-            raise ValueError(f"policy.advantage is {self.policy.advantage!r}: CARFT pools embeddings by the critic's values; leave it at gae (preset ppo)")
+            raise ValueError(f"method.policy.advantage is {self.policy.advantage!r}: CARFT pools embeddings by the critic's values; leave it at gae (preset ppo)")
 
     @property
     def forward(self):

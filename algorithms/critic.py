@@ -56,9 +56,9 @@ class Critic:
     def __post_init__(self):
         for name in ("gamma", "lam"):
             if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"policy.critic.{name} is {getattr(self, name)}, must be in [0, 1]")
+                raise ValueError(f"method.policy.critic.{name} is {getattr(self, name)}, must be in [0, 1]")
         if self.coefficient <= 0:
-            raise ValueError(f"policy.critic.coefficient is {self.coefficient}, must be > 0: a critic that is not trained says 0 for ever")
+            raise ValueError(f"method.policy.critic.coefficient is {self.coefficient}, must be > 0: a critic that is not trained says 0 for ever")
         self.kl = Schedule.parse(self.kl)
 
     def row(self, row: Row, trajectory: Trajectory) -> Row:

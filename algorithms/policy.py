@@ -31,7 +31,7 @@ from tandem.algorithms.advantages import ESTIMATORS
 from tandem.algorithms.base import Batch, Term
 from tandem.algorithms.critic import Critic
 from tandem.algorithms.objectives import CISPO, GSPO, EntropyBonus, KLToReference, PPOClip, Reinforce, RolloutCorrection
-from tandem.algorithms.options import build
+from tandem.algorithms.options import build, typed
 from tandem.algorithms.reductions import Reduction
 from tandem.algorithms.schedules import Schedule
 from tandem.engine.config import closest
@@ -82,8 +82,8 @@ class PolicyLoss:
         Reduction(self.reduction, self.reduction_length)    # fails here, not in step 1
         self.kl, self.entropy_bonus = Schedule.parse(self.kl), Schedule.parse(self.entropy_bonus)
         if self.critic is not None and self.advantage != "gae":
-            raise ValueError(f"policy.critic is given, but policy.advantage is {self.advantage!r}, which has no critic; set policy.advantage to gae (preset ppo)")
-        self.critic = build(Critic, self.critic or {}, "policy.critic") if self.advantage == "gae" else None
+            raise ValueError(f"method.policy.critic is given, but method.policy.advantage is {self.advantage!r}, which has no critic; set it to gae (preset ppo)")
+        self.critic = build(Critic, self.critic or {}, "method.policy.critic") if self.advantage == "gae" else None
 
     @classmethod
     def parse(cls, value, **defaults) -> PolicyLoss:
@@ -95,11 +95,11 @@ class PolicyLoss:
             return value
         options = {"preset": value} if isinstance(value, str) else dict(value)
         if "preset" not in options:
-            critic = {**(defaults.get("critic") or {}), **(options.get("critic") or {})}
+            critic = {**(defaults.get("critic") or {}), **typed(dict, options.get("critic") or {}, "method.policy.critic")}
             options = {**defaults, **options, "critic": critic or None}
-        preset = options.pop("preset", "grpo")
+        preset = typed(str, options.pop("preset", "grpo"), "method.policy.preset")
         check("preset", preset, PRESETS)
-        return build(cls, {**PRESETS[preset], **options}, "policy")
+        return build(cls, {**PRESETS[preset], **options}, "method.policy")
 
     @property
     def uses_reference(self) -> bool:
@@ -165,4 +165,4 @@ def variant(as_: str, paper: T, code: T) -> T:
 
 def check(option: str, value, known) -> None:
     if value not in known:
-        raise ValueError(f"policy.{option} is {value!r}{closest(value, known)}; known: {', '.join(known)}")
+        raise ValueError(f"method.policy.{option} is {value!r}{closest(value, known)}; known: {', '.join(known)}")

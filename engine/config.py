@@ -297,12 +297,12 @@ def coerce(hint, value, key: str, where: str, path: str, origin):
 def describe(hint) -> str:
     base, args = typing.get_origin(hint), typing.get_args(hint)
     if base in (types.UnionType, typing.Union):
-        return " or ".join(describe(a) for a in args)
+        return " or ".join(dict.fromkeys(describe(a) for a in args))
     if base is Literal:
         return f"one of {', '.join(map(str, args))}"
     if base is tuple:
         return f"a list of {describe(args[0])}" + ("" if Ellipsis in args else f" with {len(args)} entries")
-    if dataclasses.is_dataclass(hint) or base is dict:
+    if dataclasses.is_dataclass(hint) or dict in (base, hint):
         return "a section"
     return {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "nothing"}.get(hint, str(hint))
 
@@ -329,7 +329,7 @@ def validate(c: Config) -> None:
         method = method_class(c.method["name"])
         configured(c.method)
     except Exception as error:      # a user's own method may raise anything when it is made
-        raise ConfigError(f"method: {error}" if isinstance(error, ValueError) else f"method {c.method['name']!r} raised {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{'' if str(error).startswith('method') else 'method: '}{error}" if isinstance(error, ValueError) else f"method {c.method['name']!r} raised {type(error).__name__}: {error}") from error
     for key, low in (("rollout.prompts_per_step", 1), ("rollout.samples_per_prompt", 1), ("rollout.max_tokens", 1), ("rollout.staleness", 0),
                      ("rollout.max_sequences", 1), ("data.max_prompt_tokens", 1), ("data.max_expert_tokens", 1), ("data.experts_per_step", 0),
                      ("reward.workers", 1), ("learner.micro_batch_tokens", 1), ("learner.updates_per_batch", 1), ("learner.epochs_per_batch", 1), ("learner.head_chunk", 1),

@@ -1,9 +1,12 @@
 """The config: what a user can get wrong is an error that names the key, what was found, what was expected and where it was set."""
 import dataclasses
+import math
 
 import pytest
 import yaml
 
+from tandem.algorithms.base import configured
+from tandem.algorithms.schedules import Schedule
 from tandem.engine.config import Config, ConfigError, load, to_dict
 
 GOOD = {
@@ -73,6 +76,24 @@ def test_scientific_notation_is_a_number(write):
     ("method.name=chrod_mu", ["unknown method 'chrod_mu'", "did you mean 'chord_mu'"]),
     ("method.muu=1", ["no option 'muu'", "did you mean 'mu'"]),
     ("method.name=nowhere.py:M", ["there is no file", "nowhere.py"]),
+    ("method.mu=cosine", ["method.mu:", "found 'cosine'", "a section or a number", "on the command line method.mu"]),
+    ("method.mu={kind: cosine, decay: 2.5}", ["method.mu.decay:", "found 2.5", "an integer"]),
+    ("method.mu={kind: cosin}", ["unknown schedule kind", "did you mean 'cosine'"]),
+    ("method.token_weight=1", ["method.token_weight:", "found 1", "expected text"]),
+    ("method.policy=3", ["method.policy:", "found 3", "a section or text"]),
+    ("method.policy.clip_high=high", ["method.policy.clip_high:", "found 'high'", "a number", "on the command line method.policy.clip_high"]),
+    ("method.policy.dual_clip=.nan", ["method.policy.dual_clip:", "found nan", "a number or nothing"]),
+    ("method.policy.dynamic_sampling=1", ["method.policy.dynamic_sampling:", "found 1", "true or false"]),
+    ("method.policy.advantage=[grpo]", ["method.policy.advantage:", "found ['grpo']", "text"]),
+    ("method.policy.preset=[grpo]", ["method.policy.preset:", "found ['grpo']", "text"]),
+    ("method.policy.kl={kind: linear, peak: x}", ["method.policy.kl.peak:", "found 'x'"]),
+    ("method.policy={advantage: gae, critic: 3}", ["method.policy.critic:", "found 3", "a section"]),
+    ("method.policy={advantage: gae, critic: {lam: low}}", ["method.policy.critic.lam:", "found 'low'"]),
+    ("method.policy.clip_hi=1", ["method.policy has no option 'clip_hi'", "did you mean 'clip_high'"]),
+    ("method={name: sft_rl, sft_steps: 2.5}", ["method.sft_steps:", "found 2.5", "an integer"]),
+    ("method={name: sft_rl, sft_learning_rate: fast}", ["method.sft_learning_rate:", "found 'fast'", "a number or nothing"]),
+    ("method={name: visurf, smoothing: 'yes'}", ["method.smoothing:", "found 'yes'", "true or false"]),
+    ("method={name: uft, segments: true}", ["method.segments:", "found True", "an integer"]),
     ("model.path=''", ["model.path is not set"]),
     ("cluster.engine_gpus=1", ["cluster.engine_gpus is 1", "cluster.learner_gpus is 0", "gloo"]),
 ])
@@ -102,6 +123,30 @@ def test_a_users_method_file_is_found_and_its_options_checked(write, tmp_path):
     assert "did you mean 'strength'" in error(path, "method.strenth=2")
     assert "Method" in error(path, f"method.name={tmp_path}/mine.py:Other")
     assert "has no 'Absent'" in error(path, f"method.name={tmp_path}/mine.py:Absent")
+
+
+@pytest.mark.parametrize("override, option, expected", [
+    ("method={name: sft_rl, sft_learning_rate: 2e-4, sft_steps: 3.0}", lambda m: (m.sft_learning_rate, m.sft_steps), (2e-4, 3)),    # 2e-4 is text to YAML 1.1
+    ("method={name: sft_rl, sft_learning_rate: null}", lambda m: m.sft_learning_rate, None),
+    ("method.mu=5e-2", lambda m: m.mu, Schedule("constant", peak=0.05)),
+    ("method.mu={kind: reward_gap, peak: 5e-1, valley: 0}", lambda m: m.mu, Schedule("reward_gap", peak=0.5)),
+    ("method.policy={clip_high: .inf, kl: 1e-3}", lambda m: (m.policy.clip_high, m.policy.kl.peak), (math.inf, 1e-3)),
+    ("method.policy={preset: ppo, critic: {lam: 95e-2, kl: {kind: step, peak: 1e-2, decay: 4}}}", lambda m: (m.policy.critic.lam, m.policy.critic.kl.peak), (0.95, 0.01)),
+])
+def test_options_of_a_method_are_read_as_the_other_keys_are(write, override, option, expected):
+    found = option(configured(load(write(GOOD), [override]).method))
+    assert found == expected and type(found) is type(expected)
+
+
+def test_options_of_a_users_method_are_held_to_their_annotations(write, tmp_path):
+    (tmp_path / "typed.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass, field\nfrom typing import Any, Literal\nfrom tandem.algorithms.base import Method\n"
+        "@dataclass\nclass Typed(Method):\n    side: Literal['left', 'right'] = 'left'\n    layers: list[int] = field(default_factory=list)\n    free: Any = None\n    bound: int | str = 1\n")
+    path = write(GOOD | {"method": {"name": f"{tmp_path}/typed.py:Typed", "side": "right", "layers": [1], "free": {"a": 1}, "bound": "7"}})
+    method = configured(load(path).method)
+    assert (method.side, method.layers, method.free, method.bound) == ("right", [1], {"a": 1}, "7")
+    assert "method.side: found 'rigth' (did you mean 'right'?), expected one of left, right" in error(path, "method.side=rigth")
+    assert "method.bound: found [1], expected an integer or text" in error(path, "method.bound=[1]")
 
 
 def test_config_is_frozen(write):
