@@ -66,7 +66,7 @@ class Batch:
     step: int
     groups: tuple[ScoredGroup, ...]
     experts: tuple[Trajectory, ...]
-    signals: Mapping[str, float] = field(default_factory=dict)     # metrics of the step before
+    signals: Mapping[str, float] = field(default_factory=dict)     # each metric as last measured, in the step before if it did
     off_policy: bool = False                                       # rollouts may be older than the learner: correct for it
 
 

@@ -1,7 +1,7 @@
 """Schedules: a number over time. Any coefficient, prefix length or hint probability can take one.
 
-A schedule is a pure function of the optimizer step (0-based) and of the signals, the metrics of the step before: nothing to checkpoint, and the same on
-every rank. In a config it is a number or a mapping, e.g. `mu: {kind: cosine, peak: 0.9, valley: 0.05, decay: 200}` or `mu: {kind: reward_gap, peak: 0.5}`.
+A schedule is a pure function of the optimizer step (0-based) and of the signals, each metric of the run as it was last measured. The run carries and
+checkpoints those, a schedule has no state, and it is the same on every rank. In a config it is a number or a mapping, e.g. `mu: {kind: cosine, peak: 0.9, valley: 0.05, decay: 200}` or `mu: {kind: reward_gap, peak: 0.5}`.
 """
 from __future__ import annotations
 
@@ -27,13 +27,15 @@ class Schedule:
     step         peak while t < decay, then valley                                                        (SFT->RL: 1 -> 0)
     periodic     peak on every `period`-th step (t % period == 0), valley otherwise                       (alternating SFT/RL)
 
-    kind         value where the signal was s in the step before; peak while nothing is known of it
+    kind         value where the signal was s when last measured; peak before it ever was
     reward_gap   peak - s, kept within [valley, peak]           (CHORD's adaptive mu = max(0, tau - mean reward): peak is tau)
     gate         peak while s <= threshold, then valley         (success gate)
     entropy_exp  peak exp(rate s)                               (SRFT's weights: rate -1 for demonstrations, +1 for own samples)
     saturating   peak s/(s + threshold)                         (SASR's probability of an SFT step)
 
-    `signal` names the metric of metrics.jsonl that is read: by default reward/mean, entropy or grad_norm. A step without rollouts has no reward/mean.
+    `signal` names the metric of metrics.jsonl that is read: by default reward/mean, entropy or grad_norm. A step that does not measure it (one without
+    rollouts has no reward/mean, a skipped one no finite grad_norm) leaves the value where it was. So what decides whether there are rollouts at all, and goes by
+    their reward, needs a peak below 1: at 1 nothing would ever be measured.
     """
 
     kind: str = "constant"

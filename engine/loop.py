@@ -71,11 +71,12 @@ def train(run) -> None:
 
         metrics = {**report.metrics, **rollout_metrics(groups), **diagnostics(rows)}
         method.observe(step, metrics)
-        signals = run.signals = {**metrics, **method.metrics(step)}
+        metrics |= method.metrics(step)
+        signals = run.signals = carried(signals, metrics)
         if run.producer.wants_weights(step + 1, signals) or run.evaluation_due(step + 1):
             run.sync(step + 1)
         clock.lap("sync")
-        run.report(step, demand, groups, signals, clock)
+        run.report(step, demand, groups, metrics, clock)
         if run.evaluation_due(step + 1):
             run.evaluate(step + 1)
         if run.checkpoint_due(step + 1):
@@ -143,6 +144,12 @@ def check_staleness(step: int, groups: Sequence[ScoredGroup], bound: int, backen
     if oldest is not None and backend != "replay" and step - oldest > bound:
         raise SyncError(f"step {step} was about to train on tokens sampled with weight version {oldest}; rollout.staleness allows {bound} steps. "
                         "The engines did not take the newer weights")
+
+
+def carried(signals: Mapping[str, float], metrics: Mapping[str, float]) -> dict[str, float]:
+    """What is known after a step: its metrics, and of those it did not measure the last that were. An SFT step has no reward, a skipped one no finite
+    gradient; what goes by one of them (schedules) would start over there otherwise."""
+    return {**signals, **{key: value for key, value in metrics.items() if np.isfinite(value)}}
 
 
 def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:

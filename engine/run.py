@@ -258,9 +258,9 @@ class Run:
         self.display.message(f"held-out accuracy after {step} steps: {result.accuracy:.3f} +- {result.standard_error:.3f} ({result.samples} samples"
                              + (f", {result.errors} without a reward)" if result.errors else ")"))
 
-    def report(self, step: int, demand: Demand, groups: Sequence[ScoredGroup], signals, clock: Clock) -> None:
+    def report(self, step: int, demand: Demand, groups: Sequence[ScoredGroup], metrics, clock: Clock) -> None:
         """One step's numbers to files, trackers and the screen."""
-        metrics = {**signals, **clock.metrics(), **self.speed(clock, signals), "version": float(self.version or 0), "tokens/total": float(self.tokens), "cpu_seconds": time.process_time()}
+        metrics = {**metrics, **clock.metrics(), **self.speed(clock, metrics), "version": float(self.version or 0), "tokens/total": float(self.tokens), "cpu_seconds": time.process_time()}
         self.telemetry.step(step, metrics)
         self.telemetry.rollouts(step, groups, step)
         self.display.step(step, metrics, self.method.metrics(step))

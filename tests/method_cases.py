@@ -6,6 +6,7 @@ import numpy as np
 
 from tandem.algorithms.base import Batch, Budget, demonstration
 from tandem.algorithms.inspect import group, inspect, trajectory
+from tandem.engine.loop import carried
 from tandem.engine.types import Finish, Prompt, Sampling, ScoredGroup, Source, Trajectory
 
 # Two demonstrations of three and two tokens, ids 5 6 3 and 7 3.
@@ -88,8 +89,9 @@ def drive(method, steps, signals=None, budget=BUDGET, staleness=0, tickets=None)
         if groups:
             metrics["reward/mean"] = float(np.mean([g.rewards.mean() for g in groups]))
         method.observe(step, metrics)
-        signals = {**metrics, **method.metrics(step)}
-        record.append((demand, out.rows, out.loss, out.gradients, signals))
+        metrics |= method.metrics(step)
+        signals = carried(signals, metrics)
+        record.append((demand, out.rows, out.loss, out.gradients, metrics))
     return record, (signals, tickets)
 
 

@@ -154,6 +154,21 @@ def test_every_set_of_moments_has_its_own_warm_up(tmp_path):
     assert rates == pytest.approx([2e-3, 4e-3, 4e-3, 5e-4, 1e-3, 1e-3])
 
 
+def test_a_step_without_rollouts_leaves_what_goes_by_the_reward_where_it_was(tmp_path):
+    """SFT and RL take turns, mu = 0.9 - reward: the peak until a reward is known, then the last known one's, also right after an SFT step and a resume there."""
+    method = tmp_path / "mine.py"
+    method.write_text("from dataclasses import dataclass\nfrom tandem.algorithms.alternating import Alternating\nfrom tandem.algorithms.schedules import Schedule\n"
+                      "@dataclass\nclass Mine(Alternating):\n    mu = Schedule('reward_gap', peak=0.9)\n"
+                      "    def rows(self, batch):\n        self.now = self.mu(batch.step, batch.signals)\n        return super().rows(batch)\n"
+                      "    def metrics(self, step):\n        return {'mu': self.now}\n")
+    run = lambda *more: train(config(tmp_path, {"name": f"{method}:Mine", "every": 2}, SHORT, "data.evaluation=null", *more))
+    assert run("run.steps=3") == run("run.steps=6", "run.resume=true") == 0
+    steps = [line for line in lines(tmp_path / "run" / "metrics.jsonl") if "mu" in line]
+    assert ["reward/mean" in line for line in steps] == [False, True] * 3
+    first, second = 0.9 - steps[1]["reward/mean"], 0.9 - steps[3]["reward/mean"]
+    assert len({0.9, first, second}) == 3 and [line["mu"] for line in steps] == pytest.approx([0.9, 0.9, first, first, second, second])
+
+
 def test_a_breakpoint_in_a_method_gets_the_terminal(tmp_path):
     method = tmp_path / "mine.py"
     method.write_text("from dataclasses import dataclass\nfrom tandem.algorithms.grpo import GRPO\n@dataclass\nclass Mine(GRPO):\n"

@@ -9,6 +9,7 @@ from tandem.algorithms.base import make_method
 from tandem.algorithms.inspect import inspect
 from tandem.algorithms.objectives import NLL
 from tandem.algorithms.schedules import Schedule
+from tandem.engine.loop import carried
 
 
 def test_chord_mixes_two_means_with_their_own_denominators():
@@ -135,6 +136,16 @@ def test_schedules_of_a_signal():
     for kind in ("reward_gap", "gate", "entropy_exp", "saturating"):
         schedule = Schedule(kind, peak=0.7)
         assert schedule(5, {}) == schedule(5, {"reward/mean": math.nan, "entropy": math.nan, "grad_norm": math.inf}) == 0.7, "nothing known yet: the peak"
+
+
+def test_a_signal_that_a_step_does_not_measure_keeps_its_last_value():
+    """No reward in an SFT step, no finite gradient in a skipped one. At the start nothing is known."""
+    gap, norm = Schedule("reward_gap", peak=0.5), Schedule("saturating", peak=1.0, threshold=1.0)
+    signals, found = {}, []
+    for metrics in ({"grad_norm": 1.0}, {"grad_norm": 3.0, "reward/mean": 0.2}, {"grad_norm": math.inf}, {"grad_norm": math.nan, "reward/mean": 0.4}):
+        signals = carried(signals, metrics)
+        found.append((gap(0, signals), norm(0, signals)))
+    assert found == [pytest.approx(pair) for pair in ((0.5, 0.5), (0.3, 0.75), (0.3, 0.75), (0.1, 0.75))]
 
 
 @pytest.mark.parametrize("value, words", [({"kind": "cosine", "warm_up": 3}, "did you mean 'warmup'"), ({"kind": "cosin"}, "did you mean 'cosine'"),
