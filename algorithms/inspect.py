@@ -19,7 +19,7 @@ import torch
 from tandem.algorithms.base import Batch, Method
 from tandem.algorithms.objectives import Tokens
 from tandem.engine.packing import pack
-from tandem.engine.terms import denominators, evaluate, streams
+from tandem.engine.terms import denominators, evaluate, means, streams
 from tandem.engine.types import Finish, Prompt, Row, ScoredGroup, Source, Trajectory
 
 PerRow = Callable[[Row], np.ndarray]
@@ -35,7 +35,7 @@ class Inspection:
     denominators: dict[str, float]
     gradients: list[np.ndarray]
     value_gradients: list[np.ndarray]   # d loss / d value, the same way
-    metrics: dict[str, float]           # TERM/METRIC, mean over the term's tokens
+    metrics: dict[str, float]           # TERM/METRIC, mean over the term's tokens; TERM/PART/METRIC over those of a part, e.g. policy/expert/p
     rows: list[Row]
 
 
@@ -72,13 +72,8 @@ def inspect(method: Method, batch: Batch, logp: PerRow, entropy: PerRow | None =
     if total.requires_grad:
         total.backward()
     gradient = lambda leaves: [np.zeros(len(r.tokens), np.float32) if l.grad is None else l.grad.numpy() for r, l in zip(rows, leaves)]
-    metrics = {}
-    for key, total_of in sums.items():
-        if key.startswith("sum/"):
-            term, metric = key[4:].split("/", 1)
-            metrics[f"{term}/{metric}"] = total_of / max(sums[f"count/{term}"], 1.0)
     return Inspection(total.item(), {t.name: sums.get(f"loss/{t.name}", 0.0) for t in terms}, {t.name: t.coefficient for t in terms}, z, gradient(leaves),
-                      gradient(value_leaves or leaves[:0]), metrics, rows)
+                      gradient(value_leaves or leaves[:0]), means(sums), rows)
 
 
 def trajectory(prompt: Sequence[int], response: Sequence[int], behaviour_logp: Sequence[float] | None = None, expert: bool = False, version: int = 0,

@@ -9,6 +9,7 @@ demonstration's advantage is 0: its influence fades without a schedule. Dynamic 
 Paper and code: both train without the division by std (the paper's text, against its formula), with an entropy bonus over the tokens of both sources: 0.01 in
 the paper, 0.001 in the code. as=code also drops the clip and divides the sum by a constant, the response limit (8192 there), not by tokens or rows:
 give it as `policy: {reduction_length: 8192}`.
+Watch policy/expert/p, the mean probability of demonstration tokens.
 """
 from __future__ import annotations
 

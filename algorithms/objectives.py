@@ -1,6 +1,7 @@
 """Token objectives: pure functions from what is known about the trained tokens of a micro-batch to a loss per token.
 
-An objective is a frozen dataclass (its fields are its constants) with `__call__(tokens: Tokens) -> (loss [n], {metric: [n]})`.
+An objective is a frozen dataclass (its fields are its constants) with `__call__(tokens: Tokens) -> (loss [n], {metric: [n]})`. What it reports of m of
+its tokens alone stands a level deeper, {part: {metric: [m]}}, and is averaged over those.
 The loss must be differentiable in `tokens.logp`; everything else is data. `weight`, `reduction` and `coefficient` are not its business.
 """
 from __future__ import annotations
@@ -159,7 +160,7 @@ class ExpertRatio:
 
 @dataclass(frozen=True)
 class BySource:
-    """One term, one denominator, two objectives: `expert` on expert tokens, `rollout` on all others."""
+    """One term, one denominator, two objectives: `expert` on expert tokens, `rollout` on all others. Metrics of either are named by it: expert/p."""
 
     rollout: object
     expert: object
@@ -170,7 +171,7 @@ class BySource:
         for objective, name, chosen in ((self.rollout, "rollout", ~is_expert), (self.expert, "expert", is_expert)):
             index = chosen.nonzero().squeeze(-1)
             if len(index):
-                part, _ = objective(tokens.take(index))
+                part, metrics[name] = objective(tokens.take(index))
                 loss = loss.index_add(0, index, part)
                 metrics[f"{name}_share"] = chosen.float()
         return loss, metrics

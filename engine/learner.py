@@ -237,10 +237,7 @@ def report(plan: StepPlan, totals: dict[str, float]) -> dict[str, float]:
     """Sums of the global batch as metrics."""
     metrics = {key: value for key, value in totals.items() if key.startswith(("loss/", "tokens/"))}
     metrics["loss"] = sum(term.coefficient * totals.get(f"loss/{term.name}", 0.0) for term in plan.terms)
-    for key, value in totals.items():
-        if key.startswith("sum/") and key.count("/") >= 2:
-            term, metric = key.removeprefix("sum/").split("/", 1)
-            metrics[f"{term}/{metric}"] = value / totals[f"count/{term}"]
+    metrics |= term_losses.means(totals)
     if totals.get("count/entropy"):
         metrics["entropy"] = totals["sum/entropy"] / totals["count/entropy"]
     if totals.get("count/gap"):

@@ -45,7 +45,8 @@ def evaluate(terms: Sequence[Term], z: Mapping[str, float], micro: MicroBatch, t
 
     Returns (loss, sums): `loss` is a scalar attached to everything that any rank may differentiate even when no token here belongs to any term (a rank
     without rows still has to run its whole backward pass, or collectives of the other ranks would wait for ever). `sums` are detached scalars to be added up over micro-batches
-    and ranks: `loss/TERM` (already divided by Z), `count/TERM` (tokens), `sum/TERM/METRIC` (token sums, divide by count at the end).
+    and ranks: `loss/TERM` (already divided by Z), `count/TERM` (tokens), `sum/TERM/METRIC` (token sums, divided by the count at the end, see `means`), and the
+    same of `TERM/PART` where an objective reports on some of its tokens.
     """
     attached = [tokens.logp, tokens.value, *tokens.extra.values(), tokens.entropy if any("entropy" in term.needs for term in terms) else None]
     loss = sum(stream.sum() * 0.0 for stream in attached if stream is not None)
@@ -72,5 +73,17 @@ def evaluate(terms: Sequence[Term], z: Mapping[str, float], micro: MicroBatch, t
         sums[f"loss/{term.name}"] = value.detach()
         sums[f"count/{term.name}"] = torch.tensor(float(len(index)), device=weight.device)
         for key, metric in metrics.items():
-            sums[f"sum/{term.name}/{key}"] = metric.detach().sum()
+            if not isinstance(metric, Mapping):
+                sums[f"sum/{term.name}/{key}"] = metric.detach().sum()
+                continue
+            for name, values in metric.items():
+                sums[f"sum/{term.name}/{key}/{name}"] = values.detach().sum()
+                sums[f"count/{term.name}/{key}"] = torch.tensor(float(len(values)))
     return loss, sums
+
+
+def means(sums: Mapping[str, float]) -> dict[str, float]:
+    """{TERM/METRIC: mean over the term's tokens, TERM/PART/METRIC: mean over the part's} from the sums of `evaluate` over a whole step."""
+    names = [key.removeprefix("sum/") for key in sums if key.startswith("sum/") and key.count("/") >= 2]
+    count = lambda name: sums.get(f"count/{name.rpartition('/')[0]}") or sums[f"count/{name.partition('/')[0]}"]
+    return {name: sums[f"sum/{name}"] / count(name) for name in names}

@@ -32,6 +32,21 @@ def test_luffy_by_hand():
     assert out.coefficients["entropy"] == 0.01 and out.denominators["entropy"] == 7.0, "the bonus covers the expert's tokens as well"
 
 
+@pytest.mark.parametrize("split", [{}, {"micro_batch_tokens": 1, "ranks": 2}])
+def test_luffy_reports_each_source_by_its_own_tokens(split):
+    """Demonstration tokens have p = 0.1, 0.2, 0.6: mean 0.3, whatever the four of the rollouts have, of which three of four (A > 0, ratio e^0.5) are clipped."""
+    def logp(row):
+        p = np.full(len(row.tokens), 0.5, np.float32)
+        p[row.source == Source.EXPERT] = [0.1, 0.2, 0.6][:int((row.source == Source.EXPERT).sum())]
+        return np.log(p)
+    old = lambda row: logp(row) - 0.5 * (row.advantage > 0)
+    out = inspect(make_method("luffy", {}), batch(groups=[with_demo((1, 0))]), logp, entropy=constant(0.3), old=old, **split)
+    expected = {"policy/expert/p": 0.3, "policy/rollout/clip_fraction": 3 / 4, "policy/rollout/ppo_kl": -0.5 * 3 / 4, "policy/expert_share": 3 / 7, "policy/rollout_share": 4 / 7}
+    assert out.metrics == pytest.approx(expected, rel=1e-5)
+    alone = inspect(make_method("luffy", {}), batch(groups=[rollouts()]), logp, entropy=constant(0.3), **split).metrics
+    assert not any("expert" in name for name in alone) and alone["policy/rollout/clip_fraction"] == 0
+
+
 def test_luffy_as_code_divides_by_the_response_limit_and_does_not_clip():
     method = make_method("luffy", {"as": "code", "policy": {"reduction_length": 10}})
     out = inspect(method, batch(groups=[with_demo((1, 0))]), lambda r: half(r) + 0.5, old=half, entropy=constant(0.3))
