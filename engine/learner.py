@@ -60,6 +60,9 @@ class LearnerRank:
         self.reference: Policy | None = None
         self.own_reference = False      # the reference is not the run's original model
 
+    def shares_prompts(self) -> bool:
+        return self.engine.module.shares_prompts
+
     # -- training ---------------------------------------------------------------------------------------------------------------------------------
 
     def step(self, plan: StepPlan) -> StepReport:
@@ -67,7 +70,7 @@ class LearnerRank:
 
         Metrics, all over the global batch: loss, loss/TERM, TERM/METRIC (token means), grad_norm (before clipping), entropy (mean over sampled tokens),
         gap/max and gap/mean of |learner log-prob - rollout log-prob| on tokens sampled with the present weights, tokens/{trained,real,padded}
-        (padded: with padding), learning_rate, seconds/{gradient,optimizer}.
+        (padded: as run, with padding and with shared prompts counted once), learning_rate, seconds/{gradient,optimizer}.
         """
         started = time.perf_counter()
         self.engine.set_optimizer(plan.optimizer)
@@ -88,7 +91,10 @@ class LearnerRank:
 
     def _forward(self, forward, micro: MicroBatch, temperature: float, entropy: bool, custom=None):
         move = lambda array: torch.as_tensor(array, device=self.engine.device)
-        hook = () if custom is None else (custom, {name: move(getattr(micro, name)) for name in ("segment", "group", "source")})
+        if custom is None:
+            hook = (None, None, None if micro.tree is None else move(micro.tree))
+        else:
+            hook = custom, {name: move(getattr(micro, name)) for name in ("segment", "group", "source")}
         return forward(move(micro.tokens), move(micro.positions), move(micro.index), move(micro.target), temperature, self.config.learner.head_chunk, entropy, *hook)
 
     def logprobs(self, rows: Sequence[Row], temperature: float, reference: bool = False) -> list[np.ndarray | None]:
@@ -105,7 +111,7 @@ class LearnerRank:
         forward = self._reference() if reference else self.engine.forward
         names = ("logp",) if reference or self.engine.module.critic is None else ("logp", "value")
         plain = [Term(name, NLL()) for name in sorted({name for row in rows for name in row.weights})]
-        share = pack(rows, plain, self.ranks, self.config.learner.micro_batch_tokens, version=-1)[self.rank]
+        share = pack(rows, plain, self.ranks, self.config.learner.micro_batch_tokens, version=-1, share=self.shares_prompts())[self.rank]
         results = [(micro, self._forward(forward, micro, temperature, False)) for micro in share]
         out: list[np.ndarray | None] = [None] * len(rows)
         empty = lambda row: np.full((len(names), len(row.tokens)), np.nan, np.float32)
@@ -252,6 +258,7 @@ class InlineLearner:
 
     def __init__(self, rank: LearnerRank):
         self.rank, self.pool, self.synced, self.sync_timeout = rank, None, None, rank.config.sync.timeout
+        self.shares_prompts = rank.shares_prompts()
         self.step, self.logprobs, self.streams, self.set_reference = rank.step, rank.logprobs, rank.streams, rank.set_reference
         self.save, self.load, self.export, self.close = rank.save, rank.load, rank.export, rank.close
 

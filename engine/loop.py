@@ -103,7 +103,8 @@ def update(run, step: int, demand: Demand, rows: Sequence[Row], terms: Sequence[
     for number, part in enumerate(parts):
         z = denominators(terms, part)
         plan = StepPlan(step=step, terms=tuple(terms), denominators=z, temperature=temperature, optimizer=demand.optimizer,
-                        micro_batches=pack(part, terms, run.learner.ranks, learner.micro_batch_tokens, version=step if number == 0 else STALE),
+                        micro_batches=pack(part, terms, run.learner.ranks, learner.micro_batch_tokens, version=step if number == 0 else STALE,
+                                           share=run.learner.shares_prompts and run.method.forward is None),
                         learning_rate=run.learning_rate(step, demand), forward=run.method.forward, entropy=learner.entropy or any("entropy" in t.needs for t in terms))
         reports.append(run.learner.step(plan))
     keys = {key: None for report in reports for key in report.metrics}

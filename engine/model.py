@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tandem.engine.attention import use_fast_attention
+from tandem.engine.attention import NAME, use_fast_attention
 from tandem.engine.config import ConfigError, ModelConfig
 from tandem.engine.logprob import token_logprobs
 
@@ -91,27 +91,31 @@ class Policy(nn.Module):
         self.critic: ValueHead | None = None
         # With flash attention transformers keeps packed sequences apart in a batch of one only; rows start at position 0, so bins can stand in one line.
         self.one_line = "flash" in model.config._attn_implementation
+        self.shares_prompts = False     # see `can_share`
 
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor, index: torch.Tensor, target: torch.Tensor, temperature: float = 1.0,
-                chunk: int = 1024, entropy: bool = False, custom=None, tags=None) -> tuple:
+                chunk: int = 1024, entropy: bool = False, custom=None, tags=None, tree: torch.Tensor | None = None) -> tuple:
         """Log-prob of `target[i]` given the hidden state at flat position `index[i]` of the bins, as in `MicroBatch`, and the critic's value of that state.
 
         tokens, positions int64 [B, L]; index, target int64 [n] -> (logp [n], entropy [n] or None, value [n] or None), float32.
-        `custom` is Method.forward, which then does all this itself, with `tags`.
+        `tree` int64 [2, B, L] as in `MicroBatch`, for a policy that `shares_prompts`. `custom` is Method.forward, which then does all this itself, with `tags`.
         """
         if custom is not None:
             return custom(self, tokens, positions, index, target, temperature, chunk, entropy, tags)
-        hidden = self.trunk(tokens, positions)[index]
+        hidden = self.trunk(tokens, positions, tree=tree)[index]
         return *self.head(hidden, target, temperature, chunk, entropy), None if self.critic is None else self.critic(hidden)
 
-    def trunk(self, tokens: torch.Tensor, positions: torch.Tensor, embeddings: torch.Tensor | None = None) -> torch.Tensor:
-        """Hidden states [B * L, H] of the bins; with `embeddings` [B, L, H] in the place of those of the tokens."""
+    def trunk(self, tokens: torch.Tensor, positions: torch.Tensor, embeddings: torch.Tensor | None = None,
+              tree: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states [B * L, H] of the bins; with `embeddings` [B, L, H] in the place of those of the tokens, and `tree` where rows share prompts."""
         if self.one_line:
             tokens, positions = tokens.reshape(1, -1), positions.reshape(1, -1)
         if embeddings is None:
             inputs = {"input_ids": tokens}
         else:
             inputs = {"inputs_embeds": embeddings.reshape(*tokens.shape, -1)}
+        if tree is not None:
+            inputs["attention_mask"] = tree_mask(tree)      # transformers takes a mask of four dimensions as it is
         hidden = self.model.get_decoder()(**inputs, position_ids=positions, use_cache=False)[0]
         return hidden.reshape(-1, hidden.shape[-1])
 
@@ -197,6 +201,7 @@ def load_policy(model: ModelConfig) -> Policy:
         use_fast_attention(causal)
     policy = Policy(causal)
     self_check(policy, model)
+    policy.shares_prompts = can_share(policy)
     return policy
 
 
@@ -239,6 +244,34 @@ def self_check(policy: Policy, model: ModelConfig) -> None:
                           f"model's own by {gap:.1e} on average (expected at most {tolerance:.0e}), and by {leak:.1e} between two neighbours in the pack "
                           f"({tolerance / 10:.0e}): it mixes packed sequences, or its logits are not a linear map of the hidden states; "
                           "try model.attention=sdpa, else this model is not supported")
+
+
+def tree_mask(tree: torch.Tensor) -> torch.Tensor:
+    """bool [B, 1, L, L]: a token sees the tokens before it, and itself, of its own block and of its prompt's."""
+    block, prompt = tree[0], tree[1]
+    related = (block[:, None, :] == block[:, :, None]) | (block[:, None, :] == prompt[:, :, None])
+    return related.tril()[:, None]
+
+
+@torch.no_grad()
+def can_share(policy: Policy) -> bool:
+    """Whether rows may stand behind one copy of their prompt: SDPA with full attention in every layer, and the right log-probs on real numbers.
+
+    Layers with a window would lose it to the mask; flash attention takes no mask; eager attention takes another kind; a recurrent layer would see the rows before.
+    """
+    config = policy.model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windowed = getattr(config, "sliding_window", None) is not None and getattr(config, "layer_types", None) is None
+    if windowed or kinds != {"full_attention"} or policy.model.config._attn_implementation not in ("sdpa", NAME):
+        return False
+    device, dtype = policy.head.weight.device, str(policy.head.weight.dtype).removeprefix("torch.")
+    prompt, a, b = torch.randint(len(policy.head.weight), (3, 4), generator=torch.Generator().manual_seed(1)).to(device)
+    order, four = torch.arange(8, device=device), torch.ones(4, dtype=torch.long, device=device)
+    alone = policy(torch.stack([torch.cat([prompt, a]), torch.cat([prompt, b])]), order.expand(2, -1), torch.cat([order[3:7], order[3:7] + 8]), torch.cat([a, b]))[0]
+    index = torch.cat([order[3:7], order[3:4], order[5:8] + 3])     # b's first token is predicted from the end of the prompt
+    tree = torch.stack([torch.cat([0 * four, 1 * four, 2 * four]), 0 * torch.cat([four] * 3)])[:, None]
+    shared = policy(torch.cat([prompt, a, b])[None], torch.cat([order, order[4:]])[None], index, torch.cat([a, b]), tree=tree)[0]
+    return (shared - alone).abs().mean().item() <= TOLERANCE[dtype]
 
 
 def hf_parameters(policy: Policy) -> Iterator[tuple[str, nn.Parameter]]:

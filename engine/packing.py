@@ -9,11 +9,12 @@ Invariants:
   * The result depends on the arguments only.
 Denominators and row scales do not depend on the packing, so that any packing of the same rows gives the same gradient.
 
-The unit that is placed is a row, or a group where a term has `together`.
+The unit that is placed is a row, a family of rows behind one copy of their prompt, or a whole group where a term has `together`.
 """
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -30,18 +31,58 @@ SQUARE = 1024
 FACTORS = (1.0, 1.05, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)     # bin lengths to try, in units of the longest row to be placed
 
 
-def pack(rows: Sequence[Row], terms: Sequence[Term], ranks: int, micro_batch_tokens: int, version: int) -> tuple[tuple[MicroBatch, ...], ...]:
-    """[rank][k] micro-batches for one optimizer step. `version` is the learner's weight version, for `MicroBatch.fresh`."""
+def pack(rows: Sequence[Row], terms: Sequence[Term], ranks: int, micro_batch_tokens: int, version: int,
+         share: bool = False) -> tuple[tuple[MicroBatch, ...], ...]:
+    """[rank][k] micro-batches for one optimizer step. `version` is the learner's weight version, for `MicroBatch.fresh`.
+
+    With `share`, rows that continue the same prompt stand behind one copy of it (see `MicroBatch.tree`); the policy must support that.
+    """
     trained, together = [i for i, row in enumerate(rows) if row.trained.any()], any(term.together for term in terms)
-    units: dict[tuple, list[int]] = {}
+    groups: dict[tuple, list[int]] = {}
     for i in trained:
-        units.setdefault(("group", rows[i].group) if together and rows[i].group >= 0 else ("row", i), []).append(i)
-    units = {members[0]: members for members in units.values()}
-    lengths = {first: sum(len(rows[i].tokens) for i in members) for first, members in units.items()}
-    layouts = [[[[i for first in b for i in units[first]] for b in bins] for bins in layout(share, micro_batch_tokens)] for share in spread(lengths, ranks)]
+        groups.setdefault(("group", rows[i].group) if together and rows[i].group >= 0 else ("row", i) if together else (), []).append(i)
+    found = [families(rows, members, micro_batch_tokens, share) for members in groups.values()]
+    units = {unit[0].rows[0]: unit for unit in (found if together else ([family] for one in found for family in one))}
+    lengths = {first: sum(family.length(rows) for family in unit) for first, unit in units.items()}
+    layouts = [[[[family for first in b for family in units[first]] for b in bins] for bins in layout(part, micro_batch_tokens)] for part in spread(lengths, ranks)]
     steps = max(1, *(len(micros) for micros in layouts))
     present = [name for name in STREAMS if any(getattr(row, name) is not None for row in rows)]
     return tuple(tuple(build(rows, micros[k] if k < len(micros) else [[]], terms, present, version) for k in range(steps)) for micros in layouts)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Rows behind one copy of their first `prompt` tokens, which are the same in all of them and not trained."""
+
+    prompt: int
+    rows: tuple[int, ...]
+
+    def length(self, rows: Sequence[Row]) -> int:
+        return self.prompt + sum(len(rows[i].tokens) - self.prompt for i in self.rows)
+
+
+def families(rows: Sequence[Row], members: Sequence[int], budget: int, share: bool) -> list[Family]:
+    """The members in families. As many rows stay together as is cheapest: each more saves a prompt and makes attention over the bin dearer."""
+    if not share:
+        return [Family(0, (i,)) for i in members]
+    same: dict[tuple, list[int]] = {}
+    for i in members:
+        prompt = int(rows[i].trained.argmax())
+        same.setdefault((prompt, rows[i].tokens[:prompt].tobytes()), []).append(i)
+    found = []
+    for (prompt, _), mine in same.items():
+        tails = {i: len(rows[i].tokens) - prompt for i in mine}
+        mean = sum(tails.values()) / len(mine)
+        most = min(range(1, len(mine) + 1), key=lambda k: (prompt + k * mean) * (1 + (prompt + k * mean) / SQUARE) / k)
+        portion, length = [], prompt
+        for i in mine:
+            if portion and (len(portion) == most or length + tails[i] > budget):
+                found.append(Family(prompt, tuple(portion)))
+                portion, length = [], prompt
+            portion.append(i)
+            length += tails[i]
+        found.append(Family(prompt, tuple(portion)))
+    return found
 
 
 def spread(lengths: dict[int, int], ranks: int) -> list[dict[int, int]]:
@@ -99,21 +140,31 @@ def cost_per_token(bins: list[list[int]], lengths: dict[int, int]) -> float:
     return cost(len(bins), max(sums)) / sum(sums)
 
 
-def build(rows: Sequence[Row], bins: list[list[int]], terms: Sequence[Term], present: Sequence[str], version: int) -> MicroBatch:
+def build(rows: Sequence[Row], bins: list[list[Family]], terms: Sequence[Term], present: Sequence[str], version: int) -> MicroBatch:
     """Lay the rows out in their bins and gather the streams of their trained tokens."""
-    order = [i for b in bins for i in b]
-    width = max(1, max(sum(len(rows[i].tokens) for i in b) for b in bins))
+    order = [i for b in bins for family in b for i in family.rows]
+    width = max(1, max(sum(family.length(rows) for family in b) for b in bins))
     tokens, positions = np.zeros((len(bins), width), np.int64), np.zeros((len(bins), width), np.int64)
-    masks = [rows[i].trained for i in order]
-    offsets = []
+    tree = np.full((2, len(bins), width), -1, np.int64)
+    masks, index, block = [rows[i].trained for i in order], [np.zeros(0, np.int64)], 0
     for b, members in enumerate(bins):
         start = 0
-        for i in members:
-            stop = start + len(rows[i].tokens)
-            tokens[b, start:stop] = rows[i].tokens
-            positions[b, start:stop] = np.arange(stop - start)
-            offsets.append(b * width + start)
-            start = stop
+        for family in members:
+            trunk, root = b * width + start, block
+            for number, i in enumerate(family.rows):
+                first = family.prompt if number else 0      # the first row brings the prompt with it
+                stop = start + len(rows[i].tokens) - first
+                tokens[b, start:stop] = rows[i].tokens[first:]
+                positions[b, start:stop] = np.arange(first, len(rows[i].tokens))
+                if len(family.rows) > 1:
+                    block += 1
+                tree[:, b, start:stop] = [[block], [root]]
+                if number == 0:
+                    tree[0, b, start:start + family.prompt] = root
+                before = rows[i].trained.nonzero()[0] - 1       # the hidden states that predict
+                index.append(np.where(before < family.prompt, trunk + before, b * width + start - first + before))
+                start = stop
+            block += 1
         positions[b, start:] = np.arange(width - start)
 
     def gather(per_row, dtype) -> np.ndarray:
@@ -124,9 +175,9 @@ def build(rows: Sequence[Row], bins: list[list[int]], terms: Sequence[Term], pre
         return term.reduction.row_scale(n) if n else 0.0
 
     missing = np.float32(np.nan)
-    flat = np.concatenate([np.zeros(0, np.int64), *(offset + mask.nonzero()[0] for offset, mask in zip(offsets, masks))])
     return MicroBatch(
-        tokens=tokens, positions=positions, index=flat - 1, target=tokens.reshape(-1)[flat],
+        tokens=tokens, positions=positions, index=np.concatenate(index), target=gather(lambda row: row.tokens, np.int64),
+        tree=tree if any(len(family.rows) > 1 for b in bins for family in b) else None,
         weights={term.name: gather(lambda row: row.weights.get(term.name, np.float32(0)), np.float32) for term in terms},
         scale={term.name: gather(lambda row: np.float32(scale(row, term)), np.float32) for term in terms},
         segment=np.repeat(np.arange(len(order)), [int(mask.sum()) for mask in masks]).astype(np.int64),

@@ -107,6 +107,7 @@ class RayLearner:
         try:
             address, port = learner._gather("free_address", [()], cluster.start_timeout)[0]
             learner._gather("start", [(address, cluster.port or port)] * len(actors), cluster.start_timeout)
+            learner.shares_prompts = all(learner._all("shares_prompts"))
         except BaseException:
             learner.close()
             raise

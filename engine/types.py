@@ -172,11 +172,12 @@ class Row:
 class MicroBatch:
     """What one rank runs in one forward: rows packed into `B` bins of length `L`, and the streams of the `n` trained tokens.
 
-    Trained token i sits at flat position `index[i]` + 1 of the bins; the hidden state at flat position `index[i]` predicts it.
+    The hidden state at flat position `index[i]` of the bins predicts trained token i; the token itself sits behind it, at `index[i]` + 1, unless rows share
+    a prompt: then all of them are predicted from the one copy of it, and each row's own tokens are a block that sees this copy and itself.
     """
 
     tokens: np.ndarray                                  # int64 [B, L], padded with 0
-    positions: np.ndarray                               # int64 [B, L], restart at 0 with every row; padding is a segment of its own
+    positions: np.ndarray                               # int64 [B, L], position in the row; padding is a row of its own
     index: np.ndarray                                   # int64 [n]
     target: np.ndarray                                  # int64 [n] token ids
     weights: Mapping[str, np.ndarray]                   # {term: float32 [n]}
@@ -187,7 +188,8 @@ class MicroBatch:
     streams: Mapping[str, np.ndarray]                   # float32 [n]: advantage, behaviour_logp, old_logp, ref_logp, old_value, returns, where present (NaN: absent for that token)
     fresh: np.ndarray                                   # bool [n]: sampled by the rollout engine with the learner's present weights
     rows: tuple[int, ...]                               # positions in the step's row list
-    real_tokens: int                                    # tokens that are not padding
+    real_tokens: int                                    # tokens of all rows, prompts counted with each
+    tree: np.ndarray | None = None                      # int64 [2, B, L]: block of each token, and block of its prompt; None: no row shares its prompt
 
 
 @dataclass(frozen=True, eq=False)

@@ -65,8 +65,15 @@ def poison(rows):
     return [replace(rows[0], advantage=np.full(len(rows[0].tokens), np.inf, np.float32)), *rows[1:]]
 
 
-def make_plan(rows, ranks=1, budget=64, terms=TERMS, **changes):
-    plan = StepPlan(0, tuple(terms), denominators(terms, rows), pack(rows, terms, ranks, budget, version=0), learning_rate=1e-3, temperature=TEMPERATURE, entropy=True)
+def siblings(rows):
+    """The same rows, with one prompt for all whose prompts are equally long."""
+    prompt = np.arange(50, 60, dtype=np.int32)
+    first = lambda row: int(row.trained.argmax())
+    return [replace(row, tokens=np.r_[prompt[:first(row)], row.tokens[first(row):]].astype(np.int32)) for row in rows]
+
+
+def make_plan(rows, ranks=1, budget=64, terms=TERMS, share=False, **changes):
+    plan = StepPlan(0, tuple(terms), denominators(terms, rows), pack(rows, terms, ranks, budget, version=0, share=share), learning_rate=1e-3, temperature=TEMPERATURE, entropy=True)
     return replace(plan, **changes)
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from learner_cases import METHOD, TERMS, equal, make_plan, make_policy, make_rows, only, plain_gradient, poison, weights
+from learner_cases import METHOD, TERMS, equal, make_plan, make_policy, make_rows, only, plain_gradient, poison, siblings, weights
 
 from tandem.engine.config import Config, ConfigError, LearnerConfig, ModelConfig
 from tandem.engine.learner import LearnerRank
@@ -47,6 +47,30 @@ def test_report_does_not_depend_on_the_split(model_path):
     for key in whole.keys() - {"tokens/padded", "seconds/gradient", "seconds/optimizer"}:
         assert parts[key] == pytest.approx(whole[key], rel=1e-5, abs=1e-7), key
     assert whole["tokens/trained"] == sum(row.trained.sum() for row in rows) and whole["tokens/real"] == sum(len(row.tokens) for row in rows)
+
+
+@pytest.mark.parametrize("budget", [10_000, 60, 24])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_rows_behind_one_copy_of_their_prompt_give_the_same_gradient_and_streams(model_path, budget, checkpointing):
+    rows = siblings(make_rows(count=17))
+    expected, loss = plain_gradient(model_path, rows, TERMS)
+    rank = make_rank(model_path, micro_batch_tokens=budget, gradient_checkpointing=checkpointing)
+    alone = make_rank(model_path, micro_batch_tokens=budget)
+    alone.shares_prompts = lambda: False
+    for name, found in rank.streams(rows, 0.8).items():
+        for mine, theirs in zip(found, alone.streams(rows, 0.8)[name]):
+            np.testing.assert_allclose(mine, theirs, atol=2e-6)
+    captured = {}
+    rank.engine.optimizer.register_step_pre_hook(lambda *_: captured.update(
+        {n.removeprefix("model."): p.grad.clone() for n, p in rank.engine.module.named_parameters()}))
+    plan = make_plan(rows, budget=budget, share=True)
+    assert any(micro.tree is not None for micro in plan.micro_batches[0])
+    report = rank.step(plan)
+    for name in expected:
+        assert torch.allclose(captured[name], expected[name], rtol=1e-5, atol=1e-7), name
+    assert report.metrics["loss"] == pytest.approx(loss, rel=1e-5) and report.metrics["tokens/real"] == sum(len(row.tokens) for row in rows)
+    if budget == 10_000:
+        assert report.metrics["tokens/padded"] < report.metrics["tokens/real"]
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import transformers
 from tandem.algorithms.base import Term
 from tandem.algorithms.objectives import NLL
 from tandem.engine.config import ConfigError, ModelConfig
-from tandem.engine.model import Policy, hf_parameters, load_policy, load_tokenizer, resolve_model, self_check
+from tandem.engine.model import Policy, can_share, hf_parameters, load_policy, load_tokenizer, resolve_model, self_check
 from tandem.engine.packing import pack
 from tandem.engine.types import Row, Source
 
@@ -24,6 +24,9 @@ CONFIGS = {
     "gpt2": lambda: transformers.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=2, n_positions=256),
     "phi, head with bias": lambda: transformers.PhiConfig(**{**SIZES, "num_key_value_heads": 2}),
 }
+
+
+SHARING = {"llama", "llama, untied", "qwen3", "phi, head with bias", "gpt2"}        # the others have windows, which a mask of ours would take away
 
 
 def make_model(config, dtype=torch.float32):
@@ -249,3 +252,11 @@ def test_a_head_with_an_unknown_twist_is_refused():
 
     model.forward = twisted
     refused(lambda: self_check(Policy(model), ModelConfig(path="twisted")), "twisted", "not a linear map")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_prompts_are_shared_where_the_model_allows_it(name):
+    policy = Policy(make_model(CONFIGS[name]()))
+    assert can_share(policy) == (name in SHARING)
+    policy.model.set_attn_implementation("eager")
+    assert not can_share(policy)

@@ -1,4 +1,6 @@
 """Every row is packed exactly once, whole, on some rank; streams follow their tokens; bins are full and ranks balanced."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +8,7 @@ import torch
 from tandem.algorithms.base import Term
 from tandem.algorithms.objectives import NLL
 from tandem.algorithms.reductions import Reduction
+from tandem.engine.model import tree_mask
 from tandem.engine.packing import cost, pack
 from tandem.engine.types import Row, Source
 
@@ -139,3 +142,56 @@ def test_ranks_are_balanced(ranks, lengths, spare):
 def test_the_plan_depends_on_its_arguments_only():
     one, two = (pack(make_rows(lognormal(100)), TERMS, 2, 1024, version=0) for _ in range(2))
     assert [[micro.rows for micro in micros] for micros in one] == [[micro.rows for micro in micros] for micros in two]
+
+
+def with_prompts(rows, seed):
+    """Rows that begin with one of a few prompts; some do not train their first own tokens, some have a prompt of their own."""
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(1, 1000, n).astype(np.int32) for n in (3, 9, 30)]
+    found = []
+    for row in rows:
+        prompt = prompts[rng.integers(3)]
+        pad = np.zeros(len(prompt), np.float32)
+        found.append(replace(row, tokens=np.r_[prompt, row.tokens], source=np.r_[np.full(len(prompt), Source.PROMPT, np.int8), row.source],
+                             weights={name: np.r_[pad, weight] for name, weight in row.weights.items()}))
+        if row.trained.any() and rng.random() < 0.8:
+            found[-1].weights["a"][len(prompt)] = 0.5
+    return found
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("seed", range(8))
+def test_behind_a_shared_prompt_every_token_sees_its_own_row_up_to_itself(seed, together):
+    """Read back through the mask: the visible tokens in the order of their positions are the row, whatever stands between them in the bin."""
+    rng = np.random.default_rng(seed)
+    ranks, budget = int(rng.integers(1, 3)), int(rng.integers(60, 400))
+    rows = with_prompts(make_rows(rng.integers(1, 40, 40), seed, untrained=0.2), seed)
+    terms = [*TERMS, Term("c", NLL(), together=True)] if together else TERMS
+    plan = pack(rows, terms, ranks, budget, version=0, share=True)
+    packed, run = [], 0
+    for micro in (micro for micros in plan for micro in micros):
+        assert micro.tokens.size <= budget or len(micro.rows) == 1 or together
+        packed += micro.rows
+        run += micro.tokens.size
+        if micro.tree is None:
+            continue
+        mask, width = tree_mask(torch.as_tensor(micro.tree))[:, 0].numpy(), micro.tokens.shape[1]
+        for number, i in enumerate(micro.rows):
+            mine = micro.index[micro.segment == number]
+            for flat, t in zip(mine, rows[i].trained.nonzero()[0]):
+                b, place = divmod(flat, width)
+                seen = mask[b, place].nonzero()[0]
+                order = seen[np.argsort(micro.positions[b, seen])]
+                np.testing.assert_array_equal(micro.tokens[b, order], rows[i].tokens[:t])
+                np.testing.assert_array_equal(micro.positions[b, order], np.arange(t))
+            np.testing.assert_array_equal(micro.target[micro.segment == number], rows[i].tokens[rows[i].trained])
+        assert mask.any(-1).all(), "a token that sees nothing makes NaN"
+    assert sorted(packed) == [i for i, row in enumerate(rows) if row.trained.any()]
+    alone = sum(micro.tokens.size for micros in pack(rows, terms, ranks, budget, version=0) for micro in micros)
+    assert run < (0.95 if together else 0.8) * alone
+
+
+def test_long_answers_are_not_put_behind_one_prompt():
+    """Attention over the bin would cost more than the prompt that is saved."""
+    rows = with_prompts(make_rows([2000] * 12), 0)
+    assert all(micro.tree is None for micro in pack(rows, TERMS, 1, 10_000, version=0, share=True)[0])
