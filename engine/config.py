@@ -94,7 +94,7 @@ class LearnerConfig:
     zero_stage: Literal[0, 1, 2, 3] = 1
     offload_optimizer: bool = False                 # optimizer states in CPU memory
     micro_batch_tokens: int = 4096                  # packed tokens per forward and rank; a longer row gets a micro-batch of its own
-    updates_per_batch: int = 1                      # optimizer steps per batch of rollouts; > 1 computes old log-probs first
+    updates_per_batch: int = 1                      # optimizer steps per batch of rollouts; > 1 computes old log-probs first. An SFT step is one
     epochs_per_batch: int = 1                       # how often each batch is gone through, in updates_per_batch steps each time
     head_chunk: int = 1024                          # tokens whose logits exist at a time
     gradient_checkpointing: bool = False

@@ -86,7 +86,7 @@ def train(run) -> None:
 
 
 def update(run, step: int, demand: Demand, rows: Sequence[Row], terms: Sequence[Term]) -> StepReport:
-    """One optimizer step per part of the batch, in each epoch; with several, the clip needs the log-probs from before the first.
+    """One optimizer step per part of the batch, in each epoch; with several, the clip needs the log-probs from before the first. A step without rollouts has one.
 
     Tokens and seconds of the report are sums over these steps, everything else is their mean."""
     learner = run.config.learner
@@ -94,7 +94,7 @@ def update(run, step: int, demand: Demand, rows: Sequence[Row], terms: Sequence[
     if not any(row.trained.any() for row in rows):
         return StepReport({"empty": 1.0})
     parts = [rows]
-    if learner.updates_per_batch * learner.epochs_per_batch > 1:
+    if demand.prompts and learner.updates_per_batch * learner.epochs_per_batch > 1:
         if any(row.old_logp is None for row in rows):
             rows = [replace(r, old_logp=l) for r, l in zip(rows, run.learner.logprobs(rows, temperature))]
         rng = np.random.default_rng([run.config.run.seed, step])

@@ -104,6 +104,15 @@ def test_tokens_of_several_updates_add_up(tmp_path):
     assert six["tokens/real"] == 2 * one["tokens/real"] and six["tokens/total"] - one["tokens/total"] == one["tokens/real"]
 
 
+def test_a_step_without_rollouts_is_one_update(tmp_path):
+    """ReFT goes through each batch of rollouts twice, ReLIFT in two parts; both take one step on a batch of demonstrations."""
+    found = []
+    for name, more in (("one", ()), ("six", ("learner.updates_per_batch=3", "learner.epochs_per_batch=2"))):
+        train(config(tmp_path / name, {"name": "sft"}, "run.steps=2", "data.evaluation=null", *more))
+        found.append(weights(tmp_path / name / "run", 2))
+    assert found[0].keys() == found[1].keys() and all(torch.equal(tensor, found[1][key]) for key, tensor in found[0].items())
+
+
 def test_the_gate_passes_over_tokens_that_a_method_does_not_train(tmp_path):
     """DAPO's overlong filtering: responses that were cut are rows without weights, for which the learner computes no log-prob."""
     assert train(config(tmp_path, {"name": "grpo", "policy": {"mask_truncated": True}}, "run.steps=1", "run.fake_reward=true", "data.evaluation=null")) == 0
