@@ -46,7 +46,7 @@ class SASR(Method):
         self.probability, self.policy = Schedule.parse(self.probability), PolicyLoss.parse(self.policy)
         Reduction(self.sft_reduction)
         self.g_warm = self.g_last = 0.0
-        self.next_p = 1.0
+        self.next_p, self.signals = 1.0, {}
 
     def p(self, step: int, signals: Mapping[str, float]) -> float:
         """The chance that `step` is an SFT step."""
@@ -64,6 +64,7 @@ class SASR(Method):
         return self.policy.accept(group)
 
     def rows(self, batch: Batch):
+        self.signals = batch.signals
         return self.policy.rows(batch.groups) + [expert_row(t, "expert") for t in batch.experts]
 
     def terms(self, batch: Batch) -> list[Term]:
@@ -74,7 +75,7 @@ class SASR(Method):
             self.g_last = float(metrics["grad_norm"])
             if step < self.warmup:
                 self.g_warm = self.g_last
-        self.next_p = self.p(step + 1, metrics)
+        self.next_p = self.p(step + 1, {**self.signals, **metrics})       # an SFT step has no reward: what was known of it before
 
     def metrics(self, step):
         return {"sft_probability": self.next_p, **self.norm_ratio()}

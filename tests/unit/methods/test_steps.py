@@ -110,6 +110,14 @@ def test_sasr_with_a_forced_switch_is_sft_sft_grpo_grpo():
     assert losses == pytest.approx([SFT_LOSS, SFT_LOSS, GRPO_LOSS, GRPO_LOSS], rel=1e-5)
 
 
+def test_sasr_reports_the_probability_that_it_will_draw_by():
+    """Also with a schedule of the reward, right after an SFT step, which has none: 0.8 - 0.3."""
+    method = make_method("sasr", {"warmup": 1, "probability": {"kind": "reward_gap", "peak": 0.8}})
+    method.rows(batch(groups=[], step=5, signals={"reward/mean": 0.3}))
+    method.observe(5, {"loss/expert": 1.0, "grad_norm": 1.0})
+    assert method.metrics(5)["sft_probability"] == pytest.approx(0.5) == pytest.approx(method.p(6, {"reward/mean": 0.3}))
+
+
 def test_sasr_warm_up_is_sft_and_shares_its_moments():
     method = make_method("sasr", {"warmup": 5, "probability": 0.0, "sft_learning_rate": 1e-3})
     demands = [method.demand(step, BUDGET, {}) for step in range(8)]
