@@ -98,6 +98,8 @@ class LearnerConfig:
     epochs_per_batch: int = 1                       # how often each batch is gone through, in updates_per_batch steps each time
     head_chunk: int = 1024                          # tokens whose logits exist at a time
     gradient_checkpointing: bool = False
+    offload_activations: bool = False               # what forward keeps for backward waits in CPU memory (GPU learners)
+    liger: bool = False                             # Liger's kernels for norms, rotary embeddings and MLPs (GPU learners; pip install liger-kernel)
     compile: bool = False                           # torch.compile of the decoder layers: faster steps for some 20 s at the start; not with ZeRO-3
     entropy: bool = True                            # report token entropy
     max_skipped_steps: int = 3                      # consecutive non-finite gradients until the run stops
@@ -358,6 +360,8 @@ def validate(c: Config) -> None:
             f"reward.weights has {len(c.reward.weights)} entries for {len(c.reward.functions)} reward.functions; give one weight per function or none")
     require(c.mode == "inline" or c.learner.zero_stage < 3 or not c.learner.compile,
             "learner.compile is true with learner.zero_stage 3, whose parameters come and go inside the layers; use zero_stage 2 or less, or set learner.compile=false")
+    for key in ("learner.liger", "learner.offload_activations"):
+        require(not setting(c, key) or c.cluster.learner_gpus > 0, f"{key} is true, which is for learners on GPUs, but cluster.learner_gpus is 0; set {key}=false")
     require(c.learner.zero_stage > 0 or not c.learner.offload_optimizer,
             "learner.offload_optimizer is true with learner.zero_stage 0, which has nothing to offload; use zero_stage 1, 2 or 3, or switch it off")
     if method.uses_experts:

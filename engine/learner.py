@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
+from torch.autograd.graph import save_on_cpu
 
 from tandem.algorithms.base import Term, configured
 from tandem.algorithms.objectives import NLL
@@ -43,6 +45,8 @@ def build_policy(config: Config, model_path: str) -> Policy:
         policy.add_critic(method.embedding)
     if config.learner.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
+    if config.learner.liger:
+        policy.use_liger()
     if config.learner.compile:
         policy.compile_layers(gpu=config.cluster.learner_gpus > 0)
     return policy
@@ -77,7 +81,8 @@ class LearnerRank:
         self.engine.set_learning_rate(plan.learning_rate)
         sums: dict[str, torch.Tensor] = {}
         for micro in plan.micro_batches[0]:
-            logp, entropy, *more = self._forward(self.engine.forward, micro, plan.temperature, plan.entropy, plan.forward)
+            with save_on_cpu(pin_memory=self.engine.device.type == "cuda") if self.config.learner.offload_activations else nullcontext():
+                logp, entropy, *more = self._forward(self.engine.forward, micro, plan.temperature, plan.entropy, plan.forward)
             loss, found = term_losses.evaluate(plan.terms, plan.denominators, micro, term_losses.streams(micro, logp, entropy, *more))
             self.engine.backward(loss)
             merge(sums, {**found, **observe(micro, logp.detach(), None if entropy is None else entropy.detach())})

@@ -136,6 +136,16 @@ class Policy(nn.Module):
             if getattr(module, "gradient_checkpointing", False):
                 module.training = True      # this flag alone switches it on; the dropout modules below stay off
 
+    def use_liger(self) -> None:
+        """Put Liger's kernels into the decoder. Raises ConfigError if Liger is not installed or does not know the model. Not run: it needs a GPU."""
+        try:
+            from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
+        except ImportError as error:
+            raise ConfigError(f"learner.liger is true, but Liger cannot be imported ({first_line(error)}): pip install liger-kernel, or set learner.liger=false") from None
+        if self.model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+            raise ConfigError(f"learner.liger is true, but Liger has no kernels for {self.model.config.model_type!r} models; set learner.liger=false")
+        _apply_liger_kernel_to_instance(self.model, cross_entropy=False, fused_linear_cross_entropy=False)      # the head is ours
+
     def compile_layers(self, gpu: bool) -> None:
         """torch.compile of every decoder layer, once for all shapes. Raises ConfigError where there is nothing to compile it with."""
         if not gpu and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):

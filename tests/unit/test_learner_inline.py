@@ -92,6 +92,24 @@ def test_compiled_layers_give_the_same_gradient(model_path):
         np.testing.assert_allclose(a, b, atol=2e-3)      # after one optimizer step each: AdamW's first step has the size of the learning rate
 
 
+def test_activations_that_wait_on_the_cpu_give_the_same_gradient(model_path):
+    plain, offloaded = (make_rank(model_path, offload_activations=choice) for choice in (False, True))
+    saved = []
+    hook = torch.autograd.graph.save_on_cpu
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tandem.engine.learner.save_on_cpu", lambda pin_memory: saved.append(pin_memory) or hook(pin_memory))
+        for rank in (plain, offloaded):
+            rank.step(make_plan(make_rows()))
+    assert saved and not any(saved)         # nothing to pin without a GPU
+    assert equal(weights(plain), weights(offloaded))
+
+
+def test_liger_that_is_not_installed_is_an_error_that_says_so(model_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "liger_kernel", None)
+    with pytest.raises(ConfigError, match="learner.liger is true.*pip install liger-kernel"):
+        make_policy(Config(model=ModelConfig(path=model_path), method=METHOD, learner=LearnerConfig(liger=True)), model_path)
+
+
 def test_compile_without_a_compiler_is_an_error_that_says_so(model_path, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
