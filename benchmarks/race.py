@@ -7,7 +7,7 @@
 
 All runs of a seed start from the same random initialisation, see the same 40 demonstrations and the same stream of prompts, and are evaluated on the same
 held-out problems. Every method was given equally many tries to find its setting: four learning rates; for methods whose demonstrations come with their prompts two
-rates and two shares of such prompts; for the two-stage baseline two rates and two lengths of its first stage. Runs are one process with one thread
+rates and two shares of such prompts; for the two-stage methods two rates and two lengths of the first stage. Runs are one process with one thread
 (mode=inline), and time is its CPU seconds, so that a busy machine does not decide the race. The raw numbers of every evaluation are kept in
 race.json (tuning: tune.json).
 """
@@ -61,17 +61,20 @@ METHODS: dict[str, dict] = {
     "visurf": {"name": "visurf"},
     "relift": {"name": "relift", "buffer": 32},
     "sasr": {"name": "sasr", "warmup": 100},
-}
+    "ift": {"name": "ift"},
+    "ppo": {"name": "ppo"},
+    "reft": {"name": "reft"},
+}       # CARFT does not race: it starts from a model that is right now and then, and has nothing to draw on before
 ALIGNED = ("luffy", "srft", "prefix_rft", "uft", "hpt", "visurf", "relift")     # a demonstration comes with its prompt, which is one of the step's prompts
 
 
-TWO_RATES = ("sft_rl", "alternating", "relift", "sasr")     # SFT steps have a learning rate of their own
+TWO_RATES = ("sft_rl", "reft", "alternating", "relift", "sasr")     # SFT steps have a learning rate of their own
 
 
 def tries(name: str) -> list[dict]:
     """Four settings per method to choose from on the tuning seed, as overrides of its config."""
     fixed = {"method.sft_learning_rate": 5e-4} if name in TWO_RATES else {}
-    if name == "sft_rl":
+    if name in ("sft_rl", "reft"):
         found = [{"learner.learning_rate": rate, "method.sft_steps": steps} for steps in (100, 200) for rate in (5e-5, 1e-4)]
     elif name in ALIGNED:
         found = [{"learner.learning_rate": rate, "data.experts_per_step": experts} for experts in (8, 16) for rate in ((5e-5, 2e-4) if fixed else (2e-4, 5e-4))]

@@ -70,6 +70,8 @@ def test_two_steps_on_the_real_stack(tmp_path, name):
     small = ["run.steps=2", "rollout.prompts_per_step=8", "rollout.samples_per_prompt=4", "data.experts_per_step=4", "data.evaluation=null",
              "run.save_model=false", f"run.dir={tmp_path}", "run.name=run", f"reward.functions=[{REWARD}:score]", "reward.options={}",
              "cluster.engine_cpus=0.5", "cluster.learner_cpus=0.5"]
+    method = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["method"]["name"]
+    small += [f"method.{key}={value}" for key, value in OPTIONS.get(method, {}).items()]      # so that two steps show both stages
     result = subprocess.run([sys.executable, "-m", "tandem.launch.cli", "train", str(CONFIGS / f"{name}.yaml"), *small], capture_output=True, text=True,
                             timeout=280, cwd=tmp_path)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
