@@ -45,7 +45,7 @@ def bare(args, path: str) -> None:
 def settings(args, path: str):
     from tandem.engine.config import ClusterConfig, Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig
     w = WORKLOADS[args.workload]
-    return Config(model=ModelConfig(path=path, dtype=args.dtype), data=DataConfig(max_prompt_tokens=64),
+    return Config(model=ModelConfig(path=path, dtype=args.dtype), data=DataConfig(max_prompt_tokens=512),
                   rollout=RolloutConfig(max_tokens=w.tokens, max_sequences=w.prompts * w.samples, kv_cache_gib=0.5),
                   reward=RewardConfig(functions=(f"{HERE / 'workloads.py'}:even_letters",)), cluster=ClusterConfig(threads=args.threads))
 

@@ -2,6 +2,7 @@
 
     w1  SmolLM2-135M-Instruct, sums as chat prompts, 8 prompts x 4 samples x 64 new tokens
     w4  a 3.3 M Llama with a 512-token BPE that is made here, 32 prompts x 8 samples x 32 new tokens
+    prefix  the same model, 8 prompts of about 300 tokens (worked examples first) x 8 samples x 32 new tokens
 
 Prompts are plain text, so that both sides tokenise the same string to the same ids. Every response is forced to its full length: both sides then do equally much work.
 Nothing heavy is imported: the reward runs in reward processes, and the peer's Python, which has no tandem, imports this file too.
@@ -23,13 +24,20 @@ class Workload:
     learning_rate: float
 
 
-WORKLOADS = {"w1": Workload(8, 4, 64, 8, 1e-6), "w4": Workload(32, 8, 32, 32, 1e-4), "smoke": Workload(4, 2, 8, 4, 1e-4)}
+WORKLOADS = {"w1": Workload(8, 4, 64, 8, 1e-6), "w4": Workload(32, 8, 32, 32, 1e-4), "prefix": Workload(8, 8, 32, 8, 1e-4),
+             "smoke": Workload(4, 2, 8, 4, 1e-4)}
 CHAT = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def question(terms: list[int]) -> str:
     """In the words of reasoning-gym's chain_sum."""
     return f"State the final answer to the following arithmetic problem: {' + '.join(map(str, terms))} ="
+
+
+def examples(rng: random.Random, count: int = 16) -> str:
+    """Worked examples in front of a question, other ones for every prompt: nothing but the samples of one group can share them."""
+    drawn = [[rng.randrange(10, 100) for _ in range(2)] for _ in range(count)]
+    return "".join(f"{question(terms)} {sum(terms)}\n" for terms in drawn)
 
 
 def even_letters(completions, prompts, **columns) -> list[float]:
@@ -43,7 +51,7 @@ def write_data(name: str, folder: Path, rows: int = 512) -> None:
     with open(folder / "prompts.jsonl", "w") as prompts, open(folder / "experts.jsonl", "w") as experts:
         for i in range(2 * rows):
             terms = [rng.randrange(10, 100) for _ in range(rng.choice((2, 3)))]
-            row = {"prompt": CHAT.format(question(terms)) if name == "w1" else question(terms)}
+            row = {"prompt": CHAT.format(question(terms)) if name == "w1" else examples(rng) + question(terms) if name == "prefix" else question(terms)}
             if i < rows:
                 prompts.write(json.dumps(row) + "\n")
             else:
