@@ -39,7 +39,7 @@ def config(args, mode: str, dtype: str, method: str, folder: Path) -> dict:
             "method": {"name": f"{HERE / 'forced_length.py'}:Forced{'Chord' if method == 'chord' else 'GRPO'}", **options},
             "reward": {"functions": [f"{HERE / 'workloads.py'}:even_letters"]},
             "rollout": {"prompts_per_step": w.prompts, "samples_per_prompt": w.samples, "max_tokens": w.tokens, "max_sequences": w.prompts * w.samples, "kv_cache_gib": 0.5},
-            "learner": {"learning_rate": w.learning_rate, "zero_stage": 0 if inline else 1, "micro_batch_tokens": args.micro_batch_tokens},
+            "learner": {"learning_rate": w.learning_rate, "zero_stage": 0 if inline else 1, "micro_batch_tokens": args.micro_batch_tokens, "compile": args.compile},
             "cluster": {"threads": args.threads},
             "sync": {"gate_steps": 0},      # a forced response cannot end, so it is not sampled from quite the learner's distribution
             "run": {"name": f"{mode}-{dtype}-{method}", "dir": str(folder / "runs"), "steps": args.warm + args.steps + 1, "save_model": False}}
@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32"])
     parser.add_argument("--modes", nargs="+", default=["inline", "cluster"], choices=("inline", "cluster"))
     parser.add_argument("--chord", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="our learner with learner.compile=true; give it more --warm steps")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warm", type=int, default=WARM)
     parser.add_argument("--threads", type=int, default=2)
@@ -142,7 +143,7 @@ def report(args, results: dict[str, dict[str, list[float]]], peak: dict[str, flo
     peers, ours = ([v for name, v in steps.items() if name.startswith("trl") == side and not name.endswith("chord")] for side in (True, False))
     if peers:
         ratios["TRL best / Tandem best"] = min(peers) / min(ours)
-    emit("step", {"workload": args.workload, **vars(WORKLOADS[args.workload]), "threads": args.threads, "micro_batch_tokens": args.micro_batch_tokens, "limits": peak,
+    emit("step", {"workload": args.workload, **vars(WORKLOADS[args.workload]), "threads": args.threads, "micro_batch_tokens": args.micro_batch_tokens, "compile": args.compile, "limits": peak,
                   "median": middle, "ratios": ratios, "steps": {name: found["time/step"] for name, found in results.items()}},
          f"{args.workload}: {'; '.join(parts)}; " + ", ".join(f"{name} {value:.2f}" for name, value in ratios.items()), args.out)
 
