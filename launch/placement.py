@@ -194,10 +194,11 @@ def worker_env(config: Config, gpus: float) -> dict[str, str]:
     """Environment of an actor with so many GPUs, on top of its node's own. What vLLM and DeepSpeed want beyond it, their own files set."""
     env = {"OMP_NUM_THREADS": str(config.cluster.threads), "TOKENIZERS_PARALLELISM": "false", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
     if not gpus:
-        env |= {"OMP_WAIT_POLICY": "PASSIVE",   # spinning threads of one process starve the others on the same cores
-                "DS_ACCELERATOR": "cpu"}
-        # glibc gives freed memory back and gets new pages for every buffer: a fifth of a weight sync. Keep up to 4 GiB instead.
-        env |= {key: value for key, value in (("MALLOC_TRIM_THRESHOLD_", str(4 << 30)), ("MALLOC_MMAP_THRESHOLD_", str(1 << 30))) if key not in os.environ}
+        env["DS_ACCELERATOR"] = "cpu"
+        defaults = {"OMP_WAIT_POLICY": "PASSIVE",                           # spinning threads of one process starve the others on the same cores
+                    # glibc gives freed memory back and gets new pages for every buffer, a fifth of a weight sync: keep up to 4 GiB instead
+                    "MALLOC_TRIM_THRESHOLD_": str(4 << 30), "MALLOC_MMAP_THRESHOLD_": str(1 << 30)}
+        env |= {key: value for key, value in defaults.items() if key not in os.environ}
     if config.cluster.address is None and "GLOO_SOCKET_IFNAME" not in os.environ:
         env["GLOO_SOCKET_IFNAME"] = "lo"        # one machine: gloo need not find out which address its host name stands for
     return env
