@@ -259,12 +259,13 @@ class RolloutCorrection:
 
     It multiplies the loss outside the clip, on tokens that a rollout engine sampled; all others keep weight 1.
     level     token: w_t;  sequence: the product of w_t over the row
-    mode      truncate: min(w, cap) (TIS, default cap 2 as in verl);  mask: w where 1/cap <= w <= cap, else 0
+    mode      truncate: min(w, cap) (TIS, default cap 2 as in verl);  mask: w where floor <= w <= cap, else 0; floor None is 1/cap. IcePop: 0.5 and 5
     """
 
     level: str = "token"
     mode: str = "truncate"
     cap: float = 2.0
+    floor: float | None = None
 
     def __call__(self, tokens: Tokens) -> torch.Tensor:
         log_w = torch.nan_to_num(tokens.old.detach() - tokens.behaviour_logp, nan=0.0)
@@ -274,4 +275,5 @@ class RolloutCorrection:
         w = clamped_exp(log_w)
         if self.mode == "truncate":
             return w.clamp(max=self.cap)
-        return torch.where((w >= 1.0 / self.cap) & (w <= self.cap), w, torch.zeros_like(w))
+        floor = 1.0 / self.cap if self.floor is None else self.floor
+        return torch.where((w >= floor) & (w <= self.cap), w, torch.zeros_like(w))

@@ -73,6 +73,7 @@ class PolicyLoss:
     correction: str = "auto"            # auto (token TIS where rollouts may be stale) | none | token | sequence
     correction_mode: str = "truncate"   # truncate (TIS) | mask (IcePop, MIS)
     correction_cap: float = 2.0
+    correction_floor: float | None = None   # of mode mask; None: 1/cap. IcePop's band is floor 0.5, cap 5
 
     def __post_init__(self):
         check("advantage", self.advantage, ESTIMATORS)
@@ -141,7 +142,7 @@ class PolicyLoss:
     def terms(self, batch: Batch, coefficient: float = 1.0) -> list[Term]:
         reduction = Reduction(self.reduction, self.reduction_length)
         level = ("token" if batch.off_policy else "none") if self.correction == "auto" else self.correction
-        correction = None if level == "none" else RolloutCorrection(level, self.correction_mode, self.correction_cap)
+        correction = None if level == "none" else RolloutCorrection(level, self.correction_mode, self.correction_cap, self.correction_floor)
         terms = [Term("policy", self.token_objective(), reduction, coefficient, correction)]
         now = lambda schedule: coefficient * schedule(batch.step, batch.signals)
         if not self.kl.off:
