@@ -9,8 +9,8 @@ Source: arXiv 2506.19767. Rollouts ignore their advantage: right ones are pushed
 Both halves of the self term share one mean over all rollouts: they are the expectation of -R log pi with R = +-1, taken apart. Rewards are read as right
 (> 0) or wrong. No `policy` options: the self term is the method's own.
 UNVERIFIED: the level of H and the reductions, which the paper does not give (default: H is the row's mean token entropy, all terms are token means; options
-`level`, `reduction`), and everything as=code does, known from notes on the authors' code alone: H of the token itself, exp(+H) in the SFT weight, LUFFY's
-shaping p/(p + 0.1) in place of p, and an entropy bonus of 0.001.
+`level`, `reduction`), and everything as=code does: H of the token itself, exp(+H) in the SFT weight and an entropy bonus of 0.001 are known from notes on
+the authors' code alone, LUFFY's shaping p/(p + 0.1) in place of p from the re-implementation in HPT's repository (which has H per row, no std, sums over 8192).
 """
 from __future__ import annotations
 
