@@ -106,7 +106,7 @@ def check(method: Method, batch: Batch, micro_batch_tokens: int, ranks: int) -> 
         raise ValueError(f"inspect: method is {method!r}, expected a Method, e.g. make_method('grpo', {{}})")
     for name, found, kind in (("groups", batch.groups, ScoredGroup), ("experts", batch.experts, Trajectory)):
         if isinstance(found, kind) or not all(isinstance(x, kind) for x in found):
-            raise ValueError(f"inspect: Batch.{name} must be a tuple of {kind.__name__}s, found {type(found).__name__}; a tuple of one is written (x,)")
+            raise ValueError(f"inspect: Batch.{name} must be a tuple of {kind.__name__}, found {type(found).__name__}; a tuple of one is written (x,)")
     if len({g.group for g in batch.groups}) < len(batch.groups):
         raise ValueError(f"inspect: the groups have numbers {[g.group for g in batch.groups]}; each needs one of its own: group(..., number=i)")
     for i, t in enumerate(batch.experts):

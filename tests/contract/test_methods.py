@@ -31,9 +31,9 @@ def truncated():
     return replace(rollouts((0, 1), demo=[5, 6, 3], demo_reward=1.0, finish=Finish.LENGTH))
 
 
-def hinted(rewards):
+def hinted(rewards, number=0):
     """A group with prompt [1] in which both rollouts were given 9 8."""
-    g = rollouts(rewards, demo=[9, 8, 4, 3], demo_reward=1.0)
+    g = rollouts(rewards, demo=[9, 8, 4, 3], demo_reward=1.0, number=number)
     return replace(g, trajectories=tuple(forced(t, [9, 8], [5 + i], Source.HINT) for i, t in enumerate(g.trajectories)))
 
 
@@ -67,7 +67,7 @@ def test_losses_and_gradients_are_finite(name, options, case):
 
 @every_method
 def test_nothing_but_trained_tokens_has_a_gradient(name, options):
-    out = look(make_method(name, options), batch(groups=[aligned([0, 1, 0, 0], 1.0, prefix=True), hinted((0, 1))]))
+    out = look(make_method(name, options), batch(groups=[aligned([0, 1, 0, 0], 1.0, prefix=True), hinted((0, 1), 1)]))
     for row, g in zip(out.rows, out.gradients):
         assert not g[row.source == Source.PROMPT].any() and not g[~row.trained].any()
         shared = [w for w in row.weights.values()]
@@ -119,7 +119,7 @@ def test_state_survives_a_resume(name, options, staleness):
 
 @every_method
 def test_draws_depend_on_seed_and_step_alone(name, options):
-    """Two ranks, or two runs with one seed: the same switches and prefixes. How often a method was asked does not matter."""
+    """Section 5(f)2. Two ranks, or two runs with one seed: the same switches and prefixes. How often a method was asked does not matter."""
     one, two = make_method(name, options), make_method(name, options)
     for _ in range(3):
         two.demand(0, BUDGET, {})
