@@ -63,6 +63,7 @@ def results(request, model_path, tmp_path_factory):
 
 
 def test_gradient_equals_plain_pytorch_for_every_term_and_split(results, expected):
+    """Section 0.6 (I-0a) of the methods dossier: unequal micro-batches, ZeRO 1 to 3, offload, one and two ranks."""
     stage, ranks, cases = results
     for case, outs in cases.items():
         for out in outs if case != "bfloat16" else ():
@@ -158,7 +159,7 @@ def test_logprobs_and_values_of_all_ranks_together_are_those_of_one_process(resu
 
 
 def test_offload_that_drops_micro_batches_is_refused(tmp_path):
-    """The released DeepSpeed bug, made again: gradients reach the offloaded optimizer for the first micro-batch only."""
+    """Section 0.2 of the methods dossier. The released DeepSpeed bug, made again: gradients reach the offloaded optimizer for the first micro-batch only."""
     code = """
 import sys
 from tandem.engine import zero

@@ -251,7 +251,7 @@ def test_format():
 
 
 def test_length_is_dapo_equation_13():
-    """L_max 10, L_cache 4: |y| <= 6: 0; 6 < |y| <= 10: (6 - |y|) / 4; |y| > 10: -1."""
+    """Section 14.3 of the methods dossier. L_max 10, L_cache 4: |y| <= 6: 0; 6 < |y| <= 10: (6 - |y|) / 4; |y| > 10: -1."""
     ids = [np.zeros(n, np.int32) for n in (0, 6, 7, 9, 10, 11, 50)]
     got = values(builtin("length", max_tokens=10, buffer_tokens=4), ["x"] * 7, ids=ids)
     assert got == [0.0, 0.0, -0.25, -0.75, -1.0, -1.0, -1.0]

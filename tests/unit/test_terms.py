@@ -39,6 +39,7 @@ def step(rows, terms, logp):
     (Reduction("constant", 5), (1 + 2 + 3 + 4) / 5),
 ])
 def test_reductions_by_hand(reduction, expected):
+    """Section 0.3 of the methods dossier."""
     rows = [expert([1, 1, 1]), expert([0, 0.5]), expert([0, 0])]
     terms = [Term("sft", NLL(), reduction, coefficient=3.0)]
     loss, sums, logp = step(rows, terms, {0: [-1, -2, -3], 1: [-8]})
@@ -108,7 +109,7 @@ def gradient(policy, rows, terms, parts, ranks):
 
 @pytest.mark.parametrize("name", ["policy", "sft", "kl", "all"])
 def test_any_split_gives_the_same_loss_and_gradient(policy, name):
-    """16 rows as 1, 3, 8 and 20 micro-batches (the last with empty ones) on one and two ranks."""
+    """Sections 0.2 and 0.6 (I-0a, I-0b) of the methods dossier: 16 rows as 1, 3, 8 and 20 micro-batches (the last with empty ones) on one and two ranks."""
     terms = [term if name in ("all", term.name) else replace(term, coefficient=0.0) for term in TERMS]
     rows = mixed_rows()
     loss, expected = gradient(policy, rows, terms, 1, 1)
@@ -131,6 +132,7 @@ def test_absent_streams_do_not_poison_other_rows(policy):
 
 
 def test_no_rows_give_exactly_zero_and_a_backward_pass(policy):
+    """Section 0.6 (I-0d) of the methods dossier."""
     loss, gradients = gradient(policy, [], TERMS, 1, 2)
     assert loss == 0.0
     assert all(not g.any() for g in gradients.values()) and len(gradients) == len(list(policy.parameters()))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from method_cases import BUDGET, EXPERTS, as_expert, by_source, constant, drive, forced, ids, look, rollouts, without_rollouts
+from method_cases import BUDGET, EXPERTS, aligned, as_expert, by_source, constant, drive, forced, ids, look, rollouts, without_rollouts
 
 from tandem.algorithms.base import METHODS, Batch, make_method
 from tandem.algorithms.inspect import group, trajectory
@@ -119,6 +119,25 @@ def test_hpt_below_the_gate_is_sft(as_, reduction):
     """Section 8(g)."""
     method = make_method("hpt", {"as": as_, "gate": 1.0, **({"policy": {"reduction_length": 8}} if as_ == "code" else {})})
     assert_same(gradients(method, Batch(0, DEMOS, ())), sft_gradients(reduction))
+
+
+@pytest.mark.parametrize("as_, parent", [("code", {"preset": "luffy_code", "reduction_length": 8}), ("paper", {"reduction": "seq_mean_token_sum"})])
+def test_hpt_with_every_prompt_above_the_gate_is_rl(as_, parent):
+    """Section 8(g): with demonstrations at hand, gate -1 also where all rollouts failed, gate 0 where one was right."""
+    failed, solved = aligned([0, 0, 0, 0], 1.0), aligned([0, 1, 0, 0], 1.0, number=1)
+    for gate, groups in ((-1, (failed, solved)), (0, (solved,))):
+        method = make_method("hpt", {"as": as_, "gate": gate, **({"policy": {"reduction_length": 8}} if as_ == "code" else {})})
+        assert_same(gradients(method, Batch(0, groups, ())), gradients(make_method("grpo", {"policy": parent}), Batch(0, groups, ())))
+
+
+def test_reft_without_its_warm_up_is_ppo():
+    """Section 10: the same critic, to the bit; sft_steps 0."""
+    critic = {"lam": 0.95, "kl": 0.01, "coefficient": 5.0}
+    ours, theirs = (look(make_method(name, options), Batch(0, GROUPS, ()), ids, value=lambda row: 0.1 * ids(row))
+                    for name, options in (("reft", {"sft_steps": 0}), ("ppo", {"policy": {"reduction": "seq_mean_token_mean", "critic": critic}})))
+    assert ours.loss == theirs.loss and any(g.any() for g in ours.gradients)
+    for a, b in zip(ours.gradients + ours.value_gradients, theirs.gradients + theirs.value_gradients, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_relifts_sft_step_without_entropy_is_sft():

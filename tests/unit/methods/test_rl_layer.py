@@ -1,7 +1,7 @@
 """SFT, GRPO and the options of the RL layer, on numbers worked out by hand. Sections are those of the methods dossier: 0.1 and 14.
 
-The engine's own invariants (section 0.6: any split of a batch gives one gradient, an absent source gives exactly 0) are in tests/unit/test_terms.py and
-tests/e2e; the reductions of section 0.3 are in tests/unit/test_terms.py.
+The engine's own invariants (section 0.6: any split of a batch gives one gradient, an absent source gives exactly 0) and the reductions of section 0.3
+are in tests/unit/test_terms.py, test_learner_inline.py and tests/e2e/test_learner_zero.py; the token objectives over a grid of ratios in test_objectives.py.
 """
 import math
 from dataclasses import replace

@@ -60,6 +60,17 @@ def test_relift_makes_as_many_sft_steps_as_the_buffer_filled(staleness):
     assert {demand.optimizer for demand, _ in sft} == {"sft"} and {d.optimizer for d, *_ in record if d.kind == "rl"} == {"main"}
 
 
+def test_relift_has_made_every_sft_step_once_its_buffer_is_below_a_batch():
+    """Section 4(g): number of SFT steps == floor(pushed / M), exactly, and the rest waits."""
+    method = make_method("relift", {"buffer": 3})
+    record, _ = drive(method, range(40))
+    made, step = sum(demand.kind == "sft" for demand, *_ in record), 40
+    while method.demand(step, BUDGET, {}).kind == "sft":
+        look(method, batch(groups=(), step=step))
+        made, step = made + 1, step + 1
+    assert made == method.pushed // 3 > 4 and len(method.waiting) == method.pushed % 3
+
+
 def test_relift_feeds_its_buffer_under_dynamic_sampling():
     method = make_method("relift", {"policy": "dapo"})
     assert method.accept(wrong()) and not method.accept(rollouts((1, 1), demo=DEMO)) and not method.accept(rollouts((0, 0)))
