@@ -4,8 +4,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from learner_cases import METHOD, TERMS, equal, make_plan, make_policy, make_rows, only, plain_gradient, poison, siblings, weights
+from learner_cases import METHOD, TEMPERATURE, TERMS, equal, make_plan, make_policy, make_rows, only, plain_gradient, poison, siblings, weights
 
+from tandem.algorithms.objectives import PPOClip
 from tandem.engine.config import Config, ConfigError, LearnerConfig, ModelConfig
 from tandem.engine.learner import LearnerRank
 from tandem.engine.zero import LocalEngine
@@ -36,6 +37,15 @@ def test_gradient_of_any_split_is_that_of_the_formula(model_path, term, budget):
         assert torch.allclose(captured[name], expected[name], rtol=1e-5, atol=1e-7), name
     assert report.metrics["loss"] == pytest.approx(loss, rel=1e-5)
     assert report.metrics["grad_norm"] == pytest.approx(float(torch.stack([g.norm() for g in expected.values()]).norm()), rel=1e-5)
+
+
+def test_before_the_first_update_the_policy_is_the_old_one(model_path):
+    """Section 0.6 (I-0c) of the methods dossier: ratio 1 for every token, though the log-probs from before were computed in other micro-batches."""
+    rank, rows = make_rank(model_path), make_rows()
+    rows = [replace(row, old_logp=old, advantage=np.abs(row.advantage) + 1) for row, old in zip(rows, rank.logprobs(rows, TEMPERATURE))]
+    tight = [replace(TERMS[0], objective=PPOClip(1e-5, 1e-5))]
+    found = rank.step(make_plan([row for row in rows if "policy" in row.weights], budget=24, terms=[*tight, *TERMS[1:]])).metrics
+    assert found["policy/clip_fraction"] == 0 and abs(found["policy/ppo_kl"]) < 1e-6
 
 
 def test_report_does_not_depend_on_the_split(model_path):
@@ -216,7 +226,7 @@ def test_non_finite_gradient_changes_nothing(model_path, dtype):
 
 
 def test_moment_sets_are_independent(model_path):
-    """Set B starts like a fresh optimizer, and set A goes on as if B had not been."""
+    """Section 4(g) of the methods dossier. Set B starts like a fresh optimizer, and set A goes on as if B had not been."""
     rows, other = make_rows(), make_rows(1)
     rank = make_rank(model_path)
     rank.step(make_plan(rows))
