@@ -142,6 +142,12 @@ def test_visurf_smoothing_takes_y_out(rewards):
     assert (plain[-1].advantage[-1] != 0) == (rewards != (1.0, 1.0))
 
 
+def test_visurf_smoothing_allows_for_rounding():
+    """Section 9(f)4: 0.99 counts as 1 within a tolerance of 0.02, not by default, where 1 - 1e-7 does."""
+    fires = lambda best, **options: make_method("visurf", options).matched(with_demo((best, 0)))
+    assert fires(0.99, tolerance=0.02) and not fires(0.99) and fires(1 - 1e-7)
+
+
 def test_visurf_rewards_are_controlled_by_hand(tmp_path):
     """Controls 1 and 2: y rewritten, R(y) given; no reward function need speak of y then."""
     (tmp_path / "mine.py").write_text("def align(y, rollouts):\n    return [*y[:-1], len(rollouts), y[-1]]\n")
@@ -199,6 +205,12 @@ def test_srft_pushes_down_all_wrong_rollouts_and_up_the_demonstration():
     for gradient in by_source(out, Source.POLICY):
         np.testing.assert_allclose(gradient[1:], 0.25)
     assert (by_source(out, Source.EXPERT)[0][1:] < 0).all()
+
+
+def test_srft_reads_any_reward_above_zero_as_right():
+    """Section 2(c): rewards {+1, -1} or {1, 0}, and parts of 1."""
+    signs = lambda rewards: [row.advantage[-1] for row in make_method("srft", {}).rows(batch(groups=[rollouts(rewards)]))]
+    assert signs((0.1, 0.0)) == signs((1.0, -1.0)) == [1.0, -1.0]
 
 
 def test_srft_without_a_demonstration_is_its_self_term_alone():

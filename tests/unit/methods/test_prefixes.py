@@ -97,6 +97,18 @@ def test_prefixes_are_drawn_from_seed_and_group():
     assert lengths(BUDGET) == lengths(BUDGET) != lengths(replace(BUDGET, seed=8))
 
 
+def test_the_lower_bound_of_a_prefix_is_never_above_the_upper():
+    """Section 3(b): low 0.95 early on, high set to 0.5: half of 20 tokens."""
+    assert {len(r.prefixes[-1]) for r in requests(make_method("prefix_rft", {"high": 0.5}), 0)} == {10}
+
+
+def test_the_kl_in_the_reward_is_that_of_tokens_the_policy_sampled():
+    """Section 3(f)1, with a critic: log pi_old - log pi_ref = 0.5 everywhere, beta 0.1; the prefix pays nothing, the two sampled tokens 0.05 each."""
+    method = make_method("prefix_rft", {"policy": {"preset": "ppo", "critic": {"kl": 0.1, "whiten": False}}})
+    out = look(method, batch(groups=[hybrid((0.0, 1.0))]), reference=lambda row: ramp(row) - 0.5)
+    np.testing.assert_allclose(out.rows[1].advantage[1:], [0.9] * 6 + [0.95], rtol=1e-5)
+
+
 def test_a_prefix_length_can_follow_the_reward():
     method = make_method("prefix_rft", {"low": {"kind": "reward_gap", "peak": 0.9}, "high": {"kind": "reward_gap", "peak": 0.9}})
     for reward, expected in ((0.0, 18), (0.5, 8), (1.0, 0)):

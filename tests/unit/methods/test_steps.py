@@ -76,6 +76,20 @@ def test_relift_feeds_its_buffer_under_dynamic_sampling():
     assert method.accept(wrong()) and not method.accept(rollouts((1, 1), demo=DEMO)) and not method.accept(rollouts((0, 0)))
 
 
+def test_any_reward_above_zero_is_a_success_for_both_gates():
+    """Sections 4(b) and 8(b): ReFT's 0.1 for a readable answer as well; a reward that means failure has to be 0 or less."""
+    partial = rollouts((0.1, 0.0), demo=DEMO)
+    assert not make_method("relift", {}).hardest(partial) and not make_method("hpt", {}).gated(partial)
+
+
+def test_hpts_entropy_bonus_covers_demonstrations_as_code_only():
+    """Section 8(a): by default an expectation under the policy; the failed group leaves a demonstration of three tokens, the other four of rollouts."""
+    groups = [rollouts((1, 0), demo=DEMO), wrong(1)]
+    for options, tokens in (({"policy": {"entropy_bonus": 0.001}}, 4), ({"as": "code", "policy": {"reduction_length": 10}}, 7)):
+        rows = make_method("hpt", options).rows(batch(groups=groups))
+        assert sum(int(row.weights["entropy"].sum()) for row in rows if "entropy" in row.weights) == tokens
+
+
 # -- SASR, section 5 ------------------------------------------------------------------------------------------------------------------------------
 
 
