@@ -76,6 +76,15 @@ def test_relift_feeds_its_buffer_under_dynamic_sampling():
     assert method.accept(wrong()) and not method.accept(rollouts((1, 1), demo=DEMO)) and not method.accept(rollouts((0, 0)))
 
 
+def test_relift_resumed_does_not_announce_an_sft_step_twice():
+    """Step 5 was announced before the checkpoint, with all that the buffer holds: step 6 must not take the same demonstrations."""
+    one, two = (make_method("relift", {"buffer": 2}) for _ in range(2))
+    look(one, batch(groups=[wrong(0), wrong(1)]))
+    assert one.demand(5, BUDGET, {}).kind == "sft"
+    two.load_state_dict(one.state_dict())
+    assert [two.demand(step, BUDGET, {}).kind for step in (6, 5)] == ["rl", "sft"] and [t.group for t in two.waiting] == [0, 1]
+
+
 def test_any_reward_above_zero_is_a_success_for_both_gates():
     """Sections 4(b) and 8(b): ReFT's 0.1 for a readable answer as well; a reward that means failure has to be 0 or less."""
     partial = rollouts((0.1, 0.0), demo=DEMO)
@@ -108,6 +117,14 @@ def test_sasr_probability_by_hand(last, gamma, expected):
     assert method.p(6, {}) == pytest.approx(expected, abs=1e-9)
     kinds = [method.demand(step, BUDGET, {}).kind for step in range(6, 406)]
     assert kinds.count("sft") / 400 == pytest.approx(expected, abs=0.1 if 0 < expected < 1 else 1e-12)
+
+
+def test_sasr_resumed_draws_by_the_norms_it_had():
+    """G_last 1, G_warm 2 and gamma 1: 1/3, and the same switch at every step."""
+    one, two = warm_sasr(2.0, 1.0), make_method("sasr", {"warmup": 1})
+    two.load_state_dict(one.state_dict())
+    assert two.p(6, {}) == pytest.approx(1 / 3)
+    assert [one.demand(step, BUDGET, {}) for step in range(6, 60)] == [two.demand(step, BUDGET, {}) for step in range(6, 60)]
 
 
 def test_sasr_losses_by_hand():
