@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32, help="per step: more of them lengthen both sides")
     for name, value in (("steps", 8), ("rounds", 2), ("threads", 1), ("warm", 2), ("micro-batch-tokens", 4096)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.set_defaults(compile=False)
     parser.add_argument("--timeout", type=float, default=600.0)
     parser.add_argument("--out")
     args = parser.parse_args()

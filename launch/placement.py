@@ -195,7 +195,7 @@ def worker_env(config: Config, gpus: float) -> dict[str, str]:
     env = {"OMP_NUM_THREADS": str(config.cluster.threads), "TOKENIZERS_PARALLELISM": "false", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
     if not gpus:
         env["DS_ACCELERATOR"] = "cpu"
-        defaults = {"OMP_WAIT_POLICY": "PASSIVE",                           # spinning threads of one process starve the others on the same cores
+        defaults = {"GOMP_SPINCOUNT": "10000",      # OpenMP's own 300,000 starve other processes on the same cores; none at all (PASSIVE) cost an engine a tenth
                     # glibc gives freed memory back and gets new pages for every buffer, a fifth of a weight sync: keep up to 4 GiB instead
                     "MALLOC_TRIM_THRESHOLD_": str(4 << 30), "MALLOC_MMAP_THRESHOLD_": str(1 << 30)}
         env |= {key: value for key, value in defaults.items() if key not in os.environ}
