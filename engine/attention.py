@@ -1,6 +1,6 @@
 """Attention of bfloat16 models on a CPU in float32, where that is faster.
 
-PyTorch's CPU kernel takes the backward pass of short bfloat16 bins 3 to 9 times slower than that of float32 ones (bins of 16 to 135 tokens; even at about 300),
+PyTorch's CPU kernel takes the backward pass of short bfloat16 bins 2 to 9 times slower than that of float32 ones (bins of 135 to 16 tokens; about even at 300),
 so bins up to SHORT are cast for the attention alone. It is exact where bfloat16 rounds; nothing else changes, and on a GPU nothing at all.
 """
 from __future__ import annotations

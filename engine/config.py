@@ -100,7 +100,7 @@ class LearnerConfig:
     gradient_checkpointing: bool = False
     offload_activations: bool = False               # what forward keeps for backward waits in CPU memory (GPU learners)
     liger: bool = False                             # Liger's kernels for norms, rotary embeddings and MLPs (GPU learners; pip install liger-kernel)
-    compile: bool = False                           # torch.compile of the decoder layers: faster steps for some 20 s at the start; not with ZeRO-3
+    compile: bool = False                           # torch.compile of the decoder layers: faster steps, a slower start; not with ZeRO-3
     entropy: bool = True                            # report token entropy
     max_skipped_steps: int = 3                      # consecutive non-finite gradients until the run stops
 

@@ -13,7 +13,7 @@ from tandem.engine.telemetry import rollout_record, write_line
 from tandem.engine.tiny import make_tiny
 from tandem.engine.types import GenRequest, Prompt, Sampling, ScoredGroup, Source
 from tandem.rollout.backend import EngineDied, SyncError
-from tandem.rollout.hf_backend import draw
+from tandem.rollout.hf_backend import Sample, decode, draw
 from tandem.rollout.local import LocalPool
 from tandem.rollout.replay_backend import RecordedPrompts
 
@@ -171,3 +171,17 @@ def test_recorded_prompts_are_a_prompt_source(recording):
     assert last.id == "a" and np.array_equal(last.tokens, RECORDED[2].prompt.tokens)
     with pytest.raises(ConfigError, match="all of them were used"):
         resumed.take(1)
+
+
+def test_rows_that_ended_and_are_decoded_along_stay_within_the_context():
+    """Learned positions end at 12. The first row is at the end after one token, the other 15 go on; what it draws is dropped."""
+    import transformers
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=12)).eval()
+    uniforms = np.random.default_rng(0).random((16, 9))
+    rows = [Sample(np.arange(11 if i == 0 else 3, dtype=np.int32), 8 if i == 0 else 0, Sampling(max_tokens=9, min_tokens=9), uniforms[i]) for i in range(16)]
+    decode(model, rows, torch.tensor([31]))
+    assert [len(row.tokens) for row in rows] == [1] + [9] * 15
+    alone = Sample(rows[1].context, 0, rows[1].sampling, uniforms[1])
+    decode(model, [alone], torch.tensor([31]))
+    np.testing.assert_array_equal(alone.tokens, rows[1].tokens)
