@@ -34,7 +34,9 @@ class MixedForward:
             hidden = policy.trunk(tokens, positions)[index]
             gold, _ = policy.head(hidden, target, temperature, chunk, False)
             greedy = policy.head(hidden, None, temperature, chunk, False)
-            guesses = tokens.reshape(-1).index_copy(0, index + 1, greedy).reshape(tokens.shape)
+            last = torch.cat([tags["segment"][1:] != tags["segment"][:-1], index.new_ones(1, dtype=torch.bool)])    # a row's last guess is context of nothing
+            place = torch.where(last, tokens.numel(), index + 1)
+            guesses = torch.cat([tokens.reshape(-1), tokens.new_zeros(1)]).index_copy(0, place, greedy)[:-1].reshape(tokens.shape)
             table = policy.model.get_input_embeddings()
             mixed = (1.0 - self.lam) * table(tokens) + self.lam * table(guesses)
         hidden = policy.trunk(tokens, positions, mixed + 0.0 * table(tokens))[index]        # the table's gradient is zero, not absent

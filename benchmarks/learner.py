@@ -68,7 +68,7 @@ def throughput(args, path: str) -> None:
     found = alternate(sides, args.repeats)
     limit = max((name for name in found if name != "learner"), key=lambda name: median(found[name]))
     ratio = median(a / b for a, b in zip(found["learner"], found[limit]))
-    useful = last["tokens/real"] / last["tokens/padded"]
+    useful = (last["tokens/real"] - args.rows) / last["tokens/padded"]      # the last token of a row predicts nothing and is not run
     parameters = sum(p.numel() for p in model.parameters())
     emit("learner", {"parameters": parameters, "dtype": args.dtype, "threads": args.threads, "rows": args.rows, "tokens": tokens, "tokens_per_second": found, "limit": limit,
                      "ratio": ratio, "useful_share": useful, "optimizer_seconds": last["seconds/optimizer"]},

@@ -3,7 +3,8 @@
     rows --balance by cost--> ranks --bins of length L, B bins per micro-batch--> [rank][k] MicroBatch
 
 Invariants:
-  * Every row with a trained token is in exactly one micro-batch, whole. Rows without one are left out: they cannot change a gradient.
+  * Every row with a trained token is in exactly one micro-batch, up to that before its last trained one: nothing is predicted from what comes after.
+    Rows without a trained token are left out: they cannot change a gradient.
   * B * L <= micro_batch_tokens, but for a row longer than that, which gets a micro-batch of its own.
   * All ranks get equally many micro-batches (at least one), so that collectives match; the fillers are empty (n = 0).
   * The result depends on the arguments only.
@@ -37,17 +38,18 @@ def pack(rows: Sequence[Row], terms: Sequence[Term], ranks: int, micro_batch_tok
 
     With `share`, rows that continue the same prompt stand behind one copy of it (see `MicroBatch.tree`); the policy must support that.
     """
-    trained, together = [i for i, row in enumerate(rows) if row.trained.any()], any(term.together for term in terms)
+    tokens = [int(row.trained.nonzero()[0].max(initial=0)) for row in rows]     # that have to be run
+    trained, together = [i for i, n in enumerate(tokens) if n], any(term.together for term in terms)
     groups: dict[tuple, list[int]] = {}
     for i in trained:
         groups.setdefault(("group", rows[i].group) if together and rows[i].group >= 0 else ("row", i) if together else (), []).append(i)
-    found = [families(rows, members, micro_batch_tokens, share) for members in groups.values()]
+    found = [families(rows, tokens, members, micro_batch_tokens, share) for members in groups.values()]
     units = {unit[0].rows[0]: unit for unit in (found if together else ([family] for one in found for family in one))}
-    lengths = {first: sum(family.length(rows) for family in unit) for first, unit in units.items()}
+    lengths = {first: sum(family.length(tokens) for family in unit) for first, unit in units.items()}
     layouts = [[[[family for first in b for family in units[first]] for b in bins] for bins in layout(part, micro_batch_tokens)] for part in spread(lengths, ranks)]
     steps = max(1, *(len(micros) for micros in layouts))
     present = [name for name in STREAMS if any(getattr(row, name) is not None for row in rows)]
-    return tuple(tuple(build(rows, micros[k] if k < len(micros) else [[]], terms, present, version) for k in range(steps)) for micros in layouts)
+    return tuple(tuple(build(rows, tokens, micros[k] if k < len(micros) else [[]], terms, present, version) for k in range(steps)) for micros in layouts)
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,11 @@ class Family:
     prompt: int
     rows: tuple[int, ...]
 
-    def length(self, rows: Sequence[Row]) -> int:
-        return self.prompt + sum(len(rows[i].tokens) - self.prompt for i in self.rows)
+    def length(self, tokens: Sequence[int]) -> int:
+        return self.prompt + sum(tokens[i] - self.prompt for i in self.rows)
 
 
-def families(rows: Sequence[Row], members: Sequence[int], budget: int, share: bool) -> list[Family]:
+def families(rows: Sequence[Row], tokens: Sequence[int], members: Sequence[int], budget: int, share: bool) -> list[Family]:
     """The members in families. As many rows stay together as is cheapest: each more saves a prompt and makes attention over the bin dearer."""
     if not share:
         return [Family(0, (i,)) for i in members]
@@ -71,7 +73,7 @@ def families(rows: Sequence[Row], members: Sequence[int], budget: int, share: bo
         same.setdefault((prompt, rows[i].tokens[:prompt].tobytes()), []).append(i)
     found = []
     for (prompt, _), mine in same.items():
-        tails = {i: len(rows[i].tokens) - prompt for i in mine}
+        tails = {i: tokens[i] - prompt for i in mine}
         mean = sum(tails.values()) / len(mine)
         most = min(range(1, len(mine) + 1), key=lambda k: (prompt + k * mean) * (1 + (prompt + k * mean) / SQUARE) / k)
         portion, length = [], prompt
@@ -140,10 +142,10 @@ def cost_per_token(bins: list[list[int]], lengths: dict[int, int]) -> float:
     return cost(len(bins), max(sums)) / sum(sums)
 
 
-def build(rows: Sequence[Row], bins: list[list[Family]], terms: Sequence[Term], present: Sequence[str], version: int) -> MicroBatch:
-    """Lay the rows out in their bins and gather the streams of their trained tokens."""
+def build(rows: Sequence[Row], lengths: Sequence[int], bins: list[list[Family]], terms: Sequence[Term], present: Sequence[str], version: int) -> MicroBatch:
+    """Lay the first `lengths[i]` tokens of each row out in their bins and gather the streams of the trained tokens."""
     order = [i for b in bins for family in b for i in family.rows]
-    width = max(1, max(sum(family.length(rows) for family in b) for b in bins))
+    width = max(1, max(sum(family.length(lengths) for family in b) for b in bins))
     tokens, positions = np.zeros((len(bins), width), np.int64), np.zeros((len(bins), width), np.int64)
     tree = np.full((2, len(bins), width), -1, np.int64)
     masks, index, block = [rows[i].trained for i in order], [np.zeros(0, np.int64)], 0
@@ -153,9 +155,9 @@ def build(rows: Sequence[Row], bins: list[list[Family]], terms: Sequence[Term], 
             trunk, root = b * width + start, block
             for number, i in enumerate(family.rows):
                 first = family.prompt if number else 0      # the first row brings the prompt with it
-                stop = start + len(rows[i].tokens) - first
-                tokens[b, start:stop] = rows[i].tokens[first:]
-                positions[b, start:stop] = np.arange(first, len(rows[i].tokens))
+                stop = start + lengths[i] - first
+                tokens[b, start:stop] = rows[i].tokens[first:lengths[i]]
+                positions[b, start:stop] = np.arange(first, lengths[i])
                 if len(family.rows) > 1:
                     block += 1
                 tree[:, b, start:stop] = [[block], [root]]

@@ -172,8 +172,8 @@ class Row:
 class MicroBatch:
     """What one rank runs in one forward: rows packed into `B` bins of length `L`, and the streams of the `n` trained tokens.
 
-    The hidden state at flat position `index[i]` of the bins predicts trained token i; the token itself sits behind it, at `index[i]` + 1, unless rows share
-    a prompt: then all of them are predicted from the one copy of it, and each row's own tokens are a block that sees this copy and itself.
+    The hidden state at flat position `index[i]` of the bins predicts trained token i. The last trained token of a row, and what follows it, predicts nothing and
+    is not in the bins. Where rows share a prompt, all of them are predicted from the one copy of it, and each row's own tokens are a block that sees this copy and itself.
     """
 
     tokens: np.ndarray                                  # int64 [B, L], padded with 0
@@ -188,7 +188,7 @@ class MicroBatch:
     streams: Mapping[str, np.ndarray]                   # float32 [n]: advantage, behaviour_logp, old_logp, ref_logp, old_value, returns, where present (NaN: absent for that token)
     fresh: np.ndarray                                   # bool [n]: sampled by the rollout engine with the learner's present weights
     rows: tuple[int, ...]                               # positions in the step's row list
-    real_tokens: int                                    # tokens of all rows, prompts counted with each
+    real_tokens: int                                    # all tokens of the rows, prompts counted with each
     tree: np.ndarray | None = None                      # int64 [2, B, L]: block of each token, and block of its prompt; None: no row shares its prompt
 
 
