@@ -79,6 +79,7 @@ class RolloutConfig:
     kv_cache_gib: float = 1.0                       # CPU engines only
     prefix_caching: bool = True
     request_timeout: float = 600.0                  # seconds until an engine that does not answer counts as dead
+    sleep: bool = False                             # engines give their GPU memory to the learner while it works (cluster.colocate, staleness 0)
     max_restarts: int = 3                           # engine restarts per run
     record: str | None = None                       # replay: rollouts.jsonl to read
 
@@ -126,9 +127,11 @@ class ClusterConfig:
     learner_cpus: float = 1                         # per rank
     learner_gpus: float = 0
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    colocate: bool = False                          # engine i and learner rank i share a place: one node and, with fractions of a GPU, one GPU
     deadline: float = 120.0                         # seconds to wait for the placement group
     threads: int = 1                                # OpenMP threads per process on CPU
     port: int | None = None                         # rendezvous of the learner; None: any free one
+    pin_cores: bool = False                         # so many cores of its own for each engine and learner rank; one machine without GPUs
     object_store_mib: int = 150                     # of a local Ray
     start_timeout: float = 600.0                    # seconds until engines and learner must be up
 
@@ -378,7 +381,8 @@ def validate(c: Config) -> None:
     require(not (c.mode == "cluster" and c.rollout.backend == "hf"), "rollout.backend hf runs in one process, but mode is cluster; use mode=inline or backend vllm")
     require(not (c.mode == "inline" and c.rollout.backend == "vllm"), "mode=inline runs without vLLM, but rollout.backend is vllm; use mode=cluster or backend hf")
     require(not (c.mode == "inline" and c.cluster.learner_ranks > 1), f"mode=inline is one process, but cluster.learner_ranks is {c.cluster.learner_ranks}; use mode=cluster or learner_ranks=1")
-    require(c.cluster.engine_gpus == 0 or c.cluster.engine_gpus >= c.cluster.tensor_parallel,
+    check_sharing(c)
+    require(c.cluster.colocate or c.cluster.engine_gpus == 0 or c.cluster.engine_gpus >= c.cluster.tensor_parallel,
             f"cluster.engine_gpus is {c.cluster.engine_gpus} for tensor_parallel {c.cluster.tensor_parallel}; an engine needs one GPU per tensor-parallel rank")
     require((c.cluster.engine_gpus > 0) == (c.cluster.learner_gpus > 0) or c.sync.transport == "gloo",
             f"cluster.engine_gpus is {c.cluster.engine_gpus} and cluster.learner_gpus is {c.cluster.learner_gpus}; with GPUs on one side only set sync.transport=gloo")
@@ -397,5 +401,32 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def _plain(value):
     if isinstance(value, dict):
+def check_sharing(c: Config) -> None:
+    """Who shares what: colocated engines and ranks, engines that sleep, processes with cores of their own. Raises ConfigError."""
+    k, gpus = c.cluster, f"cluster.engine_gpus is {c.cluster.engine_gpus:g} and cluster.learner_gpus is {c.cluster.learner_gpus:g}"
+    if k.colocate:
+        require(c.mode == "cluster", "cluster.colocate is true, but mode=inline is one process anyway; set cluster.colocate=false")
+        require(k.engines == k.learner_ranks,
+                f"cluster.colocate pairs each engine with a learner rank, but cluster.engines is {k.engines} and cluster.learner_ranks {k.learner_ranks}; make them equal")
+        require(k.tensor_parallel == 1,
+                f"cluster.colocate gives an engine the one GPU of its learner rank, but cluster.tensor_parallel is {k.tensor_parallel}; set it to 1")
+        require(k.engine_gpus + k.learner_gpus == 0 or 0.5 < k.engine_gpus + k.learner_gpus <= 1,
+                f"{gpus}; with cluster.colocate they are shares of one GPU: together at most 1, and more than 0.5, or two pairs could get the same GPU; "
+                "0.5 each will do")
+        require(c.sync.transport != "nccl", "sync.transport is nccl, which cannot connect two processes on one GPU, but cluster.colocate is true; use auto")
+    if c.rollout.sleep:
+        require(k.colocate and k.engine_gpus > 0 and k.learner_gpus > 0,
+                "rollout.sleep is true: an engine gives its GPU memory to the learner rank on the same GPU, but cluster.colocate is "
+                f"{str(k.colocate).lower()}, {gpus}; set cluster.colocate=true and 0.5 GPUs for each, or rollout.sleep=false")
+        require(c.rollout.staleness == 0,
+                f"rollout.sleep is true, but rollout.staleness is {c.rollout.staleness}, with which engines generate while the learner works; set it to 0, "
+                "or rollout.sleep=false")
+    if k.pin_cores:
+        fix = "set cluster.pin_cores=false"
+        require(c.mode == "cluster", f"cluster.pin_cores is true, but mode=inline is one process; {fix}")
+        require(k.address is None, f"cluster.pin_cores is true, but cluster.address is {k.address!r}: the cores of other nodes are not known here; {fix}")
+        require(k.engine_gpus == 0 and k.learner_gpus == 0, f"cluster.pin_cores is true, which is for machines without GPUs, but {gpus}; {fix}")
+
+
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

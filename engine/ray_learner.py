@@ -32,6 +32,8 @@ class RankActor:
 
     def __init__(self, rank: int, config: Config, model_path: str, run_dir: str):
         from tandem.engine.telemetry import redirect_output
+        from tandem.launch.placement import pin
+        pin(config, rank=rank)
         redirect_output(log_path(run_dir, rank))
         self.rank, self.config, self.model_path, self.sender = rank, config, model_path, None
 

@@ -3,6 +3,9 @@
     bundle 0 .. E-1         one per rollout engine   {CPU: engine_cpus, GPU: engine_gpus}
     bundle E .. E+R-1       one per learner rank     {CPU: learner_cpus, GPU: learner_gpus}
 
+With `cluster.colocate` bundle i holds engine i and learner rank i, and the resources of both: a bundle lies on one node, and takes its GPU share from one GPU.
+With `cluster.pin_cores` processes are numbered like that, engines first, and process p has cores p x threads and the `threads` - 1 after it.
+
 `preflight` refuses, before anything starts, what this machine cannot hold. `start` starts a local Ray or attaches to `cluster.address`, reserves all
 bundles at once, says what it asked for and what it got, and gives up at `cluster.deadline` with an error that names both.
 """
@@ -15,6 +18,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +35,21 @@ class Plan:
     ranks: int
     bundles: tuple[dict[str, float], ...]
     strategy: str
+    colocated: bool = False
+
+    def engine_bundle(self, engine: int) -> int:
+        return engine
+
+    def learner_bundle(self, rank: int) -> int:
+        return rank if self.colocated else self.engines + rank
 
     def total(self, resource: str) -> float:
         return sum(bundle.get(resource, 0.0) for bundle in self.bundles)
 
     def describe(self) -> str:
+        if self.colocated:
+            sides = " and ".join(name for name, count in (("engine", self.engines), ("learner rank", self.ranks)) if count)
+            return f"{len(self.bundles)} place(s) of {show(self.bundles[0])}, each with {sides} (cluster.colocate), strategy {self.strategy}"
         parts = []
         if self.engines:
             parts.append(f"{self.engines} engine(s) of {show(self.bundles[0])}")
@@ -54,10 +68,10 @@ class Placement:
     learner_env: dict[str, str]
 
     def engine_bundle(self, engine: int) -> int:
-        return engine
+        return self.plan.engine_bundle(engine)
 
     def learner_bundle(self, rank: int) -> int:
-        return self.plan.engines + rank
+        return self.plan.learner_bundle(rank)
 
     def close(self) -> None:
         """Give the places back and leave Ray; a local Ray ends with it."""
@@ -69,11 +83,14 @@ class Placement:
 
 
 def plan(config: Config) -> Plan:
-    """The bundles of a config. Replayed rollouts need no engine, rollout-only runs no learner."""
+    """The bundles of a config. Replayed rollouts need no engine, rollout-only runs no learner; a colocated pair's place stays whole without one of them."""
     c = config.cluster
     engines = 0 if config.rollout.backend == "replay" else c.engines
     ranks = 0 if config.run.rollout_only else c.learner_ranks
-    bundle = lambda cpus, gpus: {name: float(n) for name, n in (("CPU", cpus), ("GPU", gpus)) if n}
+    # rounded: 0.6 + 0.3 is 0.8999 to Ray, in which both would not fit
+    bundle = lambda cpus, gpus: {name: round(float(n), 4) for name, n in (("CPU", cpus), ("GPU", gpus)) if n}
+    if c.colocate:
+        return Plan(engines, ranks, (bundle(c.engine_cpus + c.learner_cpus, c.engine_gpus + c.learner_gpus),) * max(engines, ranks), c.strategy, colocated=True)
     bundles = (bundle(c.engine_cpus, c.engine_gpus),) * engines + (bundle(c.learner_cpus, c.learner_gpus),) * ranks
     return Plan(engines, ranks, bundles, c.strategy)
 
@@ -95,12 +112,18 @@ def preflight(config: Config, model_path: str | Path | None = None) -> None:
         raise ConfigError(f"cluster.port is {c.port}, which is in use on {socket.gethostname()}; choose another, or leave it out to take any free port")
     if c.address is not None:
         return
+    asked = lambda engine, rank: (f"{len(wanted.bundles)} colocated pair(s) x {engine:g} + {rank:g}" if wanted.colocated else
+                                  f"engines {wanted.engines} x {engine:g}, learner {wanted.ranks} x {rank:g}")
     if (gpus := wanted.total("GPU")) > gpu_count():
-        raise ConfigError(f"the cluster section asks for {gpus:g} GPU(s) (engines {wanted.engines} x {c.engine_gpus:g}, learner {wanted.ranks} x {c.learner_gpus:g}), "
+        raise ConfigError(f"the cluster section asks for {gpus:g} GPU(s) ({asked(c.engine_gpus, c.learner_gpus)}), "
                           f"but {gpu_count()} can be used here; lower cluster.engine_gpus and cluster.learner_gpus, or set cluster.address to a cluster that has them")
     if (cpus := wanted.total("CPU")) > cpu_count():
-        raise ConfigError(f"the cluster section asks for {cpus:g} CPUs (engines {wanted.engines} x {c.engine_cpus:g}, learner {wanted.ranks} x {c.learner_cpus:g}), "
+        raise ConfigError(f"the cluster section asks for {cpus:g} CPUs ({asked(c.engine_cpus, c.learner_cpus)}), "
                           f"this machine has {cpu_count()}; to share cores give fractions, e.g. cluster.learner_cpus=0.5, or ask for fewer processes")
+    if c.pin_cores and (processes := wanted.engines + wanted.ranks) * c.threads > (cores := len(os.sched_getaffinity(0))):
+        raise ConfigError(f"cluster.pin_cores gives each of {wanted.engines} engine(s) and {wanted.ranks} learner rank(s) cluster.threads={c.threads} core(s) "
+                          f"of its own, {processes * c.threads} in all, but this process may use {cores}; lower cluster.threads, ask for fewer processes, or set "
+                          "cluster.pin_cores=false")
     if c.strategy == "STRICT_SPREAD" and len(wanted.bundles) > 1:
         raise ConfigError(f"cluster.strategy is STRICT_SPREAD, which puts each of the {len(wanted.bundles)} bundles on a node of its own, but without "
                           "cluster.address there is one node; use SPREAD or PACK, or set cluster.address")
@@ -133,8 +156,9 @@ def start(config: Config, run_dir: str | Path, say: Callable[[str], None] = prin
         raise
     nodes = ray.util.placement_group_table(group)["bundles_to_node_id"]
     names = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
-    got = [f"{'engine' if i < wanted.engines else 'learner rank'} {i if i < wanted.engines else i - wanted.engines} on {names[nodes[i]]} ({nodes[i][:6]})"
-           for i in range(len(wanted.bundles))]
+    everyone = [*((f"engine {i}", wanted.engine_bundle(i)) for i in range(wanted.engines)),
+                *((f"learner rank {r}", wanted.learner_bundle(r)) for r in range(wanted.ranks))]
+    got = [f"{who} on {names[nodes[bundle]]} ({nodes[bundle][:6]})" for who, bundle in everyone]
     say(f"placement: got {', '.join(got)}")
     return Placement(group, wanted, worker_env(config, c.engine_gpus), worker_env(config, c.learner_gpus))
 
@@ -202,6 +226,22 @@ def worker_env(config: Config, gpus: float) -> dict[str, str]:
     if config.cluster.address is None and "GLOO_SOCKET_IFNAME" not in os.environ:
         env["GLOO_SOCKET_IFNAME"] = "lo"        # one machine: gloo need not find out which address its host name stands for
     return env
+
+
+def pin(config: Config, *, engine: int | None = None, rank: int | None = None) -> None:
+    """With `cluster.pin_cores`: bind this process, that of an engine or of a learner rank, to its own cores; threads and children that start later inherit them.
+
+    To be called once, while the process may still use every core of the run. Threads of Ray's that run already are moved too: some of them start others.
+    """
+    if not config.cluster.pin_cores:
+        return
+    threads, process = config.cluster.threads, engine if engine is not None else plan(config).engines + rank
+    own = sorted(os.sched_getaffinity(0))[process * threads:(process + 1) * threads]
+    if len(own) < threads:
+        raise ConfigError(f"cluster.pin_cores: process {process} of {threads} thread(s) finds {len(own)} core(s) left of {len(os.sched_getaffinity(0))}")
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(ProcessLookupError):      # it has ended since
+            os.sched_setaffinity(int(thread), own)
 
 
 def show(resources: dict[str, float]) -> str:

@@ -31,6 +31,8 @@ class EngineActor:
 
     def __init__(self, index: int, config: Config, model_path: str, run_dir: str, stale: bool):
         from tandem.engine.telemetry import redirect_output
+        from tandem.launch.placement import pin
+        pin(config, engine=index)
         redirect_output(log_path(run_dir, index))       # before vLLM is imported, so that nothing of it reaches the user's terminal
         self.index, self.config, self.model_path, self.stale = index, config, model_path, stale
         self.backend = None
