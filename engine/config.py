@@ -73,13 +73,14 @@ class RolloutConfig:
     temperature: float = 1.0                        # the learner divides all logits of a step with rollouts by it, expert tokens' too; SFT steps use 1
     top_p: float = 1.0
     staleness: int = 0                              # how many versions old a rollout may be when it is trained on; 0 = on-policy
+    over_sample: int = 0                            # groups asked for beyond what a step needs; the last of them to end are aborted. > 0 is not reproducible
     max_model_len: int | None = None                # default: max_prompt_tokens + max_tokens
     max_sequences: int = 64                         # sequences an engine decodes at once
     gpu_memory_utilization: float = 0.85
     kv_cache_gib: float = 1.0                       # CPU engines only
     prefix_caching: bool = True
-    request_timeout: float = 600.0                  # seconds until an engine that does not answer counts as dead
     sleep: bool = False                             # engines give their GPU memory to the learner while it works (cluster.colocate, staleness 0)
+    request_timeout: float = 600.0                  # seconds until an engine that does not answer counts as dead
     max_restarts: int = 3                           # engine restarts per run
     record: str | None = None                       # replay: rollouts.jsonl to read
 
@@ -126,12 +127,12 @@ class ClusterConfig:
     learner_ranks: int = 1
     learner_cpus: float = 1                         # per rank
     learner_gpus: float = 0
-    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     colocate: bool = False                          # engine i and learner rank i share a place: one node and, with fractions of a GPU, one GPU
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     deadline: float = 120.0                         # seconds to wait for the placement group
     threads: int = 1                                # OpenMP threads per process on CPU
-    port: int | None = None                         # rendezvous of the learner; None: any free one
     pin_cores: bool = False                         # so many cores of its own for each engine and learner rank; one machine without GPUs
+    port: int | None = None                         # rendezvous of the learner; None: any free one
     object_store_mib: int = 150                     # of a local Ray
     start_timeout: float = 600.0                    # seconds until engines and learner must be up
 
@@ -336,7 +337,7 @@ def validate(c: Config) -> None:
     except Exception as error:      # a user's own method may raise anything when it is made
         raise ConfigError(f"{'' if str(error).startswith('method') else 'method: '}{error}" if isinstance(error, ValueError) else f"method {c.method['name']!r} raised {type(error).__name__}: {error}") from error
     for key, low in (("rollout.prompts_per_step", 1), ("rollout.samples_per_prompt", 1), ("rollout.max_tokens", 1), ("rollout.staleness", 0),
-                     ("rollout.max_sequences", 1), ("data.max_prompt_tokens", 1), ("data.max_expert_tokens", 1), ("data.experts_per_step", 0),
+                     ("rollout.over_sample", 0), ("rollout.max_sequences", 1), ("data.max_prompt_tokens", 1), ("data.max_expert_tokens", 1), ("data.experts_per_step", 0),
                      ("reward.workers", 1), ("learner.micro_batch_tokens", 1), ("learner.updates_per_batch", 1), ("learner.epochs_per_batch", 1), ("learner.head_chunk", 1),
                      ("learner.warmup_steps", 0), ("cluster.engines", 1), ("cluster.tensor_parallel", 1), ("cluster.learner_ranks", 1), ("cluster.threads", 1),
                      ("eval.every", 0), ("eval.samples", 1), ("run.steps", 1), ("run.checkpoint_every", 0), ("run.keep_checkpoints", 1), ("run.seed", 0),
@@ -378,6 +379,12 @@ def validate(c: Config) -> None:
     require(c.rollout.backend != "replay" or c.rollout.record is not None, "rollout.backend is replay, but rollout.record names no rollouts.jsonl")
     require(c.rollout.backend != "replay" or c.data.evaluation is None,
             "rollout.backend is replay, which cannot answer new prompts, but data.evaluation is set; set data.evaluation=null and evaluate the saved model")
+    require(c.rollout.over_sample == 0 or (c.mode == "cluster" and c.rollout.backend != "replay"),
+            f"rollout.over_sample is {c.rollout.over_sample}, but {'rollout.backend is replay' if c.rollout.backend == 'replay' else 'mode is inline'}, "
+            "where the groups of a step end together and none can be aborted; set rollout.over_sample=0, or use mode=cluster with vLLM")
+    require(c.rollout.over_sample == 0 or not method.aligned or c.data.experts_per_step < c.rollout.prompts_per_step,
+            f"rollout.over_sample is {c.rollout.over_sample}, but with method {c.method['name']!r} all rollout.prompts_per_step={c.rollout.prompts_per_step} groups have a "
+            f"demonstration (data.experts_per_step={c.data.experts_per_step}), and those are never aborted; set rollout.over_sample=0 or fewer data.experts_per_step")
     require(not (c.mode == "cluster" and c.rollout.backend == "hf"), "rollout.backend hf runs in one process, but mode is cluster; use mode=inline or backend vllm")
     require(not (c.mode == "inline" and c.rollout.backend == "vllm"), "mode=inline runs without vLLM, but rollout.backend is vllm; use mode=cluster or backend hf")
     require(not (c.mode == "inline" and c.cluster.learner_ranks > 1), f"mode=inline is one process, but cluster.learner_ranks is {c.cluster.learner_ranks}; use mode=cluster or learner_ranks=1")
@@ -394,13 +401,6 @@ def validate(c: Config) -> None:
             f"rollout.max_model_len is {c.rollout.max_model_len}, but data.max_prompt_tokens + rollout.max_tokens (or eval.max_tokens, if larger) is {need}; raise it or lower them")
 
 
-def to_dict(config: Config) -> dict[str, Any]:
-    """Plain nested dict, for the run folder and for --dry-run."""
-    return yaml.safe_load(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
-
-
-def _plain(value):
-    if isinstance(value, dict):
 def check_sharing(c: Config) -> None:
     """Who shares what: colocated engines and ranks, engines that sleep, processes with cores of their own. Raises ConfigError."""
     k, gpus = c.cluster, f"cluster.engine_gpus is {c.cluster.engine_gpus:g} and cluster.learner_gpus is {c.cluster.learner_gpus:g}"
@@ -428,5 +428,12 @@ def check_sharing(c: Config) -> None:
         require(k.engine_gpus == 0 and k.learner_gpus == 0, f"cluster.pin_cores is true, which is for machines without GPUs, but {gpus}; {fix}")
 
 
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dict, for the run folder and for --dry-run."""
+    return yaml.safe_load(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
+
+
+def _plain(value):
+    if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -4,14 +4,16 @@ The rollouts of step k are requested when step k - staleness begins, so a token 
 `staleness` steps old. Synchronous training is staleness 0, one-step-off is 1; there is no other code for it.
 
 Groups are handed over in the order they were requested, so a run is reproducible whatever engine answers first. Scoring starts as soon as a
-group is generated, while others still generate. Every request ends in exactly one way, and the books are checked each step:
+group is generated, while others still generate. With over-sampling a step asks for more groups than it needs, takes those that are there first, and aborts
+the rest; then it depends on the engines' speed which groups it trains on. Every request ends in exactly one way, and the books are checked each step:
 
-    requested = trained or waiting (accepted) + filtered by the method + failed (no reward could be had) + running
+    requested = trained or waiting (accepted) + filtered by the method + failed (no reward could be had) + aborted (not needed any more) + running
 """
 from __future__ import annotations
 
+import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -38,6 +40,7 @@ class Slot:
     generation: Future | None = None
     scoring: Future | None = None
     group: ScoredGroup | None = None
+    aborted: bool = False
 
 
 @dataclass(eq=False)
@@ -55,25 +58,30 @@ class Books:
     accepted: int = 0
     filtered: int = 0
     failed: int = 0
+    aborted: int = 0        # over-sampled: in flight or finished when the step had its groups
     reissued: int = 0       # after an engine died; not counted as requested again
-    tokens: int = 0         # that the policy sampled in accepted and filtered groups
+    tokens: int = 0         # that the policy sampled in accepted, filtered and aborted groups
 
 
 class Producer:
     """`decode(ids) -> text` is the tokenizer's; `recover()` restarts dead engines and gives them the present weights before they serve.
 
-    `aligned` is the source of prompts that have demonstrations, for methods that roll out the prompts of their demonstrations.
+    `aligned` is the source of prompts that have demonstrations, for methods that roll out the prompts of their demonstrations. `over_sample` groups per step
+    are requested beyond the demand; only groups without a demonstration compete, and the pool then needs `abort(request)`.
     """
 
     def __init__(self, method: Method, prompts, pool, rewards, decode: Callable[[np.ndarray], str], budget: Budget, sampling: Sampling,
-                 staleness: int, on_error: str, seed: int, recover: Callable[[], None], aligned=None):
-        self.aligned = aligned
+                 staleness: int, on_error: str, seed: int, recover: Callable[[], None], aligned=None,
+                 over_sample: int = 0):
+        self.aligned, self.over_sample = aligned, over_sample
         self.method, self.prompts, self.pool, self.rewards, self.decode = method, prompts, pool, rewards, decode
         self.budget, self.sampling, self.staleness, self.on_error, self.seed, self.recover = budget, sampling, staleness, on_error, seed, recover
         self.tickets: list[Ticket] = []
         self.next_group = 0
         self.next_step = 0      # first step that has no ticket yet
         self.books = Books()
+        self.dropped: list[Slot] = []       # aborted, the tokens not booked yet: an engine says a moment later how far it had come
+        self.aborted_in_step = 0
         self.scoring = threading.Lock()     # a group may be sent to the rewards by a callback or by the waiting loop, but once
 
     def ensure(self, step: int, signals: Mapping[str, float]) -> None:
@@ -81,8 +89,9 @@ class Producer:
         self.next_step = max(self.next_step, step)
         while self.next_step <= min(step + self.staleness, self.budget.steps - 1):
             demand = self.method.demand(self.next_step, self.budget, signals)
-            ticket = Ticket(self.next_step, demand)
-            ticket.slots = [self.draw(ticket.step, self.method.aligned and i < demand.experts) for i in range(demand.prompts)]
+            ticket, needed = Ticket(self.next_step, demand), self.needed(demand)
+            extra = self.over_sample if needed[False] else 0
+            ticket.slots = [self.draw(ticket.step, i < needed[True]) for i in range(demand.prompts + extra)]
             self.tickets.append(ticket)
             self.next_step += 1
 
@@ -93,36 +102,104 @@ class Producer:
         ahead = range(max(step, self.next_step), min(step + self.staleness, self.budget.steps - 1) + 1)
         return any(self.method.demand(s, self.budget, signals).prompts for s in ahead)
 
+    def needed(self, demand: Demand) -> dict[bool, int]:
+        """How many groups a step takes whose prompts have a demonstration (True), and of the others (False)."""
+        aligned = min(demand.experts, demand.prompts) if self.method.aligned else 0
+        return {True: aligned, False: demand.prompts - aligned}
+
     def take(self, step: int) -> tuple[Demand, tuple[ScoredGroup, ...]]:
-        """Wait for the groups of `step`, which `ensure` requested. Replaces filtered and failed groups by new prompts."""
+        """Wait for the groups of `step`, which `ensure` requested. Replaces filtered and failed groups by new prompts, once no over-sampled group is left."""
         ticket = self.tickets[0]
         assert ticket.step == step, f"ticket of step {ticket.step} taken at step {step}"
+        self.book_dropped()
         accepted: list[ScoredGroup] = []
-        drawn = len(ticket.slots)
-        while ticket.slots:
-            slot = ticket.slots[0]
+        drawn, most = len(ticket.slots), REDRAWS * ticket.demand.prompts + self.over_sample
+        needed, aborted_before = self.needed(ticket.demand), self.books.aborted
+        open_slots = {kind: {s for s in ticket.slots if s.aligned == kind} for kind in needed}
+        turns: queue.SimpleQueue[Slot] = queue.SimpleQueue()
+        for slot in ticket.slots:
+            turns.put(slot)
+        while any(needed.values()):
+            slot = self.first_finished(turns) if self.over_sample else turns.get()
             if slot.group is None:
                 slot.group = self.finish(slot)
+            open_slots[slot.aligned].remove(slot)
             if slot.group is not None:
-                self.books.tokens += sum(int((t.source == Source.POLICY).sum()) for t in slot.group.trajectories)
+                self.books.tokens += sampled(slot.group.trajectories)
             if slot.group is not None and self.method.accept(slot.group):
                 accepted.append(slot.group)
                 self.books.accepted += 1
+                needed[slot.aligned] -= 1
+                if not needed[slot.aligned]:
+                    self.abort(open_slots[slot.aligned])
             else:
                 self.books.filtered += slot.group is not None
                 self.books.failed += slot.group is None
-                if drawn >= REDRAWS * ticket.demand.prompts:
+                if len(open_slots[slot.aligned]) >= needed[slot.aligned]:
+                    continue
+                if drawn >= most:
                     raise RolloutsExhausted(f"step {step}: drew {drawn} prompts and could use only {len(accepted)} of the {ticket.demand.prompts} it needs "
                                             f"({self.books.filtered} groups filtered, {self.books.failed} without rewards so far); "
                                             "the prompts are too easy or too hard for the filter, or the reward fails: see rollouts.jsonl")
-                ticket.slots.append(self.draw(step, slot.aligned))
+                another = self.draw(step, slot.aligned)
+                ticket.slots.append(another)
+                open_slots[another.aligned].add(another)
+                turns.put(another)
                 drawn += 1
-            ticket.slots.pop(0)
         self.tickets.pop(0)
         running = sum(len(t.slots) for t in self.tickets)
         b = self.books
-        assert b.requested == b.accepted + b.filtered + b.failed + running, f"rollout books do not balance: {b}, running {running}"
-        return ticket.demand, tuple(accepted)
+        assert b.requested == b.accepted + b.filtered + b.failed + b.aborted + running, f"rollout books do not balance: {b}, running {running}"
+        self.aborted_in_step = b.aborted - aborted_before
+        return ticket.demand, tuple(sorted(accepted, key=lambda group: group.group))
+
+    def first_finished(self, turns: queue.SimpleQueue[Slot]) -> Slot:
+        """The next slot that can be finished without waiting; of those that are there, the one with the lowest number. A slot has its turn again when what
+        it waits for has come: its generation (a new one if the engine died), then its rewards."""
+        while True:
+            slot = turns.get()
+            if slot.aborted:
+                continue
+            if slot.group is not None:
+                return slot
+            if slot.generation.done():
+                if isinstance(slot.generation.exception(), EngineDied):
+                    self.replace_engines()
+                elif slot.generation.exception() is not None:
+                    return slot
+                else:
+                    self.score(slot)
+                    if slot.scoring.done():
+                        return slot
+            awaited = slot.generation if slot.scoring is None else slot.scoring
+            awaited.add_done_callback(lambda _, slot=slot: turns.put(slot))
+
+    def abort(self, slots: Iterable[Slot]) -> None:
+        """Drop these groups: what is still in flight ends on its engine, what is there is not looked at. Their prompts are gone like those that were trained on."""
+        for slot in sorted(slots, key=lambda s: s.request.group):
+            with self.scoring:
+                slot.aborted = True
+            if slot.group is None and not slot.generation.done():
+                self.pool.abort(slot.request)
+            self.books.aborted += 1
+            self.dropped.append(slot)
+        self.book_dropped()
+
+    def book_dropped(self) -> None:
+        """Count the tokens of aborted groups as far as they are known. Those lost with an engine, or known only after the last step's groups, never are."""
+        waiting = []
+        for slot in self.dropped:
+            if slot.group is not None:
+                self.books.tokens += sampled(slot.group.trajectories)
+            elif not slot.generation.done():
+                waiting.append(slot)
+            elif slot.generation.exception() is None:
+                self.books.tokens += sampled(slot.generation.result())
+        self.dropped = waiting
+
+    def metrics(self) -> dict[str, float]:
+        """For the report of the step whose groups were taken last."""
+        return {"rollout/aborted": float(self.aborted_in_step)} if self.over_sample else {}
 
     def draw(self, step: int, aligned: bool) -> Slot:
         """Request rollouts for the next prompt."""
@@ -141,7 +218,7 @@ class Producer:
     def score(self, slot: Slot) -> None:
         """Hand finished trajectories to the rewards; runs in whatever thread finished the generation."""
         with self.scoring:
-            if slot.scoring is None:
+            if slot.scoring is None and not slot.aborted:
                 responses = [t.response for t in usable(slot.generation.result())]
                 if self.scores_demonstration(slot.request.prompt):
                     responses.append(slot.request.prompt.demonstration)
@@ -154,18 +231,22 @@ class Producer:
                 kept = usable(slot.generation.result())
                 break
             except EngineDied:
-                self.recover()
-                for waiting in [slot, *(s for t in self.tickets for s in t.slots if s is not slot)]:
-                    if waiting.generation.done() and isinstance(waiting.generation.exception(), EngineDied):
-                        waiting.request = replace(waiting.request, attempt=waiting.request.attempt + 1)
-                        self.books.reissued += 1
-                        self.issue(waiting)
+                self.replace_engines()
         self.score(slot)
         outcomes = slot.scoring.result()
         group = scored_group(slot.request, kept, outcomes[:len(kept)], self.on_error, [self.decode(t.response) for t in kept])
         if group is not None and len(outcomes) > len(kept):
             group = replace(group, demonstration_reward=outcomes[-1].value)      # None where its reward failed: then it takes no part
         return group
+
+    def replace_engines(self) -> None:
+        """Restart what died, and ask again for what died with it."""
+        self.recover()
+        for slot in (s for t in self.tickets for s in t.slots if s.group is None and not s.aborted):
+            if slot.generation.done() and isinstance(slot.generation.exception(), EngineDied):
+                slot.request = replace(slot.request, attempt=slot.request.attempt + 1)
+                self.books.reissued += 1
+                self.issue(slot)
 
     def scores_demonstration(self, prompt: Prompt) -> bool:
         return self.method.scores_demonstrations and prompt.demonstration is not None
@@ -187,6 +268,11 @@ class Producer:
         for slot in (s for t in self.tickets for s in t.slots):
             if slot.group is None:
                 self.issue(slot)
+
+
+def sampled(trajectories: Sequence[Trajectory]) -> int:
+    """Tokens that the policy sampled."""
+    return sum(int((t.source == Source.POLICY).sum()) for t in trajectories)
 
 
 def usable(trajectories: Sequence[Trajectory]) -> list[Trajectory]:

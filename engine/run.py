@@ -140,7 +140,7 @@ class Run:
         budget = Budget(cfg.rollout.prompts_per_step, cfg.rollout.samples_per_prompt, cfg.data.experts_per_step, cfg.run.steps, cfg.run.seed)
         sampling = Sampling(cfg.rollout.max_tokens, cfg.rollout.temperature, cfg.rollout.top_p)
         self.producer = Producer(self.method, self.prompts, self.pool, self.rewards, self.decode, budget, sampling, cfg.rollout.staleness,
-                                 cfg.reward.on_error, cfg.run.seed, self.recover, self.aligned)
+                                 cfg.reward.on_error, cfg.run.seed, self.recover, self.aligned, cfg.rollout.over_sample)
         if not with_learner:
             return
         if self.found:
@@ -260,7 +260,7 @@ class Run:
 
     def report(self, step: int, demand: Demand, groups: Sequence[ScoredGroup], metrics, clock: Clock) -> None:
         """One step's numbers to files, trackers and the screen."""
-        metrics = {**metrics, **clock.metrics(), **self.speed(clock, metrics), "version": float(self.version or 0), "tokens/total": float(self.tokens), "cpu_seconds": time.process_time()}
+        metrics = {**metrics, **self.producer.metrics(), **clock.metrics(), **self.speed(clock, metrics), "version": float(self.version or 0), "tokens/total": float(self.tokens), "cpu_seconds": time.process_time()}
         self.telemetry.step(step, metrics)
         self.telemetry.rollouts(step, groups, step)
         self.display.step(step, metrics, self.method.metrics(step))

@@ -13,7 +13,7 @@ and are cut off, so that metrics and rollouts read as one run. Events are never 
 metrics.jsonl   `step`, `seconds` (since the first start, pauses between crash and resume left out) and flat numeric keys. A step's line has the 0-based
     number of the step. An evaluation's line has the number of steps done before it and keys that begin with `eval/`. The names used by the display and plots:
     reward/mean, entropy, eval/accuracy, rollout/tokens_per_second, learner/tokens_per_second, rollout/idle and learner/idle (share of the
-    step's time that a side waited, 0 to 1), and a method's own metrics such as mu.
+    step's time that a side waited, 0 to 1), rollout/aborted (groups, where rollout.over_sample is set), and a method's own metrics such as mu.
 
 rollouts.jsonl  complete enough to train on without a model (`rollout.backend: replay`); `read_rollouts` turns a line back into carriers.
     step, group, sample                 optimizer step it was trained in; ordinal of the prompt in the run; number within the group

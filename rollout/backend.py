@@ -25,6 +25,10 @@ class Backend(Protocol):
     async def generate(self, request: GenRequest) -> Sequence[Trajectory]:
         """All samples of one request: POLICY tokens carry the log-prob under the distribution they were sampled from and the weight version."""
 
+    async def abort(self, request: GenRequest) -> None:
+        """Let a running request end early: its `generate` returns soon, samples that had not ended as they are, with Finish.ABORT. One that is not running
+        is none of its business. A backend that computes while it is called has nothing to do here."""
+
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Join the transfer group of the learner."""
 

@@ -65,6 +65,9 @@ class HFBackend:
     async def generate(self, request: GenRequest) -> tuple[Trajectory, ...]:
         return self.generate_all([request])[0]
 
+    async def abort(self, request: GenRequest) -> None:
+        """Nothing is running between calls."""
+
     def generate_all(self, requests: Sequence[GenRequest]) -> list[tuple[Trajectory, ...]]:
         """The samples of every request, in order. Raises ValueError for a request that cannot be served, EngineDied after close or during an update."""
         if not self.open or self.received is not None:

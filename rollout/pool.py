@@ -49,6 +49,9 @@ class EngineActor:
             raise SyncError(f"engine {self.index} was restarted and still has the weights of {self.model_path}; sync weights before it serves")
         return await self.backend.generate(request)
 
+    async def abort(self, request: GenRequest) -> None:
+        await self.backend.abort(request)
+
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         await self.backend.init_weight_transfer_engine(init_info)
 
@@ -190,6 +193,14 @@ class EnginePool:
                 slot.busy_since = slot.heard = time.monotonic()
         ref.future().add_done_callback(lambda done: self.answers.put((slot, handle, ref, done)))
         return result
+
+    def abort(self, request: GenRequest) -> None:
+        """Let a submitted request (the very object) end early; returns at once. Its future is answered all the same, soon, and its engine is busy with it until
+        then; samples that had not ended have Finish.ABORT. Nothing happens if it was answered."""
+        with self.lock:
+            handles = [slot.handle for slot in self.slots for pending in slot.pending.values() if pending.request is request]
+        for handle in handles:
+            handle.abort.remote(request)
 
     def work(self) -> None:
         """The pool's thread."""

@@ -91,6 +91,9 @@ class ReplayBackend:
     async def generate(self, request: GenRequest) -> tuple[Trajectory, ...]:
         return self.generate_all([request])[0]
 
+    async def abort(self, request: GenRequest) -> None:
+        """Nothing is running between calls."""
+
     def generate_all(self, requests: Sequence[GenRequest]) -> list[tuple[Trajectory, ...]]:
         """The recorded samples of every request, in order. Raises ConfigError for a request with no record, or with a record that does not fit it."""
         return [self.serve(request) for request in requests]

@@ -136,6 +136,14 @@ class VllmBackend:
         self.cached_tokens += final.num_cached_tokens or 0
         return [trajectory(request, prefix, output) for output in final.outputs]
 
+    async def abort(self, request: GenRequest) -> None:
+        """Let a running request end now: its samples that had not ended come back as they are, with Finish.ABORT. One that is not running is left alone."""
+        known, mine = self.llm.output_processor, lambda r: r.external_req_id.startswith(f"{request.group}.{request.attempt}.")
+        # by vLLM's own ids: aborted by the id that it was given, a request with n > 1 would leave the parent of its samples behind, with all their tokens
+        ids = [i for i, parent in known.parent_requests.items() if mine(parent)]
+        ids += [i for i, state in known.request_states.items() if state.parent_req is None and mine(state)]
+        await self.llm.abort(ids, internal=True)
+
     # -- weights ------------------------------------------------------------------------------------------------------------------------------------
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:

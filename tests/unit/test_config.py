@@ -69,6 +69,8 @@ def test_scientific_notation_is_a_number(write):
     ("data.prompts=null", ["data.prompts is not set"]),
     ("rollout.backend=vllm", ["mode=inline runs without vLLM", "mode=cluster"]),
     ("rollout.backend=replay", ["rollout.record"]),
+    ("rollout.over_sample=-1", ["rollout.over_sample is -1", "at least 0"]),
+    ("rollout.over_sample=2", ["rollout.over_sample is 2", "mode is inline", "mode=cluster"]),
     ("cluster.learner_ranks=2", ["mode=inline is one process", "2"]),
     ("rollout.temperature=0", ["rollout.temperature is 0", "eval.temperature"]),
     ("rollout.max_model_len=100", ["rollout.max_model_len is 100", "1280"]),
@@ -102,6 +104,17 @@ def test_each_mistake_is_named(write, override, words):
     for word in words:
         assert word in message, message
     assert len(message.splitlines()) <= 10
+
+
+def test_over_sampling_is_for_engines_that_can_abort_and_steps_with_groups_to_abort(write):
+    cluster = GOOD | {"mode": "cluster"}
+    assert load(write(cluster), ["rollout.over_sample=2"]).rollout.over_sample == 2
+    replay = ["rollout.over_sample=2", "rollout.backend=replay", "rollout.record=r.jsonl"]
+    assert "rollout.over_sample is 2, but rollout.backend is replay" in error(write(cluster), *replay)
+    aligned = ["rollout.over_sample=2", "method={name: luffy}", "rollout.prompts_per_step=4"]
+    assert load(write(cluster), [*aligned, "data.experts_per_step=3"]).rollout.over_sample == 2
+    message = error(write(cluster), *aligned, "data.experts_per_step=4")
+    assert "all rollout.prompts_per_step=4 groups have a demonstration (data.experts_per_step=4)" in message and "never aborted" in message
 
 
 def test_mistakes_in_the_file_name_the_file(write):

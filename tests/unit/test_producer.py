@@ -1,6 +1,7 @@
 """The producer: staleness by construction, order, filtering, faults. Its pool and rewards are scripted here; the real ones have suites of their own."""
+import threading
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from tandem.algorithms.base import Budget, Demand, Method
 from tandem.algorithms.inspect import trajectory
 from tandem.engine.producer import Producer, RolloutsExhausted
-from tandem.engine.types import Prompt, RewardError, RewardOutcome, Sampling
+from tandem.engine.types import Finish, Prompt, RewardError, RewardOutcome, Sampling
 from tandem.rollout.backend import EngineDied
 
 
@@ -25,7 +26,7 @@ class Pool:
     """Collects requests; the test says when and with which version they finish."""
 
     def __init__(self, instant=True):
-        self.version, self.instant, self.waiting, self.requests = 0, instant, [], []
+        self.version, self.instant, self.waiting, self.requests, self.aborted = 0, instant, [], [], []
 
     def submit(self, request):
         future = Future()
@@ -42,12 +43,24 @@ class Pool:
             future.set_result(tuple(trajectory([1], [5, 6], [-1.0, -1.0], version=self.version, prompt_id=request.prompt.id, group=request.group)
                                     for _ in range(request.samples)))
 
+    def abort(self, request):
+        """The future stays open, as a real engine's does for a moment; `answer_aborted` is that moment: one sample had ended, one had a token."""
+        self.aborted.append(request)
+
+    def answer_aborted(self):
+        for request, future in self.waiting:
+            if any(request is r for r in self.aborted):
+                kw = dict(version=self.version, prompt_id=request.prompt.id, group=request.group)
+                future.set_result((trajectory([1], [5, 6], [-1.0, -1.0], **kw), replace(trajectory([1], [5], [-1.0], **kw), finish=Finish.ABORT)))
+        self.waiting = [(r, f) for r, f in self.waiting if not f.done()]
+
 
 class Rewards:
     def __init__(self, outcome=lambda prompt, i: RewardOutcome(float(i))):
         self.outcome = outcome
 
     def submit(self, prompt, texts, ids):
+        self.prompts = [*getattr(self, "prompts", []), prompt.id]
         future = Future()
         future.set_result(tuple(self.outcome(prompt, i) for i in range(len(texts))))
         return future
@@ -65,8 +78,9 @@ class DropsOdd(Plain):
         return int(group.prompt.id[1:]) % 2 == 0
 
 
-def make(pool, method=None, staleness=0, rewards=None, on_error="drop", recover=lambda: None):
-    return Producer(method or Plain(), Prompts(), pool, rewards or Rewards(), lambda ids: "", Budget(3, 2, 0, 10), Sampling(8), staleness, on_error, 7, recover)
+def make(pool, method=None, staleness=0, rewards=None, on_error="drop", recover=lambda: None, over_sample=0):
+    return Producer(method or Plain(), Prompts(), pool, rewards or Rewards(), lambda ids: "", Budget(3, 2, 0, 10), Sampling(8), staleness, on_error, 7, recover,
+                    over_sample=over_sample)
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 3])
@@ -213,3 +227,196 @@ def test_idle_engines_need_no_weights():
         producer.ensure(step, {})
         producer.take(step)
     assert wants == [False, False, False, True, True]
+
+
+# -- over-sampling: a budget of 3 prompts, so `over_sample=2` asks for 5 ---------------------------------------------------------------------------
+
+def taken(producer, step):
+    """`take` in a thread of its own, as the pool's answers come from another one."""
+    result = Future()
+    threading.Thread(target=lambda: fulfil(result, producer, step), daemon=True).start()
+    return result
+
+
+def fulfil(result, producer, step):
+    try:
+        result.set_result([g.group for g in producer.take(step)[1]])
+    except BaseException as error:
+        result.set_exception(error)
+
+
+def balance(producer):
+    books, running = producer.books, sum(len(t.slots) for t in producer.tickets)
+    return books.requested == books.accepted + books.filtered + books.failed + books.aborted + running
+
+
+def test_the_groups_that_end_first_are_taken_in_order_and_the_tail_is_aborted():
+    pool, rewards = Pool(instant=False), Rewards()
+    producer = make(pool, over_sample=2, rewards=rewards)
+    producer.ensure(0, {})
+    assert len(pool.requests) == 5
+    result, slow = taken(producer, 0), [pool.waiting[i] for i in (1, 2)]
+    pool.finish(order=[4, 0, 3])
+    assert result.result(10) == [0, 3, 4], "by number, whichever ended first"
+    assert [r.group for r in pool.aborted] == [1, 2] and producer.books.aborted == 2 and balance(producer)
+    assert producer.metrics() == {"rollout/aborted": 2.0}
+    assert producer.books.tokens == 3 * 2 * 2, "the engine has not said yet how far the aborted groups had come"
+    pool.waiting = slow
+    pool.answer_aborted()
+    producer.ensure(1, {})
+    pool.finish()
+    producer.take(1)
+    assert producer.books.tokens == 3 * 2 * 2 + 2 * (2 + 1) + 5 * 2 * 2, "now it has; and of the five groups of step 1 two were not needed"
+    assert rewards.prompts == ["p4", "p0", "p3"] + [f"p{i}" for i in range(5, 10)], "samples of aborted groups are not scored, and their prompts not asked again"
+    assert balance(producer)
+
+
+def test_of_groups_that_are_there_already_the_lowest_numbers_are_taken():
+    pool = Pool()
+    producer = make(pool, over_sample=2)
+    producer.ensure(0, {})
+    assert [g.group for g in producer.take(0)[1]] == [0, 1, 2]
+    assert producer.books.aborted == 2 and not pool.aborted, "nothing was running any more"
+    assert producer.books.tokens == 5 * 2 * 2
+
+
+def test_over_sampled_groups_fill_in_for_filtered_ones_before_new_prompts_are_drawn():
+    pool = Pool()
+    producer = make(pool, DropsOdd(), over_sample=2)        # p0 p2 p4 pass
+    producer.ensure(0, {})
+    assert [g.prompt.id for g in producer.take(0)[1]] == ["p0", "p2", "p4"]
+    assert (producer.books.requested, producer.books.filtered, producer.books.aborted) == (5, 2, 0)
+    producer = make(pool, DropsOdd(), over_sample=1)        # of four, two pass
+    producer.ensure(0, {})
+    assert [g.prompt.id for g in producer.take(0)[1]] == ["p0", "p2", "p4"]
+    assert (producer.books.requested, producer.books.filtered, producer.books.aborted) == (5, 2, 0)
+
+    class Never(Plain):
+        def accept(self, group):
+            return False
+    producer = make(pool, Never(), over_sample=2)
+    producer.ensure(0, {})
+    with pytest.raises(RolloutsExhausted, match="26 prompts"):
+        producer.take(0)
+
+
+def test_over_sampling_waits_for_rewards_not_only_for_generation():
+    class Slow(Rewards):
+        waiting = {}
+
+        def submit(self, prompt, texts, ids):
+            return self.waiting.setdefault(prompt.id, Future())
+    pool, rewards = Pool(), Slow()
+    producer = make(pool, rewards=rewards, over_sample=2)
+    producer.ensure(0, {})
+    result = taken(producer, 0)
+    for name in ("p4", "p2", "p1"):
+        rewards.waiting[name].set_result((RewardOutcome(1.0),) * 2)
+    assert result.result(10) == [1, 2, 4] and producer.books.aborted == 2 and not pool.aborted
+
+
+def test_a_failed_reward_runner_is_an_error_not_a_wait_for_ever():
+    class Broken(Rewards):
+        def submit(self, prompt, texts, ids):
+            raise RuntimeError("too many failures")
+    producer = make(Pool(), rewards=Broken(), over_sample=2)
+    producer.ensure(0, {})
+    with pytest.raises(RuntimeError, match="too many failures"):
+        taken(producer, 0).result(10)
+
+
+def test_over_sampled_tickets_of_later_steps_are_left_alone():
+    pool = Pool(instant=False)
+    producer = make(pool, staleness=1, over_sample=2)
+    producer.ensure(0, {})
+    result, tail = taken(producer, 0), pool.waiting[3:5]
+    pool.finish(order=[5, 0, 1, 2, 9, 8])
+    assert result.result(10) == [0, 1, 2]
+    assert [r.group for r in pool.aborted] == [3, 4] == [r.group for r, _ in tail] and balance(producer)
+    assert [s.request.group for s in producer.tickets[0].slots] == [5, 6, 7, 8, 9]
+    producer.ensure(1, {})
+    assert taken(producer, 1).result(10) == [5, 8, 9] and [r.group for r in pool.aborted] == [3, 4, 6, 7] and balance(producer)
+
+
+def test_groups_with_a_demonstration_are_never_aborted_and_never_in_excess():
+    class Aligned(Plain):
+        aligned = True
+
+        def demand(self, step, budget, signals):
+            return Demand(prompts=3, experts=1 if step == 0 else 3)
+    pool = Pool(instant=False)
+    producer = make(pool, Aligned(), over_sample=2)
+    producer.aligned = Prompts()
+    producer.ensure(0, {})
+    assert (producer.aligned.n, producer.prompts.n) == (1, 4)
+    late, result = pool.waiting[0], taken(producer, 0)
+    pool.finish(order=[4, 2])
+    while len(pool.aborted) < 2:
+        assert not result.done()                # it waits for group 0, but no longer for 1 and 3
+    pool.waiting = [late]
+    pool.finish()
+    assert result.result(10) == [0, 2, 4] and [r.group for r in pool.aborted] == [1, 3] and balance(producer)
+    producer.ensure(1, {})
+    assert len(pool.waiting) == 3, "a step whose groups all have a demonstration has nothing to over-sample"
+
+
+def test_a_dead_engine_is_replaced_while_the_fastest_groups_are_waited_for():
+    pool, calls = Pool(instant=False), []
+
+    def recover():
+        calls.append([r.group for r, _ in pool.waiting])
+    producer = make(pool, staleness=1, recover=recover, over_sample=2)
+    producer.ensure(0, {})
+    result, first = taken(producer, 0), pool.waiting
+    pool.waiting = []
+    for i in (0, 1, 6):                          # its engine had these three
+        first[i][1].set_exception(EngineDied("engine 0"))
+    while len(pool.waiting) < 3:
+        assert not result.done()
+    again = pool.waiting
+    assert calls == [[]] and [(r.group, r.attempt) for r, _ in again] == [(0, 1), (1, 1), (6, 1)]
+    pool.waiting = [first[3], again[1], first[4]]
+    pool.finish()
+    assert result.result(10) == [1, 3, 4], "a group that was asked for again counts like any other"
+    assert [(r.group, r.attempt) for r in pool.aborted] == [(0, 1), (2, 0)], "and is aborted under the attempt that runs"
+    assert producer.books.reissued == 3 and balance(producer)
+    again[0][1].set_exception(EngineDied("engine 1"))
+    pool.waiting = [again[2], *first[5:6], *first[7:8]]
+    pool.finish()
+    producer.ensure(1, {})
+    assert taken(producer, 1).result(10) == [5, 6, 7] and len(calls) == 1, "an aborted group that dies is nobody's loss"
+
+
+def test_an_over_sampled_run_resumes_with_what_was_scored():
+    pool = Pool(instant=False)
+    producer = make(pool, staleness=1, over_sample=2)
+    producer.ensure(0, {})
+    pool.finish(order=[0, 1, 2, 9])
+    assert taken(producer, 0).result(10) == [0, 1, 2]
+    state = producer.state_dict()
+    again = Pool(instant=False)
+    resumed = make(again, staleness=1, over_sample=2)
+    resumed.load_state_dict(state)
+    resumed.reissue()
+    assert [r.group for r in again.requests] == [5, 6, 7, 8], "group 9 was scored before the checkpoint, groups 3 and 4 were aborted"
+    resumed.prompts.n = producer.prompts.n
+    resumed.ensure(1, {})
+    result = taken(resumed, 1)
+    again.finish(order=[3, 1])
+    assert result.result(10) == [6, 8, 9] and resumed.books.aborted == 4 and balance(resumed)
+
+
+def test_an_engine_that_dies_after_a_resume_takes_only_its_own_groups_with_it():
+    pool = Pool(instant=False)
+    producer = make(pool)
+    producer.ensure(0, {})
+    pool.finish(order=[1])
+    resumed = make(pool)
+    resumed.load_state_dict(producer.state_dict())
+    resumed.reissue()
+    (_, first), (second_request, second) = pool.waiting
+    first.set_exception(EngineDied("engine 0"))
+    pool.waiting = [(second_request, second)]
+    pool.finish()
+    pool.instant = True
+    assert [g.group for g in resumed.take(0)[1]] == [0, 1, 2] and resumed.books.reissued == 1
