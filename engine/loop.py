@@ -4,6 +4,7 @@
              optimizer step(s) -> new weights to the engines, verified -> report, evaluate, checkpoint
 
 Weight version v means: the weights after v steps. SFT steps without a rollout ahead leave the engines alone; they get their weights when next used.
+With rollout.sleep engines sleep from the moment a step has its rollouts until the next new weights, which come before any generation (see Run.sync).
 """
 from __future__ import annotations
 
@@ -43,6 +44,8 @@ def train(run) -> None:
         sampled = run.producer.books.tokens
         demand, groups = run.producer.take(step)
         experts = tuple(run.experts.take(demand.experts)) if demand.experts and not method.aligned else ()
+        if cfg.rollout.sleep:
+            run.sleep()
         clock.lap("rollout")
 
         batch = Batch(step, groups, experts, signals, off_policy=run.off_policy)

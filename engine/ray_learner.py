@@ -193,6 +193,9 @@ class RayLearner:
     def export(self, folder: str | Path) -> None:
         self._all("export", str(Path(folder).absolute()))
 
+    def release_memory(self) -> None:
+        self._all("release_memory")
+
     def rss(self) -> list[int]:
         """Bytes of memory per rank."""
         return self._all("rss", deadline=CLOSE_SECONDS)

@@ -46,6 +46,7 @@ class Run:
         self.optimizer_steps: dict[str, int] = {}       # steps taken with each set of optimizer moments
         self.gated, self.stop_requested = 0, False
         self.learner, self.connected = None, False
+        self.asleep = False                     # the engines are: only new weights wake them
         self.first_eval: EvalResult | None = None
         self.last_eval: EvalResult | None = None
         self.evaluated_at, self.pool_stats = -1, {}
@@ -127,7 +128,9 @@ class Run:
             if not self.replaying:
                 from tandem.rollout.pool import EnginePool
                 start_pool = lambda: EnginePool.start(cfg, self.model_path, self.placement, self.folder)
-        with ThreadPoolExecutor(1 if cfg.mode == "inline" else 2) as threads:      # transformers cannot load two models in one process at once
+        # one after the other: transformers cannot load two models in one process at once, and a vLLM engine measures its GPU while nobody else takes memory of it
+        in_turn = cfg.mode == "inline" or (cfg.cluster.colocate and cfg.cluster.engine_gpus > 0)
+        with ThreadPoolExecutor(1 if in_turn else 2) as threads:
             pool, learner = threads.submit(start_pool), threads.submit(start_learner) if with_learner else None
             for future, name in ((pool, "pool"), (learner, "learner")):
                 if future is not None and future.exception() is None:
@@ -161,12 +164,15 @@ class Run:
     # -- weights ----------------------------------------------------------------------------------------------------------------------------------
 
     def sync(self, version: int) -> None:
-        """Give all engines the weights of `version` and prove that they have them. Nothing to do if they have.
+        """Give all engines the weights of `version` and prove that they have them. Nothing to do if they have, and are awake.
 
+        Engines that sleep wake up in it: each has its weights back before the update and its KV cache after it (rollout/vllm_backend.py).
         Engines that die meanwhile are replaced. Raises EngineDied if the sync failed although no engine is dead: the next one would fail too.
         """
-        while self.version != version:
+        while self.version != version or self.asleep:
             try:
+                if self.asleep:
+                    self.learner.release_memory()
                 if not self.connected:
                     self.learner.connect(self.pool)
                     self.connected = True
@@ -174,10 +180,16 @@ class Run:
                 self.telemetry.event("sync", version=version, seconds=report.seconds, bytes=report.bytes)
                 if self.config.rollout.staleness and not self.replaying and self.gated < self.config.sync.gate_steps:
                     self.probe(version)
-                self.version = version
+                self.version, self.asleep = version, False
             except EngineDied as error:
                 if not self.restart(str(error)):
                     raise
+
+    def sleep(self) -> None:
+        """Let the engines give their GPU memory to the learner, until the next sync. Every generation (rollouts, evaluation, re-issued requests) comes after one;
+        an engine that was asked to generate without it would refuse."""
+        self.pool.sleep()
+        self.asleep = True
 
     def restart(self, reason: str) -> int:
         """Start new engines in the place of dead ones; returns how many. They refuse to serve until they have taken weights, over a new connection.

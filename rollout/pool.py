@@ -52,6 +52,9 @@ class EngineActor:
     async def abort(self, request: GenRequest) -> None:
         await self.backend.abort(request)
 
+    async def sleep(self) -> None:
+        await self.backend.sleep()
+
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         await self.backend.init_weight_transfer_engine(init_info)
 
@@ -201,6 +204,18 @@ class EnginePool:
             handles = [slot.handle for slot in self.slots for pending in slot.pending.values() if pending.request is request]
         for handle in handles:
             handle.abort.remote(request)
+
+    def sleep(self) -> None:
+        """Let every engine give its GPU memory away until the next weight update, once it has answered what it still works on (the end of an aborted request).
+        Those that sleep already are left alone; one that fails counts as dead, which the next update finds."""
+        import ray
+        while any(slot.pending for slot in self.slots if slot.alive):      # ends: an engine that stays silent is buried
+            time.sleep(0.005)
+        for slot, ref in [(slot, slot.handle.sleep.remote()) for slot in self.slots if slot.alive]:
+            try:
+                ray.get(ref, timeout=self.config.rollout.request_timeout)
+            except ray.exceptions.RayError as error:
+                self.bury(slot, slot.handle, first_line(getattr(error, "cause", None) or error))
 
     def work(self) -> None:
         """The pool's thread."""

@@ -2,7 +2,8 @@
 
 Every sampled token carries its log-prob under the distribution it was sampled from and the weight version that sampled it (vLLM stamps versions token by
 token, so a sequence that lived through an update carries two). Weights change only between start_weight_update and finish_weight_update; generation is
-paused meanwhile, running requests are kept, and their keys and values are computed anew with the new weights.
+paused meanwhile, running requests are kept, and their keys and values are computed anew with the new weights. An engine that sleeps (rollout.sleep) wakes up
+in an update and refuses to generate before it.
 
 An update that does not end well leaves the engine unusable: it then raises EngineDied until it is closed. Half-loaded weights never sample a token.
 """
@@ -44,7 +45,7 @@ def engine_arguments(model_path: str, config: Config, seed: int) -> dict[str, An
                 enable_prefix_caching=r.prefix_caching, logprobs_mode="processed_logprobs", tensor_parallel_size=cluster.tensor_parallel,
                 distributed_executor_backend="uni" if cluster.tensor_parallel == 1 else "mp", disable_log_stats=True,
                 weight_transfer_config={"backend": {"nccl": "tandem_nccl", "gloo": "gloo"}[transport(config)]},
-                worker_extension_cls="tandem.rollout.vllm_worker.WorkerExtension", **device)
+                enable_sleep_mode=r.sleep, worker_extension_cls="tandem.rollout.vllm_worker.WorkerExtension", **device)
 
 
 def set_environment(config: Config) -> None:
@@ -68,6 +69,7 @@ class VllmBackend:
         self.llm, self.config = llm, config
         self.version = 0
         self.updating = False
+        self.asleep = False                         # weights or KV cache are not in the GPU's memory: only a finished weight update ends it
         self.broken: str | None = None              # why this engine can never serve again
         self.requests = 0
         self.prompt_tokens = self.cached_tokens = 0
@@ -101,6 +103,7 @@ class VllmBackend:
     async def generate(self, request: GenRequest) -> tuple[Trajectory, ...]:
         """All samples of one request, in order. Raises EngineDied; the request may then be re-issued elsewhere."""
         await self.health()
+        self.must_be_awake("generate")
         seed = None if request.sampling.seed is None else int(np.random.SeedSequence([request.sampling.seed, request.group]).generate_state(1)[0] >> 1)
         prefixes = request.prefixes
         if prefixes and len(prefixes) != request.samples:
@@ -155,6 +158,8 @@ class VllmBackend:
         await self.health()
         self.updating = True
         async with self.or_broken("start"):
+            if self.asleep:
+                await self.ask(self.llm.wake_up(tags=["weights"]))
             await self.ask(self.llm.pause_generation(mode="keep", clear_cache=False))
             await self.ask(self.llm.start_weight_update())
 
@@ -177,6 +182,8 @@ class VllmBackend:
                 raise SyncError(f"vLLM did not reset its prefix cache after weights {version}: it would serve keys and values of older weights")
             received = await self.ask(self.llm.collective_rpc("tandem_received"))
             self.all_equal(received, received[0], f"tensor-parallel workers received different weights {version}:")
+            if self.asleep:
+                await self.wake_kv_cache()
             await self.ask(self.llm.resume_generation())
             self.version, self.updating = version, False
         return received[0]
@@ -198,8 +205,38 @@ class VllmBackend:
     async def held_digest(self) -> str:
         """One digest over the weights all workers compute with; on a CPU with the limits of WorkerExtension.tandem_held."""
         await self.health()
+        self.must_be_awake("digest its weights")
         held = await self.ask(self.llm.collective_rpc("tandem_held"))
         return combine({f"{rank}:{name}": value for rank, worker in enumerate(held) for name, value in worker.items()})
+
+    # -- sleep --------------------------------------------------------------------------------------------------------------------------------------
+
+    async def sleep(self) -> None:
+        """Give the GPU's memory back until the next weight update: start_weight_update wakes the weights, finish_weight_update the KV cache, so that the cache
+        is not there yet while the learner has buffers of the transfer. Nothing to do if asleep. No request may be running.
+
+        Level 1: vLLM keeps the weights in host memory. Level 2 would drop them, and save that memory and two copies over PCIe per step; but it brings back only
+        registered buffers besides what the update writes, and a plain tensor that a layer derived from its weights would be garbage without a word.
+        Either way nothing generates before an update has ended well: a step whose gradient was not finite, or SFT steps without a sync, leave the engine asleep.
+
+        Has not been run on a GPU yet; vLLM has no sleep mode on CPUs.
+        """
+        await self.health()
+        if self.updating:
+            raise SyncError("the engine was told to sleep in the middle of a weight update")
+        if not self.asleep:
+            self.asleep = True
+            await self.ask(self.llm.sleep(level=1))
+
+    async def wake_kv_cache(self) -> None:
+        """The last of waking up. vLLM resumes its scheduler with it; it has no requests."""
+        if not await self.ask(self.llm.wake_up(tags=["kv_cache"])):
+            raise SyncError("vLLM has not got all of its GPU memory back after wake_up of weights and kv_cache")
+        self.asleep = False
+
+    def must_be_awake(self, wish: str) -> None:
+        if self.asleep:
+            raise SyncError(f"the engine was asked to {wish} while it sleeps (rollout.sleep): it has nothing on its GPU before the next weight update")
 
     # -- life ---------------------------------------------------------------------------------------------------------------------------------------
 
