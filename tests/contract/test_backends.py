@@ -316,6 +316,25 @@ def test_same_seed_same_tokens_and_samples_differ(case):
 
 
 @every_engine
+def test_an_aborted_request_is_answered_and_nobody_else_notices(case):
+    doomed, other = replace(REQUESTS["late"], group=1001), REQUESTS["plain"]
+
+    async def together():
+        running = asyncio.gather(case.backend.generate(doomed), case.backend.generate(other))
+        await asyncio.sleep(0.02)
+        await case.backend.abort(doomed)
+        return await running
+    aborted, whole = case.loop(together())
+    assert len(aborted) == doomed.samples
+    for t in aborted:
+        assert t.group == 1001 and t.finish == (Finish.LENGTH if len(t.response) == 40 else Finish.ABORT)
+        assert ((t.source == Source.POLICY).sum(), (t.version == 0).sum()) == (len(t.response),) * 2
+    assert [t.tokens.tolist() for t in whole] == [t.tokens.tolist() for t in case.answer("plain")]
+    case.loop(case.backend.abort(doomed))       # it is not running any more
+    assert all(len(t.response) == 40 for t in case.generate(doomed)[0]), "it can be asked again"
+
+
+@every_engine
 def test_tokens_come_up_as_often_as_their_probability_says(case):
     """Chi-square of 1024 first tokens at T = 0.7 against the reference distribution, rare tokens pooled."""
     request = GenRequest(1000, REQUESTS["cool"].prompt, 1024, Sampling(1, temperature=0.7, seed=11))

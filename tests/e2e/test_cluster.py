@@ -92,7 +92,8 @@ def test_a_run_with_two_ranks_survives_the_death_of_its_engine(tmp_path):
 
 @pytest.mark.stack
 def test_ctrl_c_writes_a_checkpoint_that_the_next_start_continues(tmp_path):
-    process = start(tmp_path, "run.steps=400")
+    """With over-sampling: every step trains on four groups of five."""
+    process = start(tmp_path, "run.steps=400", "rollout.over_sample=1")
     try:
         wait_for(lambda: len([line for line in lines(tmp_path / "run" / "metrics.jsonl") if "grad_norm" in line]) >= 3, process)
         members = family(process)
@@ -103,10 +104,13 @@ def test_ctrl_c_writes_a_checkpoint_that_the_next_start_continues(tmp_path):
     assert process.returncode == 130 and "resume=true" in output, output
     assert survivors(members) == []
     done = events(tmp_path, "checkpoint")[-1]["step"]
-    process = start(tmp_path, f"run.steps={done + 2}", "run.resume=true")
+    process = start(tmp_path, f"run.steps={done + 2}", "run.resume=true", "rollout.over_sample=1")
     output, _ = process.communicate(timeout=250)
     assert process.returncode == 0, output
-    assert [line["step"] for line in lines(tmp_path / "run" / "metrics.jsonl") if "grad_norm" in line] == list(range(done + 2))
+    steps = [line for line in lines(tmp_path / "run" / "metrics.jsonl") if "grad_norm" in line]
+    assert [line["step"] for line in steps] == list(range(done + 2)) and all(line["rollout/aborted"] == 1 for line in steps)
+    rollouts = lines(tmp_path / "run" / "rollouts.jsonl")
+    assert len(rollouts) == 16 * (done + 2) and all(r["group"] // 5 == r["step"] and r["finish"] != "abort" for r in rollouts)
 
 
 @pytest.mark.slow

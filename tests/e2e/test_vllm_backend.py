@@ -199,6 +199,27 @@ def test_update_in_flight_stamps_two_versions(rig):
     assert rig.gap(group, version=rig.version, eos=False) < 1e-4                # keys and values of the first part were computed anew
 
 
+def test_aborted_requests_end_at_once_and_vllm_forgets_them(rig):
+    tables = rig.backend.llm.output_processor
+    start = lambda request: asyncio.run_coroutine_threadsafe(rig.backend.generate(request), rig.loop)
+    ended = [np.arange(40, 640).astype(np.int32), np.zeros(0, np.int32)]        # the first leaves no room to sample
+    requests = [rig.request(PROMPT, 4, max_tokens=600, min_tokens=600), rig.request(PROMPT, 2, ended, max_tokens=600, min_tokens=600)]
+    doomed, other = [start(r) for r in requests], start(rig.request(PROMPT, 2, max_tokens=200, min_tokens=200))
+    progress = lambda: [s.detokenizer.num_output_tokens() for s in list(tables.request_states.values())]
+    while not (len(progress()) == 7 and min(progress()) > 10):
+        assert not any(f.done() for f in doomed)
+    for request in requests:
+        rig.wait(rig.backend.abort(request))
+    groups = [f.result(5) for f in doomed]
+    assert [t.finish for g in groups for t in g] == [Finish.ABORT] * 4 + [Finish.LENGTH, Finish.ABORT]
+    for t in (*groups[0], groups[1][1]):
+        assert 10 < len(t.response) < 600 and (t.version[t.source == Source.POLICY] == rig.version).all()
+        assert rig.gap([t], eos=False) < 1e-4                                   # what there is of it is true
+    assert [len(t.response) for t in other.result(120)] == [200, 200]
+    assert not tables.parent_requests and not tables.request_states and not tables.external_req_ids
+    assert rig.gap(rig.generate(PROMPT)) < 1e-4
+
+
 def test_missing_parameter_is_found(rig):
     name = "model.layers.2.self_attn.k_proj.weight"                             # a third of a fused layer
     sender = rig.connect(skip=[name])

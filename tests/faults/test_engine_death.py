@@ -14,7 +14,7 @@ import torch
 
 from tandem.engine.config import ClusterConfig, Config, DataConfig, RolloutConfig, SyncConfig
 from tandem.engine.tiny import make_tiny
-from tandem.engine.types import GenRequest, Prompt, Sampling, Source
+from tandem.engine.types import Finish, GenRequest, Prompt, Sampling, Source
 from tandem.rollout.backend import EngineDied, SyncError
 from tandem.rollout.pool import EnginePool, RolloutPoolExhausted
 
@@ -94,6 +94,23 @@ def test_engines_share_the_work_and_agree(rig):
     assert stats["engines"] == 2 and stats["busy_seconds"] > 0
     assert stats["generated_tokens"] == sum((t.source == Source.POLICY).sum() for f in futures for t in f.result())
     assert Path(rig.run_dir, "logs/engine_1.log").stat().st_size > 0            # vLLM's output is in a file, not on the terminal
+
+
+def test_an_aborted_request_frees_its_engine(rig):
+    before = rig.pool.stats()
+    doomed, kept = rig.submit(2, samples=16, max_tokens=900, min_tokens=900)    # one for each engine
+    time.sleep(0.3)
+    (pending,) = rig.pool.slots[0].pending.values()
+    rig.pool.abort(pending.request)
+    tail = doomed.result(10)
+    assert len(tail) == 16 and {t.finish for t in tail} == {Finish.ABORT} and not rig.pool.slots[0].pending and rig.pool.slots[0].busy_since is None
+    assert not kept.done() and rig.pool.slots[1].load == 16
+    (again,) = rig.submit(1)
+    assert [p.result for p in rig.pool.slots[0].pending.values()] in ([again], []), "the next request goes where the aborted one was"
+    assert len(again.result(60)) == 4 and len(kept.result(60)) == 16
+    sampled = sum((t.source == Source.POLICY).sum() for future in (doomed, kept, again) for t in future.result())
+    assert rig.pool.stats()["generated_tokens"] - before["generated_tokens"] == sampled, "those of the aborted request count"
+    rig.pool.abort(pending.request)             # answered long ago
 
 
 def test_engine_killed_mid_group(rig):
