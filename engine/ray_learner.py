@@ -85,7 +85,18 @@ class RankActor:
 
     def send(self, version: int) -> Delivery:
         done = self.sender.send(version)
-        return Delivery(done.sent, done.received, done.bytes)
+        return Delivery(done.sent, done.installed, done.bytes)
+
+
+def actors(config: Config, model_path: str, placement, run_dir: str | Path) -> list:
+    """One actor per rank, each in its place and not started."""
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+    cluster = config.cluster
+    place = lambda rank: PlacementGroupSchedulingStrategy(placement.group, placement_group_bundle_index=placement.learner_bundle(rank))
+    return [ray.remote(RankActor).options(num_cpus=cluster.learner_cpus, num_gpus=cluster.learner_gpus, max_restarts=0, scheduling_strategy=place(rank),
+                                          runtime_env={"env_vars": dict(placement.learner_env)}
+                                          ).remote(rank, config, model_path, str(run_dir)) for rank in range(cluster.learner_ranks)]
 
 
 class RayLearner:
@@ -98,17 +109,11 @@ class RayLearner:
     @classmethod
     def start(cls, config: Config, model_path: str, placement, run_dir: str | Path) -> RayLearner:
         """Start all ranks. Raises ConfigError for the user's mistakes, LearnerFailed if a rank is not up within cluster.start_timeout."""
-        import ray
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-        cluster = config.cluster
-        place = lambda rank: PlacementGroupSchedulingStrategy(placement.group, placement_group_bundle_index=placement.learner_bundle(rank))
-        actors = [ray.remote(RankActor).options(num_cpus=cluster.learner_cpus, num_gpus=cluster.learner_gpus, max_restarts=0, scheduling_strategy=place(rank),
-                                                runtime_env={"env_vars": dict(placement.learner_env)}
-                                                ).remote(rank, config, model_path, str(run_dir)) for rank in range(cluster.learner_ranks)]
-        learner = cls(config, actors, Path(run_dir))
+        timeout = config.cluster.start_timeout
+        learner = cls(config, actors(config, model_path, placement, run_dir), Path(run_dir))
         try:
-            address, port = learner._gather("free_address", [()], cluster.start_timeout)[0]
-            learner._gather("start", [(address, cluster.port or port)] * len(actors), cluster.start_timeout)
+            address, port = learner._gather("free_address", [()], timeout)[0]
+            learner._gather("start", [(address, config.cluster.port or port)] * learner.ranks, timeout)
             learner.shares_prompts = all(learner._all("shares_prompts"))
         except BaseException:
             learner.close()

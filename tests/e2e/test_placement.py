@@ -1,4 +1,5 @@
 """Placement on real Ray: two raylets on this machine stand for two nodes."""
+import os
 import time
 
 import psutil
@@ -17,10 +18,10 @@ def ray_processes() -> list[tuple[int, str]]:
 
 @pytest.fixture(scope="module")
 def two_nodes():
-    """The address of a Ray cluster of two nodes with one CPU each."""
+    """The address of a Ray cluster of two nodes with one CPU each; Ray is told that the first has two GPUs, which it only hands out."""
     from ray.cluster_utils import Cluster
     node = dict(num_cpus=1, object_store_memory=100 << 20, include_dashboard=False)
-    cluster = Cluster(initialize_head=True, head_node_args=node)
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "num_gpus": 2})
     cluster.add_node(**{k: v for k, v in node.items() if k != "include_dashboard"})
     yield cluster.address
     cluster.shutdown()
@@ -57,6 +58,33 @@ def test_learner_ranks_of_two_nodes_train_together(two_nodes, in_tmp):
     assert report.metrics["grad_norm"] == pytest.approx(alone.metrics["grad_norm"], rel=1e-4)
 
 
+def actors_of(cfg: Config, places, run_dir) -> tuple[list, list]:
+    """The actors of all engines and learner ranks, made as a run makes them, but not started: where they are shows without vLLM and DeepSpeed."""
+    from tandem.engine import ray_learner
+    from tandem.rollout.pool import EnginePool
+    pool = EnginePool(cfg, "unused", places, run_dir)
+    return [pool.actor(i, stale=False) for i in range(cfg.cluster.engines)], ray_learner.actors(cfg, "unused", places, run_dir)
+
+
+@pytest.mark.parametrize("cluster", [dict(strategy="STRICT_SPREAD", engine_cpus=0.5, learner_cpus=0.5),                        # a node each
+                                     dict(strategy="STRICT_PACK", engine_cpus=0.25, learner_cpus=0.25, engine_gpus=0.5, learner_gpus=0.5)])     # a GPU of one node each
+def test_a_colocated_engine_is_where_its_learner_rank_is_and_nobody_else(two_nodes, in_tmp, cluster):
+    import ray
+    cfg, said = Config(cluster=ClusterConfig(address=two_nodes, engines=2, learner_ranks=2, colocate=True, deadline=60, **cluster)), []
+    places = placement.start(cfg, in_tmp / "run", said.append)
+    try:
+        engines, ranks = actors_of(cfg, places, in_tmp / "run")
+        where = lambda actor: (__import__("ray").get_runtime_context().get_node_id(), __import__("ray").get_gpu_ids())
+        found = ray.get([actor.__ray_call__.remote(where) for actor in (*engines, *ranks)], timeout=120)
+    finally:
+        places.close()
+    assert found[:2] == found[2:] and found[0] != found[1], found
+    if "engine_gpus" in cluster:
+        assert sorted(gpus for _, gpus in found[:2]) == [[0], [1]] and found[0][0] == found[1][0]
+    assert "asked for 2 place(s) of {CPU" in said[0] and "each with engine and learner rank" in said[0]
+    assert all(f"{who} {i} on " in said[-1] for who in ("engine", "learner rank") for i in (0, 1))
+
+
 def test_what_no_cluster_can_hold_ends_at_the_deadline(two_nodes, in_tmp):
     began = time.monotonic()
     with pytest.raises(ConfigError) as caught:
@@ -64,7 +92,7 @@ def test_what_no_cluster_can_hold_ends_at_the_deadline(two_nodes, in_tmp):
     assert time.monotonic() - began < 60
     message = str(caught.value)
     assert "no place after 3 s (cluster.deadline)" in message and "asked: 3 learner rank(s) of {CPU 1}, strategy STRICT_SPREAD" in message
-    assert message.count(": {CPU 1}\n") == 2, message       # what each of the two nodes has
+    assert message.count(": {CPU 1}\n") == 1 and message.count(": {CPU 1, GPU 2}\n") == 1, message       # what each of the two nodes has
 
     places = placement.start(config(address=two_nodes), in_tmp / "run", lambda line: None)     # the failed request left nothing reserved
     places.close()
@@ -94,6 +122,23 @@ def test_local_ray_gives_engines_and_ranks_their_places_and_ends(in_tmp):
     finally:
         places.close()
     assert set(ray_processes()) <= before
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_pinned_engine_and_rank_have_a_core_each_with_all_their_threads(in_tmp):
+    """Those of vLLM's own process: tests/faults/test_engine_death.py."""
+    import ray
+    cfg, cores = Config(cluster=ClusterConfig(engine_cpus=0.5, learner_cpus=0.5, pin_cores=True)), sorted(os.sched_getaffinity(0))
+    places = placement.start(cfg, in_tmp / "run", lambda line: None)
+    try:
+        engines, ranks = actors_of(cfg, places, in_tmp / "run")
+        threads = lambda actor: [sorted(__import__("os").sched_getaffinity(int(t))) for t in __import__("os").listdir("/proc/self/task")]
+        engine, rank = ray.get([actor.__ray_call__.remote(threads) for actor in (*engines, *ranks)], timeout=120)
+    finally:
+        places.close()
+    assert len(engine) > 1 and engine == [cores[:1]] * len(engine), engine
+    assert len(rank) > 1 and rank == [cores[1:2]] * len(rank), rank
+    assert sorted(os.sched_getaffinity(0)) == cores, "the driver stays free"
 
 
 @pytest.mark.parametrize("address, said", [("127.0.0.1:1", "no Ray cluster answers there"), ("ray://127.0.0.1:10001", "expected HOST:PORT"), ("head", "expected HOST:PORT")])
