@@ -66,7 +66,7 @@ def main() -> None:
             for version in range(args.repeats + 1):
                 sampled = pool.submit(GenRequest(version, prompt, 4, Sampling(16, seed=version))).result(timeout=300)     # leaves the prompt in the prefix cache
                 learner.step(step())
-                reports.append(weights.sync(learner, pool, version + 1))
+                reports.append(weights.sync(learner, version + 1))
             hits = pool.stats()["prefix_cache_hit_rate"]
             sampled = pool.submit(GenRequest(99, prompt, 4, Sampling(16, seed=99))).result(timeout=300)
             rows = [Row(t.tokens, t.source, {"x": (t.source == Source.POLICY).astype(np.float32)}) for t in sampled]

@@ -27,16 +27,17 @@ from tandem.engine.packing import pack
 from tandem.engine.types import MicroBatch, Row, Source, StepPlan, StepReport
 from tandem.engine.zero import LocalEngine
 from tandem.launch.machine import keep_freed_memory
+from tandem.rollout.backend import Installed
 
 REFERENCE = "reference.safetensors"     # in a checkpoint: the reference, where it is not the run's original model
 
 
 @dataclass(frozen=True)
 class Delivery:
-    """What the learner sent and what each rollout engine says it received, for `weights.sync` to compare."""
+    """What the learner sent and what each rollout engine says of it, for `weights.sync` to compare."""
 
     sent: dict[str, str]                # {parameter: digest}
-    received: list[dict[str, str]]      # the same, one per engine
+    installed: list[Installed]          # one per engine
     bytes: int
 
 
@@ -196,12 +197,12 @@ class LearnerRank:
 
 def deliver(named: Sequence[tuple[str, torch.Tensor]], backends: Sequence, version: int) -> Delivery:
     """Hand tensors to backends of this process."""
-    received = []
+    installed = []
     for backend in backends:
         asyncio.run(backend.start_weight_update())
         asyncio.run(backend.update_weights({"named": named}))
-        received.append(asyncio.run(backend.finish_weight_update(version)))
-    return Delivery({name: digest(tensor) for name, tensor in named}, received, sum(t.numel() * t.element_size() for _, t in named))
+        installed.append(asyncio.run(backend.finish_weight_update(version)))
+    return Delivery({name: digest(tensor) for name, tensor in named}, installed, sum(t.numel() * t.element_size() for _, t in named))
 
 
 def observe(micro: MicroBatch, logp: torch.Tensor, entropy: torch.Tensor | None) -> dict[str, torch.Tensor]:

@@ -176,7 +176,7 @@ class Run:
                 if not self.connected:
                     self.learner.connect(self.pool)
                     self.connected = True
-                report = weights.sync(self.learner, self.pool, version)
+                report = weights.sync(self.learner, version)
                 self.telemetry.event("sync", version=version, seconds=report.seconds, bytes=report.bytes)
                 if self.config.rollout.staleness and not self.replaying and self.gated < self.config.sync.gate_steps:
                     self.probe(version)

@@ -8,14 +8,12 @@ Anything else raises SyncError naming engine, parameter and both facts, and the 
 """
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from tandem.engine.digest import combine
-from tandem.rollout.backend import EngineDied, SyncError
+from tandem.rollout.backend import SyncError
 
 
 @dataclass(frozen=True)
@@ -33,18 +31,17 @@ class Synced:
     held: str       # digest of the engines' own weights after it
 
 
-def sync(learner, pool, version: int) -> SyncReport:
-    """Give every engine of the pool the learner's present weights as `version`, and verify. Raises SyncError, or EngineDied if an engine is gone."""
+def sync(learner, version: int) -> SyncReport:
+    """Give every engine that the learner is connected with its present weights as `version`, and verify. Raises SyncError, or EngineDied if an engine is gone."""
     started = time.perf_counter()
     delivery = learner.send(version)
-    if not delivery.received:
+    if not delivery.installed:
         raise SyncError(f"weights {version} were sent to no engine: the pool has none alive; expected at least one")
-    for engine, received in enumerate(delivery.received):
-        compare(engine, delivery.sent, received, version)
-    for engine, found in enumerate(ask(pool, "weight_version", learner.sync_timeout)):
-        if found != version:
-            raise SyncError(f"engine {engine} stamps its tokens with weight version {found} after weights {version} were sent, expected {version}")
-    held, sent = ask(pool, "held_digest", learner.sync_timeout), combine(delivery.sent)
+    for engine, found in enumerate(delivery.installed):
+        compare(engine, delivery.sent, found.received, version)
+        if found.version != version:
+            raise SyncError(f"engine {engine} stamps its tokens with weight version {found.version} after weights {version} were sent, expected {version}")
+    held, sent = [found.held for found in delivery.installed], combine(delivery.sent)
     if len(set(held)) > 1:
         raise SyncError(f"engines compute with different weights after version {version}: held digests {held}, expected all equal")
     last = learner.synced
@@ -66,14 +63,3 @@ def compare(engine: int, sent: Mapping[str, str], received: Mapping[str, str], v
     if wrong:
         raise SyncError(f"engine {engine} received other bytes than were sent for {len(wrong)} of {len(sent)} parameter(s) of weights {version}: "
                         + ", ".join(f"{name} (sent {sent[name]}, received {received[name]})" for name in wrong[:5]))
-
-
-def ask(pool, method: str, timeout: float) -> list[Any]:
-    """The answers of all engines to a backend call, in order. Raises EngineDied if one is gone or silent for `timeout` seconds."""
-    if hasattr(pool, "backends"):
-        return [asyncio.run(getattr(backend, method)()) for backend in pool.backends]
-    import ray
-    try:
-        return ray.get([getattr(handle, method).remote() for handle in pool.handles], timeout=timeout)
-    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
-        raise EngineDied(f"an engine did not answer {method} within sync.timeout={timeout:g} s: {error}") from error

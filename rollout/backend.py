@@ -6,7 +6,7 @@ The weight calls mirror vLLM's own weight-transfer client (init, start, update, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from tandem.engine.types import GenRequest, Trajectory
 
@@ -17,6 +17,14 @@ class EngineDied(RuntimeError):
 
 class SyncError(RuntimeError):
     """Weights did not arrive as sent, or log-probs of rollout engine and learner disagree. The run stops: nothing after it could be trusted."""
+
+
+class Installed(NamedTuple):
+    """What an engine says of an update, before it samples again."""
+
+    received: dict[str, str]        # {parameter: digest} of the bytes as they were received
+    version: int                    # see Backend.weight_version
+    held: str                       # see Backend.held_digest
 
 
 class Backend(Protocol):
@@ -38,10 +46,11 @@ class Backend(Protocol):
     async def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive a set of parameters in checkpoint format."""
 
-    async def finish_weight_update(self, version: int) -> dict[str, str]:
+    async def finish_weight_update(self, version: int) -> Installed:
         """Make the new weights live, drop caches computed with the old ones, stamp `version` on all tokens sampled from now on.
 
-        Returns {parameter: digest} of the bytes as they were received, for comparison with what the learner sent.
+        Returns what `weights.sync` compares with what the learner sent and with the other engines. It is found before running requests go on: asked later, an
+        engine would answer between two of its steps only, and the learner would wait for them.
         """
 
     async def weight_version(self) -> int:

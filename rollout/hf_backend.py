@@ -19,7 +19,7 @@ import torch
 from tandem.engine.config import Config
 from tandem.engine.digest import combine, digest
 from tandem.engine.types import Finish, GenRequest, Sampling, Source, Trajectory
-from tandem.rollout.backend import EngineDied, SyncError
+from tandem.rollout.backend import EngineDied, Installed, SyncError
 
 GROWTH = 128        # tokens
 KEEP = 0.875        # ended rows are decoded along, and what they draw is dropped, until the others are at most this share of the batch
@@ -132,7 +132,7 @@ class HFBackend:
             self.received[name] = digest(tensor)
             parameter.copy_(tensor)
 
-    async def finish_weight_update(self, version: int) -> dict[str, str]:
+    async def finish_weight_update(self, version: int) -> Installed:
         """Raises SyncError if a parameter was not sent; the backend then serves no more."""
         if self.received is None:
             raise SyncError("finish_weight_update before start_weight_update")
@@ -141,7 +141,7 @@ class HFBackend:
         if missing:
             raise SyncError(f"weights {version} are incomplete: {len(missing)} of {len(self.parameters)} parameters were not sent, {missing[0]!r} is the first")
         received, self.received, self.version = self.received, None, version
-        return received
+        return Installed(received, await self.weight_version(), await self.held_digest())
 
     async def weight_version(self) -> int:
         return self.version

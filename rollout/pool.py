@@ -17,7 +17,7 @@ from typing import Any
 
 from tandem.engine.config import Config
 from tandem.engine.types import GenRequest, Source, Trajectory
-from tandem.rollout.backend import EngineDied, SyncError
+from tandem.rollout.backend import EngineDied, Installed, SyncError
 
 CLOSE_SECONDS = 20.0        # for an engine to end by itself
 
@@ -64,10 +64,10 @@ class EngineActor:
     async def update_weights(self, update_info: dict[str, Any]) -> None:
         await self.backend.update_weights(update_info)
 
-    async def finish_weight_update(self, version: int) -> dict[str, str]:
-        digests = await self.backend.finish_weight_update(version)
+    async def finish_weight_update(self, version: int) -> Installed:
+        installed = await self.backend.finish_weight_update(version)
         self.stale = False
-        return digests
+        return installed
 
     async def weight_version(self) -> int:
         return await self.backend.weight_version()

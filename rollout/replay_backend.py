@@ -20,6 +20,7 @@ from tandem.engine.config import Config, ConfigError
 from tandem.engine.digest import combine, digest
 from tandem.engine.telemetry import read_rollouts
 from tandem.engine.types import GenRequest, Prompt, Trajectory
+from tandem.rollout.backend import Installed
 
 
 class Record:
@@ -127,9 +128,9 @@ class ReplayBackend:
     async def update_weights(self, update_info: dict[str, Any]) -> None:
         self.received.update({name: digest(tensor) for name, tensor in update_info["named"]})
 
-    async def finish_weight_update(self, version: int) -> dict[str, str]:
+    async def finish_weight_update(self, version: int) -> Installed:
         self.version = version
-        return dict(self.received)
+        return Installed(dict(self.received), version, await self.held_digest())
 
     async def weight_version(self) -> int:
         """The version of the last update; served tokens keep their recorded versions."""

@@ -21,7 +21,7 @@ import numpy as np
 from tandem.engine.config import Config
 from tandem.engine.digest import combine
 from tandem.engine.types import Finish, GenRequest, Source, Trajectory
-from tandem.rollout.backend import EngineDied, SyncError
+from tandem.rollout.backend import EngineDied, Installed, SyncError
 
 FINISH = {"stop": Finish.STOP, "length": Finish.LENGTH}
 
@@ -169,7 +169,7 @@ class VllmBackend:
         async with self.or_broken("receive"):
             await self.ask(self.llm.update_weights(WeightTransferUpdateRequest(update_info)))
 
-    async def finish_weight_update(self, version: int) -> dict[str, str]:
+    async def finish_weight_update(self, version: int) -> Installed:
         await self.health()
         async with self.or_broken("finish"):
             self.all_equal(await self.ask(self.llm.collective_rpc("tandem_missing")), [], f"weights {version} are incomplete, the engine still has old values in")
@@ -184,9 +184,10 @@ class VllmBackend:
             self.all_equal(received, received[0], f"tensor-parallel workers received different weights {version}:")
             if self.asleep:
                 await self.wake_kv_cache()
+            held = await self.held_digest()
             await self.ask(self.llm.resume_generation())
             self.version, self.updating = version, False
-        return received[0]
+        return Installed(received[0], int(stamp), held)
 
     def or_broken(self, phase: str) -> BrokenOnError:
         return BrokenOnError(self, phase)

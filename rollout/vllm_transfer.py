@@ -121,12 +121,12 @@ def broadcast(group, buffer: torch.Tensor):
 class PoolClient:
     """vLLM's weight-sync control plane over Ray actor handles: each call goes to all engines at once and ends by `deadline`.
 
-    Raises EngineDied if an engine is gone or does not answer in time, SyncError if it answers with an error. `received` are the digests per engine.
+    Raises EngineDied if an engine is gone or does not answer in time, SyncError if it answers with an error. `installed` is what each engine says after the last update.
     """
 
     def __init__(self, handles: Sequence[Any], timeout: float):
         self.handles, self.timeout = list(handles), timeout
-        self.version, self.received = -1, []
+        self.version, self.installed = -1, []
         self.restart_clock()
         self.ranks = self.call("transfer_ranks", [()] * len(self.handles))
 
@@ -165,7 +165,7 @@ class PoolClient:
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """vLLM's trainer engines pass no version; it was set by Sender.send."""
-        self.received = self.call("finish_weight_update", [(self.version,)] * len(self.handles))
+        self.installed = self.call("finish_weight_update", [(self.version,)] * len(self.handles))
 
 
 class DigestingSource(WeightSource):
@@ -317,7 +317,7 @@ class Sender:
         else:
             on_this_gpu(self.engine.send_weights, self.client.deadline)
         size = sum(torch.Size(m.shape).numel() * m.dtype.itemsize for m in self.source.metadata())
-        return Delivery(dict(self.source.digests), self.client.received, size)
+        return Delivery(dict(self.source.digests), self.client.installed, size)
 
     def close(self) -> None:
         """Leave the transfer group. NCCL may wait for peers that are dead, so nobody waits for NCCL."""

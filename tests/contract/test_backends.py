@@ -149,7 +149,7 @@ def gloo_sender(backend, loop: Loop, named: dict[str, torch.Tensor], closing: li
     from tandem.rollout.vllm_transfer import GlooSender, GlooTrainerInit
 
     class Client:
-        timeout, received = 100.0, None
+        timeout, installed = 100.0, None
         deadline = time.monotonic() + 600
 
         def init_weight_transfer_engine(self, info):
@@ -162,7 +162,7 @@ def gloo_sender(backend, loop: Loop, named: dict[str, torch.Tensor], closing: li
             loop(backend.update_weights(info))
 
         def finish_weight_update(self, weight_version=None):
-            self.received = loop(backend.finish_weight_update(self.version))
+            self.installed = loop(backend.finish_weight_update(self.version))
 
     class Source:
         def metadata(self):
@@ -182,7 +182,7 @@ def gloo_sender(backend, loop: Loop, named: dict[str, torch.Tensor], closing: li
     def send(named, version):
         source.named, client.version = list(named), version
         sender.send_weights()
-        return client.received
+        return client.installed
     return send
 
 
@@ -329,7 +329,7 @@ def test_an_aborted_request_is_answered_and_nobody_else_notices(case):
     for t in aborted:
         assert t.group == 1001 and t.finish == (Finish.LENGTH if len(t.response) == 40 else Finish.ABORT)
         assert ((t.source == Source.POLICY).sum(), (t.version == 0).sum()) == (len(t.response),) * 2
-    assert [t.tokens.tolist() for t in whole] == [t.tokens.tolist() for t in case.answer("plain")]
+    assert all(t.finish != Finish.ABORT and gap(t, reference(case.model, t)) < GAP for t in whole) and len(whole) == other.samples
     case.loop(case.backend.abort(doomed))       # it is not running any more
     assert all(len(t.response) == 40 for t in case.generate(doomed)[0]), "it can be asked again"
 
@@ -376,8 +376,9 @@ def test_an_update_takes_effect_and_stamps_its_version(case):
     """Log-probs follow the new weights, on a long prompt too, whose keys and values of the old weights may be in a prefix cache."""
     old_head, old_digest = case.model.lm_head.weight.detach().clone(), case.loop(case.backend.held_digest())
     case.generate(REQUESTS["long"])
-    received = case.update(perturb)
-    assert received == {name: digest(parameter) for name, parameter in case.model.named_parameters()}
+    installed = case.update(perturb)
+    assert (installed.version, installed.held) == (case.version, case.loop(case.backend.held_digest()))
+    assert installed.received == {name: digest(parameter) for name, parameter in case.model.named_parameters()}
     assert case.loop(case.backend.weight_version()) == case.version
     assert case.loop(case.backend.held_digest()) != old_digest
     for name in ("long", "plain"):

@@ -47,7 +47,7 @@ def test_two_ranks_and_an_engine(model_path, tmp_path):
         pool = EnginePool.start(config, model_path, places, tmp_path)
         try:
             learner.connect(pool)
-            report = weights.sync(learner, pool, 0)
+            report = weights.sync(learner, 0)
             assert report.bytes == sum(t.numel() * 4 for _, t in local(config, model_path).engine.full_parameters()) and report.version == 0
             one = local(config, model_path)
             for step in range(2):
@@ -57,7 +57,7 @@ def test_two_ranks_and_an_engine(model_path, tmp_path):
                 assert found.metrics["loss"] == pytest.approx(right.metrics["loss"], rel=1e-4)
                 assert found.metrics["grad_norm"] == pytest.approx(right.metrics["grad_norm"], rel=1e-4)
                 assert sampled_gap(pool, learner, step)[0] > 1e-3, "the engine still has the old weights, and the measure must show it"
-                weights.sync(learner, pool, step + 1)
+                weights.sync(learner, step + 1)
             gap, trajectories = sampled_gap(pool, learner, 9)
             assert gap < 1e-4 and all((t.version[t.source == Source.POLICY] == 2).all() for t in trajectories)
             assert all(np.allclose(a, b, atol=1e-4, equal_nan=True) for a, b in zip(learner.logprobs(rows, 1.0), one.logprobs(rows, 1.0)))
@@ -67,7 +67,7 @@ def test_two_ranks_and_an_engine(model_path, tmp_path):
             with pytest.raises(SyncError, match="other bytes|differ"):      # the engine is asked to confirm weights it was never sent
                 learner.synced = weights.Synced("0" * 32, learner.synced.held)
                 learner.load(tmp_path / "checkpoint")
-                weights.sync(learner, pool, 3)
+                weights.sync(learner, 3)
             learner.export(tmp_path / "model")
             assert (tmp_path / "model" / "model.safetensors").is_file()
 

@@ -175,7 +175,7 @@ def test_sync_makes_the_new_weights_live(rig):
     rig.change_weights()
     assert rig.gap(rig.generate(LONG)) > 0.1                                    # not synced yet: the comparison can see it
     delivery = rig.sync()
-    assert delivery.received == [delivery.sent] and set(delivery.sent) == {n for n, _ in rig.model.named_parameters()}
+    assert [found.received for found in delivery.installed] == [delivery.sent] and set(delivery.sent) == {n for n, _ in rig.model.named_parameters()}
     assert rig.wait(rig.backend.held_digest()) != before and rig.wait(rig.backend.weight_version()) == rig.version
     group = rig.generate(LONG)
     assert rig.gap(group) < 1e-4 and {v for t in group for v in t.version} == {-1, rig.version}

@@ -21,7 +21,7 @@ from tandem.rollout.pool import EnginePool, RolloutPoolExhausted
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(120)]
 
 CONFIG = Config(data=DataConfig(max_prompt_tokens=64), rollout=RolloutConfig(max_tokens=900, kv_cache_gib=0.25, max_restarts=1),
-                sync=SyncConfig(timeout=30.0, bucket_mib=1), cluster=ClusterConfig(engines=2, engine_cpus=0.5, learner_cpus=0.5))
+                sync=SyncConfig(timeout=30.0, bucket_mib=1), cluster=ClusterConfig(engines=2, engine_cpus=0.5, learner_cpus=0.5, pin_cores=True))
 
 
 class Rig:
@@ -82,7 +82,7 @@ def test_engines_share_the_work_and_agree(rig):
         for p in rig.model.parameters():
             p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
     delivery = rig.connect().send(1)
-    assert delivery.received == [delivery.sent] * 2
+    assert [found.received for found in delivery.installed] == [delivery.sent] * 2
     assert rig.ask("weight_version") == [1, 1] and len(set(rig.ask("held_digest"))) == 1
     futures = rig.submit(4)
     loads = [[p.request.group for p in slot.pending.values()] for slot in rig.pool.slots]
@@ -93,13 +93,21 @@ def test_engines_share_the_work_and_agree(rig):
     stats = rig.pool.stats()
     assert stats["engines"] == 2 and stats["busy_seconds"] > 0
     assert stats["generated_tokens"] == sum((t.source == Source.POLICY).sum() for f in futures for t in f.result())
+    pinned(rig)
     assert Path(rig.run_dir, "logs/engine_1.log").stat().st_size > 0            # vLLM's output is in a file, not on the terminal
+
+
+def pinned(rig):
+    """cluster.pin_cores: each engine has a core of its own, for all threads of its actor and of vLLM's process."""
+    for pids, core in zip(rig.ask("process_ids"), sorted(os.sched_getaffinity(0))):
+        threads = [thread.id for pid in pids for thread in psutil.Process(pid).threads()]
+        assert len(pids) == 2 and len(threads) > 10 and all(os.sched_getaffinity(thread) == {core} for thread in threads)
 
 
 def test_an_aborted_request_frees_its_engine(rig):
     before = rig.pool.stats()
     doomed, kept = rig.submit(2, samples=16, max_tokens=900, min_tokens=900)    # one for each engine
-    time.sleep(0.3)
+    time.sleep(0.5)
     (pending,) = rig.pool.slots[0].pending.values()
     rig.pool.abort(pending.request)
     tail = doomed.result(10)
@@ -124,6 +132,7 @@ def test_engine_killed_mid_group(rig):
     assert len(futures[1].result(60)) == 32                                       # the other engine's group is not touched
     assert len(rig.pool.handles) == 1
     assert rig.pool.recover() == 1 and len(rig.pool.handles) == 2
+    pinned(rig)                                                                 # the new one too
     assert_gone(victim)
 
     fresh, current = rig.submit(2)
@@ -131,7 +140,7 @@ def test_engine_killed_mid_group(rig):
         fresh.result(60)
     assert len(current.result(60)) == 4
     delivery = rig.connect().send(2)
-    assert delivery.received == [delivery.sent] * 2 and len(set(rig.ask("held_digest"))) == 1
+    assert [found.received for found in delivery.installed] == [delivery.sent] * 2 and len(set(rig.ask("held_digest"))) == 1
     for future in rig.submit(2):
         assert all((t.version[t.source == Source.POLICY] == 2).all() for t in future.result(60))
 

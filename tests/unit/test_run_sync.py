@@ -6,17 +6,7 @@ import pytest
 from tandem.engine.config import Config, RolloutConfig
 from tandem.engine.learner import Delivery
 from tandem.engine.run import Run
-from tandem.rollout.backend import EngineDied
-
-
-class Backend:
-    version = 0
-
-    async def weight_version(self):
-        return self.version
-
-    async def held_digest(self):
-        return "held"
+from tandem.rollout.backend import EngineDied, Installed
 
 
 class Rig:
@@ -24,7 +14,7 @@ class Rig:
 
     def __init__(self, dead=True, **faults):
         self.faults, self.dead, self.down, self.calls = faults, dead, 0, []
-        self.backends, self.synced, self.sync_timeout = [Backend()], None, 1.0
+        self.synced = None
         self.run = Run(Config(rollout=RolloutConfig(staleness=1)), SimpleNamespace(message=lambda text: None))
         self.run.telemetry = SimpleNamespace(event=lambda kind, **facts: None)
         self.run.learner = self.run.pool = self
@@ -42,8 +32,7 @@ class Rig:
 
     def send(self, version):
         self.happen("send")
-        self.backends[0].version = version
-        return Delivery({"w": "1"}, [{"w": "1"}], 4)
+        return Delivery({"w": "1"}, [Installed({"w": "1"}, version, "held")], 4)
 
     def recover(self):
         self.calls.append("recover")

@@ -15,7 +15,7 @@ from tandem.engine.config import ClusterConfig, Config, LearnerConfig, RolloutCo
 from tandem.engine.learner import Delivery
 from tandem.engine.run import Run
 from tandem.engine.types import GenRequest, Prompt, Sampling, StepReport
-from tandem.rollout.backend import EngineDied, SyncError
+from tandem.rollout.backend import EngineDied, Installed, SyncError
 from tandem.rollout.vllm_backend import VllmBackend, engine_arguments
 
 CONFIG = Config(rollout=RolloutConfig(sleep=True), cluster=ClusterConfig(colocate=True, engine_gpus=0.5, learner_gpus=0.5))
@@ -145,13 +145,7 @@ class Scripted:
     def send(self, version):
         self.log.append(f"sync {version}")
         self.version = version
-        return Delivery({"w": str(version)}, [{"w": str(version)}], 4)
-
-    async def weight_version(self):
-        return self.version
-
-    async def held_digest(self):
-        return str(self.version)
+        return Delivery({"w": str(version)}, [Installed({"w": str(version)}, version, str(version))], 4)
 
     def rows(self, batch):
         return []

@@ -10,7 +10,7 @@ from tandem.engine import weights
 from tandem.engine.config import Config, DataConfig, LearnerConfig, ModelConfig, RolloutConfig
 from tandem.engine.learner import InlineLearner
 from tandem.engine.types import GenRequest, Prompt, Row, Sampling, Source
-from tandem.rollout.backend import SyncError
+from tandem.rollout.backend import Installed, SyncError
 from tandem.rollout.hf_backend import HFBackend
 from tandem.rollout.local import LocalPool
 
@@ -39,9 +39,9 @@ def start(model_path, *kinds):
 
 def test_engines_compute_with_the_learners_weights(model_path):
     learner, pool = start(model_path, HFBackend, HFBackend)
-    weights.sync(learner, pool, 0)
+    weights.sync(learner, 0)
     learner.step(make_plan(make_rows(), learning_rate=0.01))
-    report = weights.sync(learner, pool, 1)
+    report = weights.sync(learner, 1)
     assert report.version == 1 and report.bytes == sum(p.numel() * 4 for p in learner.rank.engine.module.model.parameters()) and report.seconds > 0
     for backend in pool.backends:
         (t, *_) = asyncio.run(backend.generate(GenRequest(0, Prompt("p", np.array([1, 50, 51], np.int32), ""), 1, Sampling(8))))
@@ -55,7 +55,7 @@ def test_local_pool_and_an_unchanged_learner(model_path):
     pool = LocalPool(pool.backends[0])
     learner.connect(pool)
     for version in (0, 1, 1):       # nothing was trained: same weights sent, same weights held
-        assert weights.sync(learner, pool, version).version == version
+        assert weights.sync(learner, version).version == version
 
 
 class Drops(HFBackend):
@@ -66,7 +66,7 @@ class Drops(HFBackend):
 
     async def finish_weight_update(self, version):
         received, self.received, self.version = self.received, None, version
-        return received
+        return Installed(received, version, await self.held_digest())
 
 
 class Garbles(HFBackend):
@@ -81,7 +81,8 @@ class Garbles(HFBackend):
 
 class Invents(HFBackend):
     async def finish_weight_update(self, version):
-        return await super().finish_weight_update(version) | {"model.ghost": "0" * 32}
+        installed = await super().finish_weight_update(version)
+        return installed._replace(received=installed.received | {"model.ghost": "0" * 32})
 
 
 class KeepsOldVersion(HFBackend):
@@ -111,31 +112,30 @@ def test_a_fault_in_one_of_two_engines_is_named(model_path, kind, message):
     learner, pool = start(model_path, HFBackend, kind)
     learner.step(make_plan(make_rows(), learning_rate=0.01))
     with pytest.raises(SyncError, match=message):
-        weights.sync(learner, pool, 1)
+        weights.sync(learner, 1)
 
 
 def test_engines_that_all_keep_their_old_weights_are_found(model_path):
     """No difference between engines shows it, and every byte was confirmed: only the held digest, which did not move, does."""
     learner, pool = start(model_path, Ignores, Ignores)
-    weights.sync(learner, pool, 0)
+    weights.sync(learner, 0)
     learner.step(make_plan(make_rows(), learning_rate=0.01))
     with pytest.raises(SyncError, match=r"weights 1 differ from those sent before, but the weights the engines compute with are the same as those before"):
-        weights.sync(learner, pool, 1)
+        weights.sync(learner, 1)
 
 
 def test_an_engine_whose_weights_change_by_themselves_is_found(model_path):
     learner, pool = start(model_path, HFBackend)
-    weights.sync(learner, pool, 0)
+    weights.sync(learner, 0)
 
     class Decays(HFBackend):
         @torch.no_grad()
-        async def finish_weight_update(self, version):
-            received = await super().finish_weight_update(version)
+        async def held_digest(self):
             self.parameters["model.norm.weight"].mul_(0.5)
-            return received
+            return await super().held_digest()
     pool.backends[0].__class__ = Decays
     with pytest.raises(SyncError, match=r"weights 1 are the same as those sent before, but the weights the engines compute with differ from"):
-        weights.sync(learner, pool, 1)
+        weights.sync(learner, 1)
 
 
 def test_no_engine_is_an_error(model_path):
@@ -143,7 +143,7 @@ def test_no_engine_is_an_error(model_path):
     pool = Pool([])
     learner.connect(pool)
     with pytest.raises(SyncError, match="no engine"):
-        weights.sync(learner, pool, 0)
+        weights.sync(learner, 0)
 
 
 def test_bfloat16_travels_as_bfloat16(model_path):
@@ -152,5 +152,5 @@ def test_bfloat16_travels_as_bfloat16(model_path):
     pool = Pool([HFBackend(model_path, config, 0)])
     learner.connect(pool)
     learner.step(make_plan(make_rows(), learning_rate=0.01))
-    assert weights.sync(learner, pool, 1).bytes == sum(p.numel() * 2 for p in learner.rank.engine.module.model.parameters())
+    assert weights.sync(learner, 1).bytes == sum(p.numel() * 2 for p in learner.rank.engine.module.model.parameters())
     assert all(torch.equal(p, q) for p, q in zip(learner.rank.engine.module.model.parameters(), pool.backends[0].model.parameters()))
