@@ -2,23 +2,19 @@
 
     python benchmarks/overlap.py [--workload w4] [--steps 8] [--prompts 32] [--rounds 2]
 
-Real stack. Engine, learner, driver and Ray's own processes would otherwise move between cores, so a watcher pins every process of the engine to core 0 and
-every one of the learner to core 1; the driver and the reward process stay free. The bound is max(rollout, learn) where each is measured alone, at staleness 0.
+Real stack with cluster.pin_cores: the engine has the first `--threads` cores for itself, the learner the next ones; the driver and the reward process stay
+free, and use the same cores where there are no others. The bound is max(rollout, learn) where each is measured alone, at staleness 0.
 """
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 from statistics import median
 
-import psutil
 import yaml
 from report import emit, spread
 from step import HERE, config
@@ -27,41 +23,19 @@ from workloads import WORKLOADS, make_model, write_data
 from tandem.engine.telemetry import read_jsonl
 
 
-def pin(root: psutil.Process, stop: threading.Event, places: dict[str, list[int]]) -> None:
-    """Until told to stop: every descendant whose name or whose parent's name has one of the words, on those cores, all threads."""
-    def cores(process):
-        for one in [process, *process.parents()[:3]]:
-            for word, where in places.items():
-                if word in one.name() + " ".join(one.cmdline()[:2]):
-                    return where
-
-    while not stop.wait(2.0):
-        for process in root.children(recursive=True):
-            try:
-                if (where := cores(process)) is not None:
-                    for thread in process.threads():
-                        os.sched_setaffinity(thread.id, where)
-            except (psutil.Error, OSError):
-                continue
-
-
 def run(args, folder: Path, staleness: int) -> dict[str, list[float]]:
     tree = config(args, "cluster", args.dtype, "grpo", folder)
+    tree["cluster"]["pin_cores"] = True
     tree["rollout"] |= {"staleness": staleness, "prompts_per_step": args.prompts}
     tree["run"] |= {"name": f"staleness-{staleness}", "steps": args.warm + args.steps + staleness}
     place = folder / "runs" / tree["run"]["name"]
     shutil.rmtree(place, ignore_errors=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
-    stop = threading.Event()
     with open(folder / "out.txt", "w") as out:
         process = subprocess.Popen([sys.executable, "-m", "tandem.launch.cli", "train", str(folder / "config.yaml")], stdout=out, stderr=out, cwd=HERE)
-        pinner = threading.Thread(target=pin, args=(psutil.Process(process.pid), stop, {"EngineActor": [0], "RankActor": [1]}))
-        pinner.start()
         try:
             process.wait(timeout=args.timeout)
         finally:
-            stop.set()
-            pinner.join()
             if process.poll() is None:
                 process.terminate()
                 process.wait()
