@@ -5,7 +5,7 @@
     sync      the weights once over the slowest link on their way
     step      staleness 0: rollout + learn + sync; from 1 on: max(rollout, learn) + sync
 
-Engines and learner ranks have GPUs of their own, as `cluster:` places them. Every split that fits in memory is tried, the fastest is taken. The model knows no
+Engines and learner ranks have GPUs of their own, as `cluster:` places them without `colocate`. Every split that fits in memory is tried, the fastest is taken. The model knows no
 stragglers, failures or slow rewards: it is for choosing between shapes, not for promises. Its small-scale predictions are tested against measured steps.
 """
 from __future__ import annotations

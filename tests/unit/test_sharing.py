@@ -3,10 +3,12 @@ import os
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from tandem.engine.config import ClusterConfig, Config, ConfigError, RunConfig, load
-from tandem.launch import placement
+from tandem.launch import machine, placement
 
 TREE = {"model": {"path": "tandem:tiny"}, "data": {"prompts": {"path": "task:sort"}}, "method": {"name": "grpo"}, "reward": {"functions": ["exact"]},
         "cluster": {"engines": 2, "learner_ranks": 2, "engine_cpus": 0.25, "learner_cpus": 0.25}}
@@ -33,6 +35,12 @@ def test_the_place_of_a_pair_stays_whole_where_one_side_is_missing():
     cluster = ClusterConfig(engines=2, learner_ranks=2, colocate=True, engine_gpus=0.5, learner_gpus=0.5)
     plan = placement.plan(Config(cluster=cluster, run=RunConfig(rollout_only=True)))
     assert [b["GPU"] for b in plan.bundles] == [1.0, 1.0] and plan.ranks == 0
+
+
+def test_the_weights_of_a_sleeping_engine_are_counted_as_host_memory(tree, tmp_path):
+    save_file({"w": torch.zeros(1000)}, tmp_path / "model.safetensors")
+    engine = lambda *more: machine.memory_plan(load(tree, [*HALVES, *more]), tmp_path).engine - machine.ENGINE_RUNTIME
+    assert engine() == 0 and engine("rollout.sleep=true") == 4000
 
 
 @pytest.mark.parametrize("overrides, words", [
