@@ -109,7 +109,8 @@ class LearnerConfig:
 
 @dataclass(frozen=True)
 class SyncConfig:
-    transport: Literal["auto", "nccl", "gloo"] = "auto"     # auto: nccl where engines and learner have GPUs, else gloo
+    # auto: ipc where engines and learner share GPUs (cluster.colocate), nccl where they have GPUs of their own, shm on one machine without, else gloo
+    transport: Literal["auto", "nccl", "ipc", "shm", "gloo"] = "auto"
     bucket_mib: int = 64
     timeout: float = 300.0
     gate_steps: int = 2                             # first steps on which rollout and learner log-probs are compared before training
@@ -391,10 +392,14 @@ def validate(c: Config) -> None:
     check_sharing(c)
     require(c.cluster.colocate or c.cluster.engine_gpus == 0 or c.cluster.engine_gpus >= c.cluster.tensor_parallel,
             f"cluster.engine_gpus is {c.cluster.engine_gpus} for tensor_parallel {c.cluster.tensor_parallel}; an engine needs one GPU per tensor-parallel rank")
-    require((c.cluster.engine_gpus > 0) == (c.cluster.learner_gpus > 0) or c.sync.transport == "gloo",
-            f"cluster.engine_gpus is {c.cluster.engine_gpus} and cluster.learner_gpus is {c.cluster.learner_gpus}; with GPUs on one side only set sync.transport=gloo")
+    require((c.cluster.engine_gpus > 0) == (c.cluster.learner_gpus > 0) or c.sync.transport in ("shm", "gloo"),
+            f"cluster.engine_gpus is {c.cluster.engine_gpus} and cluster.learner_gpus is {c.cluster.learner_gpus}; with GPUs on one side only set sync.transport=shm "
+            "(one machine) or gloo")
     require(c.sync.transport != "nccl" or (c.cluster.engine_gpus > 0 and c.cluster.learner_gpus > 0),
             f"sync.transport is nccl, which needs GPUs on both sides, but cluster.engine_gpus is {c.cluster.engine_gpus} and cluster.learner_gpus {c.cluster.learner_gpus}; use auto or gloo")
+    require(c.sync.transport != "ipc" or (c.cluster.colocate and c.cluster.engine_gpus > 0 and c.cluster.learner_gpus > 0),
+            "sync.transport is ipc, which needs engines and learner on the same GPUs, but cluster.colocate is "
+            f"{str(c.cluster.colocate).lower()}, cluster.engine_gpus {c.cluster.engine_gpus} and cluster.learner_gpus {c.cluster.learner_gpus}; use auto")
     require(not (c.run.rollout_only and not method.uses_rollouts), f"run.rollout_only with method {c.method['name']!r}, which makes no rollouts")
     need = c.data.max_prompt_tokens + max(c.rollout.max_tokens, c.eval.max_tokens or 0)
     require(c.rollout.max_model_len is None or c.rollout.max_model_len >= need,

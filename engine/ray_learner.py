@@ -17,6 +17,7 @@ from tandem.engine.config import Config, ConfigError
 from tandem.engine.learner import Delivery, deliver
 from tandem.engine.types import Row, StepPlan, StepReport
 from tandem.rollout.backend import EngineDied, SyncError
+from tandem.rollout.vllm_backend import transport
 
 STEP_DEADLINE = 6 * 3600.0      # seconds for one optimizer step, forward pass or checkpoint, of whatever size
 GRACE = 5.0                     # seconds that other ranks get to report their side of a failure
@@ -177,11 +178,8 @@ class RayLearner:
         self.pool = pool
         if hasattr(pool, "backends"):       # recorded rollouts: no engine to send to
             return
-        transport, cluster = self.config.sync.transport, self.config.cluster
-        if transport == "auto":
-            transport = "nccl" if cluster.engine_gpus and cluster.learner_gpus else "gloo"
         address, port = self._gather("free_address", [()])[0]
-        self._gather("connect", [(transport, pool.handles, address, port)] * self.ranks, self.sync_timeout + GRACE)
+        self._gather("connect", [(transport(self.config), pool.handles, address, port)] * self.ranks, self.sync_timeout + GRACE)
 
     def send(self, version: int) -> Delivery:
         """Send the present weights to every engine. Raises SyncError or EngineDied."""

@@ -27,9 +27,13 @@ FINISH = {"stop": Finish.STOP, "length": Finish.LENGTH}
 
 
 def transport(config: Config) -> str:
-    """nccl or gloo: what `sync.transport` asks for, or what fits the devices."""
+    """nccl, ipc, shm or gloo: what `sync.transport` asks for, or what fits the devices."""
+    if config.sync.transport != "auto":
+        return config.sync.transport
     on_gpus = config.cluster.engine_gpus > 0 and config.cluster.learner_gpus > 0
-    return config.sync.transport if config.sync.transport != "auto" else "nccl" if on_gpus else "gloo"
+    if on_gpus:
+        return "ipc" if config.cluster.colocate else "nccl"
+    return "shm" if config.cluster.address is None else "gloo"
 
 
 def engine_arguments(model_path: str, config: Config, seed: int) -> dict[str, Any]:
@@ -44,7 +48,7 @@ def engine_arguments(model_path: str, config: Config, seed: int) -> dict[str, An
                 dtype=config.model.dtype, max_model_len=r.max_model_len or longest, max_num_seqs=r.max_sequences, seed=seed,
                 enable_prefix_caching=r.prefix_caching, logprobs_mode="processed_logprobs", tensor_parallel_size=cluster.tensor_parallel,
                 distributed_executor_backend="uni" if cluster.tensor_parallel == 1 else "mp", disable_log_stats=True,
-                weight_transfer_config={"backend": {"nccl": "tandem_nccl", "gloo": "gloo"}[transport(config)]},
+                weight_transfer_config={"backend": {"nccl": "tandem_nccl", "ipc": "tandem_ipc"}.get(transport(config), "tandem_cpu")},
                 enable_sleep_mode=r.sleep, worker_extension_cls="tandem.rollout.vllm_worker.WorkerExtension", **device)
 
 
@@ -52,6 +56,8 @@ def set_environment(config: Config) -> None:
     """Variables that vLLM reads in this process and its children; the user's own values win, except for the one that is needed."""
     for key, value in dict(VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="WARNING").items():
         os.environ.setdefault(key, value)
+    if transport(config) == "ipc":
+        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"       # IPC handles are pickled on their way to vLLM's worker
     if config.cluster.engine_gpus == 0:
         # nobind: vLLM would pin every engine to the same cores. TORCH_COMPILE_DISABLE: a helper of the sampler would compile C++ for 15 s at the first
         # request. V1_MULTIPROCESSING=0: AsyncLLM has its engine process all the same, but vLLM's CPU platform then honours the uni executor, which saves

@@ -1,11 +1,12 @@
 """Weights from the learner into vLLM engines, through vLLM's own weight-transfer interface.
 
     learner rank 0                                   engines 1 .. N (every tensor-parallel worker of each)
-    Sender -> vLLM trainer engine  == broadcast ==>  vLLM worker engine -> model.load_weights
+    Sender -> vLLM trainer engine  == weights ====>  vLLM worker engine -> model.load_weights
            -> PoolClient           -- Ray calls -->  init / start / update / finish
 
-`gloo` is a transport of our own, for CPUs: vLLM has none. `nccl` is vLLM's packed NCCL broadcast; its worker side is extended only to digest
-what arrives. vLLM's own Ray client gives every engine the same rank, which is wrong for more than one engine: PoolClient does not.
+`shm` and `gloo` are transports of our own, for CPUs (channels.py). `nccl` is vLLM's packed NCCL broadcast, `ipc` its CUDA-IPC handles for engines that share
+the learner's GPUs; their worker sides are extended only to digest what arrives. vLLM's own Ray client gives every engine the same rank, which is wrong for
+more than one engine: PoolClient does not.
 
 Both sides digest every tensor: the learner as it leaves, each worker as it arrives, before vLLM splits, fuses and packs it. This file is the learner's
 side and what both sides share; vllm_worker.py is the other side.
@@ -17,7 +18,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -28,6 +28,7 @@ from vllm.distributed.weight_transfer.base import (ParamMeta, TrainerInitInfo, T
 from tandem.engine.config import SyncConfig
 from tandem.engine.digest import digest
 from tandem.rollout.backend import EngineDied, SyncError
+from tandem.rollout.channels import Gloo, Memory, open_store
 
 if TYPE_CHECKING:
     from tandem.engine.learner import Delivery
@@ -52,28 +53,32 @@ class Stopwatch:
         print(f"weights {side}: " + ", ".join(f"{phase} {seconds:.4f}" for phase, seconds in self.seconds.items()), flush=True)
 
 
-# -- what both sides of the gloo transport must agree on ------------------------------------------------------------------------------------------
+# -- what both sides of the CPU transports must agree on ------------------------------------------------------------------------------------------
 
 @dataclass
-class GlooInitInfo(WeightTransferInitInfo):
+class CpuInitInfo(WeightTransferInitInfo):
+    transport: str          # shm or gloo
     master_address: str
     master_port: int
-    rank_offset: int        # of this engine's first worker in the group; the learner is rank 0
+    rank_offset: int        # of this engine's first worker; the learner is rank 0
     world_size: int
     bucket_bytes: int
     timeout: float          # seconds
+    slot: int               # shm: bytes of the largest buffer, and where the learner's memory is: process, file descriptor
+    place: tuple[int, int] | None
 
 
 @dataclass
-class GlooUpdateInfo(WeightTransferUpdateInfo):
+class CpuUpdateInfo(WeightTransferUpdateInfo):
     names: list[str]
     dtype_names: list[str]
     shapes: list[list[int]]
 
 
 @dataclass
-class GlooTrainerInit(TrainerInitInfo):
-    backend: ClassVar[str] = "gloo"
+class CpuTrainerInit(TrainerInitInfo):
+    backend: ClassVar[str] = "tandem_cpu"
+    transport: str
     master_address: str
     master_port: int
     world_size: int
@@ -95,25 +100,9 @@ def buckets(meta: Sequence[ParamMeta], limit: int) -> Iterator[list[tuple[ParamM
         yield bucket
 
 
-def empty_buffer(bucket: list[tuple[ParamMeta, int, int]]) -> torch.Tensor:
+def size_of(bucket: list[tuple[ParamMeta, int, int]]) -> int:
     _, offset, size = bucket[-1]
-    return torch.empty(max(1, offset + size), dtype=torch.uint8)
-
-
-def join_group(address: str, port: int, rank: int, world_size: int, timeout: float):
-    """A gloo group of its own; vLLM's and DeepSpeed's default groups are not touched. Raises if not all join within `timeout` seconds."""
-    import torch.distributed as dist
-    limit = timedelta(seconds=timeout)
-    store = dist.TCPStore(address, port, world_size, is_master=rank == 0, timeout=limit, wait_for_workers=False)
-    return dist.ProcessGroupGloo(dist.PrefixStore("tandem_weights", store), rank, world_size, limit)
-
-
-def broadcast(group, buffer: torch.Tensor):
-    """Start a broadcast from rank 0; returns the work handle."""
-    import torch.distributed as dist
-    options = dist.BroadcastOptions()
-    options.rootRank, options.rootTensor = 0, 0
-    return group.broadcast([buffer], options)
+    return max(1, offset + size)
 
 
 # -- learner side ---------------------------------------------------------------------------------------------------------------------------------
@@ -153,8 +142,11 @@ class PoolClient:
         return [answers[ref] for ref in refs]
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        offsets = [init_info["rank_offset"] + sum(self.ranks[:i]) for i in range(len(self.ranks))]
-        self.call("init_weight_transfer_engine", [({**init_info, "rank_offset": offset},) for offset in offsets])
+        infos = [dict(init_info) for _ in self.ranks]
+        if "rank_offset" in init_info:      # ipc has no ranks
+            for i, info in enumerate(infos):
+                info["rank_offset"] += sum(self.ranks[:i])
+        self.call("init_weight_transfer_engine", [(info,) for info in infos])
 
     def start_weight_update(self) -> None:
         self.call("health", [()] * len(self.handles))      # an engine that is dead is found before the living ones have begun an update they could not finish
@@ -185,35 +177,42 @@ class DigestingSource(WeightSource):
             yield name, tensor
 
 
-def finish_broadcast(work) -> None:
-    """Raise EngineDied if an ended broadcast had failed: gloo says so as soon as a peer closes its connection."""
-    try:
-        work.wait()
-    except RuntimeError as error:
-        raise EngineDied(f"an engine left the weight transfer: {str(error).splitlines()[0]}") from error
+class CpuSender(TrainerWeightTransferEngine[CpuTrainerInit]):
+    """Sends the learner's weights through a channel. Only rank 0 has one; the other ranks iterate the source, which gathers sharded weights."""
 
-
-class GlooSender(TrainerWeightTransferEngine[GlooTrainerInit]):
-    """Broadcasts the learner's weights. Only rank 0 is in the group; the other ranks iterate the source, which gathers sharded weights."""
-
-    init_info_cls = GlooTrainerInit
+    init_info_cls = CpuTrainerInit
 
     @classmethod
-    def trainer_init(cls, init_info: GlooTrainerInit, *, client: PoolClient | None, source: WeightSource | None = None) -> GlooSender:
+    def trainer_init(cls, init_info: CpuTrainerInit, *, client: PoolClient | None, source: WeightSource | None = None) -> CpuSender:
         engine = cls(client=client, source=source, is_sender=init_info.is_sender)
-        engine.bucket_bytes, engine.group = init_info.bucket_bytes, None
+        engine.bucket_bytes, engine.channel = init_info.bucket_bytes, None
         if engine.is_sender:
-            fields = {k: v for k, v in asdict(init_info).items() if k != "rank"}
-            workers = Call(lambda: client.init_weight_transfer_engine({**fields, "rank_offset": 1}))
-            group = Call(lambda: join_group(init_info.master_address, init_info.master_port, 0, init_info.world_size, init_info.timeout))
-            while not group.done():
-                workers.check()         # an engine that failed will never join: do not wait for it
-                if time.monotonic() > client.deadline:
-                    raise EngineDied(f"engines did not join the transfer group within sync.timeout={client.timeout:g} s")
-                time.sleep(0.002)
-            workers.result(client.deadline)     # first: an engine that could not join says more about it than the group does
-            engine.group = group.result(client.deadline)
+            engine.connect(init_info)
         return engine
+
+    def connect(self, init: CpuTrainerInit) -> None:
+        store = open_store(init.master_address, init.master_port, init.world_size, init.timeout, master=True)
+        slot, place = max(size_of(bucket) for bucket in buckets(self.source.metadata(), self.bucket_bytes)), None
+        if init.transport == "shm":
+            self.channel = Memory(store, init.world_size - 1, slot)
+            place = self.channel.place
+        fields = {key: value for key, value in asdict(init).items() if key != "rank"}
+        workers = Call(lambda: self.client.init_weight_transfer_engine({**fields, "rank_offset": 1, "slot": slot, "place": place}))
+        if init.transport == "gloo":
+            group, patience = Call(lambda: Gloo(store, 0, init.world_size, init.timeout)), self.patience(workers, "engines did not join the transfer group")
+            while not group.done():
+                patience()          # an engine that failed will never join: do not wait for it
+                time.sleep(0.002)
+        workers.result(self.client.deadline)        # before the group's: an engine that could not join says more about it than the group does
+        if init.transport == "gloo":
+            self.channel = group.result(self.client.deadline)
+
+    def patience(self, workers: Call, failure: str) -> Callable[[], None]:
+        def patience():
+            workers.check()
+            if time.monotonic() > self.client.deadline:
+                raise EngineDied(f"{failure} within sync.timeout={self.client.timeout:g} s")
+        return patience
 
     def send_weights(self) -> None:
         meta, tensors = self.source.metadata(), iter(self.source)
@@ -227,10 +226,12 @@ class GlooSender(TrainerWeightTransferEngine[GlooTrainerInit]):
         watch = Stopwatch()
         self.client.start_weight_update()
         watch.lap("start")
-        update = GlooUpdateInfo([m.name for m in meta], [str(m.dtype).removeprefix("torch.") for m in meta], [list(m.shape) for m in meta])
+        update = CpuUpdateInfo([m.name for m in meta], [str(m.dtype).removeprefix("torch.") for m in meta], [list(m.shape) for m in meta])
         workers = Call(lambda: self.client.update_weights(asdict(update)))
+        patience = self.patience(workers, "weights were not taken")
         for bucket in buckets(meta, self.bucket_bytes):
-            buffer = empty_buffer(bucket)
+            buffer = self.channel.room(size_of(bucket), patience)
+            watch.lap("transfer")
             for expected, start, size in bucket:
                 name, tensor = next(tensors)
                 watch.lap("gather and digest")
@@ -238,14 +239,8 @@ class GlooSender(TrainerWeightTransferEngine[GlooTrainerInit]):
                     raise SyncError(f"the weight source announced {expected} and gave {name} {tensor.dtype} {tuple(tensor.shape)}")
                 buffer[start:start + size].copy_(tensor.detach().contiguous().view(-1).view(torch.uint8))
                 watch.lap("copy")
-            work = broadcast(self.group, buffer)
-            while not work.is_completed():
-                workers.check()
-                if time.monotonic() > self.client.deadline:
-                    raise EngineDied(f"weights were not taken within sync.timeout={self.client.timeout:g} s")
-                time.sleep(0.0005)
-            finish_broadcast(work)
-            watch.lap("broadcast")
+            self.channel.publish(buffer, patience)
+            watch.lap("transfer")
         workers.result(self.client.deadline)
         watch.lap("wait for engines")
         self.client.finish_weight_update()
@@ -253,7 +248,9 @@ class GlooSender(TrainerWeightTransferEngine[GlooTrainerInit]):
         watch.show("sent")
 
     def shutdown(self) -> None:
-        self.group = None
+        if self.channel is not None:
+            self.channel.close()
+            self.channel = None
 
 
 class Call:
@@ -305,14 +302,14 @@ class Sender:
         dead (EnginePool.recover restarts them).
         """
         from tandem.engine.learner import Delivery
-        if not isinstance(self.engine, GlooSender):
+        if not isinstance(self.engine, CpuSender):
             torch.cuda.synchronize()        # vLLM sends from streams of its own, which do not wait for the optimizer's last kernels
         if self.client is None:
             self.engine.send_weights()
             return Delivery({}, [], 0)
         self.client.version = version
         self.client.restart_clock()
-        if isinstance(self.engine, GlooSender):
+        if isinstance(self.engine, CpuSender):
             self.engine.send_weights()
         else:
             on_this_gpu(self.engine.send_weights, self.client.deadline)
@@ -321,27 +318,31 @@ class Sender:
 
     def close(self) -> None:
         """Leave the transfer group. NCCL may wait for peers that are dead, so nobody waits for NCCL."""
-        if self.client is None or isinstance(self.engine, GlooSender):
+        if self.client is None or isinstance(self.engine, CpuSender):
             self.engine.shutdown()
         else:
             Call(self.engine.shutdown)
 
 
 def trainer_engine(transport: str, rank: int, handles: Sequence[Any], source: WeightSource, master_address: str, port: int, sync: SyncConfig) -> Sender:
-    """Connect learner rank `rank` with the engines; called on every rank, rank 0 does the work. `transport` is nccl or gloo, `port` a free one on rank 0's host.
+    """Connect learner rank `rank` with the engines; called on every rank, rank 0 does the work. `port` is a free one on rank 0's host.
 
     To connect again (after a restart) call it again with another port. Raises EngineDied or SyncError within sync.timeout.
     """
+    from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
     client = PoolClient(handles, sync.timeout) if rank == 0 else None
     world_size = 1 + sum(client.ranks) if client else 0
     source, size = DigestingSource(source, active=rank == 0), sync.bucket_mib << 20
-    if transport == "gloo":
-        init = GlooTrainerInit(master_address, port, world_size, size, sync.timeout, rank=rank)
-    else:
+    if transport in ("shm", "gloo"):
+        init = CpuTrainerInit(transport, master_address, port, world_size, size, sync.timeout, rank=rank)
+    elif transport == "nccl":
         init = NCCLTrainerInitInfo(master_address, port, world_size, packed=True, packed_buffer_size_bytes=size, rank=rank)
+    else:       # its one buffer must hold the largest tensor
+        largest = max(size_of(bucket) for bucket in buckets(source.metadata(), size))
+        init = IPCTrainerInitInfo(packed=True, packed_buffer_size_bytes=max(size, largest), rank=rank)
     connect = lambda: WeightTransferTrainerFactory.trainer_init(init, client=client, source=source)
-    return Sender(connect() if transport == "gloo" or client is None else on_this_gpu(connect, client.deadline), client, source)
+    return Sender(connect() if transport in ("shm", "gloo") or client is None else on_this_gpu(connect, client.deadline), client, source)
 
 
-WeightTransferTrainerFactory.register_engine("gloo", GlooSender)
+WeightTransferTrainerFactory.register_engine("tandem_cpu", CpuSender)

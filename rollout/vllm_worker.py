@@ -1,4 +1,4 @@
-"""What Tandem adds inside vLLM's worker process: receivers for the two weight transports, and the checks that new weights are really computed with.
+"""What Tandem adds inside vLLM's worker process: receivers for the weight transports, and the checks that new weights are really computed with.
 
 vLLM imports this module because `worker_extension_cls` names WorkerExtension; the import registers the receivers. The faults guarded against are real,
 silent ones of vLLM 0.32: a layer that an update left out keeps its old weights (a log line), and on a CPU a tied lm_head keeps its old packed copy.
@@ -9,16 +9,19 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightTransferEngine
+from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
 from tandem.engine.digest import digest
-from tandem.rollout.vllm_transfer import GlooInitInfo, GlooUpdateInfo, Stopwatch, broadcast, buckets, empty_buffer, join_group
+from tandem.rollout.channels import Gloo, Memory, open_store
+from tandem.rollout.vllm_transfer import CpuInitInfo, CpuUpdateInfo, Stopwatch, buckets, size_of
 
 
 @contextmanager
@@ -37,18 +40,21 @@ def digesting(model: torch.nn.Module, digests: dict[str, str]):
         del model.load_weights
 
 
-class GlooReceiver(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
-    """Receives the learner's broadcast in a vLLM worker."""
+class CpuReceiver(WeightTransferEngine[CpuInitInfo, CpuUpdateInfo]):
+    """Receives the learner's weights through a channel in a vLLM worker."""
 
-    init_info_cls, update_info_cls = GlooInitInfo, GlooUpdateInfo
-    group = None
+    init_info_cls, update_info_cls = CpuInitInfo, CpuUpdateInfo
+    channel = None
 
-    def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
+    def init_transfer_engine(self, init_info: CpuInitInfo) -> None:
         self.shutdown()
-        p = self.parallel_config
-        rank = init_info.rank_offset + p.data_parallel_index * p.world_size + p.rank
-        self.group = join_group(init_info.master_address, init_info.master_port, rank, init_info.world_size, init_info.timeout)
-        self.bucket_bytes = init_info.bucket_bytes
+        p, init = self.parallel_config, init_info
+        store = open_store(init.master_address, init.master_port, init.world_size, init.timeout, master=False)
+        if init.transport == "shm":
+            self.channel = Memory(store, init.world_size - 1, init.slot, tuple(init.place))
+        else:
+            self.channel = Gloo(store, init.rank_offset + p.data_parallel_index * p.world_size + p.rank, init.world_size, init.timeout)
+        self.bucket_bytes = init.bucket_bytes
 
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
@@ -61,23 +67,16 @@ class GlooReceiver(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
         # the base class synchronises an accelerator here, which fails without one
         self.receive_weights(self.parse_update_info(update_info))
 
-    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
+    def receive_weights(self, update_info: CpuUpdateInfo) -> None:
         meta = [ParamMeta(n, getattr(torch, d), tuple(s)) for n, d, s in zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True)]
-        def receive(bucket):
-            buffer = empty_buffer(bucket)       # a new one each time: vLLM keeps views of it until a layer is complete
-            return bucket, buffer, broadcast(self.group, buffer)
-
-        incoming = map(receive, buckets(meta, self.bucket_bytes))
-        following = next(incoming, None)
-        while following:
-            bucket, buffer, work = following
-            work.wait()
-            following = next(incoming, None)    # the next bucket travels while this one is loaded
+        plan = list(buckets(meta, self.bucket_bytes))
+        for buffer, bucket in zip(self.channel.receive(map(size_of, plan)), plan):     # the channel first: it is told that the last buffer is done with, too
             self.watch.lap("receive")
             weights = [(m.name, buffer[start:start + size].view(m.dtype).view(m.shape)) for m, start, size in bucket]
             self.received.update((name, digest(tensor)) for name, tensor in weights)
             self.watch.lap("digest")
             self.model.load_weights(weights)
+            keep_unfinished(self.model)
             self.watch.lap("load and repack")
 
     def finish_weight_update(self) -> None:
@@ -90,7 +89,17 @@ class GlooReceiver(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
         self.watch.show("received")
 
     def shutdown(self) -> None:
-        self.group = None
+        if self.channel is not None:
+            self.channel.close()
+            self.channel = None
+
+
+def keep_unfinished(model: torch.nn.Module) -> None:
+    """Copy what vLLM holds of layers that are not complete yet: it keeps views of the buffer, which the next weights will overwrite."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+    for layer in model.modules():
+        for _, bound in get_layerwise_info(layer).loaded_weights:
+            bound.arguments.update({key: value.clone() for key, value in bound.arguments.items() if type(value) is torch.Tensor})
 
 
 class NcclReceiver(NCCLWeightTransferEngine):
@@ -99,6 +108,18 @@ class NcclReceiver(NCCLWeightTransferEngine):
     def init_transfer_engine(self, init_info) -> None:
         self.shutdown()
         super().init_transfer_engine(init_info)
+
+    def start_weight_update(self) -> None:
+        self.received: dict[str, str] = {}
+        super().start_weight_update()
+
+    def receive_weights(self, update_info) -> None:
+        with digesting(self.model, self.received):
+            super().receive_weights(update_info)
+
+
+class IpcReceiver(IPCWeightTransferEngine):
+    """vLLM's CUDA-IPC receiver, digesting what arrives."""
 
     def start_weight_update(self) -> None:
         self.received: dict[str, str] = {}
@@ -183,11 +204,13 @@ class WorkerExtension:
         compared only if they run on the same kind of CPU with equally many threads.
         """
         model = self.model_runner.get_model()
-        held = {name: digest(p) for name, p in model.named_parameters() if p.numel()}
-        for name, layer in packed_linears(model):
+
+        def effect(layer: torch.nn.Module) -> str:
             columns = layer.weight.shape[1] if layer.weight.numel() else getattr(layer, "input_size_per_partition", None) or layer.input_size
-            held[f"{name}.packed"] = digest(layer.cpu_linear(probe(16, columns, layer.weight.dtype), layer.weight, None))
-        return held
+            return digest(layer.cpu_linear(probe(16, columns, layer.weight.dtype), layer.weight, None))
+        jobs = {name: (digest, p) for name, p in model.named_parameters() if p.numel()} | {f"{name}.packed": (effect, layer) for name, layer in packed_linears(model)}
+        with ThreadPoolExecutor(2) as threads:      # the learner waits meanwhile, so that its core is free
+            return dict(zip(jobs, threads.map(lambda job: job[0](job[1]), jobs.values())))
 
     def tandem_die_with(self, parent: int) -> None:
         """Exit when process `parent` is gone: a worker whose owner was killed would hold its memory for ever."""
@@ -201,5 +224,6 @@ class WorkerExtension:
         threading.Thread(target=watch, name="die_with_parent", daemon=True).start()
 
 
-WeightTransferEngineFactory.register_engine("gloo", GlooReceiver)
+WeightTransferEngineFactory.register_engine("tandem_cpu", CpuReceiver)
 WeightTransferEngineFactory.register_engine("tandem_nccl", NcclReceiver)
+WeightTransferEngineFactory.register_engine("tandem_ipc", IpcReceiver)

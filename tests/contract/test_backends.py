@@ -136,17 +136,17 @@ def start(kind: str, folder: str, config: Config, scratch, loop: Loop, closing: 
         loop(backend.update_weights({"named": named}))
         return loop(backend.finish_weight_update(version))
     if kind == "vllm":
-        send = gloo_sender(backend, loop, dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters()), closing)
+        send = sender_of(backend, loop, dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters()), closing)
     return Case(backend, loop, AutoModelForCausalLM.from_pretrained(folder).eval(), send)
 
 
-def gloo_sender(backend, loop: Loop, named: dict[str, torch.Tensor], closing: list):
+def sender_of(backend, loop: Loop, named: dict[str, torch.Tensor], closing: list):
     """Tandem's own learner-side transport, its control plane calling the backend directly instead of through Ray."""
     import socket
 
     from vllm.distributed.weight_transfer.base import ParamMeta
 
-    from tandem.rollout.vllm_transfer import GlooSender, GlooTrainerInit
+    from tandem.rollout.vllm_transfer import CpuSender, CpuTrainerInit
 
     class Client:
         timeout, installed = 100.0, None
@@ -176,7 +176,7 @@ def gloo_sender(backend, loop: Loop, named: dict[str, torch.Tensor], closing: li
         port = s.getsockname()[1]
     client, source = Client(), Source()
     source.named = list(named.items())
-    sender = GlooSender.trainer_init(GlooTrainerInit("127.0.0.1", port, world_size=2, bucket_bytes=1 << 20, timeout=100.0, rank=0), client=client, source=source)
+    sender = CpuSender.trainer_init(CpuTrainerInit("shm", "127.0.0.1", port, world_size=2, bucket_bytes=1 << 20, timeout=100.0, rank=0), client=client, source=source)
     closing.append(sender.shutdown)
 
     def send(named, version):

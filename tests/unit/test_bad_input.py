@@ -137,8 +137,9 @@ def test_more_tokens_than_the_model_has_context(refused):
     assert "context of 1024" in refused("mode=cluster", "cluster.engine_cpus=0.1", "cluster.learner_cpus=0.1", "rollout.max_tokens=1000")
 
 
-def test_nccl_without_gpus(refused):
+def test_nccl_and_ipc_without_gpus(refused):
     assert "sync.transport is nccl" in refused("sync.transport=nccl")
+    assert "sync.transport is ipc" in refused("sync.transport=ipc")
 
 
 def test_record_that_is_none(folder, refused):
