@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -60,7 +61,8 @@ def against_vllm(args, path: str, prompts: list[np.ndarray], tokenizer) -> None:
     total = w.prompts * samples * w.tokens
     turn = iter(range(10**6))       # every round has prompts of its own: the prefix cache may help within a group only, on both sides
     share = lambda number: [prompts[(number * w.prompts + i) % len(prompts)] for i in range(w.prompts)]
-    child = subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--bare", path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--bare", path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                             env={**os.environ, "OMP_NUM_THREADS": str(args.threads)})      # read when torch is imported
     with tempfile.TemporaryDirectory() as folder:
         places = placement.start(config, folder)
         try:
