@@ -27,7 +27,7 @@ class Recorder:
     errored = False
 
     def __init__(self, fails=None):
-        self.calls, self.fails, self.weight_version = [], fails, "0"
+        self.calls, self.fails, self.weight_version, self.engine_core = [], fails, "0", self
 
     def __getattr__(self, name):
         async def call(*args, **kwargs):
