@@ -87,6 +87,7 @@ class Method:
     # in the place of Policy.forward in every step, a picklable callable
     #   forward(policy, tokens, positions, index, target, temperature, chunk, entropy, tags) -> (logp [n], entropy [n] | None, value [n] | None, {name: [n]})
     # with the arguments of Policy.forward and tags {segment, group, source: [n]}; the extra streams are `tokens.extra` of every objective.
+    # A row's last trained token is a target, but not among the tokens (see MicroBatch): behind its position another row begins.
     # It runs on the policy's modules (trunk, head, critic), all of them in the same order on every rank, and every parameter takes part, if only times zero:
     # ZeRO-3 would keep the last step's gradient of one that does not. Log-probs from before the update remain the ordinary ones.
     forward: ClassVar[Callable | None] = None

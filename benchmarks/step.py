@@ -75,10 +75,12 @@ def take_turns(args, sides: list[str], folder: Path) -> dict[str, dict[str, list
         for turn in turns.values():
             turn.stop(args.timeout)
     finally:
-        for turn in turns.values():
-            if turn.process.poll() is None:
-                turn.process.terminate()
+        for turn in (turn for turn in turns.values() if turn.process.poll() is None):
+            turn.process.terminate()
+            try:
                 turn.process.wait(timeout=60)
+            except subprocess.TimeoutExpired:       # it waits for a turn that will not come
+                turn.process.kill()
     results = {}
     for side, turn in turns.items():
         counted = slice(args.warm, args.warm + args.steps)

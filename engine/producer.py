@@ -121,6 +121,8 @@ class Producer:
             turns.put(slot)
         while any(needed.values()):
             slot = self.first_finished(turns) if self.over_sample else turns.get()
+            if slot.aborted:        # a ticket with more than it needs, of a checkpoint from before over-sampling was switched off
+                continue
             if slot.group is None:
                 slot.group = self.finish(slot)
             open_slots[slot.aligned].remove(slot)

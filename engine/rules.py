@@ -105,6 +105,7 @@ def check_sharing(c: Config) -> None:
         require(k.colocate and k.engine_gpus > 0 and k.learner_gpus > 0,
                 "rollout.sleep is true: an engine gives its GPU memory to the learner rank on the same GPU, but cluster.colocate is "
                 f"{str(k.colocate).lower()}, {gpus}; set cluster.colocate=true and 0.5 GPUs for each, or rollout.sleep=false")
+        require(c.rollout.backend != "replay", "rollout.sleep is true, but rollout.backend is replay, which has no engines; set rollout.sleep=false")
         require(c.rollout.staleness == 0,
                 f"rollout.sleep is true, but rollout.staleness is {c.rollout.staleness}, with which engines generate while the learner works; set it to 0, "
                 "or rollout.sleep=false")

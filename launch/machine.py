@@ -4,6 +4,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import platform
 import shutil
 import socket
 import struct
@@ -38,15 +39,17 @@ def available_memory() -> int:
     return available
 
 
-def keep_freed_memory() -> None:
-    """Make glibc keep freed memory for the buffers of the next step: new pages for each cost decoding 6 to 10 % (models of a few million parameters, on a CPU).
+# What makes glibc keep freed memory for the buffers of the next step: new pages for each cost decoding 6 to 10 % (models of a few million parameters, on a CPU)
+# and a weight sync a fifth. An older glibc refuses a larger second value than this, and the first alone would do harm.
+MALLOC = {"MALLOC_TRIM_THRESHOLD_": (1 << 31) - 1, "MALLOC_MMAP_THRESHOLD_": 1 << (30 if platform.libc_ver() >= ("glibc", "2.36") else 25)}
 
-    The user's own MALLOC_ variables win. Elsewhere than on glibc nothing happens.
-    """
+
+def keep_freed_memory() -> None:
+    """The same for this process, which runs already. The user's own variables win; elsewhere than on glibc nothing happens."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    for variable, option, value in (("MALLOC_TRIM_THRESHOLD_", -1, (1 << 31) - 1), ("MALLOC_MMAP_THRESHOLD_", -3, 1 << 30)):       # option numbers of malloc.h
+    for variable, option in (("MALLOC_TRIM_THRESHOLD_", -1), ("MALLOC_MMAP_THRESHOLD_", -3)):       # option numbers of malloc.h
         if mallopt is not None and variable not in os.environ:
-            mallopt(option, value)
+            mallopt(option, MALLOC[variable])
 
 
 def gpu_names() -> list[str]:

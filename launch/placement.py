@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.engine.config import Config, ConfigError
-from tandem.launch.machine import GIB, available_memory, cpu_count, gpu_count, memory_plan, port_is_free
+from tandem.launch.machine import GIB, MALLOC, available_memory, cpu_count, gpu_count, memory_plan, port_is_free
 
 
 @dataclass(frozen=True)
@@ -219,9 +219,8 @@ def worker_env(config: Config, gpus: float) -> dict[str, str]:
     env = {"OMP_NUM_THREADS": str(config.cluster.threads), "TOKENIZERS_PARALLELISM": "false", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
     if not gpus:
         env["DS_ACCELERATOR"] = "cpu"
-        defaults = {"GOMP_SPINCOUNT": "10000",      # OpenMP's own 300,000 starve other processes on the same cores; none at all (PASSIVE) cost an engine a tenth
-                    # glibc gives freed memory back and gets new pages for every buffer, a fifth of a weight sync: keep up to 4 GiB instead
-                    "MALLOC_TRIM_THRESHOLD_": str(4 << 30), "MALLOC_MMAP_THRESHOLD_": str(1 << 30)}
+        # OpenMP's own 300,000 starve other processes on the same cores; none at all (PASSIVE) cost an engine a tenth
+        defaults = {"GOMP_SPINCOUNT": "10000", **{key: str(value) for key, value in MALLOC.items()}}
         env |= {key: value for key, value in defaults.items() if key not in os.environ}
     if config.cluster.address is None and "GLOO_SOCKET_IFNAME" not in os.environ:
         env["GLOO_SOCKET_IFNAME"] = "lo"        # one machine: gloo need not find out which address its host name stands for

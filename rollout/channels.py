@@ -20,6 +20,7 @@ import torch
 from tandem.rollout.backend import EngineDied, SyncError
 
 POLL = 0.0003       # seconds
+NAME = "tandem_weights"
 SLOTS = 2           # buffers in shared memory: the learner fills one while the engines load the other
 
 
@@ -82,13 +83,16 @@ class Memory:
         """`slot`: bytes of the largest buffer. `place` (process, file descriptor) is None for the learner and `self.place` of the learner for the workers."""
         self.store, self.workers, self.slot, self.count = store, workers, -(-slot // mmap.PAGESIZE) * mmap.PAGESIZE, 0
         if place is None:
-            file = os.memfd_create("tandem_weights")
+            file = os.memfd_create(NAME)
             os.ftruncate(file, SLOTS * self.slot)
             self.file, self.place = file, (os.getpid(), file)
         else:
             self.file = None
+            path = "/proc/{}/fd/{}".format(*place)
             try:
-                file = os.open("/proc/{}/fd/{}".format(*place), os.O_RDWR)
+                if NAME not in os.readlink(path):       # on another machine the numbers may stand for anything
+                    raise FileNotFoundError(0, "it is another file here")
+                file = os.open(path, os.O_RDWR)
             except OSError as error:
                 raise SyncError(f"the learner's shared memory cannot be opened ({error.strerror}): sync.transport=shm is for engines and learner on one machine, "
                                 "in one container; use sync.transport=gloo") from error

@@ -221,7 +221,7 @@ class VllmBackend:
 
     async def sleep(self) -> None:
         """Give the GPU's memory back until the next weight update: start_weight_update wakes the weights, finish_weight_update the KV cache, so that the cache
-        is not there yet while the learner has buffers of the transfer. Nothing to do if asleep. No request may be running.
+        is not there yet while layers are gathered and sent. Nothing to do if asleep. No request may be running.
 
         Level 1: vLLM keeps the weights in host memory. Level 2 would drop them, and save that memory and two copies over PCIe per step; but it brings back only
         registered buffers besides what the update writes, and a plain tensor that a layer derived from its weights would be garbage without a word.

@@ -187,7 +187,11 @@ class CpuSender(TrainerWeightTransferEngine[CpuTrainerInit]):
         engine = cls(client=client, source=source, is_sender=init_info.is_sender)
         engine.bucket_bytes, engine.channel = init_info.bucket_bytes, None
         if engine.is_sender:
-            engine.connect(init_info)
+            try:
+                engine.connect(init_info)
+            except BaseException:
+                engine.shutdown()
+                raise
         return engine
 
     def connect(self, init: CpuTrainerInit) -> None:
@@ -299,10 +303,12 @@ class Sender:
         """Send all weights to all engines and make them live as `version`. The report is rank 0's; other ranks return an empty one.
 
         Raises EngineDied or SyncError within sync.timeout. No engine serves after that: those that live were left in the middle of an update and count as
-        dead (EnginePool.recover restarts them).
+        dead (EnginePool.recover restarts them). With ipc, and with nccl under ZeRO-3, an engine that dies in the middle ends a run of several ranks: the others
+        wait in collectives of vLLM's that rank 0 has left. One that is dead before is found in time.
         """
         from tandem.engine.learner import Delivery
         if not isinstance(self.engine, CpuSender):
+            self.check_engines()
             torch.cuda.synchronize()        # vLLM sends from streams of its own, which do not wait for the optimizer's last kernels
         if self.client is None:
             self.engine.send_weights()
@@ -315,6 +321,20 @@ class Sender:
             on_this_gpu(self.engine.send_weights, self.client.deadline)
         size = sum(torch.Size(m.shape).numel() * m.dtype.itemsize for m in self.source.metadata())
         return Delivery(dict(self.source.digests), self.client.installed, size)
+
+    def check_engines(self) -> None:
+        """Raise EngineDied on every rank if an engine is dead, before any of them enters a collective."""
+        error = [None]
+        if self.client is not None:
+            self.client.restart_clock()
+            try:
+                self.client.call("health", [()] * len(self.client.handles))
+            except (EngineDied, SyncError) as found:
+                error = [found]
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            torch.distributed.broadcast_object_list(error)
+        if error[0] is not None:
+            raise error[0]
 
     def close(self) -> None:
         """Leave the transfer group. NCCL may wait for peers that are dead, so nobody waits for NCCL."""

@@ -76,7 +76,7 @@ class CpuReceiver(WeightTransferEngine[CpuInitInfo, CpuUpdateInfo]):
             self.received.update((name, digest(tensor)) for name, tensor in weights)
             self.watch.lap("digest")
             self.model.load_weights(weights)
-            keep_unfinished(self.model)
+            keep_unfinished(self.model, buffer)
             self.watch.lap("load and repack")
 
     def finish_weight_update(self) -> None:
@@ -94,12 +94,14 @@ class CpuReceiver(WeightTransferEngine[CpuInitInfo, CpuUpdateInfo]):
             self.channel = None
 
 
-def keep_unfinished(model: torch.nn.Module) -> None:
+def keep_unfinished(model: torch.nn.Module, buffer: torch.Tensor) -> None:
     """Copy what vLLM holds of layers that are not complete yet: it keeps views of the buffer, which the next weights will overwrite."""
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+    place = buffer.untyped_storage().data_ptr()
     for layer in model.modules():
         for _, bound in get_layerwise_info(layer).loaded_weights:
-            bound.arguments.update({key: value.clone() for key, value in bound.arguments.items() if type(value) is torch.Tensor})
+            bound.arguments.update({key: value.clone() for key, value in bound.arguments.items()
+                                    if type(value) is torch.Tensor and value.untyped_storage().data_ptr() == place})
 
 
 class NcclReceiver(NCCLWeightTransferEngine):

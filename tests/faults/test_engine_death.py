@@ -52,7 +52,7 @@ class Rig:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        return trainer_engine("gloo", 0, self.pool.handles, ModuleSource(self.model), "127.0.0.1", port, CONFIG.sync)
+        return trainer_engine("shm", 0, self.pool.handles, ModuleSource(self.model), "127.0.0.1", port, CONFIG.sync)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
 """Buffers through the CPU channels: every worker gets every byte, whoever is slow, and a peer that is not there is an error, not a wait without end."""
+import os
 import socket
 import threading
 import time
@@ -72,8 +73,11 @@ def test_the_learner_gives_up_when_its_patience_ends(address):
 
 
 def test_memory_of_another_machine_is_named_as_such(address):
-    with pytest.raises(SyncError, match="one machine.*sync.transport=gloo"):
-        Memory(open_store(*address, 2, 5.0, master=True), 1, 100, place=(2**22 + 1, 3))      # no process has this number
+    store, other = open_store(*address, 2, 5.0, master=True), os.open(os.devnull, os.O_RDWR)
+    for place in ((2**22 + 1, 3), (os.getpid(), other)):        # no process has this number; a file of that number is another one
+        with pytest.raises(SyncError, match="one machine.*sync.transport=gloo"):
+            Memory(store, 1, 100, place)
+    os.close(other)
 
 
 @pytest.mark.parametrize("cluster, expected", [
