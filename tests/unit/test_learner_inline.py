@@ -306,7 +306,7 @@ def test_export_is_a_hugging_face_folder_with_the_trained_weights(model_path, tm
 
 
 def test_freed_memory_is_kept_for_the_next_buffer():
-    """New pages are a page fault each: 40 MB are hundreds of them, unless the pages of the buffer before are taken again."""
+    """New pages are a page fault each: 40 MB are many of them, unless the pages of the buffer before are taken again."""
     script = ("import numpy, resource; from tandem.launch.machine import keep_freed_memory\n"
               "def fill():\n    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n    numpy.empty(5_000_000).fill(1.0)\n"
               "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
@@ -314,4 +314,4 @@ def test_freed_memory_is_kept_for_the_next_buffer():
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True,
                            env={k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")})
     without, kept = map(int, found.stdout.split())
-    assert without > 100 and kept < 10
+    assert kept < 10 < without          # 20 if the pages are huge ones
