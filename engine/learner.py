@@ -269,7 +269,7 @@ class InlineLearner:
     ranks = 1
 
     def __init__(self, rank: LearnerRank):
-        self.rank, self.pool, self.synced, self.sync_timeout = rank, None, None, rank.config.sync.timeout
+        self.rank, self.pool, self.synced = rank, None, None
         self.shares_prompts = rank.shares_prompts()
         self.step, self.logprobs, self.streams, self.set_reference = rank.step, rank.logprobs, rank.streams, rank.set_reference
         self.save, self.load, self.export, self.close = rank.save, rank.load, rank.export, rank.close

@@ -105,7 +105,7 @@ class RayLearner:
 
     def __init__(self, config: Config, actors: list, run_dir: Path):
         self.config, self.actors, self.run_dir, self.ranks = config, actors, run_dir, len(actors)
-        self.pool, self.synced, self.sync_timeout = None, None, config.sync.timeout
+        self.pool, self.synced = None, None
 
     @classmethod
     def start(cls, config: Config, model_path: str, placement, run_dir: str | Path) -> RayLearner:
@@ -179,13 +179,13 @@ class RayLearner:
         if hasattr(pool, "backends"):       # recorded rollouts: no engine to send to
             return
         address, port = self._gather("free_address", [()])[0]
-        self._gather("connect", [(transport(self.config), pool.handles, address, port)] * self.ranks, self.sync_timeout + GRACE)
+        self._gather("connect", [(transport(self.config), pool.handles, address, port)] * self.ranks, self.config.sync.timeout + GRACE)
 
     def send(self, version: int) -> Delivery:
         """Send the present weights to every engine. Raises SyncError or EngineDied."""
         if hasattr(self.pool, "backends"):
             return deliver([], self.pool.backends, version)
-        return self._gather("send", [(version,)] * self.ranks, self.sync_timeout + GRACE)[0]
+        return self._gather("send", [(version,)] * self.ranks, self.config.sync.timeout + GRACE)[0]
 
     def save(self, folder: str | Path) -> None:
         self._all("save", str(Path(folder).absolute()))

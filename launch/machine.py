@@ -39,7 +39,7 @@ def available_memory() -> int:
     return available
 
 
-# What makes glibc keep freed memory for the buffers of the next step: new pages for each cost decoding 6 to 10 % (models of a few million parameters, on a CPU)
+# What makes glibc keep freed memory for the buffers of the next step: new pages for each cost decoding 5 to 10 % (a model of 3 M parameters in float32)
 # and a weight sync a fifth. An older glibc refuses a larger second value than this, and the first alone would do harm.
 MALLOC = {"MALLOC_TRIM_THRESHOLD_": (1 << 31) - 1, "MALLOC_MMAP_THRESHOLD_": 1 << (30 if platform.libc_ver() >= ("glibc", "2.36") else 25)}
 

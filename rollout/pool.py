@@ -69,12 +69,6 @@ class EngineActor:
         self.stale = False
         return installed
 
-    async def weight_version(self) -> int:
-        return await self.backend.weight_version()
-
-    async def held_digest(self) -> str:
-        return await self.backend.held_digest()
-
     async def health(self) -> None:
         await self.backend.health()
 

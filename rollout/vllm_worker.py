@@ -104,32 +104,26 @@ def keep_unfinished(model: torch.nn.Module, buffer: torch.Tensor) -> None:
                                     if type(value) is torch.Tensor and value.untyped_storage().data_ptr() == place})
 
 
-class NcclReceiver(NCCLWeightTransferEngine):
-    """vLLM's NCCL receiver, digesting what arrives. A tensor is digested on the GPU, on the stream it arrived on."""
+class Digesting:
+    """Put before one of vLLM's own receivers: digests what arrives. A tensor is digested on the GPU, on the stream it arrived on."""
 
+    def start_weight_update(self) -> None:
+        self.received: dict[str, str] = {}
+        super().start_weight_update()
+
+    def receive_weights(self, update_info) -> None:
+        with digesting(self.model, self.received):
+            super().receive_weights(update_info)
+
+
+class NcclReceiver(Digesting, NCCLWeightTransferEngine):
     def init_transfer_engine(self, init_info) -> None:
         self.shutdown()
         super().init_transfer_engine(init_info)
 
-    def start_weight_update(self) -> None:
-        self.received: dict[str, str] = {}
-        super().start_weight_update()
 
-    def receive_weights(self, update_info) -> None:
-        with digesting(self.model, self.received):
-            super().receive_weights(update_info)
-
-
-class IpcReceiver(IPCWeightTransferEngine):
-    """vLLM's CUDA-IPC receiver, digesting what arrives."""
-
-    def start_weight_update(self) -> None:
-        self.received: dict[str, str] = {}
-        super().start_weight_update()
-
-    def receive_weights(self, update_info) -> None:
-        with digesting(self.model, self.received):
-            super().receive_weights(update_info)
+class IpcReceiver(Digesting, IPCWeightTransferEngine):
+    pass
 
 
 def packed_linears(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:

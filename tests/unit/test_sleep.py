@@ -108,7 +108,7 @@ def test_vllm_is_started_with_its_sleep_mode():
 class Scripted:
     """Learner, pool, producer and method of a run, recording the order of what is asked of them. `demands` are prompts per step, `skipped` the steps without a finite gradient."""
 
-    ranks, sync_timeout, synced, shares_prompts, forward, aligned = 1, 1.0, None, False, None, False
+    ranks, synced, shares_prompts, forward, aligned = 1, None, False, None, False
 
     def __init__(self, monkeypatch, demands, skipped=()):
         self.demands, self.skipped, self.log = demands, skipped, []
