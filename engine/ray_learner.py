@@ -4,6 +4,7 @@ A rank's output goes to RUN_DIR/logs/learner_R.log. Every call has a deadline; a
 """
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Sequence
@@ -13,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from tandem.algorithms.base import configured
 from tandem.engine.config import Config, ConfigError
 from tandem.engine.learner import Delivery, deliver
+from tandem.engine.loading import UserCode, user_code
 from tandem.engine.types import Row, StepPlan, StepReport
 from tandem.rollout.backend import EngineDied, SyncError
 from tandem.rollout.vllm_backend import transport
@@ -31,9 +34,11 @@ class LearnerFailed(RuntimeError):
 class RankActor:
     """One rank. Built in two steps: rank 0 must exist before the others can be told where to meet it."""
 
-    def __init__(self, rank: int, config: Config, model_path: str, run_dir: str):
+    def __init__(self, rank: int, config: Config, model_path: str, run_dir: str, code: UserCode):
+        from tandem.engine.loading import install
         from tandem.engine.telemetry import redirect_output
         from tandem.launch.placement import pin
+        install(code)
         pin(config, rank=rank)
         redirect_output(log_path(run_dir, rank))
         self.rank, self.config, self.model_path, self.sender = rank, config, model_path, None
@@ -94,10 +99,13 @@ def actors(config: Config, model_path: str, placement, run_dir: str | Path) -> l
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
     cluster = config.cluster
+    if config.method:
+        configured(config.method)       # loads the user's code, so that it is among what travels
+    code, folder = user_code(), os.path.abspath(run_dir)
     place = lambda rank: PlacementGroupSchedulingStrategy(placement.group, placement_group_bundle_index=placement.learner_bundle(rank))
     return [ray.remote(RankActor).options(num_cpus=cluster.learner_cpus, num_gpus=cluster.learner_gpus, max_restarts=0, scheduling_strategy=place(rank),
                                           runtime_env={"env_vars": dict(placement.learner_env)}
-                                          ).remote(rank, config, model_path, str(run_dir)) for rank in range(cluster.learner_ranks)]
+                                          ).remote(rank, config, model_path, folder, code) for rank in range(cluster.learner_ranks)]
 
 
 class RayLearner:
@@ -156,7 +164,8 @@ class RayLearner:
         return self._gather("call", [(method, *arguments)] * self.ranks, deadline)
 
     def step(self, plan: StepPlan) -> StepReport:
-        """Each rank gets its own micro-batches only; the report is the same from all."""
+        """Each rank gets its own micro-batches only; the report is the same from all. Raises ConfigError for an objective that cannot be sent."""
+        check_sendable(plan)
         return self._gather("call", [("step", share(plan, rank)) for rank in range(self.ranks)])[0]
 
     def logprobs(self, rows: Sequence[Row], temperature: float, reference: bool = False) -> list[np.ndarray]:
@@ -214,6 +223,18 @@ class RayLearner:
         for actor in self.actors:
             ray.kill(actor)
         self.actors = []
+
+
+def check_sendable(plan: StepPlan) -> None:
+    """Raise ConfigError that names the part of a method which cannot be pickled: Ray's own error names none."""
+    from ray import cloudpickle
+    parts = {f"the term {term.name!r}": term for term in plan.terms} | {"its forward": plan.forward}
+    for part, value in parts.items():
+        try:
+            cloudpickle.dumps(value)
+        except Exception as error:      # of any type: objects decide themselves how they are pickled
+            raise ConfigError(f"{part} of the method cannot be sent to the learner's processes ({type(error).__name__}: {error}); what it refers to must be "
+                              "picklable: locks, connections and generators belong into functions, not into what an objective holds") from None
 
 
 def share(plan: StepPlan, rank: int) -> StepPlan:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.engine.config import Config
+from tandem.engine.loading import UserCode, user_code
 from tandem.engine.types import GenRequest, Source, Trajectory
 from tandem.rollout.backend import EngineDied, Installed, SyncError
 
@@ -29,9 +30,11 @@ class RolloutPoolExhausted(RuntimeError):
 class EngineActor:
     """One engine in a Ray actor; the methods are those of rollout.backend.Backend, and a few for the pool."""
 
-    def __init__(self, index: int, config: Config, model_path: str, run_dir: str, stale: bool):
+    def __init__(self, index: int, config: Config, model_path: str, run_dir: str, stale: bool, code: UserCode):
+        from tandem.engine.loading import install
         from tandem.engine.telemetry import redirect_output
         from tandem.launch.placement import pin
+        install(code)
         pin(config, engine=index)
         redirect_output(log_path(run_dir, index))       # before vLLM is imported, so that nothing of it reaches the user's terminal
         self.index, self.config, self.model_path, self.stale = index, config, model_path, stale
@@ -129,7 +132,8 @@ class EnginePool:
     call to Ray would wait for itself."""
 
     def __init__(self, config: Config, model_path: str, placement, run_dir: str | Path):
-        self.config, self.model_path, self.placement, self.run_dir = config, model_path, placement, Path(run_dir)
+        self.config, self.model_path, self.placement, self.run_dir = config, model_path, placement, Path(run_dir).absolute()
+        self.code = user_code()         # as it was at the start, also for an engine that is started later
         self.lock = threading.RLock()
         self.restarts, self.generated_tokens = 0, 0
         self.answers: queue.SimpleQueue = queue.SimpleQueue()     # (slot, handle, ref, Ray's future); None ends the thread
@@ -156,7 +160,7 @@ class EnginePool:
         place = PlacementGroupSchedulingStrategy(self.placement.group, placement_group_bundle_index=self.placement.engine_bundle(index))
         return ray.remote(EngineActor).options(num_cpus=cluster.engine_cpus, num_gpus=cluster.engine_gpus, max_restarts=0, scheduling_strategy=place,
                                                runtime_env={"env_vars": dict(self.placement.engine_env)}
-                                               ).remote(index, self.config, self.model_path, str(self.run_dir), stale)
+                                               ).remote(index, self.config, self.model_path, str(self.run_dir), stale, self.code)
 
     def wait_started(self, slots: list[Slot]) -> None:
         import ray
