@@ -125,7 +125,7 @@ def shortened(row: Row) -> Row:
 
 def diagnostics(rows: Sequence[Row]) -> dict[str, float]:
     """How good the critic was on this batch, before the update: share of the returns' variance that it explains; and the KL to the reference per response."""
-    rows = [r for r in rows if r.returns is not None]
+    rows = [r for r in rows if r.returns is not None and r.old_value is not None and "value" in r.weights]      # returns alone: a method's own
     if not rows:
         return {}
     at = [r.weights["value"] != 0 for r in rows]

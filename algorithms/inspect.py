@@ -18,6 +18,7 @@ import torch
 
 from tandem.algorithms.base import Batch, Method
 from tandem.algorithms.objectives import Tokens
+from tandem.engine.method_checks import check_credit, check_rows, check_terms, naming
 from tandem.engine.packing import pack
 from tandem.engine.terms import denominators, evaluate, means, streams
 from tandem.engine.types import Finish, Prompt, Row, ScoredGroup, Source, Trajectory
@@ -45,7 +46,9 @@ def inspect(method: Method, batch: Batch, logp: PerRow, entropy: PerRow | None =
     row's streams. For a term that needs old log-probs or values and is given none, the present ones are the old ones, as before a first update; the
     present value is 0 if not given, as of a new critic. `extra` are the streams that a custom forward would give, 0 if not given."""
     check(method, batch, micro_batch_tokens, ranks)
-    rows, terms = list(method.rows(batch)), method.terms(batch)
+    rows, terms = method.rows(batch), method.terms(batch)
+    terms = check_terms(method, terms)
+    rows = check_rows(method, rows, terms)
     needs = {need: term.name for term in terms for need in term.needs}
     zeros = lambda row: np.zeros(len(row.tokens))
     if value is None and "value" in needs:
@@ -57,7 +60,7 @@ def inspect(method: Method, batch: Batch, logp: PerRow, entropy: PerRow | None =
             raise ValueError(f"term {needs[name]!r} needs {name!r}, which inspect was not given: pass {argument}=, a function from a row to float [T]")
         if per_row and name != "entropy":
             rows = [replace(r, **{name: numbers(argument, per_row, r, absent=True)}) for r in rows]
-    rows = list(method.credit(rows, batch))
+    rows = check_credit(method, rows, method.credit(rows, batch), terms)
     z = denominators(terms, rows)
     leaf = lambda name, per_row: [torch.tensor(numbers(name, per_row, r), requires_grad=True) for r in rows]
     leaves, value_leaves = leaf("logp", logp), None if value is None else leaf("value", value)
@@ -66,10 +69,11 @@ def inspect(method: Method, batch: Batch, logp: PerRow, entropy: PerRow | None =
     for micro in (m for rank in pack(rows, terms, ranks, micro_batch_tokens, batch.step) for m in rank):
         places = [(i, np.flatnonzero(rows[i].trained)) for i in micro.rows]
         gather = lambda per_row: torch.cat([per_row(i)[torch.as_tensor(t)] for i, t in places]) if places else torch.zeros(0, requires_grad=True)
-        entropies = None if entropy is None else gather(lambda i: torch.tensor(numbers("entropy", entropy, rows[i])))
+        entropies = None if entropy is None else gather(lambda i: torch.tensor(numbers("entropy", entropy, rows[i]), requires_grad=True))
         values = None if value is None else gather(lambda i: value_leaves[i])
-        extras = {name: gather(lambda i: torch.tensor(numbers(f"extra[{name!r}]", f, rows[i]))) for name, f in extra.items()}
-        loss, parts = evaluate(terms, z, micro, streams(micro, gather(lambda i: leaves[i]), entropies, values, extras))
+        extras = {name: gather(lambda i: torch.tensor(numbers(f"extra[{name!r}]", f, rows[i]), requires_grad=True)) for name, f in extra.items()}
+        with naming(method):
+            loss, parts = evaluate(terms, z, micro, streams(micro, gather(lambda i: leaves[i]), entropies, values, extras))
         total = total + loss
         for key, part in parts.items():
             sums[key] = sums.get(key, 0.0) + float(part)

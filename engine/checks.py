@@ -34,7 +34,7 @@ def check_logprobs(config: Config) -> int:
             requests = [run.method.request(i + (version << 20), p, Sampling(config.rollout.max_tokens, config.rollout.temperature, config.rollout.top_p, seed=i), 0,
                                            Budget(1, config.rollout.samples_per_prompt, 0, 1)) for i, p in enumerate(run.prompts.take(config.rollout.prompts_per_step))]
             rows = [policy_row(t, 0.0, "policy") for future in [run.pool.submit(r) for r in requests] for t in future.result()]
-            largest, mean, tokens = run.gap(rows, version)
+            largest, mean, tokens = run.gap(rows, version, config.rollout.temperature)
             run.display.message(f"{label}: {tokens} tokens   max gap {largest:.3g}   mean gap {mean:.3g}")
             run.check_gap(largest, mean, version)
     return 0

@@ -16,6 +16,8 @@ import numpy as np
 
 from tandem.algorithms.base import Batch, Demand, Term
 from tandem.algorithms.critic import diagnostics
+from tandem.engine.config import Config
+from tandem.engine.method_checks import check_credit, check_metrics, check_rows, check_state, check_terms, has_tokens, naming
 from tandem.engine.packing import pack
 from tandem.engine.producer import oldest_version
 from tandem.engine.terms import denominators
@@ -23,6 +25,7 @@ from tandem.engine.types import Row, ScoredGroup, Source, StepPlan, StepReport
 from tandem.rollout.backend import SyncError
 
 
+LEARNER_STREAMS = {"old_logp": "logp", "old_value": "value"}        # {stream of a Row: its name in LearnerRank.streams}
 STALE = -2      # a version no token has: after the first update of a batch the learner's weights are nobody's
 
 
@@ -33,6 +36,8 @@ class NotFinite(RuntimeError):
 def train(run) -> None:
     """Run the steps that are left. `run` is engine.run.Run: the config and the components, already started."""
     cfg, method, signals, skipped = run.config, run.method, run.signals, 0
+    check_state(method)
+    used: dict[str, bool] = {}      # {term: whether a row has had a token of it}
     if cfg.eval.before and run.step == 0:
         run.evaluate(0)
     while not run.done:
@@ -51,16 +56,18 @@ def train(run) -> None:
         batch = Batch(step, groups, experts, signals, off_policy=run.off_policy)
         if demand.set_reference:
             run.learner.set_reference()
+        temperature = step_temperature(cfg, demand)
         rows, terms = method.rows(batch), method.terms(batch)
-        if rows is None or terms is None:
-            raise TypeError(f"{type(method).__name__}.{'rows' if rows is None else 'terms'} returned None, expected a list: does it end without `return`?")
-        rows = method.credit(with_streams(run, rows, terms), batch)
+        terms = check_terms(method, terms)
+        rows = with_streams(run, check_rows(method, rows, terms), terms, temperature)
+        rows = check_credit(method, rows, method.credit(rows, batch), terms)
+        used |= {term.name: used.get(term.name, False) or any(has_tokens(row, term.name) for row in rows) for term in terms}
         check_staleness(step, groups, cfg.rollout.staleness, cfg.rollout.backend)
         if groups and run.gated < cfg.sync.gate_steps and not run.off_policy:
-            run.gate(rows, step)
+            run.gate(rows, step, temperature)
         clock.lap("prepare")
 
-        report = update(run, step, demand, rows, terms)
+        report = update(run, step, demand, rows, terms, temperature)
         clock.lap("learn")
         skipped = skipped + 1 if report.skipped else 0
         if report.skipped:
@@ -74,7 +81,7 @@ def train(run) -> None:
 
         metrics = {**report.metrics, **rollout_metrics(groups), **diagnostics(rows)}
         method.observe(step, metrics)
-        metrics |= method.metrics(step)
+        metrics |= check_metrics(method, method.metrics(step))
         signals = run.signals = carried(signals, metrics)
         if run.producer.wants_weights(step + 1, signals) or run.evaluation_due(step + 1):
             run.sync(step + 1)
@@ -86,20 +93,30 @@ def train(run) -> None:
             run.checkpoint()
         if run.stop_requested:
             return
+    if idle := [name for name, had_tokens in used.items() if not had_tokens]:
+        run.display.message(f"no row ever had a token of the method's term(s) {', '.join(idle)}: they trained nothing")
 
 
-def update(run, step: int, demand: Demand, rows: Sequence[Row], terms: Sequence[Term]) -> StepReport:
+def step_temperature(config: Config, demand: Demand) -> float:
+    """The one temperature of a step, for scoring before the update, for the update and for the gate.
+
+    Rollouts are trained on at the temperature they were sampled at. A step without any is plain SFT, at 1.
+    """
+    return config.rollout.temperature if demand.prompts else 1.0
+
+
+def update(run, step: int, demand: Demand, rows: Sequence[Row], terms: Sequence[Term], temperature: float) -> StepReport:
     """One optimizer step per part of the batch, in each epoch; with several, the clip needs the log-probs from before the first. A step without rollouts has one.
 
     Tokens and seconds of the report are sums over these steps, everything else is their mean."""
     learner = run.config.learner
-    temperature = run.config.rollout.temperature if demand.prompts else 1.0     # a step without rollouts is plain SFT, whatever rollouts are sampled at
     if not any(row.trained.any() for row in rows):
         return StepReport({"empty": 1.0})
     parts = [rows]
     if demand.prompts and learner.updates_per_batch * learner.epochs_per_batch > 1:
-        if any(row.old_logp is None for row in rows):
-            rows = [replace(r, old_logp=l) for r, l in zip(rows, run.learner.logprobs(rows, temperature))]
+        unscored = [i for i, row in enumerate(rows) if row.old_logp is None and row.trained.any()]
+        if unscored:
+            rows = filled(rows, unscored, {"old_logp": run.learner.logprobs([rows[i] for i in unscored], temperature)})
         rng = np.random.default_rng([run.config.run.seed, step])
         parts = [part for _ in range(learner.epochs_per_batch) for part in split(rows, learner.updates_per_batch, rng)]
     reports = []
@@ -109,23 +126,42 @@ def update(run, step: int, demand: Demand, rows: Sequence[Row], terms: Sequence[
                         micro_batches=pack(part, terms, run.learner.ranks, learner.micro_batch_tokens, version=step if number == 0 else STALE,
                                            share=run.learner.shares_prompts and run.method.forward is None),
                         learning_rate=run.learning_rate(step, demand), forward=run.method.forward, entropy=learner.entropy or any("entropy" in t.needs for t in terms))
-        reports.append(run.learner.step(plan))
+        with naming(run.method):
+            reports.append(run.learner.step(plan))
     keys = {key: None for report in reports for key in report.metrics}
     over = lambda key: np.sum if key.startswith(("tokens/", "seconds/")) else np.max if key == "gap/max" else np.mean
     return StepReport({key: float(over(key)([r.metrics[key] for r in reports if key in r.metrics])) for key in keys},
                       any(r.skipped for r in reports), sum(r.seconds for r in reports))
 
 
-def with_streams(run, rows: Sequence[Row], terms: Sequence[Term]) -> Sequence[Row]:
-    """Add what terms need from before the update: the learner's own log-probs and values, and the reference's log-probs."""
-    needs, temperature = frozenset().union(*(t.needs for t in terms)), run.config.rollout.temperature
-    if needs & {"old_logp", "old_value"}:
-        found = run.learner.streams(rows, temperature)
-        for name, stream in (("old_logp", "logp"), ("old_value", "value")):
-            if name in needs:
-                rows = [replace(r, **{name: s}) for r, s in zip(rows, found[stream])]
-    if "ref_logp" in needs:
-        rows = [replace(r, ref_logp=l) for r, l in zip(rows, run.learner.logprobs(rows, temperature, reference=True))]
+def with_streams(run, rows: Sequence[Row], terms: Sequence[Term], temperature: float) -> list[Row]:
+    """Add what terms need from before the update: the learner's own log-probs and values, and the reference's log-probs.
+
+    Only rows with a token of a term that needs a stream are scored; the stream stays absent (None) in all others.
+    """
+    wanted = [name for name in LEARNER_STREAMS if any(name in term.needs for term in terms)]
+    chosen = needing(rows, terms, wanted)
+    if chosen:
+        found = run.learner.streams([rows[i] for i in chosen], temperature)
+        rows = filled(rows, chosen, {name: found[LEARNER_STREAMS[name]] for name in wanted})
+    chosen = needing(rows, terms, ["ref_logp"])
+    if chosen:
+        found = run.learner.logprobs([rows[i] for i in chosen], temperature, reference=True)
+        rows = filled(rows, chosen, {"ref_logp": found})
+    return rows
+
+
+def needing(rows: Sequence[Row], terms: Sequence[Term], streams: Sequence[str]) -> list[int]:
+    """Places of the rows that have a token of a term that needs one of `streams`."""
+    names = [term.name for term in terms if any(stream in term.needs for stream in streams)]
+    return [i for i, row in enumerate(rows) if any(has_tokens(row, name) for name in names)]
+
+
+def filled(rows: Sequence[Row], places: Sequence[int], streams: Mapping[str, Sequence[np.ndarray]]) -> list[Row]:
+    """All rows; those at `places` with `streams`, {name: one float32 [T] per place}."""
+    rows = list(rows)
+    for number, i in enumerate(places):
+        rows[i] = replace(rows[i], **{name: found[number] for name, found in streams.items()})
     return rows
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from tandem.algorithms.base import Budget, Demand, Method
+from tandem.engine.method_checks import check_accept, check_demand, check_request
 from tandem.engine.types import Finish, GenRequest, Prompt, RewardOutcome, Sampling, ScoredGroup, Source, Trajectory
 from tandem.rollout.backend import EngineDied
 
@@ -88,7 +89,7 @@ class Producer:
         """Request the rollouts of every step up to `step + staleness` that was not requested before."""
         self.next_step = max(self.next_step, step)
         while self.next_step <= min(step + self.staleness, self.budget.steps - 1):
-            demand = self.method.demand(self.next_step, self.budget, signals)
+            demand = self.demand(self.next_step, signals)
             ticket, needed = Ticket(self.next_step, demand), self.needed(demand)
             extra = self.over_sample if needed[False] else 0
             ticket.slots = [self.draw(ticket.step, i < needed[True]) for i in range(demand.prompts + extra)]
@@ -100,7 +101,11 @@ class Producer:
         if any(slot.group is None for ticket in self.tickets for slot in ticket.slots):
             return True
         ahead = range(max(step, self.next_step), min(step + self.staleness, self.budget.steps - 1) + 1)
-        return any(self.method.demand(s, self.budget, signals).prompts for s in ahead)
+        return any(self.demand(s, signals).prompts for s in ahead)
+
+    def demand(self, step: int, signals: Mapping[str, float]) -> Demand:
+        """What the method needs in `step`. Raises MethodError if that cannot be."""
+        return check_demand(self.method, self.method.demand(step, self.budget, signals))
 
     def needed(self, demand: Demand) -> dict[bool, int]:
         """How many groups a step takes whose prompts have a demonstration (True), and of the others (False)."""
@@ -128,7 +133,7 @@ class Producer:
             open_slots[slot.aligned].remove(slot)
             if slot.group is not None:
                 self.books.tokens += sampled(slot.group.trajectories)
-            if slot.group is not None and self.method.accept(slot.group):
+            if slot.group is not None and check_accept(self.method, self.method.accept(slot.group)):
                 accepted.append(slot.group)
                 self.books.accepted += 1
                 needed[slot.aligned] -= 1
@@ -207,7 +212,7 @@ class Producer:
         """Request rollouts for the next prompt."""
         (prompt,) = (self.aligned if aligned else self.prompts).take(1)
         seed = int(np.random.SeedSequence([self.seed, self.next_group]).generate_state(1)[0] >> 1)
-        request = self.method.request(self.next_group, prompt, replace(self.sampling, seed=seed), step, self.budget)
+        request = check_request(self.method, self.method.request(self.next_group, prompt, replace(self.sampling, seed=seed), step, self.budget))
         self.next_group += 1
         self.books.requested += 1
         return self.issue(Slot(request, aligned))

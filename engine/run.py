@@ -206,9 +206,9 @@ class Run:
             version, self.version = self.version, None
             self.sync(version)
 
-    def gap(self, rows: Sequence[Row], version: int) -> tuple[float, float, int]:
+    def gap(self, rows: Sequence[Row], version: int, temperature: float) -> tuple[float, float, int]:
         """(max, mean, tokens) of |rollout log-prob - learner log-prob| over the tokens of `rows` that were sampled with weight version `version`."""
-        logps = self.learner.logprobs(rows, self.config.rollout.temperature)
+        logps = self.learner.logprobs(rows, temperature)
         gaps = [np.abs(l - r.behaviour_logp)[r.trained & (r.source == Source.POLICY) & (r.version == version)]     # others have no log-prob of the learner
                 for l, r in zip(logps, rows) if r.behaviour_logp is not None and r.version is not None]
         gaps = np.concatenate([np.zeros(0, np.float32), *gaps])
@@ -219,11 +219,11 @@ class Run:
         prompts = [self.prompts[i] for i in range(min(4, len(self.prompts)))] if self.prompts else []
         sampling = Sampling(self.config.rollout.max_tokens, self.config.rollout.temperature, self.config.rollout.top_p, seed=version)
         futures = [self.pool.submit(GenRequest(PROBE_GROUPS + i, prompt, 2, sampling)) for i, prompt in enumerate(prompts)]
-        self.gate([policy_row(t, 0.0, "policy") for future in futures for t in future.result()], version)
+        self.gate([policy_row(t, 0.0, "policy") for future in futures for t in future.result()], version, sampling.temperature)
 
-    def gate(self, rows: Sequence[Row], step: int) -> None:
+    def gate(self, rows: Sequence[Row], step: int, temperature: float) -> None:
         """Compare the engines' log-probs with the learner's on sampled tokens, before anything is trained on them."""
-        largest, mean, tokens = self.gap(rows, step)
+        largest, mean, tokens = self.gap(rows, step, temperature)
         if tokens:
             self.check_gap(largest, mean, step)
             self.gated += 1
