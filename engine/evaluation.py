@@ -2,6 +2,14 @@
 
 `eval/accuracy` is the mean of the first reward function (the verifier) over all scored samples; samples whose reward failed are left out and
 counted in `eval/errors`, so that a broken verifier shows as errors and not as wrong answers.
+
+`eval/standard_error` counts problems, not samples. Samples of one problem are not independent: sixteen
+of a problem that is always right say no more than one. It is the clustered standard error,
+
+    sqrt( sum_problems ( sum_samples (x - accuracy) )^2 ) / samples
+
+with every scored sample in the cluster of its problem. With one sample of each problem it is the
+usual std/sqrt(problems); with equally many it is that of the means of the problems.
 """
 from __future__ import annotations
 
@@ -23,11 +31,15 @@ class EvalResult:
     length: float           # mean response tokens
     samples: int
     errors: int
-    standard_error: float   # of the accuracy
+    standard_error: float   # of the accuracy, over problems; NaN with fewer than two of them
+    problems: int = 0       # with a scored sample; 0 in what runs before this was counted have recorded
 
-    def metrics(self) -> dict[str, float]:
-        return {"eval/accuracy": self.accuracy, "eval/reward": self.reward, "eval/length": self.length, "eval/samples": self.samples,
-                "eval/errors": self.errors, "eval/standard_error": self.standard_error}
+    def describe(self) -> str:
+        """What the numbers stand on, in words."""
+        counts = [f"{self.problems} problems, {self.samples} samples"]
+        if self.errors:
+            counts.append(f"{self.errors} without a reward")
+        return ", ".join(counts)
 
 
 def evaluate(pool, rewards, prompts: Sequence[Prompt], sampling: Sampling, samples: int, verifier: str, decode: Callable[[np.ndarray], str],
@@ -42,10 +54,31 @@ def evaluate(pool, rewards, prompts: Sequence[Prompt], sampling: Sampling, sampl
         except EngineDied:
             recover()
     scorings = [rewards.submit(p, [decode(t.response) for t in ts], [t.response for t in ts]) for p, ts in zip(prompts, done)]
-    outcomes = [o for s in scorings for o in s.result()]
-    scored = [o for o in outcomes if o.error is None and verifier in o.parts]
-    values = np.array([o.parts[verifier] for o in scored], np.float64)
-    mean = lambda xs: float(np.mean(xs)) if len(xs) else float("nan")
-    return EvalResult(accuracy=mean(values), reward=mean([o.value for o in scored]), length=mean([len(t.response) for ts in done for t in ts]),
-                      samples=len(scored), errors=len(outcomes) - len(scored),
-                      standard_error=float(values.std() / np.sqrt(len(values))) if len(values) else float("nan"))
+    outcomes = [list(scoring.result()) for scoring in scorings]         # [problem][sample]
+    scored = [[o for o in one if o.error is None and verifier in o.parts] for one in outcomes]
+    values = [[o.parts[verifier] for o in one] for one in scored]
+    count = sum(map(len, scored))
+    return EvalResult(
+        accuracy=mean([x for one in values for x in one]),
+        reward=mean([o.value for one in scored for o in one]),
+        length=mean([len(t.response) for ts in done for t in ts]),
+        samples=count,
+        errors=sum(map(len, outcomes)) - count,
+        standard_error=standard_error(values),
+        problems=sum(1 for one in values if one))
+
+
+def mean(numbers: Sequence[float]) -> float:
+    return float(np.mean(numbers)) if len(numbers) else float("nan")
+
+
+def standard_error(values: Sequence[Sequence[float]]) -> float:
+    """Clustered standard error of the mean of all values, [problem][sample]. NaN with fewer than two
+    problems that have a value: then nothing is known of how problems differ."""
+    clusters = [np.array(one, np.float64) for one in values if len(one)]
+    if len(clusters) < 2:
+        return float("nan")
+    center = np.concatenate(clusters).mean()
+    residuals = np.array([(one - center).sum() for one in clusters])
+    samples = sum(map(len, clusters))
+    return float(np.sqrt((residuals ** 2).sum()) / samples)

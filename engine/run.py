@@ -267,8 +267,7 @@ class Run:
         self.first_eval, self.last_eval, self.evaluated_at = self.first_eval or result, result, step
         self.telemetry.evaluation(step, vars(result))
         self.display.evaluation(step, result.accuracy)
-        self.display.message(f"held-out accuracy after {step} steps: {result.accuracy:.3f} +- {result.standard_error:.3f} ({result.samples} samples"
-                             + (f", {result.errors} without a reward)" if result.errors else ")"))
+        self.display.message(f"held-out accuracy after {step} steps: {result.accuracy:.3f} +- {result.standard_error:.3f} ({result.describe()})")
 
     def report(self, step: int, demand: Demand, groups: Sequence[ScoredGroup], metrics, clock: Clock) -> None:
         """One step's numbers to files, trackers and the screen."""
@@ -393,7 +392,7 @@ def rollout_only(run: Run) -> None:
 def summary(run: Run) -> None:
     if run.last_eval is not None:
         show = lambda r: f"{r.accuracy:.3f} +- {r.standard_error:.3f}"
-        run.display.message(f"held-out accuracy   before {show(run.first_eval)}   after {show(run.last_eval)}   ({run.last_eval.samples} samples)")
+        run.display.message(f"held-out accuracy   before {show(run.first_eval)}   after {show(run.last_eval)}   ({run.last_eval.describe()})")
     if run.config.run.save_model:
         run.display.message(f"model               {run.folder / 'model'}")
     run.display.message(f"run folder          {run.folder}")
