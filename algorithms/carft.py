@@ -1,13 +1,17 @@
 """CARFT: ReFT's PPO, and an attraction of right answers' embeddings to that of the annotated solution of the same question. Experimental.
 
-    u_t = W hidden_t,   V_t = w . tanh(u_t) + b,    z(y) = sum_t softmax_t(V_t) u_t          the value head also embeds, and its values pool
+    u_t = W hidden_t,   V_t = w . relu(u_t) + b,    z(y) = sum_t softmax_t(V_t) u_t          the value head also embeds, and its values pool
     s_i = cos( sg[z(y*_i)], z(y_i) ),               L = L_PPO + 5 L_V + contrast * sum_i c_i ( -min(s_i, 0.9)/tau ) / sum_i c_i,    c_i = 1[R_i >= correct]
 
 Source: arXiv 2508.15868 and the authors' code (trainer v4). Defaults: tau 0.2, contrast 0.1, 64 dimensions, KL in the reward 0.05, lam 0.95, one sample per question.
 Paper and code: the published loss is InfoNCE over all ranks. In the code the gathered embeddings carry no gradient, so the denominator pushes nothing and
-what is left is this attraction, which stops at s = 0.9; this file is that. Its correctness mask is broadcast to a matrix there, which counts every loss with
-every correctness; here each sample has its own. z(y*) is embedded with the weights of the step; in the code with those from before the batch.
-UNVERIFIED: the "embedding-enhanced partial reward" and the loss on negatives of the paper (another trainer, v8) are left out; the activation is our guess.
+what is left is this attraction, which stops at s = 0.9; this file is that. `as: paper` is the mean over the right samples, as published.
+In the code the correctness mask is broadcast to a matrix, so that every loss is counted with every correctness: a micro-batch with one right sample adds
+up the attraction of all its samples, right or wrong. `as: code` is that on the samples of a step: a sum per micro-batch of `micro_batch` samples (4 a GPU
+as published), averaged over micro-batches and GPUs, so `micro_batch` times the mean over all samples of the step, if any is right.
+The head is the code's (ReLU between its two layers; no bias in the first, and here V starts at 0), for both. z(y*) is embedded with the weights of the
+step; in the code with those from before the batch.
+UNVERIFIED: the "embedding-enhanced partial reward" and the loss on negatives of the paper (another trainer, v8) are left out.
 Start from the SFT checkpoint that ReFT would make: it is also the reference. Demonstrations come with their questions. With contrast 0 it is ReFT's second stage.
 Uses the custom-forward hook (see `Method.forward`), and keeps a question's rows in one micro-batch.
 """
@@ -21,7 +25,7 @@ import torch
 
 from tandem.algorithms.base import Batch, Method, Term, demonstration, expert_row
 from tandem.algorithms.objectives import NLL, Tokens
-from tandem.algorithms.policy import PolicyLoss
+from tandem.algorithms.policy import PolicyLoss, variant
 from tandem.algorithms.reductions import Reduction
 from tandem.engine.types import Row, Source
 
@@ -71,13 +75,18 @@ class CARFT(Method):
     aligned: ClassVar[bool] = True
     embedding: ClassVar[int] = 64
 
+    as_: str = "paper"                  # paper | code
     contrast: float = 0.1
     tau: float = 0.2
     cap: float = 0.9
+    micro_batch: int = 4                # as code: samples of one of the authors' micro-batches
     correct: float = 1.0                # a sample with at least this reward is right
     policy: PolicyLoss | dict | str = field(default_factory=dict)
 
     def __post_init__(self):
+        variant(self.as_, None, None)
+        if self.micro_batch < 1:
+            raise ValueError(f"micro_batch is {self.micro_batch}, must be at least 1")
         self.policy = PolicyLoss.parse(self.policy, preset="ppo", reduction="seq_mean_token_mean", critic={"lam": 0.95, "kl": 0.05, "coefficient": 5.0})
         if not self.critic:
             raise ValueError(f"method.policy.advantage is {self.policy.advantage!r}: CARFT pools embeddings by the critic's values; leave it at gae (preset ppo)")
@@ -92,15 +101,25 @@ class CARFT(Method):
             return rows
         paired = {g.group for g in batch.groups if g.prompt.demonstration is not None}
         right = [r >= self.correct for g in batch.groups for r in g.rewards]
-        rows = [replace(row, weights={**row.weights, "contrast": last(row)}) if ok and row.group in paired else row for row, ok in zip(rows, right)]
+        attracted = [ok and row.group in paired for row, ok in zip(rows, right)]
+        if self.as_ == "code" and any(attracted):
+            attracted = [row.group in paired for row in rows]
+        rows = [with_contrast(row) if ok else row for row, ok in zip(rows, attracted)]
         drawn = {row.group for row in rows if "contrast" in row.weights}
         return rows + [replace(expert_row(demonstration(g), "anchor"), group=g.group) for g in batch.groups if g.group in drawn]
 
     def terms(self, batch: Batch):
         if not self.contrast:
             return self.policy.terms(batch)
-        return [*self.policy.terms(batch), Term("contrast", Attraction(self.tau, self.cap), Reduction("seq_mean_token_sum"), self.contrast,
-                                                needs=frozenset({"similarity"}), together=True), Term("anchor", NLL(), coefficient=0.0)]
+        coefficient = variant(self.as_, self.contrast, self.contrast * self.micro_batch)
+        contrast = Term("contrast", Attraction(self.tau, self.cap), Reduction("seq_mean_token_sum"), coefficient,
+                        needs=frozenset({"similarity"}), together=True)
+        return [*self.policy.terms(batch), contrast, Term("anchor", NLL(), coefficient=0.0)]
+
+
+def with_contrast(row: Row) -> Row:
+    """The row as one sample of the contrast."""
+    return replace(row, weights={**row.weights, "contrast": last(row)})
 
 
 def last(row: Row) -> np.ndarray:

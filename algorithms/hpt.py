@@ -6,8 +6,10 @@
 Source: arXiv 2509.04419. gate 0 (SFT only where all rollouts fail) for Qwen, 2/8 for Llama. A prompt without a demonstration keeps its rollouts.
 The mean over prompts is this file's reading of the paper, which writes the loss of one prompt: each half weighs as much as its share of the prompts.
 Paper and code: as=code has no std, no clip, the policy sum divided by the response limit (give it as `policy: {reduction_length: 8192}`), SFT as a token mean
-that weighs 1 whatever its share, and an entropy bonus of 0.001 over demonstrations as well. The code's SFT mean is per micro-batch, so that packing
-changes its weight; here it is global. It also skips steps whose gradient norm is above 80; learner.max_skipped_steps knows non-finite ones only.
+that weighs 1 whatever its share, and an entropy bonus of 0.001 on the mean entropy, of demonstrations as well. The code takes its means per micro-batch, adds
+them up, and averages over GPUs, so that on G GPUs with K micro-batches SFT weighs G K times as much against RL as on one GPU with one. Here there is one
+global mean; `policy: {code_gpus: G, code_micro_batches: K}` gives that ratio (algorithms/policy.py). The published script has G = 8, and bins of 32,768
+tokens for 64 rows a GPU: K is about 4 at 2,000 tokens a row. Both are 1 unless given, as on one GPU. The code also skips steps whose gradient norm is above 80; learner.max_skipped_steps knows non-finite ones only.
 The gate looks at the step's own rollouts and keeps nothing. With dynamic sampling, prompts that go to SFT are kept.
 """
 from __future__ import annotations
@@ -58,7 +60,7 @@ class HPT(Method):
 
     def terms(self, batch: Batch) -> list[Term]:
         self.sft_share = sum(map(self.gated, batch.groups)) / max(1, len(batch.groups))
-        reduction, rl, sft = variant(self.as_, ("seq_mean_token_mean", 1.0 - self.sft_share, self.sft_share), ("token_mean", 1.0, 1.0))
+        reduction, rl, sft = variant(self.as_, ("seq_mean_token_mean", 1.0 - self.sft_share, self.sft_share), ("token_mean", 1.0, self.policy.mean_weight))
         coefficient = sft * self.sft_coefficient(batch.step, batch.signals)
         return [*self.policy.terms(batch, rl), Term("sft", NLL(), Reduction(reduction), coefficient)]
 

@@ -8,7 +8,8 @@ A gamma p/(p + gamma)^2. A prompt with a demonstration gets samples - 1 rollouts
 demonstration's advantage is 0: its influence fades without a schedule. Dynamic sampling, if switched on, judges the group with its demonstration.
 Paper and code: both train without the division by std (the paper's text, against its formula), with an entropy bonus over the tokens of both sources: 0.01 in
 the paper, 0.001 in the code. as=code also drops the clip and divides the sum by a constant, the response limit (8192 there), not by tokens or rows:
-give it as `policy: {reduction_length: 8192}`.
+give it as `policy: {reduction_length: 8192}`; the entropy bonus stays a mean over tokens. How the two weigh against each other depends on the GPUs and
+micro-batches of the authors' machine: `code_gpus` and `code_micro_batches`, see algorithms/policy.py.
 Watch policy/expert/p, the mean probability of demonstration tokens.
 """
 from __future__ import annotations

@@ -16,7 +16,13 @@ gspo                    arXiv 2507.18071    (R - mean)/std          gspo        
 cispo                   arXiv 2506.13585    (R - mean)/std          cispo           token_mean
 ppo                     arXiv 1707.06347    gae                     clip 0.2/0.2    token_mean; a value head, see algorithms/critic.py
 luffy_code              code of LUFFY,      R - mean                ppo, no clip    constant (sum / reduction_length, not divided by rows); entropy bonus 0.001
-                        ReLIFT and HPT
+                        ReLIFT and HPT                                              of the mean entropy of all tokens, not of their sum
+
+That code adds up the losses of a GPU's micro-batches and averages over GPUs. So on G GPUs with K micro-batches each (of one
+optimizer step), its sum over tokens weighs 1/G, and what is a token mean there (entropy bonus, KL, the SFT loss of HPT and of
+RL with an SFT loss) weighs K: their ratio depends on the machine. Here a term has one global denominator. To get the ratio of
+a published run, say what it ran on: `code_gpus: G, code_micro_batches: K`. Micro-batches that hold no token of a mean do not
+count for it; where they differ much (few demonstrations), the K of the SFT loss is smaller.
 """
 from __future__ import annotations
 
@@ -47,7 +53,8 @@ PRESETS: dict[str, dict] = {
     "gspo": {"objective": "gspo", "clip_low": 3e-4, "clip_high": 4e-4, "reduction": "seq_mean_token_mean"},
     "cispo": {"objective": "cispo"},
     "ppo": {"advantage": "gae"},
-    "luffy_code": {"advantage": "dr_grpo", "clip_low": math.inf, "clip_high": math.inf, "reduction": "constant", "entropy_bonus": 0.001},
+    "luffy_code": {"advantage": "dr_grpo", "clip_low": math.inf, "clip_high": math.inf, "reduction": "constant", "entropy_bonus": 0.001,
+                   "regulariser_reduction": "token_mean"},
 }
 TRAINED = (Source.POLICY, Source.PREFIX, Source.EXPERT)     # sources whose tokens belong to the policy term, where a method puts them into a group
 
@@ -66,6 +73,9 @@ class PolicyLoss:
     dual_clip: float | None = None
     reduction: str = "token_mean"
     reduction_length: int | None = None
+    regulariser_reduction: str | None = None    # of KL and entropy bonus; None: as the policy term
+    code_gpus: int = 1                  # G and K of the docstring, of reduction constant only
+    code_micro_batches: int = 1
     kl: Schedule | float = 0.0          # beta; anything but 0 loads a frozen reference model
     entropy_bonus: Schedule | float = 0.0
     dynamic_sampling: bool = False      # redraw groups whose rewards are all equal (DAPO)
@@ -81,6 +91,12 @@ class PolicyLoss:
         check("correction", self.correction, ("auto", "none", "token", "sequence"))
         check("correction_mode", self.correction_mode, ("truncate", "mask"))
         Reduction(self.reduction, self.reduction_length)    # fails here, not in step 1
+        self.regulariser()
+        for name in ("code_gpus", "code_micro_batches"):
+            count = getattr(self, name)
+            if count < 1 or (count > 1 and self.reduction != "constant"):
+                raise ValueError(f"method.policy.{name} is {count} with reduction {self.reduction!r}: it is a count, at least 1, and more than 1 "
+                                 "goes with reduction constant only (preset luffy_code), whose authors' code depends on it")
         self.kl, self.entropy_bonus = Schedule.parse(self.kl), Schedule.parse(self.entropy_bonus)
         if self.critic is not None and self.advantage != "gae":
             raise ValueError(f"method.policy.critic is given, but method.policy.advantage is {self.advantage!r}, which has no critic; set it to gae (preset ppo)")
@@ -112,12 +128,17 @@ class PolicyLoss:
 
     def advantages(self, groups: Sequence[ScoredGroup]) -> list[np.ndarray]:
         """float32 [n] per group, from the rewards of its trajectories."""
-        return ESTIMATORS[self.advantage]([g.rewards for g in groups], [np.array([trained(t).sum() for t in g.trajectories]) for g in groups])
+        lengths = [np.array([self.mask(t).sum() for t in g.trajectories]) for g in groups]
+        return ESTIMATORS[self.advantage]([g.rewards for g in groups], lengths)
+
+    def mask(self, trajectory: Trajectory) -> np.ndarray:
+        """float32 [T]: 1 on the tokens of the policy term that are trained."""
+        cut = self.mask_truncated and trajectory.finish == Finish.LENGTH
+        return np.zeros(len(trajectory.tokens), np.float32) if cut else trained(trajectory)
 
     def row(self, trajectory: Trajectory, advantage: float) -> Row:
         """A row of the policy term. The regularisers that are on get the tokens the policy sampled itself: KL and entropy are expectations under it."""
-        cut = self.mask_truncated and trajectory.finish == Finish.LENGTH
-        mask = np.zeros(len(trajectory.tokens), np.float32) if cut else trained(trajectory)
+        mask = self.mask(trajectory)
         sampled = mask * (trajectory.source == Source.POLICY)
         row = Row(tokens=trajectory.tokens, source=trajectory.source, weights={"policy": mask, **{name: sampled.copy() for name in self.regularisers()}},
                   advantage=mask * np.float32(advantage), behaviour_logp=trajectory.behaviour_logp, version=trajectory.version, group=trajectory.group,
@@ -131,6 +152,18 @@ class PolicyLoss:
         """Every trajectory of every group as a row, with the advantage that it has within its group."""
         return [self.row(t, a) for g, advantages in zip(groups, self.advantages(groups)) for t, a in zip(g.trajectories, advantages)]
 
+    @property
+    def mean_weight(self) -> int:
+        """What a token mean weighs in the authors' code: K of the docstring."""
+        return self.code_micro_batches
+
+    def regulariser(self) -> Reduction:
+        """The reduction of KL and entropy bonus."""
+        if self.regulariser_reduction is None:
+            return Reduction(self.reduction, self.reduction_length)
+        length = self.reduction_length if self.regulariser_reduction.endswith("constant") else None
+        return Reduction(self.regulariser_reduction, length)
+
     def regularisers(self) -> list[str]:
         return [name for name, coefficient in (("kl", self.kl), ("entropy", self.entropy_bonus)) if not coefficient.off]
 
@@ -143,13 +176,16 @@ class PolicyLoss:
         reduction = Reduction(self.reduction, self.reduction_length)
         level = ("token" if batch.off_policy else "none") if self.correction == "auto" else self.correction
         correction = None if level == "none" else RolloutCorrection(level, self.correction_mode, self.correction_cap, self.correction_floor)
-        terms = [Term("policy", self.token_objective(), reduction, coefficient, correction)]
-        now = lambda schedule: coefficient * schedule(batch.step, batch.signals)
+        whole = coefficient / self.code_gpus
+        terms = [Term("policy", self.token_objective(), reduction, whole, correction)]
+        mean = self.regulariser()
+        share = coefficient * self.mean_weight if mean.name == "token_mean" else whole
+        now = lambda schedule: share * schedule(batch.step, batch.signals)
         if not self.kl.off:
-            terms.append(Term("kl", KLToReference(), reduction, now(self.kl), needs=frozenset({"ref_logp"})))
+            terms.append(Term("kl", KLToReference(), mean, now(self.kl), needs=frozenset({"ref_logp"})))
         if not self.entropy_bonus.off:
-            terms.append(Term("entropy", EntropyBonus(), reduction, now(self.entropy_bonus), needs=frozenset({"entropy"})))
-        return terms + ([] if self.critic is None else self.critic.terms(reduction, coefficient))
+            terms.append(Term("entropy", EntropyBonus(), mean, now(self.entropy_bonus), needs=frozenset({"entropy"})))
+        return terms + ([] if self.critic is None else self.critic.terms(reduction, whole))
 
 
 def trained(trajectory: Trajectory) -> np.ndarray:

@@ -5,8 +5,10 @@
 
 Source: arXiv 2506.07527; buffer 128. The SFT step has optimizer moments of its own.
 Paper and code: the paper's RL is GRPO with std, clip and token mean, alpha 1e-4, and a plain buffer: oldest first. as=code has no std, no clip, divides by the
-response limit (give it as `policy: {reduction_length: 8192}`), an entropy bonus of 0.001, alpha 1e-3, takes the newest demonstrations first, and calls a
-prompt hardest only if all its rewards are exactly 0, so that a format penalty keeps it out. The authors clip gradients at 1.0 (SFT) and 0.7 (RL);
+response limit (give it as `policy: {reduction_length: 8192}`), an entropy bonus of 0.001 on the mean entropy, alpha 1e-3, puts each step's demonstrations in
+front of the buffer and takes from there (within a step in the step's order; what is left grows old at the end), and calls a
+prompt hardest only if all its rewards are exactly 0, so that a format penalty keeps it out. The authors' later code, on a newer
+verl, appends to the buffer as the paper: `newest_first: false`. The authors clip gradients at 1.0 (SFT) and 0.7 (RL);
 learner.grad_clip is one number for both. With dynamic sampling, hardest prompts are kept: they have no gradient, but feed the buffer.
 """
 from __future__ import annotations
@@ -31,6 +33,7 @@ class ReLIFT(Method):
 
     as_: str = "paper"
     buffer: int = 128
+    newest_first: bool | None = None        # None: false as paper, true as code
     alpha: Schedule | float | None = None   # None: 1e-4 as paper, 1e-3 as code
     sft_learning_rate: float | None = None
     policy: PolicyLoss | dict | str = field(default_factory=dict)
@@ -40,7 +43,8 @@ class ReLIFT(Method):
             raise ValueError(f"buffer is {self.buffer}, must be at least 1")
         self.policy = PolicyLoss.parse(self.policy, **variant(self.as_, {}, {"preset": "luffy_code"}))
         self.alpha = Schedule.parse(variant(self.as_, 1e-4, 1e-3) if self.alpha is None else self.alpha)
-        self.waiting: list[Trajectory] = []
+        self.newest_first = variant(self.as_, False, True) if self.newest_first is None else self.newest_first
+        self.waiting: list[Trajectory] = []         # in the order in which they are taken
         self.planned: set[int] = set()      # SFT steps that were announced and not yet made; with staleness, steps are announced ahead
         self.pushed = self.consumed = 0
 
@@ -61,14 +65,11 @@ class ReLIFT(Method):
     def rows(self, batch: Batch) -> list[Row]:
         if batch.groups:
             found = [demonstration(g) for g in batch.groups if self.hardest(g)]
-            self.waiting += found
+            self.waiting = found + self.waiting if self.newest_first else self.waiting + found
             self.pushed += len(found)
             return self.policy.rows(batch.groups)
         self.planned.discard(batch.step)
-        if self.as_ == "code":
-            taken, self.waiting = self.waiting[-self.buffer:][::-1], self.waiting[:-self.buffer]
-        else:
-            taken, self.waiting = self.waiting[:self.buffer], self.waiting[self.buffer:]
+        taken, self.waiting = self.waiting[:self.buffer], self.waiting[self.buffer:]
         self.consumed += len(taken)
         rows = [expert_row(t, "buffer") for t in taken]
         for row in rows:

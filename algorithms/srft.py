@@ -9,8 +9,10 @@ Source: arXiv 2506.19767. Rollouts ignore their advantage: right ones are pushed
 Both halves of the self term share one mean over all rollouts: they are the expectation of -R log pi with R = +-1, taken apart. Rewards are read as right
 (> 0) or wrong. No `policy` options: the self term is the method's own.
 UNVERIFIED: the level of H and the reductions, which the paper does not give (default: H is the row's mean token entropy, all terms are token means; options
-`level`, `reduction`), and everything as=code does: H of the token itself, exp(+H) in the SFT weight and an entropy bonus of 0.001 are known from notes on
-the authors' code alone, LUFFY's shaping p/(p + 0.1) in place of p from the re-implementation in HPT's repository (which has H per row, no std, sums over 8192).
+`level`, `reduction`).
+`as: code` equals no public code; do not report it as the authors'. It is put together from two second-hand sources: H of the token itself, exp(+H) in the
+SFT weight and an entropy bonus of 0.001 are known from notes on the authors' code alone; LUFFY's shaping p/(p + 0.1) in place of p is from the
+re-implementation in HPT's repository, which otherwise differs (exp(-H) with H per row, no std, policy sums over 8192). Use `as: paper` to compare with SRFT.
 """
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ class SRFT(Method):
     aligned: ClassVar[bool] = True
     scores_demonstrations: ClassVar[bool] = True
 
-    as_: str = "paper"              # paper | code
+    as_: str = "paper"              # paper | code, which is no public code: see above
     sft_scale: Schedule | float = 0.5
     self_scale: Schedule | float = 0.1
     level: str | None = None        # of H: sequence | token; None: sequence as paper, token as code

@@ -174,7 +174,7 @@ class Head(nn.Module):
 class ValueHead(nn.Module):
     """V = w . hidden + b in float32, on the policy's own trunk. Zero at the start, so that the first advantages are sums of rewards.
 
-    With `embedding` dimensions V = w . tanh(u) + b with u = W hidden (CARFT); W is the same on all ranks.
+    With `embedding` dimensions V = w . relu(u) + b with u = W hidden (CARFT); W is the same on all ranks.
     """
 
     def __init__(self, output: torch.Tensor, embedding: int = 0):
@@ -187,7 +187,7 @@ class ValueHead(nn.Module):
     def forward(self, hidden, embed: bool = False):
         """value [n], and with `embed` u [n, embedding]; float32."""
         u = hidden.float() if self.embedding is None else hidden.float() @ self.embedding.float().T
-        value = (u if self.embedding is None else u.tanh()) @ self.weight.float() + self.bias.float()
+        value = (u if self.embedding is None else u.relu()) @ self.weight.float() + self.bias.float()
         return (value, u) if embed else value
 
 

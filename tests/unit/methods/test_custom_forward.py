@@ -141,6 +141,42 @@ def test_only_right_answers_of_questions_with_a_solution_are_drawn():
     assert [(r.source == Source.EXPERT).any() for r in out.rows] == [False] * 5 + [True] * 2 and out.coefficients["anchor"] == 0.0
 
 
+def test_carft_as_code_adds_up_all_samples_where_one_is_right():
+    """The authors' loop on two micro-batches of two samples: sum_i loss_i * sum_j c_j / sum_j c_j, averaged over the micro-batches."""
+    similarities = {5: 0.5, 6: -0.2, 7: 0.95, 8: 0.1}
+    groups = [group([trajectory([1], [first])], [reward], demonstration=[9, 3], number=n)
+              for n, (first, reward) in enumerate(zip(similarities, (1.0, 0.1, 0.0, 1.0)))]
+    loss = -np.minimum(list(similarities.values()), 0.9) / 0.2
+    correct = np.array([1.0, 0.0, 0.0, 1.0])
+    parts = []
+    for one in (slice(0, 2), slice(2, 4)):
+        matrix = loss[one][None, :] * correct[one][:, None]         # the mask is [2, 1] there
+        parts.append(matrix.sum() / correct[one].sum())
+    extra = {"similarity": lambda r: np.full(len(r.tokens), similarities.get(int(r.tokens[-1]), 0.0))}
+    look = lambda method, groups=groups: inspect(method, Batch(0, tuple(groups), ()), ramp, reference=ramp, value=ramp, extra=extra)
+    out = look(make_method("carft", {"as": "code", "micro_batch": 2, "contrast": 0.3}))
+    assert out.coefficients["contrast"] * out.terms["contrast"] == pytest.approx(0.3 * np.mean(parts), rel=1e-5)
+    paper = look(make_method("carft", {"contrast": 0.3}))
+    assert paper.coefficients["contrast"] == 0.3 and paper.terms["contrast"] == pytest.approx(loss[[0, 3]].mean(), rel=1e-5)
+    assert look(make_method("carft", {"as": "code"}), groups[1:3]).terms["contrast"] == 0.0, "nobody is right"
+    with pytest.raises(ValueError, match="paper, code"):
+        make_method("carft", {"as": "codee"})
+
+
+def test_the_head_that_embeds_is_linear_relu_linear():
+    """As in the authors' code, by torch's own modules; the embedding is what goes into the ReLU."""
+    from tandem.engine.model import ValueHead
+    head, hidden = ValueHead(torch.zeros(7, 5), embedding=6), torch.randn(4, 5)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(6))
+        head.bias.fill_(0.3)
+    first, second = torch.nn.Linear(5, 6, bias=False), torch.nn.Linear(6, 1)
+    first.weight.data, second.weight.data, second.bias.data = head.embedding.data, head.weight.data[None], head.bias.data
+    value, u = head(hidden, embed=True)
+    torch.testing.assert_close(value, second(torch.nn.functional.relu(first(hidden))).squeeze(-1))
+    torch.testing.assert_close(u, first(hidden))
+
+
 def test_attraction_stops_at_the_cap():
     """Section 11(g): beyond 0.9 the gradient is zero."""
     s = torch.tensor([0.5, 0.95], requires_grad=True)

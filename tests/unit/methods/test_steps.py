@@ -39,13 +39,30 @@ def test_relift_buffers_what_nothing_solved():
         assert [t.group for t in method.waiting] == expected
 
 
-def test_relift_as_code_takes_the_newest_first():
-    for as_, expected, left in (("paper", [0, 1], [2]), ("code", [2, 1], [0])):
-        method = make_method("relift", {"as": as_, "buffer": 2, **({"policy": {"reduction_length": 10}} if as_ == "code" else {})})
-        look(method, batch(groups=[wrong(n) for n in range(3)]))
-        assert [row.prompt_id for row in method.rows(batch(groups=(), step=1))] and [t.group for t in method.waiting] == left
+def test_relift_variants():
+    for as_ in ("paper", "code"):
+        method = make_method("relift", {"as": as_, **({"policy": {"reduction_length": 10}} if as_ == "code" else {})})
         assert method.alpha(0) == (1e-4 if as_ == "paper" else 1e-3)
         assert look(method, batch(groups=[rollouts()])).coefficients == ({"policy": 1.0} if as_ == "paper" else {"policy": 1.0, "entropy": 0.001})
+
+
+@pytest.mark.parametrize("options, expected", [
+    ({}, [[0, 1], [2, 3], [4]]),                            # a plain buffer: oldest first
+    ({"as": "code"}, [[3, 4], [0, 1], [2]]),                # each step's in front, in the step's order; taken from the front
+    ({"as": "code", "newest_first": False}, [[0, 1], [2, 3], [4]]),     # the authors' later code appends
+    ({"newest_first": True}, [[3, 4], [0, 1], [2]]),
+])
+def test_relift_takes_from_its_buffer_in_the_order_of_the_code(options, expected):
+    """Section 4(c). Three prompts fail in one step and two in the next; then two SFT steps of two, and one is left."""
+    policy = {"policy": {"reduction_length": 10}} if "as" in options else {}
+    method = make_method("relift", {"buffer": 2, **policy, **options})
+    taken = []
+    for numbers in ((0, 1, 2), (3, 4)):
+        look(method, batch(groups=[wrong(n, demo=[10 + n, 3]) for n in numbers]))
+    for step in (2, 3):
+        rows = method.rows(batch(groups=(), step=step))
+        taken.append([int(row.tokens[1]) - 10 for row in rows])
+    assert [*taken, [t.group for t in method.waiting]] == expected
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 2])
@@ -181,11 +198,11 @@ def test_hpt_by_hand():
 
 
 def test_hpt_as_code_by_hand():
-    """R - mean, sum over the constant; SFT a token mean of weight 1; entropy over demonstrations as well."""
+    """R - mean, sum over the constant; SFT a token mean of weight 1; entropy a mean over all tokens, demonstrations as well."""
     method = make_method("hpt", {"as": "code", "sft_coefficient": 0.3, "policy": {"reduction_length": 10}})
     out = look(method, batch(groups=[rollouts((1, 0), demo=DEMO), wrong(1), wrong(2, [7, 3])]), entropy=constant(0.5))
     sft = (0.2 + 0.3 + 0.4 + 0.2 + 0.3) / 5
-    assert out.loss == pytest.approx(-(1.5 - 0.5) / 10 + 0.3 * sft - 0.001 * (4 + 5) * 0.5 / 10, rel=1e-4)
+    assert out.loss == pytest.approx(-(1.5 - 0.5) / 10 + 0.3 * sft - 0.001 * 0.5, rel=1e-4)
 
 
 @pytest.mark.parametrize("gate, to_sft", [(-1, 0), (0, 1), (1 / 4, 2), (0.3, 2), (2 / 4, 3), (1, 4)])
