@@ -1,0 +1,40 @@
+"""How many positions a model was made for, from its Hugging Face config alone."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+STRETCHED = ("linear", "dynamic", "ntk", "yarn")    # rope kinds whose factor multiplies the context
+
+
+def context_length(config) -> int | None:
+    """The model's context in tokens (prompt and response together); None where its config has no such limit.
+
+    `config` is a transformers PretrainedConfig. Its own names for the limit are known (GPT-2's
+    n_positions). A rope that is stretched by a factor counts as long as it can be, so that a longer
+    row is too long in every reading.
+    """
+    text = config.get_text_config()
+    trained = getattr(text, "max_position_embeddings", None)
+    if not isinstance(trained, int) or trained <= 0:
+        return None
+    lengths = [trained]
+    for rope in ropes(text):
+        factor = rope.get("factor")
+        if rope_kind(rope) in STRETCHED and isinstance(factor, int | float):
+            before = rope.get("original_max_position_embeddings") or trained
+            lengths.append(int(before * factor))
+    return max(lengths)
+
+
+def ropes(text_config) -> Iterator[dict]:
+    """The rope settings of a text config: none, one, or one for each type of layer."""
+    for name in ("rope_parameters", "rope_scaling"):
+        settings = getattr(text_config, name, None)
+        if not isinstance(settings, dict):
+            continue
+        nested = [value for value in settings.values() if isinstance(value, dict)]
+        yield from nested or [settings]
+
+
+def rope_kind(rope: dict) -> str:
+    return rope.get("rope_type") or rope.get("type") or "default"
