@@ -20,6 +20,7 @@ from tandem.engine.config import Config
 from tandem.engine.method_checks import check_credit, check_metrics, check_rows, check_state, check_terms, has_tokens, naming
 from tandem.engine.packing import pack
 from tandem.engine.producer import oldest_version
+from tandem.engine.signals import abandonable
 from tandem.engine.terms import denominators
 from tandem.engine.types import Row, ScoredGroup, Source, StepPlan, StepReport
 from tandem.rollout.backend import SyncError
@@ -34,12 +35,14 @@ class NotFinite(RuntimeError):
 
 
 def train(run) -> None:
-    """Run the steps that are left. `run` is engine.run.Run: the config and the components, already started."""
+    """Run the steps that are left. `run` is engine.run.Run: the config and the components, already started.
+
+    Returns early if a signal asked to stop. Raises Stopped if that came while it waited for rollouts or evaluated; run.step is then the steps done."""
     cfg, method, signals, skipped = run.config, run.method, run.signals, 0
     check_state(method)
     used: dict[str, bool] = {}      # {term: whether a row has had a token of it}
-    if cfg.eval.before and run.step == 0:
-        run.evaluate(0)
+    if run.evaluation_missing():
+        run.evaluate(run.step)
     while not run.done:
         step, clock = run.step, Clock()
         if run.producer.wants_weights(step, signals):
@@ -47,7 +50,8 @@ def train(run) -> None:
         clock.lap("sync")
         run.producer.ensure(step, signals)
         sampled = run.producer.books.tokens
-        demand, groups = run.producer.take(step)
+        with abandonable():
+            demand, groups = run.producer.take(step)
         experts = tuple(run.experts.take(demand.experts)) if demand.experts and not method.aligned else ()
         if cfg.rollout.sleep:
             run.sleep()

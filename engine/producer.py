@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from tandem.algorithms.base import Budget, Demand, Method
+from tandem.engine import signals
 from tandem.engine.method_checks import check_accept, check_demand, check_request
 from tandem.engine.types import Finish, GenRequest, Prompt, RewardOutcome, Sampling, ScoredGroup, Source, Trajectory
 from tandem.rollout.backend import EngineDied
@@ -113,10 +114,20 @@ class Producer:
         return {True: aligned, False: demand.prompts - aligned}
 
     def take(self, step: int) -> tuple[Demand, tuple[ScoredGroup, ...]]:
-        """Wait for the groups of `step`, which `ensure` requested. Replaces filtered and failed groups by new prompts, once no over-sampled group is left."""
+        """Wait for the groups of `step`, which `ensure` requested. Replaces filtered and failed groups by new prompts, once no over-sampled group is left.
+
+        Raises Stopped if a signal ends the wait. What was requested stays so, and nothing counts as taken: a resumed run takes the step anew."""
+        self.book_dropped()
+        before = replace(self.books)
+        try:
+            return self.collect(step)
+        except signals.Stopped:
+            self.books = replace(before, requested=self.books.requested, reissued=self.books.reissued)
+            raise
+
+    def collect(self, step: int) -> tuple[Demand, tuple[ScoredGroup, ...]]:
         ticket = self.tickets[0]
         assert ticket.step == step, f"ticket of step {ticket.step} taken at step {step}"
-        self.book_dropped()
         accepted: list[ScoredGroup] = []
         drawn, most = len(ticket.slots), REDRAWS * ticket.demand.prompts + self.over_sample
         needed, aborted_before = self.needed(ticket.demand), self.books.aborted
@@ -125,6 +136,7 @@ class Producer:
         for slot in ticket.slots:
             turns.put(slot)
         while any(needed.values()):
+            signals.check()
             slot = self.first_finished(turns) if self.over_sample else turns.get()
             if slot.aborted:        # a ticket with more than it needs, of a checkpoint from before over-sampling was switched off
                 continue
@@ -164,7 +176,11 @@ class Producer:
         """The next slot that can be finished without waiting; of those that are there, the one with the lowest number. A slot has its turn again when what
         it waits for has come: its generation (a new one if the engine died), then its rewards."""
         while True:
-            slot = turns.get()
+            signals.check()
+            try:
+                slot = turns.get(timeout=signals.LOOK_SECONDS)
+            except queue.Empty:
+                continue
             if slot.aborted:
                 continue
             if slot.group is not None:
@@ -235,12 +251,12 @@ class Producer:
         """Wait for one group. None if no trajectory of it has a usable reward."""
         while True:
             try:
-                kept = usable(slot.generation.result())
+                kept = usable(signals.result(slot.generation))
                 break
             except EngineDied:
                 self.replace_engines()
         self.score(slot)
-        outcomes = slot.scoring.result()
+        outcomes = signals.result(slot.scoring)
         group = scored_group(slot.request, kept, outcomes[:len(kept)], self.on_error, [self.decode(t.response) for t in kept])
         if group is not None and len(outcomes) > len(kept):
             group = replace(group, demonstration_reward=outcomes[-1].value)      # None where its reward failed: then it takes no part
@@ -261,7 +277,7 @@ class Producer:
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on: groups that were accepted or scored are kept, requests still running are re-issued."""
         for slot in (s for t in self.tickets for s in t.slots):
-            if slot.group is None and slot.scoring is not None and slot.scoring.done():
+            if slot.group is None and scored(slot.scoring):
                 slot.group = self.finish(slot)
         return {"next_group": self.next_group, "next_step": self.next_step, "books": replace(self.books),
                 "tickets": [(t.step, t.demand, [(s.request, s.aligned, s.group) for s in t.slots]) for t in self.tickets]}
@@ -275,6 +291,11 @@ class Producer:
         for slot in (s for t in self.tickets for s in t.slots):
             if slot.group is None:
                 self.issue(slot)
+
+
+def scored(scoring: Future | None) -> bool:
+    """Whether the rewards have answered, and with rewards."""
+    return scoring is not None and scoring.done() and not scoring.cancelled() and scoring.exception() is None
 
 
 def sampled(trajectories: Sequence[Trajectory]) -> int:

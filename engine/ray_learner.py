@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from tandem.algorithms.base import configured
+from tandem.engine import signals
 from tandem.engine.config import Config, ConfigError
 from tandem.engine.learner import Delivery, deliver
 from tandem.engine.loading import UserCode, user_code
@@ -23,6 +24,7 @@ from tandem.rollout.backend import EngineDied, SyncError
 from tandem.rollout.vllm_backend import transport
 
 STEP_DEADLINE = 6 * 3600.0      # seconds for one optimizer step, forward pass or checkpoint, of whatever size
+LOOK_SECONDS = 0.5              # between two looks at whether a signal stops the start
 GRACE = 5.0                     # seconds that other ranks get to report their side of a failure
 CLOSE_SECONDS = 20.0
 
@@ -124,8 +126,8 @@ class RayLearner:
             address, port = learner._gather("free_address", [()], timeout)[0]
             learner._gather("start", [(address, config.cluster.port or port)] * learner.ranks, timeout)
             learner.shares_prompts = all(learner._all("shares_prompts"))
-        except BaseException:
-            learner.close()
+        except BaseException as error:
+            learner.close(0 if isinstance(error, signals.Stopped) else CLOSE_SECONDS)
             raise
         return learner
 
@@ -135,7 +137,11 @@ class RayLearner:
         refs = [getattr(actor, method).remote(*args) for actor, args in zip(self.actors, arguments)]
         results, failures, waiting, end = {}, {}, list(refs), time.monotonic() + deadline
         while waiting:
-            done, waiting = ray.wait(waiting, timeout=max(0.0, end - time.monotonic()))
+            left = max(0.0, end - time.monotonic())
+            done, waiting = ray.wait(waiting, timeout=min(left, LOOK_SECONDS))
+            signals.check_start()
+            if not done and left > LOOK_SECONDS:
+                continue
             if not done:
                 if failures:
                     break       # the others hang in a collective with the rank that failed
@@ -212,14 +218,14 @@ class RayLearner:
         """Bytes of memory per rank."""
         return self._all("rss", deadline=CLOSE_SECONDS)
 
-    def close(self) -> None:
-        """End all ranks, by force where they do not end by themselves. Idempotent."""
+    def close(self, seconds: float = CLOSE_SECONDS) -> None:
+        """End all ranks, by force where they do not end by themselves within `seconds`. Idempotent."""
         import ray
         if not ray.is_initialized():
             return
         refs = [actor.call.remote("close") for actor in self.actors]
         if refs:
-            ray.wait(refs, num_returns=len(refs), timeout=CLOSE_SECONDS)
+            ray.wait(refs, num_returns=len(refs), timeout=seconds)
         for actor in self.actors:
             ray.kill(actor)
         self.actors = []

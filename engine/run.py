@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import math
 import pickle
-import signal
 import sys
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from tandem.algorithms.base import Budget, Demand, configured, policy_row
+from tandem.engine import signals as stop_signals
 from tandem.engine import weights
 from tandem.engine.checkpoint import Checkpoints, RunState, check_resume, rng_state, set_rng_state
 from tandem.engine.config import Config, ConfigError
@@ -42,9 +43,10 @@ class Run:
         self.config, self.display, self.stack = config, display, ExitStack()
         self.folder = Path(config.run.dir) / config.run.name
         self.step, self.version, self.signals = 0, None, {}
+        self.saved_at: int | None = None        # steps done in the newest checkpoint
         self.tokens = 0                         # generated + trained so far
         self.optimizer_steps: dict[str, int] = {}       # steps taken with each set of optimizer moments
-        self.gated, self.stop_requested = 0, False
+        self.gated = 0
         self.learner, self.connected = None, False
         self.asleep = False                     # the engines are: only new weights wake them
         self.first_eval: EvalResult | None = None
@@ -59,10 +61,17 @@ class Run:
         cfg = self.config.run
         return self.step >= cfg.steps or (cfg.token_budget is not None and self.tokens >= cfg.token_budget)
 
+    @property
+    def stop_requested(self) -> str:
+        """The signal that asked to stop, or ''."""
+        return stop_signals.requested()
+
     def __enter__(self):
         return self
 
     def __exit__(self, *exc):
+        with suppress(stop_signals.Stopped):
+            stop_signals.hold()     # no signal but a second Ctrl-C keeps a process from being ended
         self.stack.close()
 
     # -- start ------------------------------------------------------------------------------------------------------------------------------------
@@ -130,13 +139,14 @@ class Run:
                 start_pool = lambda: EnginePool.start(cfg, self.model_path, self.placement, self.folder)
         # one after the other: transformers cannot load two models in one process at once, and a vLLM engine measures its GPU while nobody else takes memory of it
         in_turn = cfg.mode == "inline" or (cfg.cluster.colocate and cfg.cluster.engine_gpus > 0)
-        with ThreadPoolExecutor(1 if in_turn else 2) as threads:
-            pool, learner = threads.submit(start_pool), threads.submit(start_learner) if with_learner else None
-            for future, name in ((pool, "pool"), (learner, "learner")):
-                if future is not None and future.exception() is None:
-                    setattr(self, name, future.result())
-                    self.stack.callback(future.result().close)
-            pool.result(), learner and learner.result()
+        starts = {"pool": start_pool}
+        if with_learner:
+            starts["learner"] = start_learner
+        if in_turn:
+            for name, start in starts.items():
+                self.keep(name, start())
+        else:
+            self.start_side_by_side(starts)
         if cfg.mode == "inline":
             import torch
             torch.set_num_threads(cfg.cluster.threads)      # holds for the thread that calls it, and the loop runs in this one
@@ -156,7 +166,25 @@ class Run:
             self.display.evaluation(done, numbers["accuracy"])
         self.display.done = self.display.first_step = self.step
         self.display.start()
-        signal_handlers(self)
+
+    def start_side_by_side(self, starts: Mapping[str, Callable]) -> None:
+        """Each in a thread. All are waited for, also when one fails or a signal stops the start, so that none is left behind."""
+        threads = ThreadPoolExecutor(len(starts))
+        futures = {name: threads.submit(start) for name, start in starts.items()}
+        try:
+            wait(futures.values())
+        finally:
+            threads.shutdown()
+            for name, future in futures.items():
+                if future.exception() is None:
+                    self.keep(name, future.result())
+        for future in futures.values():
+            future.result()
+
+    def keep(self, name: str, component: Any) -> None:
+        """From now on the run has it, and closes it."""
+        setattr(self, name, component)
+        self.stack.callback(component.close)
 
     def decode(self, tokens: np.ndarray) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -254,16 +282,22 @@ class Run:
         every = self.config.eval.every
         return bool(self.eval_prompts) and (self.done or bool(every and step % every == 0))
 
+    def evaluation_missing(self) -> bool:
+        """Whether the evaluation before the first step, or that of the checkpoint a resumed run begins with, was left or never made."""
+        due = self.evaluation_due(self.step) if self.step else self.config.eval.before
+        return due and self.step not in self.telemetry.evaluations
+
     def checkpoint_due(self, step: int) -> bool:
         every = self.config.run.checkpoint_every
-        return self.done or bool(self.stop_requested) or bool(every and step % every == 0)
+        return self.done or bool(every and step % every == 0)
 
     def evaluate(self, step: int) -> None:
         if not self.eval_prompts or self.evaluated_at == step:
             return
         cfg = self.config
         sampling = Sampling(cfg.eval.max_tokens or cfg.rollout.max_tokens, cfg.eval.temperature, seed=cfg.run.seed)
-        result = evaluate(self.pool, self.rewards, self.eval_prompts, sampling, cfg.eval.samples, self.verifier, self.decode, self.recover)
+        with stop_signals.abandonable():
+            result = evaluate(self.pool, self.rewards, self.eval_prompts, sampling, cfg.eval.samples, self.verifier, self.decode, self.recover)
         self.first_eval, self.last_eval, self.evaluated_at = self.first_eval or result, result, step
         self.telemetry.evaluation(step, vars(result))
         self.display.evaluation(step, result.accuracy)
@@ -300,6 +334,7 @@ class Run:
             self.learner.save(folder / "learner")       # to go on exactly: optimizer, master weights, random states
             self.learner.export(folder / "model")       # to use: a Hugging Face folder in safetensors
             state.save(folder)
+        self.saved_at = self.step
         self.telemetry.event("checkpoint", step=self.step)
         self.display.message(f"checkpoint of step {self.step} written")
 
@@ -312,6 +347,7 @@ class Run:
             source.load_state_dict(state.cursors[name])
         set_rng_state(state.rng)
         self.learner.load(folder / "learner")
+        self.saved_at = state.step
         self.display.message(f"resumed from {folder}: step {state.step} of {self.config.run.steps}")
 
     def sources(self) -> dict:
@@ -326,23 +362,12 @@ class Run:
         self.display.message(f"step {step}: gradient not finite, weights left alone, rows saved to {folder}")
 
 
-def signal_handlers(run: Run) -> None:
-    """SIGINT, SIGTERM and SIGUSR1 finish the step, write a checkpoint and stop; a second SIGINT stops at once."""
-    def stop(number, frame):
-        if number == signal.SIGINT and run.stop_requested:
-            raise KeyboardInterrupt
-        run.stop_requested = signal.Signals(number).name
-        run.display.message("stopping after this step, with a checkpoint" + ("; Ctrl-C again stops at once" if number == signal.SIGINT else ""))
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        before = signal.signal(number, stop)
-        run.stack.callback(signal.signal, number, before)
-
-
 @contextmanager
 def started(config: Config):
     """A run with everything up, and its display; run.rollout_only has no learner. Start-up noise of other libraries goes to a file; a debugger needs the terminal, so mode=inline keeps it."""
     inline = config.mode == "inline"
     with ExitStack() as stack:
+        stack.enter_context(stop_signals.handled())
         folder = Path(config.run.dir) / config.run.name
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -361,15 +386,22 @@ def started(config: Config):
 
 
 def train(config: Config) -> int:
-    """Run a config to its end. Returns the exit code: 0 done, 75 stopped by SIGTERM or SIGUSR1 and resumable, 130 stopped by Ctrl-C."""
+    """Run a config to its end. Returns the exit code: 0 done, 75 stopped by a signal with a checkpoint to go on from, 130 stopped by Ctrl-C, with one too.
+    Raises Stopped if a signal came before the loop began."""
     from tandem.engine import loop
     with started(config) as run:
         if config.run.rollout_only:
             rollout_only(run)
             return 0
-        loop.train(run)
-        if not run.done:
-            run.display.message(f"stopped by {run.stop_requested} at step {run.step}; go on with run.resume=true")
+        try:
+            stop_signals.hold()
+            loop.train(run)
+        except stop_signals.Stopped:
+            run.display.message("left what was begun: a resumed run does it anew")
+        if run.stop_requested:
+            if run.saved_at != run.step:
+                run.checkpoint()
+            run.display.message(f"stopped by {run.stop_requested} after {run.step} steps; go on with run.resume=true")
             return 130 if run.stop_requested == "SIGINT" else 75
         if config.run.save_model:
             run.learner.export(run.folder / "model")

@@ -1,17 +1,17 @@
 """The command line. Handlers import what they need, so that `tandem --help` is instant.
 
-Exit codes: 0 done; 1 failed, the traceback is in a file; 2 bad input, told on one screen; 75 stopped by SIGTERM or SIGUSR1 with a checkpoint (resumable);
-130 stopped by Ctrl-C.
+Exit codes: 0 done; 1 failed, the traceback is in a file; 2 bad input, told on one screen; 75 stopped by a signal with a checkpoint (resumable);
+143 stopped by a signal with nothing to go on from; 130 stopped by Ctrl-C.
 """
 from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import traceback
 from pathlib import Path
 
+from tandem.engine import signals
 from tandem.engine.config import Config, ConfigError
 
 OVERRIDES = "key=value, any key of the config by its dotted path, e.g. run.steps=20"
@@ -19,9 +19,19 @@ OVERRIDES = "key=value, any key of the config by its dotted path, e.g. run.steps
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))      # leave through every clean-up; a started run has its own handler
+    with signals.handled():
+        code = run(args)
+        if argv is None:
+            signals.ignore()
+    return code
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command, its errors told in words."""
     try:
         return args.handler(args) or 0
+    except signals.Stopped as stop:
+        return stopped(args, str(stop))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -90,6 +100,7 @@ def read(args: argparse.Namespace) -> Config:
     from tandem.engine.config import load
     config = load(args.config, args.overrides)
     args.run_folder = Path(config.run.dir) / config.run.name
+    args.resume = bool(config.run.resume)
     return config
 
 
@@ -206,6 +217,18 @@ def plan(args) -> int:
     from tandem.launch.plan import describe
     print(describe(args))
     return 0
+
+
+def stopped(args: argparse.Namespace, name: str) -> int:
+    """A signal came while there was nothing to save."""
+    folder = getattr(args, "run_folder", None)
+    resumed = args.handler is train and getattr(args, "resume", False)
+    if resumed and list(folder.glob("checkpoints/step_*")):
+        print(f"stopped by {name}; the checkpoint in {folder} is as it was, go on with run.resume=true", file=sys.stderr)
+        return 130 if name == "SIGINT" else 75
+    words = "before the first step; there is nothing to resume from" if args.handler is train else "before the end"
+    print(f"stopped by {name} {words}", file=sys.stderr)
+    return 130 if name == "SIGINT" else 143
 
 
 def brief(error: BaseException) -> str:

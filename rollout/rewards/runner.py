@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from tandem.engine import signals
 from tandem.engine.config import ConfigError, RewardConfig
 from tandem.engine.types import Prompt, RewardError, RewardOutcome
 from tandem.rollout.rewards.api import Call, Reply, Signature, load_functions
@@ -118,7 +119,9 @@ class RewardRunner:
         if self.closing.is_set():
             reply.cancel()
         elif self.functions:
-            reply.set_result(self.functions[number](call))
+            with signals.computing():
+                answer = self.functions[number](call)
+            reply.set_result(answer)
         else:
             self.tasks.put((number, call, reply))
         return reply

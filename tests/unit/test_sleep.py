@@ -115,7 +115,7 @@ class Scripted:
         cfg = Config(rollout=RolloutConfig(sleep=True), learner=LearnerConfig(max_skipped_steps=9), sync=SyncConfig(gate_steps=0), cluster=CONFIG.cluster,
                      run=type(CONFIG.run)(steps=len(demands)))
         self.run = run = Run(cfg, SimpleNamespace(message=lambda text: None))
-        run.telemetry = SimpleNamespace(event=lambda kind, **facts: None)
+        run.telemetry = SimpleNamespace(evaluations={}, event=lambda kind, **facts: None)
         run.learner = run.pool = run.producer = run.method = self
         run.evaluate = lambda step: self.log.append(f"evaluate {step}")
         run.report = run.checkpoint = run.dump_step = lambda *args: None
