@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tandem.engine import signals
+from tandem.engine import stop
 from tandem.engine.types import GenRequest, Prompt, Sampling
 from tandem.rollout.backend import EngineDied
 
@@ -50,12 +50,12 @@ def evaluate(pool, rewards, prompts: Sequence[Prompt], sampling: Sampling, sampl
     while True:
         generations = [pool.submit(r) for r in requests]
         try:
-            done = [signals.result(g) for g in generations]
+            done = [stop.result(g) for g in generations]
             break
         except EngineDied:
             recover()
     scorings = [rewards.submit(p, [decode(t.response) for t in ts], [t.response for t in ts]) for p, ts in zip(prompts, done)]
-    outcomes = [list(signals.result(scoring)) for scoring in scorings]         # [problem][sample]
+    outcomes = [list(stop.result(scoring)) for scoring in scorings]         # [problem][sample]
     scored = [[o for o in one if o.error is None and verifier in o.parts] for one in outcomes]
     values = [[o.parts[verifier] for o in one] for one in scored]
     count = sum(map(len, scored))

@@ -20,7 +20,7 @@ from tandem.engine.config import Config
 from tandem.engine.method_checks import check_credit, check_metrics, check_rows, check_state, check_terms, has_tokens, naming
 from tandem.engine.packing import pack
 from tandem.engine.producer import oldest_version
-from tandem.engine.signals import abandonable
+from tandem.engine.stop import abandonable
 from tandem.engine.terms import denominators
 from tandem.engine.types import Row, ScoredGroup, Source, StepPlan, StepReport
 from tandem.rollout.backend import SyncError

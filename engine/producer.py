@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from tandem.algorithms.base import Budget, Demand, Method
-from tandem.engine import signals
+from tandem.engine import stop
 from tandem.engine.method_checks import check_accept, check_demand, check_request
 from tandem.engine.types import Finish, GenRequest, Prompt, RewardOutcome, Sampling, ScoredGroup, Source, Trajectory
 from tandem.rollout.backend import EngineDied
@@ -121,7 +121,7 @@ class Producer:
         before = replace(self.books)
         try:
             return self.collect(step)
-        except signals.Stopped:
+        except stop.Stopped:
             self.books = replace(before, requested=self.books.requested, reissued=self.books.reissued)
             raise
 
@@ -136,7 +136,7 @@ class Producer:
         for slot in ticket.slots:
             turns.put(slot)
         while any(needed.values()):
-            signals.check()
+            stop.check()
             slot = self.first_finished(turns) if self.over_sample else turns.get()
             if slot.aborted:        # a ticket with more than it needs, of a checkpoint from before over-sampling was switched off
                 continue
@@ -176,9 +176,9 @@ class Producer:
         """The next slot that can be finished without waiting; of those that are there, the one with the lowest number. A slot has its turn again when what
         it waits for has come: its generation (a new one if the engine died), then its rewards."""
         while True:
-            signals.check()
+            stop.check()
             try:
-                slot = turns.get(timeout=signals.LOOK_SECONDS)
+                slot = turns.get(timeout=stop.LOOK_SECONDS)
             except queue.Empty:
                 continue
             if slot.aborted:
@@ -251,12 +251,12 @@ class Producer:
         """Wait for one group. None if no trajectory of it has a usable reward."""
         while True:
             try:
-                kept = usable(signals.result(slot.generation))
+                kept = usable(stop.result(slot.generation))
                 break
             except EngineDied:
                 self.replace_engines()
         self.score(slot)
-        outcomes = signals.result(slot.scoring)
+        outcomes = stop.result(slot.scoring)
         group = scored_group(slot.request, kept, outcomes[:len(kept)], self.on_error, [self.decode(t.response) for t in kept])
         if group is not None and len(outcomes) > len(kept):
             group = replace(group, demonstration_reward=outcomes[-1].value)      # None where its reward failed: then it takes no part

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from tandem.algorithms.base import configured
-from tandem.engine import signals
+from tandem.engine import stop
 from tandem.engine.config import Config, ConfigError
 from tandem.engine.learner import Delivery, deliver
 from tandem.engine.loading import UserCode, user_code
@@ -127,7 +127,7 @@ class RayLearner:
             learner._gather("start", [(address, config.cluster.port or port)] * learner.ranks, timeout)
             learner.shares_prompts = all(learner._all("shares_prompts"))
         except BaseException as error:
-            learner.close(0 if isinstance(error, signals.Stopped) else CLOSE_SECONDS)
+            learner.close(0 if isinstance(error, stop.Stopped) else CLOSE_SECONDS)
             raise
         return learner
 
@@ -139,7 +139,7 @@ class RayLearner:
         while waiting:
             left = max(0.0, end - time.monotonic())
             done, waiting = ray.wait(waiting, timeout=min(left, LOOK_SECONDS))
-            signals.check_start()
+            stop.check_start()
             if not done and left > LOOK_SECONDS:
                 continue
             if not done:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from tandem.algorithms.base import Budget, Demand, configured, policy_row
-from tandem.engine import signals as stop_signals
+from tandem.engine import stop
 from tandem.engine import weights
 from tandem.engine.checkpoint import Checkpoints, RunState, check_resume, rng_state, set_rng_state
 from tandem.engine.config import Config, ConfigError
@@ -64,14 +64,14 @@ class Run:
     @property
     def stop_requested(self) -> str:
         """The signal that asked to stop, or ''."""
-        return stop_signals.requested()
+        return stop.requested()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exc):
-        with suppress(stop_signals.Stopped):
-            stop_signals.hold()     # no signal but a second Ctrl-C keeps a process from being ended
+        with suppress(stop.Stopped):
+            stop.hold()     # no signal but a second Ctrl-C keeps a process from being ended
         self.stack.close()
 
     # -- start ------------------------------------------------------------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ class Run:
             return
         cfg = self.config
         sampling = Sampling(cfg.eval.max_tokens or cfg.rollout.max_tokens, cfg.eval.temperature, seed=cfg.run.seed)
-        with stop_signals.abandonable():
+        with stop.abandonable():
             result = evaluate(self.pool, self.rewards, self.eval_prompts, sampling, cfg.eval.samples, self.verifier, self.decode, self.recover)
         self.first_eval, self.last_eval, self.evaluated_at = self.first_eval or result, result, step
         self.telemetry.evaluation(step, vars(result))
@@ -367,7 +367,7 @@ def started(config: Config):
     """A run with everything up, and its display; run.rollout_only has no learner. Start-up noise of other libraries goes to a file; a debugger needs the terminal, so mode=inline keeps it."""
     inline = config.mode == "inline"
     with ExitStack() as stack:
-        stack.enter_context(stop_signals.handled())
+        stack.enter_context(stop.handled())
         folder = Path(config.run.dir) / config.run.name
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -394,9 +394,9 @@ def train(config: Config) -> int:
             rollout_only(run)
             return 0
         try:
-            stop_signals.hold()
+            stop.hold()
             loop.train(run)
-        except stop_signals.Stopped:
+        except stop.Stopped:
             run.display.message("left what was begun: a resumed run does it anew")
         if run.stop_requested:
             if run.saved_at != run.step:

@@ -11,7 +11,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from tandem.engine import signals
+from tandem.engine import stop
 from tandem.engine.config import Config, ConfigError
 
 OVERRIDES = "key=value, any key of the config by its dotted path, e.g. run.steps=20"
@@ -19,10 +19,10 @@ OVERRIDES = "key=value, any key of the config by its dotted path, e.g. run.steps
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    with signals.handled():
+    with stop.handled():
         code = run(args)
         if argv is None:
-            signals.ignore()
+            stop.ignore()
     return code
 
 
@@ -30,8 +30,8 @@ def run(args: argparse.Namespace) -> int:
     """The command, its errors told in words."""
     try:
         return args.handler(args) or 0
-    except signals.Stopped as stop:
-        return stopped(args, str(stop))
+    except stop.Stopped as signal:
+        return stopped(args, str(signal))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

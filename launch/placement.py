@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tandem.engine import signals
+from tandem.engine import stop
 from tandem.engine.config import Config, ConfigError
 from tandem.launch.machine import GIB, MALLOC, available_memory, cpu_count, gpu_count, memory_plan, port_is_free
 
@@ -145,7 +145,7 @@ def start(config: Config, run_dir: str | Path, say: Callable[[str], None] = prin
     wanted, c = plan(config), config.cluster
     say(f"placement: asked for {wanted.describe()}")
     if c.address is None:
-        with signals.keeping():
+        with stop.keeping():
             ray.init(address="local", num_cpus=cpu_count(), include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
                      object_store_memory=c.object_store_mib << 20)
     else:
@@ -175,7 +175,7 @@ def attach(address: str) -> None:
                 raise ConfigError(f"cluster.address is {address!r}, expected HOST:PORT of the cluster's head (port 6379 unless chosen otherwise) or auto; "
                                   "ray:// addresses are not supported: start tandem on a node of the cluster")
             socket.create_connection((host, int(port)), timeout=10).close()
-        with signals.keeping():
+        with stop.keeping():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except OSError as error:        # ConnectionError, what Ray raises for auto, is one too
         raise ConfigError(f"cluster.address is {address!r}, but no Ray cluster answers there ({str(error).splitlines()[0]}); "

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
-from tandem.engine import signals
+from tandem.engine import stop
 from tandem.engine.config import Config
 from tandem.engine.types import GenRequest, Trajectory
 from tandem.rollout.hf_backend import HFBackend
@@ -46,7 +46,7 @@ class LocalPool:
         if not waiting:
             return
         try:
-            with signals.computing():
+            with stop.computing():
                 answers: Sequence = self.backend.generate_all([request for request, _ in waiting])
         except Exception as error:
             for _, future in waiting:

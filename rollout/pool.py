@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tandem.engine import signals
+from tandem.engine import stop
 from tandem.engine.config import Config
 from tandem.engine.loading import UserCode, user_code
 from tandem.engine.types import GenRequest, Source, Trajectory
@@ -148,7 +148,7 @@ class EnginePool:
         pool.slots = [Slot(i, pool.actor(i, stale=False)) for i in range(config.cluster.engines)]
         try:
             pool.wait_started(pool.slots)
-        except signals.Stopped:
+        except stop.Stopped:
             for slot in pool.slots:
                 pool.bury(slot, slot.handle, "the start was stopped")
             raise
@@ -171,8 +171,8 @@ class EnginePool:
         import ray
         deadline = time.monotonic() + self.config.cluster.start_timeout
         for slot, ref in [(slot, slot.handle.start.remote()) for slot in slots]:
-            while time.monotonic() < deadline and not ray.wait([ref], timeout=signals.LOOK_SECONDS)[0]:
-                signals.check_start()
+            while time.monotonic() < deadline and not ray.wait([ref], timeout=stop.LOOK_SECONDS)[0]:
+                stop.check_start()
             try:
                 ray.get(ref, timeout=max(0.0, deadline - time.monotonic()))
             except ray.exceptions.RayError as error:

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from tandem.engine import signals
+from tandem.engine import stop
 from tandem.engine.config import ConfigError, RewardConfig
 from tandem.engine.types import Prompt, RewardError, RewardOutcome
 from tandem.rollout.rewards.api import Call, Reply, Signature, load_functions
@@ -119,7 +119,7 @@ class RewardRunner:
         if self.closing.is_set():
             reply.cancel()
         elif self.functions:
-            with signals.computing():
+            with stop.computing():
                 answer = self.functions[number](call)
             reply.set_result(answer)
         else:
