@@ -52,6 +52,9 @@ ESTIMATORS: dict[str, Callable[..., list[np.ndarray]]] = {
     f.__name__: f for f in (grpo, dr_grpo, rloo, reinforce_pp, reinforce_pp_baseline, raw, gae)}
 
 
+GROUP_RELATIVE = ("grpo", "dr_grpo", "rloo", "reinforce_pp_baseline")       # compare the samples of a prompt: alone, each has advantage 0
+
+
 def each_group(rewards: Groups, estimate: Callable[[np.ndarray], np.ndarray]) -> list[np.ndarray]:
     """A group of one, or without spread, has nothing to be compared with: exactly 0, where rounding in mean and std would leave a rest."""
     arrays = [np.asarray(r, np.float64) for r in rewards]

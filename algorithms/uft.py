@@ -30,6 +30,7 @@ class UFT(Method):
     paper: ClassVar[str] = "2505.16984"
     uses_experts: ClassVar[bool] = True
     aligned: ClassVar[bool] = True
+    needs_groups: ClassVar[bool] = False        # the hint is learnt with any number of samples
 
     p: Schedule | float | None = None   # None: the cosine above
     hint_steps: int = 300               # T: no hints from this step on

@@ -26,6 +26,7 @@ from tandem.engine.checkpoint import Checkpoints, RunState, check_resume, rng_st
 from tandem.engine.config import Config, ConfigError
 from tandem.engine.display import Display
 from tandem.engine.evaluation import EvalResult, evaluate
+from tandem.engine.group_check import check_group_size
 from tandem.engine.loop import Clock
 from tandem.engine.producer import Producer
 from tandem.engine.telemetry import Telemetry, redirect_output
@@ -389,7 +390,10 @@ def train(config: Config) -> int:
     """Run a config to its end. Returns the exit code: 0 done, 75 stopped by a signal with a checkpoint to go on from, 130 stopped by Ctrl-C, with one too.
     Raises Stopped if a signal came before the loop began."""
     from tandem.engine import loop
+    warning = check_group_size(config)
     with started(config) as run:
+        if warning:
+            run.display.message(f"warning: {warning}")
         if config.run.rollout_only:
             rollout_only(run)
             return 0

@@ -123,8 +123,12 @@ def dry_run(config: Config) -> int:
     import yaml
 
     from tandem.engine.config import to_dict
+    from tandem.engine.group_check import check_group_size
     from tandem.launch import machine, placement
+    warning = check_group_size(config)
     print(yaml.safe_dump(to_dict(config), sort_keys=False))
+    if warning:
+        print(f"# warning: {warning}")
     if config.mode == "inline":
         print("# placement: mode=inline, everything in one process")
         return 0

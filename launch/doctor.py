@@ -141,8 +141,14 @@ def of_config(config: Config) -> Iterator[Check]:
     from tandem.engine.model import load_tokenizer, resolve_model
     from tandem.launch import placement
     from transformers.utils.logging import disable_progress_bar
+
+    from tandem.engine.group_check import check_group_size
     disable_progress_bar()
-    yield OK, "method", config.method["name"]
+    try:
+        warning = check_group_size(config)
+        yield (WARN, "method", warning) if warning else (OK, "method", config.method["name"])
+    except ConfigError as error:
+        yield BAD, "method", str(error)
     try:
         path = resolve_model(config.model)
         tokenizer = load_tokenizer(config.model)
