@@ -201,7 +201,7 @@ def test_a_bad_row_never_reaches_training(tmp_path):
     """A gradient that is not finite leaves the weights alone, is counted, its rows are kept, and the run ends after max_skipped_steps."""
     method = tmp_path / "mine.py"
     method.write_text("import numpy as np\nfrom dataclasses import dataclass, replace\nfrom tandem.algorithms.grpo import GRPO\n@dataclass\nclass Mine(GRPO):\n"
-                      "    def rows(self, batch):\n        rows = super().rows(batch)\n        return [replace(rows[0], advantage=rows[0].advantage * np.float32('nan')), *rows[1:]]\n")
+                      "    def rows(self, batch):\n        rows = super().rows(batch)\n        return [replace(rows[0], advantage=rows[0].weights['policy'] * np.float32(3e38)), *rows[1:]]\n")
     from tandem.engine.loop import NotFinite
     with pytest.raises(NotFinite, match="2 steps in a row"):
         train(config(tmp_path, {"name": f"{method}:Mine"}, "learner.max_skipped_steps=1", "run.fake_reward=true"))
