@@ -1,7 +1,9 @@
-"""How many positions a model was made for, from its Hugging Face config alone."""
+"""How many positions a model was made for, and how many a run asks of it. From configs alone."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+
+from tandem.engine.config import Config
 
 STRETCHED = ("linear", "dynamic", "ntk", "yarn")    # rope kinds whose factor multiplies the context
 
@@ -24,6 +26,12 @@ def context_length(config) -> int | None:
             before = rope.get("original_max_position_embeddings") or trained
             lengths.append(int(before * factor))
     return max(lengths)
+
+
+def engine_length(config: Config) -> int:
+    """The longest row, in tokens, that vLLM is told to make room for in this run."""
+    longest_response = max(config.rollout.max_tokens, config.eval.max_tokens or 0)
+    return config.rollout.max_model_len or config.data.max_prompt_tokens + longest_response
 
 
 def ropes(text_config) -> Iterator[dict]:

@@ -21,9 +21,11 @@ from tandem.algorithms.base import Term, configured
 from tandem.algorithms.objectives import NLL
 from tandem.engine import terms as term_losses
 from tandem.engine.config import Config, ConfigError, ModelConfig
+from tandem.engine.context import engine_length
 from tandem.engine.digest import digest
 from tandem.engine.model import Policy, hf_parameters, load_policy
 from tandem.engine.packing import pack
+from tandem.engine.rope import follow_engines
 from tandem.engine.types import MicroBatch, Row, Source, StepPlan, StepReport
 from tandem.engine.zero import LocalEngine
 from tandem.launch.machine import keep_freed_memory
@@ -41,8 +43,16 @@ class Delivery:
     bytes: int
 
 
-def build_policy(config: Config, model_path: str) -> Policy:
+def load_like_engines(config: Config, model_path: str) -> Policy:
+    """The model as it is in the folder, computing as the engines of this run do."""
     policy = load_policy(replace(config.model, path=model_path))
+    if config.mode == "cluster" and config.method and configured(config.method).uses_rollouts:
+        follow_engines(policy.model, engine_length(config))
+    return policy
+
+
+def build_policy(config: Config, model_path: str) -> Policy:
+    policy = load_like_engines(config, model_path)
     if config.method and (method := configured(config.method)).critic:
         policy.add_critic(method.embedding)
     if config.learner.gradient_checkpointing:
@@ -134,7 +144,7 @@ class LearnerRank:
 
     def _reference(self) -> Policy:
         if self.reference is None:
-            self.reference = load_policy(self.model).to(self.engine.device).requires_grad_(False)
+            self.reference = load_like_engines(self.config, self.model.path).to(self.engine.device).requires_grad_(False)
         return self.reference
 
     @torch.no_grad()

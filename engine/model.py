@@ -6,7 +6,6 @@ and that the chunked head gives the model's own log-probs, so that a model it do
 """
 from __future__ import annotations
 
-import inspect
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,13 +14,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tandem.engine.attention import NAME, use_fast_attention
+from tandem.engine.attention import use_fast_attention
 from tandem.engine.config import ConfigError, ModelConfig
-from tandem.engine.logprob import token_logprobs
+from tandem.engine.heads import Head, ValueHead, logit_map
+from tandem.engine.rope import separate_rows
+from tandem.engine.self_check import can_share, refuse_unpackable, self_check
 
 TINY = "tandem:tiny"
 TINY_FOLDER = Path("models/tiny")
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}      # of `self_check`, on log-probs
 
 
 def resolve_model(model: ModelConfig) -> str:
@@ -87,7 +87,7 @@ class Policy(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model.eval()
-        self.head = Head(model.get_output_embeddings())
+        self.head = Head(model.get_output_embeddings(), *logit_map(model.config.get_text_config()))
         self.critic: ValueHead | None = None
         # With flash attention transformers keeps packed sequences apart in a batch of one only; rows start at position 0, so bins can stand in one line.
         self.one_line = "flash" in model.config._attn_implementation
@@ -155,42 +155,6 @@ class Policy(nn.Module):
             layer.compile(dynamic=True)
 
 
-class Head(nn.Module):
-    """The chunked head as a module with the output embedding's own parameters (not copies): ZeRO-3 gathers parameters per module call."""
-
-    def __init__(self, output: nn.Module):
-        super().__init__()
-        if type(output) is not nn.Linear:
-            raise ConfigError(f"the model's output embedding is {type(output).__name__}, expected torch.nn.Linear; this model is not supported")
-        self.weight, self.bias = output.weight, output.bias
-
-    def forward(self, hidden, target, temperature: float, chunk: int, entropy: bool):
-        """See token_logprobs; without a target the most likely tokens, int64 [n]."""
-        if target is None:
-            return torch.cat([nn.functional.linear(part, self.weight, self.bias).argmax(-1) for part in hidden.split(chunk)])
-        return token_logprobs(hidden, self.weight, self.bias, target, temperature, chunk, entropy)
-
-
-class ValueHead(nn.Module):
-    """V = w . hidden + b in float32, on the policy's own trunk. Zero at the start, so that the first advantages are sums of rewards.
-
-    With `embedding` dimensions V = w . relu(u) + b with u = W hidden (CARFT); W is the same on all ranks.
-    """
-
-    def __init__(self, output: torch.Tensor, embedding: int = 0):
-        super().__init__()
-        size = output.shape[1]
-        draw = torch.randn(embedding, size, generator=torch.Generator().manual_seed(0)) / size ** 0.5
-        self.embedding = nn.Parameter(draw.to(output)) if embedding else None
-        self.weight, self.bias = nn.Parameter(output.new_zeros(embedding or size)), nn.Parameter(output.new_zeros(1))
-
-    def forward(self, hidden, embed: bool = False):
-        """value [n], and with `embed` u [n, embedding]; float32."""
-        u = hidden.float() if self.embedding is None else hidden.float() @ self.embedding.float().T
-        value = (u if self.embedding is None else u.relu()) @ self.weight.float() + self.bias.float()
-        return (value, u) if embed else value
-
-
 def load_policy(model: ModelConfig) -> Policy:
     """Load the model of the config on the CPU and check that packing and the chunked head reproduce its own log-probs. Raises ConfigError."""
     from transformers import AutoModelForCausalLM
@@ -206,54 +170,14 @@ def load_policy(model: ModelConfig) -> Policy:
     if missing := sorted(loading["missing_keys"]):
         raise ConfigError(f"model {model.path!r}: its weight files lack {len(missing)} parameters, among them {', '.join(missing[:3])}; "
                           "they would stay random: export or download it again")
-    refuse_unknown_head(causal, model)
+    refuse_unpackable(causal, model)
     if model.attention == "sdpa" and model.dtype == "bfloat16":
         use_fast_attention(causal)
+    separate_rows(causal)
     policy = Policy(causal)
     self_check(policy, model)
     policy.shares_prompts = can_share(policy)
     return policy
-
-
-def refuse_unknown_head(causal: nn.Module, model: ModelConfig) -> None:
-    """Logits must be a plain linear map of the last hidden state; `self_check` catches what has no known name."""
-    config = causal.config.get_text_config()
-    for name, plain in (("final_logit_softcapping", 0), ("logit_scale", 1), ("logits_scaling", 1), ("lm_head_multiplier", 1)):
-        if (value := getattr(config, name, None)) not in (None, plain):
-            raise ConfigError(f"model {model.path!r} has {name}={value} in its config.json: its logits are not a linear map of the hidden states, "
-                              "which the chunked head assumes; this model is not supported")
-    if "position_ids" not in inspect.signature(causal.get_decoder().forward).parameters:
-        raise ConfigError(f"model {model.path!r} ({type(causal).__name__}) takes no position_ids, so that packed sequences cannot be told apart; "
-                          "this model is not supported")
-
-
-@torch.no_grad()
-def self_check(policy: Policy, model: ModelConfig) -> None:
-    """Compare packed log-probs with a plain forward of each sequence, and a sequence behind one neighbour with itself behind another.
-
-    Raises ConfigError if they differ by more than rounding; the second difference is exactly 0 on the CPU. Flash attention needs a GPU: on the CPU its
-    model is checked with SDPA.
-    """
-    causal, device, tolerance = policy.model, policy.head.weight.device, TOLERANCE[model.dtype]
-    a, other, b = torch.randint(len(policy.head.weight), (3, 8), generator=torch.Generator().manual_seed(0)).to(device)
-    b = b[:6]
-    swapped = policy.one_line and device.type == "cpu"
-    if swapped:
-        causal.set_attn_implementation("sdpa")
-    alone = lambda s: causal(input_ids=s[None], use_cache=False).logits[0, :-1].float().log_softmax(-1).gather(-1, s[1:, None]).squeeze(-1)
-    own = torch.cat([alone(a), alone(b)])
-    bins = torch.stack([torch.cat([a, b]), torch.cat([other, b])])
-    positions = torch.cat([torch.arange(len(a)), torch.arange(len(b))]).to(device).expand(2, -1)
-    index = positions.reshape(-1).nonzero().squeeze(-1) - 1     # every token but the first of each sequence is predicted
-    packed = policy(bins, positions, index, bins.reshape(-1)[index + 1])[0].reshape(2, -1)
-    if swapped:
-        causal.set_attn_implementation(model.attention)
-    gap, leak = (packed[0] - own).abs().mean().item(), (packed[0] - packed[1])[len(a) - 1:].abs().max().item()
-    if not (gap <= tolerance and leak <= tolerance / 10):
-        raise ConfigError(f"model {model.path!r} ({type(causal).__name__}, attention {model.attention!r}, {model.dtype}): packed log-probs differ from the "
-                          f"model's own by {gap:.1e} on average (expected at most {tolerance:.0e}), and by {leak:.1e} between two neighbours in the pack "
-                          f"({tolerance / 10:.0e}): it mixes packed sequences, or its logits are not a linear map of the hidden states; "
-                          "try model.attention=sdpa, else this model is not supported")
 
 
 def tree_mask(tree: torch.Tensor) -> torch.Tensor:
@@ -261,27 +185,6 @@ def tree_mask(tree: torch.Tensor) -> torch.Tensor:
     block, prompt = tree[0], tree[1]
     related = (block[:, None, :] == block[:, :, None]) | (block[:, None, :] == prompt[:, :, None])
     return related.tril()[:, None]
-
-
-@torch.no_grad()
-def can_share(policy: Policy) -> bool:
-    """Whether rows may stand behind one copy of their prompt: SDPA with full attention in every layer, and the right log-probs on real numbers.
-
-    Layers with a window would lose it to the mask; flash attention takes no mask; eager attention takes another kind; a recurrent layer would see the rows before.
-    """
-    config = policy.model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windowed = getattr(config, "sliding_window", None) is not None and getattr(config, "layer_types", None) is None
-    if windowed or kinds != {"full_attention"} or policy.model.config._attn_implementation not in ("sdpa", NAME):
-        return False
-    device, dtype = policy.head.weight.device, str(policy.head.weight.dtype).removeprefix("torch.")
-    prompt, a, b = torch.randint(len(policy.head.weight), (3, 4), generator=torch.Generator().manual_seed(1)).to(device)
-    order, four = torch.arange(8, device=device), torch.ones(4, dtype=torch.long, device=device)
-    alone = policy(torch.stack([torch.cat([prompt, a]), torch.cat([prompt, b])]), order.expand(2, -1), torch.cat([order[3:7], order[3:7] + 8]), torch.cat([a, b]))[0]
-    index = torch.cat([order[3:7], order[3:4], order[5:8] + 3])     # b's first token is predicted from the end of the prompt
-    tree = torch.stack([torch.cat([0 * four, 1 * four, 2 * four]), 0 * torch.cat([four] * 3)])[:, None]
-    shared = policy(torch.cat([prompt, a, b])[None], torch.cat([order, order[4:]])[None], index, torch.cat([a, b]), tree=tree)[0]
-    return (shared - alone).abs().mean().item() <= TOLERANCE[dtype]
 
 
 def hf_parameters(policy: Policy) -> Iterator[tuple[str, nn.Parameter]]:

@@ -12,8 +12,11 @@ def inputs(n=13, hidden=6, vocabulary=37, dtype=torch.float32, seed=0):
     return make(n, hidden), make(vocabulary, hidden), make(vocabulary), torch.randint(vocabulary, (n,), generator=generator)
 
 
-def plain(hidden, weight, bias, target, temperature):
-    log_p = ((hidden @ weight.T + (0 if bias is None else bias)) / temperature).log_softmax(-1)
+def plain(hidden, weight, bias, target, temperature, scale=1.0, cap=None):
+    logits = (hidden @ weight.T + (0 if bias is None else bias)) * scale
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    log_p = (logits / temperature).log_softmax(-1)
     return log_p.gather(-1, target[:, None]).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
 
 
@@ -45,6 +48,26 @@ def test_gradcheck(pick):
         return
     choose = {"both": lambda pair: pair, "logp": lambda pair: pair[0], "entropy": lambda pair: pair[1]}[pick]
     assert torch.autograd.gradcheck(lambda h, w, b: choose(token_logprobs(h, w, b, target, 0.7, 2, True)), (hidden, weight, bias))
+
+
+@pytest.mark.parametrize("scale, cap", [(0.0625, None), (1.0, 2.0), (3.0, 0.5)])
+@pytest.mark.parametrize("chunk", [2, 100])
+def test_scaled_and_capped_logits(scale, cap, chunk):
+    hidden, weight, bias, target = inputs(n=5, hidden=3, vocabulary=7, dtype=torch.float64)
+    expected = plain(hidden, weight, bias, target, 0.7, scale, cap)
+    found = token_logprobs(hidden, weight, bias, target, 0.7, chunk, True, scale, cap)
+    for up in ((1.0, 0.0), (0.0, 1.0), (0.6, -0.3)):
+        results = []
+        for logp, entropy in (expected, found):
+            loss = up[0] * logp.square().sum() + up[1] * entropy.square().sum()
+            results.append(torch.autograd.grad(loss, (hidden, weight, bias), retain_graph=True))
+            found = token_logprobs(hidden, weight, bias, target, 0.7, chunk, True, scale, cap)
+        for a, b in zip(*results):
+            torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    without_entropy, none = token_logprobs(hidden, weight, bias, target, 0.7, chunk, False, scale, cap)
+    torch.testing.assert_close(without_entropy, expected[0], rtol=1e-10, atol=1e-12)
+    assert none is None
 
 
 class LargestTensor(TorchDispatchMode):

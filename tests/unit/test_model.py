@@ -22,11 +22,17 @@ CONFIGS = {
     "mistral, sliding window": lambda: transformers.MistralConfig(**SIZES, sliding_window=6),
     "gemma3, alternating windows": lambda: transformers.Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=6),
     "gpt2": lambda: transformers.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=2, n_positions=256),
+    "gemma2, capped": lambda: transformers.Gemma2Config(
+        **SIZES, head_dim=16, sliding_window=6, attn_implementation="eager",
+        attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+    "granite, scaled": lambda: transformers.GraniteConfig(**SIZES, logits_scaling=8.0),
+    "cohere, scaled": lambda: transformers.CohereConfig(**SIZES, logit_scale=0.25),
     "phi, head with bias": lambda: transformers.PhiConfig(**{**SIZES, "num_key_value_heads": 2}),
 }
 
 
-SHARING = {"llama", "llama, untied", "qwen3", "phi, head with bias", "gpt2"}        # the others have windows, which a mask of ours would take away
+SHARING = {"llama", "llama, untied", "qwen3", "phi, head with bias", "gpt2", "granite, scaled",
+           "cohere, scaled"}        # the others have windows, which a mask of ours would take away
 
 
 def make_model(config, dtype=torch.float32):
@@ -223,8 +229,6 @@ def test_tokenizer_that_does_not_fit_is_refused(folder, tmp_path):
 # Transformers packs none of these exactly, and says nothing.
 LEAKS = {"lfm2, convolutions": lambda: transformers.Lfm2Config(**SIZES, full_attn_idxs=[1]),
          "falcon, ALiBi": lambda: transformers.FalconConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, alibi=True)}
-HEADS = {"gemma2": (lambda: transformers.Gemma2Config(**SIZES, head_dim=16), "final_logit_softcapping=30.0"),
-         "granite": (lambda: transformers.GraniteConfig(**SIZES, logits_scaling=8.0), "logits_scaling=8.0")}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -234,10 +238,35 @@ def test_models_that_mix_packed_sequences_are_refused(tmp_path, name, dtype):
     refused(lambda: load_policy(ModelConfig(path=str(tmp_path), dtype=dtype)), "mixes packed sequences")
 
 
+HEADS = ("gemma2, capped", "granite, scaled", "cohere, scaled")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", HEADS)
-def test_heads_that_are_not_linear_are_refused(tmp_path, name):
-    make_model(HEADS[name][0]()).save_pretrained(tmp_path)
-    refused(lambda: load_policy(ModelConfig(path=str(tmp_path))), HEADS[name][1])
+def test_models_with_scaled_or_capped_logits_load(tmp_path, name, dtype):
+    make_model(CONFIGS[name]()).save_pretrained(tmp_path)
+    attention = "eager" if "gemma2" in name else "sdpa"
+    load_policy(ModelConfig(path=str(tmp_path), dtype=dtype, attention=attention))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_gradients_through_scaled_or_capped_logits(name):
+    model = make_model(CONFIGS[name]()).double()
+    row = make_rows([23])[0]
+    logp, entropy = alone(model, row, temperature=0.7)
+    loss = logp.sum() + 0.3 * entropy.sum()
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    (micro,), = pack([row], [Term("x", NLL())], 1, 64, version=0)
+    logp, entropy = run(Policy(model), micro, temperature=0.7)
+    found = torch.autograd.grad(logp.sum() + 0.3 * entropy.sum(), list(model.parameters()))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+def test_attention_that_would_lose_its_cap_is_refused(tmp_path):
+    make_model(CONFIGS["gemma2, capped"]()).save_pretrained(tmp_path)
+    refused(lambda: load_policy(ModelConfig(path=str(tmp_path))),
+            "attn_logit_softcapping", "model.attention=eager")
 
 
 def test_a_head_with_an_unknown_twist_is_refused():
