@@ -1,16 +1,19 @@
-"""Held-out evaluation: the same engines, prompts and reward functions as training, on problems that nothing is trained on.
+"""Held-out evaluation: the same engines, prompts and reward functions as training, on problems that
+nothing is trained on.
 
-`eval/accuracy` is the mean of the first reward function (the verifier) over all scored samples; samples whose reward failed are left out and
-counted in `eval/errors`, so that a broken verifier shows as errors and not as wrong answers.
+`eval/accuracy` is the mean of the first reward function (the verifier) over all scored samples;
+samples whose reward failed are left out and counted in `eval/errors`, so that a broken verifier
+shows as errors and not as wrong answers.
 
-`eval/standard_error` counts problems, not samples. Samples of one problem are not independent: sixteen
-of a problem that is always right say no more than one. It is the clustered standard error,
+`eval/standard_error` counts problems, not samples. Samples of one problem are not independent:
+sixteen of a problem that is always right say no more than one. It is the clustered standard error,
 
     sqrt( sum_problems ( sum_samples (x - accuracy) )^2 ) / samples
 
 with every scored sample in the cluster of its problem. With one sample of each problem it is the
 usual std/sqrt(problems); with equally many it is that of the means of the problems.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -22,18 +25,19 @@ from tandem.engine import stop
 from tandem.engine.types import GenRequest, Prompt, Sampling
 from tandem.rollout.backend import EngineDied
 
-EVAL_GROUPS = 1 << 40   # group ordinals of evaluation requests start here: they never meet those of training
+# Group ordinals of evaluation requests start here: they never meet those of training.
+EVAL_GROUPS = 1 << 40
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    accuracy: float         # mean of the verifier, in its own unit
-    reward: float           # mean of the weighted sum
-    length: float           # mean response tokens
+    accuracy: float  # mean of the verifier, in its own unit
+    reward: float  # mean of the weighted sum
+    length: float  # mean response tokens
     samples: int
     errors: int
-    standard_error: float   # of the accuracy, over problems; NaN with fewer than two of them
-    problems: int = 0       # with a scored sample; 0 in what runs before this was counted have recorded
+    standard_error: float  # of the accuracy, over problems; NaN with fewer than two of them
+    problems: int = 0  # with a scored sample; 0 in what runs before this was counted have recorded
 
     def describe(self) -> str:
         """What the numbers stand on, in words."""
@@ -43,10 +47,22 @@ class EvalResult:
         return ", ".join(counts)
 
 
-def evaluate(pool, rewards, prompts: Sequence[Prompt], sampling: Sampling, samples: int, verifier: str, decode: Callable[[np.ndarray], str],
-             recover: Callable[[], None]) -> EvalResult:
-    """Sample every prompt `samples` times and score. An engine that dies is restarted and the evaluation asked again."""
-    requests = [GenRequest(group=EVAL_GROUPS + i, prompt=p, samples=samples, sampling=sampling) for i, p in enumerate(prompts)]
+def evaluate(
+    pool,
+    rewards,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    samples: int,
+    verifier: str,
+    decode: Callable[[np.ndarray], str],
+    recover: Callable[[], None],
+) -> EvalResult:
+    """Sample every prompt `samples` times and score. An engine that dies is restarted and the
+    evaluation asked again."""
+    requests = [
+        GenRequest(group=EVAL_GROUPS + i, prompt=p, samples=samples, sampling=sampling)
+        for i, p in enumerate(prompts)
+    ]
     while True:
         generations = [pool.submit(r) for r in requests]
         try:
@@ -54,8 +70,11 @@ def evaluate(pool, rewards, prompts: Sequence[Prompt], sampling: Sampling, sampl
             break
         except EngineDied:
             recover()
-    scorings = [rewards.submit(p, [decode(t.response) for t in ts], [t.response for t in ts]) for p, ts in zip(prompts, done)]
-    outcomes = [list(stop.result(scoring)) for scoring in scorings]         # [problem][sample]
+    scorings = [
+        rewards.submit(p, [decode(t.response) for t in ts], [t.response for t in ts])
+        for p, ts in zip(prompts, done, strict=True)
+    ]
+    outcomes = [list(stop.result(scoring)) for scoring in scorings]  # [problem][sample]
     scored = [[o for o in one if o.error is None and verifier in o.parts] for one in outcomes]
     values = [[o.parts[verifier] for o in one] for one in scored]
     count = sum(map(len, scored))
@@ -66,7 +85,8 @@ def evaluate(pool, rewards, prompts: Sequence[Prompt], sampling: Sampling, sampl
         samples=count,
         errors=sum(map(len, outcomes)) - count,
         standard_error=standard_error(values),
-        problems=sum(1 for one in values if one))
+        problems=sum(1 for one in values if one),
+    )
 
 
 def mean(numbers: Sequence[float]) -> float:
@@ -74,12 +94,12 @@ def mean(numbers: Sequence[float]) -> float:
 
 
 def standard_error(values: Sequence[Sequence[float]]) -> float:
-    """Clustered standard error of the mean of all values, [problem][sample]. NaN with fewer than two
-    problems that have a value: then nothing is known of how problems differ."""
+    """Clustered standard error of the mean of all values, [problem][sample]. NaN with fewer than
+    two problems that have a value: then nothing is known of how problems differ."""
     clusters = [np.array(one, np.float64) for one in values if len(one)]
     if len(clusters) < 2:
         return float("nan")
     center = np.concatenate(clusters).mean()
     residuals = np.array([(one - center).sum() for one in clusters])
     samples = sum(map(len, clusters))
-    return float(np.sqrt((residuals ** 2).sum()) / samples)
+    return float(np.sqrt((residuals**2).sum()) / samples)

@@ -1,4 +1,5 @@
 """Whether rewards can teach anything with the samples per prompt that a config asks for."""
+
 from __future__ import annotations
 
 from tandem.algorithms.advantages import GROUP_RELATIVE
@@ -6,8 +7,11 @@ from tandem.algorithms.base import Method, configured
 from tandem.algorithms.policy import PolicyLoss
 from tandem.engine.config import Config, ConfigError
 
-INSTEAD = ("set rollout.samples_per_prompt to at least 2, or method.policy.advantage to one that needs no group: "
-           "reinforce_pp (compares over the batch), raw (the reward itself) or gae (a critic; preset ppo)")
+INSTEAD = (
+    "set rollout.samples_per_prompt to at least 2, or method.policy.advantage to one that needs "
+    "no group: reinforce_pp (compares over the batch), raw (the reward itself) or gae (a critic; "
+    "preset ppo)"
+)
 
 
 def check_group_size(config: Config) -> str | None:
@@ -19,26 +23,35 @@ def check_group_size(config: Config) -> str | None:
     """
     method = configured(config.method)
     policy, samples = method.policy, config.rollout.samples_per_prompt
-    trains = method.uses_rollouts and not config.run.rollout_only and config.rollout.backend != "replay"
+    trains = (
+        method.uses_rollouts and not config.run.rollout_only and config.rollout.backend != "replay"
+    )
     if not trains or samples > 1 or not isinstance(policy, PolicyLoss) or asks_by_itself(method):
         return None
     if method.aligned and method.scores_demonstrations:
         return None
     if policy.advantage in GROUP_RELATIVE:
-        text = (f"rollout.samples_per_prompt is 1, but method.policy.advantage is {policy.advantage!r}, "
-                "which compares the samples of a prompt: alone, each has advantage 0, and nothing is "
-                f"learnt from rewards; {INSTEAD}")
+        text = (
+            "rollout.samples_per_prompt is 1, but method.policy.advantage is "
+            f"{policy.advantage!r}, which compares the samples of a prompt: alone, each "
+            "has advantage 0, and nothing is "
+            f"learnt from rewards; {INSTEAD}"
+        )
         if method.needs_groups:
             raise ConfigError(text)
         return text
     if policy.advantage == "reinforce_pp" and config.rollout.prompts_per_step == 1:
-        raise ConfigError("rollout.prompts_per_step and rollout.samples_per_prompt are both 1, but "
-                          "method.policy.advantage is 'reinforce_pp', which compares the samples of a "
-                          "step: alone, each has advantage 0; raise one of them")
+        raise ConfigError(
+            "rollout.prompts_per_step and rollout.samples_per_prompt are both 1, but "
+            "method.policy.advantage is 'reinforce_pp', which compares the samples of a "
+            "step: alone, each has advantage 0; raise one of them"
+        )
     if policy.dynamic_sampling and not method.aligned:
-        raise ConfigError("method.policy.dynamic_sampling is true, which redraws groups whose rewards are "
-                          "all equal, but rollout.samples_per_prompt is 1: every group would be redrawn; "
-                          "set rollout.samples_per_prompt to at least 2, or dynamic_sampling=false")
+        raise ConfigError(
+            "method.policy.dynamic_sampling is true, which redraws groups whose rewards are "
+            "all equal, but rollout.samples_per_prompt is 1: every group would be redrawn; "
+            "set rollout.samples_per_prompt to at least 2, or dynamic_sampling=false"
+        )
     return None
 
 

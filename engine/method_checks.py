@@ -4,6 +4,7 @@ in its first step; it never trains wrongly without a word.
 Every check raises MethodError, which names the method and, where there is one, the term. What an
 objective returns is checked where it is called, in engine/terms.py.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,14 +20,21 @@ from tandem.engine.types import GenRequest, Row
 
 # {array of a Row: the kinds of numpy dtype it may have}
 ROW_ARRAYS = {
-    "tokens": "iu", "source": "iu", "version": "iu", "advantage": "fiub", "behaviour_logp": "fiub",
-    "old_logp": "fiub", "ref_logp": "fiub", "old_value": "fiub", "returns": "fiub",
+    "tokens": "iu",
+    "source": "iu",
+    "version": "iu",
+    "advantage": "fiub",
+    "behaviour_logp": "fiub",
+    "old_logp": "fiub",
+    "ref_logp": "fiub",
+    "old_value": "fiub",
+    "returns": "fiub",
 }
 WEIGHT_KINDS = "fiub"
 KIND_NAMES = {"iu": "integers", "fiub": "real numbers"}
 KNOWN_STREAMS = (*Tokens.__dataclass_fields__, "old")
 CRITIC_STREAMS = ("value", "old_value")
-GIVEN_STREAMS = ("advantage", "returns")    # a method fills them in itself, in rows or credit
+GIVEN_STREAMS = ("advantage", "returns")  # a method fills them in itself, in rows or credit
 
 
 class MethodError(ConfigError):
@@ -62,23 +70,27 @@ def check_demand(method: Method, demand: Demand) -> Demand:
     if demand.experts and not (method.uses_experts or method.aligned):
         raise MethodError(
             f"{where} asks for {demand.experts} demonstrations, but the method's uses_experts is "
-            "False, so none are read; write `uses_experts: ClassVar[bool] = True` in its class")
+            "False, so none are read; write `uses_experts: ClassVar[bool] = True` in its class"
+        )
     return demand
 
 
 def check_request(method: Method, request: GenRequest) -> GenRequest:
     """The rollout request, if it is one."""
     if not isinstance(request, GenRequest):
-        raise MethodError(f"{title(method)}: request() returned {kind(request)}, "
-                          f"expected a GenRequest{no_return(request)}")
+        raise MethodError(
+            f"{title(method)}: request() returned {kind(request)}, "
+            f"expected a GenRequest{no_return(request)}"
+        )
     return request
 
 
 def check_accept(method: Method, accepted: bool) -> bool:
     """The answer of `accept`. None would redraw every group until the prompts are used up."""
     if accepted is None:
-        raise MethodError(f"{title(method)}: accept() returned None, "
-                          f"expected True or False{no_return(None)}")
+        raise MethodError(
+            f"{title(method)}: accept() returned None, expected True or False{no_return(None)}"
+        )
     return bool(accepted)
 
 
@@ -93,8 +105,10 @@ def check_terms(method: Method, terms: Sequence[Term]) -> list[Term]:
     for term in terms:
         check_term(f"{where}: term {term.name!r}", term, method)
         if term.name in seen:
-            raise MethodError(f"{where} returned two terms named {term.name!r}: each needs a name "
-                              "of its own, since it is the key into Row.weights")
+            raise MethodError(
+                f"{where} returned two terms named {term.name!r}: each needs a name "
+                "of its own, since it is the key into Row.weights"
+            )
         seen.add(term.name)
     return list(terms)
 
@@ -105,14 +119,18 @@ def check_term(where: str, term: Term, method: Method) -> None:
     for name in ("objective", "correction"):
         part = getattr(term, name)
         if isinstance(part, type):
-            raise MethodError(f"{where}: its {name} is the class {part.__name__}, expected an "
-                              f"object of it: write {part.__name__}(), with brackets")
+            raise MethodError(
+                f"{where}: its {name} is the class {part.__name__}, expected an "
+                f"object of it: write {part.__name__}(), with brackets"
+            )
         if not callable(part) and (name == "objective" or part is not None):
             raise MethodError(f"{where}: its {name} is {kind(part)}, expected something callable")
     for name in ("row_scale", "denominator"):
         if isinstance(term.reduction, type) or not hasattr(term.reduction, name):
-            raise MethodError(f"{where}: its reduction is {term.reduction!r}, expected a Reduction, "
-                              "e.g. Reduction('token_mean')")
+            raise MethodError(
+                f"{where}: its reduction is {term.reduction!r}, expected a Reduction, "
+                "e.g. Reduction('token_mean')"
+            )
     check_coefficient(where, term.coefficient)
     check_needs(where, term, method)
 
@@ -123,8 +141,10 @@ def check_coefficient(where: str, coefficient: float) -> None:
     except (TypeError, ValueError):
         number = None
     if number is None:
-        raise MethodError(f"{where}: its coefficient is {coefficient!r}, expected a number; a "
-                          "Schedule becomes one with schedule(batch.step, batch.signals)")
+        raise MethodError(
+            f"{where}: its coefficient is {coefficient!r}, expected a number; a "
+            "Schedule becomes one with schedule(batch.step, batch.signals)"
+        )
     if not np.isfinite(number):
         raise MethodError(f"{where}: its coefficient is {number}, expected a finite number")
 
@@ -132,17 +152,23 @@ def check_coefficient(where: str, coefficient: float) -> None:
 def check_needs(where: str, term: Term, method: Method) -> None:
     """Streams that this run has. With a forward of the method's own any name may be one."""
     if isinstance(term.needs, str):
-        raise MethodError(f"{where}: its needs is the text {term.needs!r}, expected a set of "
-                          f"names: frozenset({{{term.needs!r}}})")
+        raise MethodError(
+            f"{where}: its needs is the text {term.needs!r}, expected a set of "
+            f"names: frozenset({{{term.needs!r}}})"
+        )
     for need in term.needs:
         if need not in KNOWN_STREAMS and method.forward is None:
-            raise MethodError(f"{where}: it needs {need!r}, which is no stream"
-                              f"{closest(str(need), KNOWN_STREAMS)}; known: {', '.join(KNOWN_STREAMS)}")
+            raise MethodError(
+                f"{where}: it needs {need!r}, which is no stream"
+                f"{closest(str(need), KNOWN_STREAMS)}; known: {', '.join(KNOWN_STREAMS)}"
+            )
         own_value = need == "value" and method.forward is not None
         if need in CRITIC_STREAMS and not method.critic and not own_value:
-            raise MethodError(f"{where}: it needs {need!r}, which a critic gives, but the method "
-                              "has none; set method.policy.advantage=gae (preset ppo), or give "
-                              "the class `critic = True`")
+            raise MethodError(
+                f"{where}: it needs {need!r}, which a critic gives, but the method "
+                "has none; set method.policy.advantage=gae (preset ppo), or give "
+                "the class `critic = True`"
+            )
 
 
 # -- rows ---------------------------------------------------------------------------------------
@@ -157,15 +183,18 @@ def check_rows(method: Method, rows: Sequence[Row], terms: Sequence[Term]) -> li
     return list(rows)
 
 
-def check_credit(method: Method, before: Sequence[Row], rows: Sequence[Row],
-                 terms: Sequence[Term]) -> list[Row]:
+def check_credit(
+    method: Method, before: Sequence[Row], rows: Sequence[Row], terms: Sequence[Term]
+) -> list[Row]:
     """The rows that `credit` returned: as many as it was given, those it changed checked again."""
     where = f"{title(method)}: credit()"
     check_list(where, rows, Row)
     if len(rows) != len(before):
-        raise MethodError(f"{where} returned {len(rows)} rows for {len(before)}; expected one for "
-                          "each, in the same order. To drop a row give it weights of 0")
-    for number, (old, row) in enumerate(zip(before, rows)):
+        raise MethodError(
+            f"{where} returned {len(rows)} rows for {len(before)}; expected one for "
+            "each, in the same order. To drop a row give it weights of 0"
+        )
+    for number, (old, row) in enumerate(zip(before, rows, strict=True)):
         if row is not old:
             check_row(label(where, number, row), row, terms)
     for term in terms:
@@ -182,30 +211,42 @@ def check_row(where: str, row: Row, terms: Sequence[Term]) -> None:
         if array is not None:
             check_array(f"{where}: {name}", array, length, kinds)
     if not isinstance(row.weights, Mapping):
-        raise MethodError(f"{where}: weights is {kind(row.weights)}, expected a mapping "
-                          "{term: one number per token}")
+        raise MethodError(
+            f"{where}: weights is {kind(row.weights)}, expected a mapping "
+            "{term: one number per token}"
+        )
     names = [term.name for term in terms]
     for name, weight in row.weights.items():
         check_array(f"{where}: weights[{name!r}]", weight, length, WEIGHT_KINDS)
         if not np.isfinite(weight).all():
-            raise MethodError(f"{where}: weights[{name!r}] is {first_bad(weight)}, expected "
-                              "finite numbers (0: the token is not part of the term)")
+            raise MethodError(
+                f"{where}: weights[{name!r}] is {first_bad(weight)}, expected "
+                "finite numbers (0: the token is not part of the term)"
+            )
         if name not in names:
-            raise MethodError(f"{where}: it has weights for {name!r}, which is no term of this step"
-                              f"{closest(str(name), names)}; terms: {', '.join(names) or 'none'}")
+            raise MethodError(
+                f"{where}: it has weights for {name!r}, which is no term of this step"
+                f"{closest(str(name), names)}; terms: {', '.join(names) or 'none'}"
+            )
     if row.advantage is not None and not np.isfinite(row.advantage[row.trained]).all():
         bad = first_bad(np.where(row.trained, row.advantage, 0.0))
-        raise MethodError(f"{where}: advantage is {bad}, which is trained; expected finite numbers "
-                          "(0: the token counts, but is not pushed)")
+        raise MethodError(
+            f"{where}: advantage is {bad}, which is trained; expected finite numbers "
+            "(0: the token counts, but is not pushed)"
+        )
 
 
 def check_array(where: str, array: np.ndarray, length: int, kinds: str) -> None:
     if not isinstance(array, np.ndarray):
-        raise MethodError(f"{where} is {kind(array)}, expected a numpy array of shape ({length},): "
-                          "one number per token of the row")
+        raise MethodError(
+            f"{where} is {kind(array)}, expected a numpy array of shape ({length},): "
+            "one number per token of the row"
+        )
     if array.shape != (length,):
-        raise MethodError(f"{where} has shape {array.shape}, expected ({length},): one number per "
-                          "token of the row")
+        raise MethodError(
+            f"{where} has shape {array.shape}, expected ({length},): one number per "
+            "token of the row"
+        )
     if array.dtype.kind not in kinds:
         raise MethodError(f"{where} has dtype {array.dtype}, expected {KIND_NAMES[kinds]}")
 
@@ -219,16 +260,19 @@ def check_given(method: Method, rows: Sequence[Row], term: Term, need: str) -> N
         stream = getattr(row, need)
         if stream is None or not np.isfinite(stream[weight != 0]).all():
             where = label(title(method), number, row)
-            raise MethodError(f"{where}: term {term.name!r} needs {need!r}, which the row lacks on "
-                              f"some of the term's tokens; set Row.{need} in rows() or credit()")
+            raise MethodError(
+                f"{where}: term {term.name!r} needs {need!r}, which the row lacks on "
+                f"some of the term's tokens; set Row.{need} in rows() or credit()"
+            )
 
 
 def check_metrics(method: Method, metrics: Mapping[str, float]) -> dict[str, float]:
     """What `metrics` reports, if it is numbers by name."""
     where = f"{title(method)}: metrics()"
     if not isinstance(metrics, Mapping):
-        raise MethodError(f"{where} returned {kind(metrics)}, expected {{name: number}}"
-                          f"{no_return(metrics)}")
+        raise MethodError(
+            f"{where} returned {kind(metrics)}, expected {{name: number}}{no_return(metrics)}"
+        )
     for name, value in metrics.items():
         try:
             float(value)
@@ -241,8 +285,10 @@ def check_state(method: Method) -> None:
     """The method can be saved: without `return` a resume would start its state over."""
     state = method.state_dict()
     if not isinstance(state, Mapping):
-        raise MethodError(f"{title(method)}: state_dict() returned {kind(state)}, expected a "
-                          f"mapping{no_return(state)}")
+        raise MethodError(
+            f"{title(method)}: state_dict() returned {kind(state)}, expected a "
+            f"mapping{no_return(state)}"
+        )
 
 
 # -- words --------------------------------------------------------------------------------------
@@ -253,12 +299,15 @@ def check_list(where: str, found, item: type) -> None:
     if isinstance(found, item):
         raise MethodError(f"{where} returned one {item.__name__}, expected a list: [...]")
     if not isinstance(found, (list, tuple)):
-        raise MethodError(f"{where} returned {kind(found)}, expected a list of {item.__name__}"
-                          f"{no_return(found)}")
+        raise MethodError(
+            f"{where} returned {kind(found)}, expected a list of {item.__name__}{no_return(found)}"
+        )
     for number, one in enumerate(found):
         if isinstance(one, type) or not isinstance(one, item):
-            raise MethodError(f"{where} returned a list whose entry {number} is {kind(one)}, "
-                              f"expected {item.__name__}")
+            raise MethodError(
+                f"{where} returned a list whose entry {number} is {kind(one)}, "
+                f"expected {item.__name__}"
+            )
 
 
 def has_tokens(row: Row, term: str) -> bool:

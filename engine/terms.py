@@ -6,19 +6,15 @@ The same `evaluate` serves the learner on a GPU and anyone who wants a method's 
 """
 from __future__ import annotations
 
-import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
 
 from tandem.algorithms.base import Term
 from tandem.algorithms.objectives import Tokens
-from tandem.engine.method_checks import GIVEN_STREAMS, MethodError, kind
+from tandem.engine.loss_checks import asked_for, check_given, check_tensor, checked_losses
 from tandem.engine.types import MicroBatch, Row
-
-ON_REQUEST = ("entropy", "value")       # a term that does not name them in `needs` does not see them
 
 
 def row_counts(rows: Sequence[Row], term: str) -> np.ndarray:
@@ -64,7 +60,7 @@ def evaluate(terms: Sequence[Term], z: Mapping[str, float], micro: MicroBatch, t
         if len(index) == 0:
             continue
         chosen = asked_for(term, tokens.take(index))
-        per_token, metrics = losses(term, chosen)
+        per_token, metrics = checked_losses(term, chosen)
         check_given(term, micro, chosen, per_token)
         factor = weight[index] * torch.as_tensor(micro.scale[term.name], device=weight.device)[index]
         if term.correction is not None and chosen.behaviour_logp is not None:
@@ -84,89 +80,6 @@ def evaluate(terms: Sequence[Term], z: Mapping[str, float], micro: MicroBatch, t
                 sums[f"sum/{term.name}/{key}/{name}"] = values.detach().sum()
                 sums[f"count/{term.name}/{key}"] = torch.tensor(float(len(values)))
     return loss, sums
-
-
-def asked_for(term: Term, tokens: Tokens) -> Tokens:
-    """The tokens with the streams that the term may see. Raises MethodError if one it needs is absent.
-
-    What is made on request only is hidden from a term that did not ask, or it would see it in some
-    runs (another term asked, or learner.entropy is on) and not in others.
-    """
-    for need in term.needs:
-        if need not in tokens.extra and getattr(tokens, need, None) is None:
-            raise MethodError(f"term {term.name!r} needs {need!r}, which this step does not have (see docs/methods.md on streams)")
-    return replace(tokens, **{name: None for name in ON_REQUEST if name not in term.needs})
-
-
-def losses(term: Term, tokens: Tokens) -> tuple[torch.Tensor, Mapping]:
-    """(loss [n], metrics) of the term's objective on its n tokens. Raises MethodError if it returns anything else."""
-    where, n = f"term {term.name!r}: its objective", len(tokens.logp)
-    try:
-        result = term.objective(tokens)
-    except (TypeError, AttributeError, KeyError) as error:
-        absent = [name for name in Tokens.__dataclass_fields__ if getattr(tokens, name) is None]
-        if not absent:
-            raise
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise MethodError(f"{where} raised {type(error).__name__}: {error}\nat {frame.filename}:{frame.lineno}, in {frame.name}. "
-                          f"Streams it does not have here: {', '.join(absent)}; the term must name in `needs` what it reads of "
-                          "entropy, value, old_value, returns and ref_logp, and rows must bring their advantage") from error
-    if not isinstance(result, tuple) or len(result) != 2:
-        raise MethodError(f"{where} returned {kind(result)}, expected a pair: loss [n], {{name: [n]}} (an empty mapping reports nothing)")
-    loss, metrics = result
-    check_tensor(f"{where}: its loss", loss, n)
-    if not torch.is_floating_point(loss):
-        raise MethodError(f"{where}: its loss has dtype {loss.dtype}, expected a floating-point one")
-    check_attached(where, term, tokens, loss)
-    if not isinstance(metrics, Mapping):
-        raise MethodError(f"{where}: its metrics are {kind(metrics)}, expected a mapping {{name: [n]}} (an empty one reports nothing)")
-    for name, metric in metrics.items():
-        check_metric(f"{where}: metric {name!r}", metric, n)
-    return loss, metrics
-
-
-def check_attached(where: str, term: Term, tokens: Tokens, loss: torch.Tensor) -> None:
-    """A loss without a graph trains nothing. Where it is 0 on every token there is nothing to train."""
-    inputs = [tokens.logp, tokens.entropy, tokens.value, *tokens.extra.values()]
-    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    if differentiable and not loss.requires_grad and term.coefficient != 0 and bool(loss.any()):
-        raise MethodError(f"{where}: its loss carries no gradient, so it would train nothing: it must be computed from tokens.logp (or entropy, value) "
-                          "without detach(), item(), numpy() or torch.no_grad() on the way")
-
-
-def check_given(term: Term, micro: MicroBatch, tokens: Tokens, loss: torch.Tensor) -> None:
-    """Rows without an advantage (or returns) beside rows that have one are NaN there: fine for an objective that does not look, else its loss is NaN.
-
-    The device is only asked where the host knows that something is missing.
-    """
-    mine = np.flatnonzero(micro.weights[term.name])
-    for name in GIVEN_STREAMS:
-        missing = np.isnan(micro.streams[name][mine]) if name in micro.streams else np.zeros(0, bool)
-        if not missing.any():
-            continue
-        at = torch.as_tensor(missing, device=loss.device)
-        if bool((at & loss.isnan() & tokens.logp.isfinite()).any()):
-            raise MethodError(f"term {term.name!r}: its objective is NaN on tokens whose row has no {name}, while other rows of the term have one; "
-                              f"set Row.{name} in all of them, or give these rows a term of their own")
-
-
-def check_metric(where: str, metric, n: int) -> None:
-    if not isinstance(metric, Mapping):
-        check_tensor(where, metric, n)
-        return
-    lengths = {name: len(values) if isinstance(values, torch.Tensor) and values.dim() else None for name, values in metric.items()}
-    for name, values in metric.items():
-        check_tensor(f"{where}: {name!r}", values, lengths[next(iter(lengths))] or 0)
-
-
-def check_tensor(where: str, found, n: int) -> None:
-    """Raise MethodError if `found` is no real tensor of shape [n]. Another shape would broadcast to the tokens, and depend on the micro-batch."""
-    if not isinstance(found, torch.Tensor):
-        raise MethodError(f"{where} is {kind(found)}, expected a torch tensor of shape [{n}], one number per token")
-    if found.shape != (n,):
-        raise MethodError(f"{where} has shape {list(found.shape)}, expected [{n}]: one number per token, not summed, averaged or unsqueezed")
-    if found.is_complex():
-        raise MethodError(f"{where} has dtype {found.dtype}, expected real numbers")
 
 
 def means(sums: Mapping[str, float]) -> dict[str, float]:

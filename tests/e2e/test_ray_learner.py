@@ -1,6 +1,7 @@
 """The learner of mode=cluster with everything real: two DeepSpeed ranks (ZeRO-3) and a vLLM engine in Ray actors, weights synced and verified between them."""
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from learner_cases import CLIP, METHOD, TEMPERATURE, make_plan, make_rows
 from tandem.engine import weights
 from tandem.engine.config import ClusterConfig, Config, DataConfig, LearnerConfig, ModelConfig, RolloutConfig, SyncConfig
 from tandem.engine.learner import LearnerRank, build_policy
+from tandem.engine.method_checks import MethodError
 from tandem.engine.types import GenRequest, Prompt, Row, Sampling, Source
 from tandem.engine.zero import LocalEngine
 from tandem.rollout.backend import SyncError
@@ -70,6 +72,14 @@ def test_two_ranks_and_an_engine(model_path, tmp_path):
                 weights.sync(learner, 3)
             learner.export(tmp_path / "model")
             assert (tmp_path / "model" / "model.safetensors").is_file()
+
+            def column(tokens):
+                return -tokens.logp[:, None], {}
+
+            plan = make_plan(rows, ranks=2)
+            wrong = replace(plan, terms=tuple(replace(term, objective=column) for term in plan.terms))
+            with pytest.raises(MethodError, match="term 'policy': its objective: its loss has shape"):
+                learner.step(wrong)
 
             os.kill(rank_pid(learner, 1), signal.SIGKILL)
             with pytest.raises(LearnerFailed, match=r"learner rank 1 failed in `step`(.|\n)*learner_1\.log"):

@@ -1,4 +1,5 @@
 """The +- of a held-out accuracy counts problems: by hand, and through a whole evaluation."""
+
 import math
 from concurrent.futures import Future
 
@@ -10,15 +11,21 @@ from tandem.engine.types import Prompt, RewardError, RewardOutcome, Sampling
 from tandem.rollout.backend import EngineDied
 
 
-@pytest.mark.parametrize("values, expected", [
-    ([[1], [0], [1], [0]], 0.5 / 2),                                # std 1/2 over sqrt(4)
-    ([[1] * 16, [0] * 16, [1] * 16, [0] * 16], 0.5 / 2),            # sixteen equal samples say no more
-    ([[1, 0], [1, 0], [0, 1]], 0.0),                                # every problem half right: they do not differ
-    ([[1, 1], [1, 0], [0, 0]], math.sqrt(1 / 6) / math.sqrt(3)),    # means 1, 1/2, 0: variance 1/6
-    ([[1, 1, 1], [0]], math.sqrt(0.75 ** 2 + 0.75 ** 2) / 4),       # mean 3/4: residuals 3/4 and -3/4
-    ([[1, 1], [], [0, 0]], 0.5 / math.sqrt(2)),                     # a problem whose reward failed is none
-    ([[2.0], [-1.0]], 1.5 / math.sqrt(2)),
-])
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ([[1], [0], [1], [0]], 0.5 / 2),  # std 1/2 over sqrt(4)
+        ([[1] * 16, [0] * 16, [1] * 16, [0] * 16], 0.5 / 2),  # sixteen equal samples say no more
+        ([[1, 0], [1, 0], [0, 1]], 0.0),  # every problem half right: they do not differ
+        (
+            [[1, 1], [1, 0], [0, 0]],
+            math.sqrt(1 / 6) / math.sqrt(3),
+        ),  # means 1, 1/2, 0: variance 1/6
+        ([[1, 1, 1], [0]], math.sqrt(0.75**2 + 0.75**2) / 4),  # mean 3/4: residuals 3/4 and -3/4
+        ([[1, 1], [], [0, 0]], 0.5 / math.sqrt(2)),  # a problem whose reward failed is none
+        ([[2.0], [-1.0]], 1.5 / math.sqrt(2)),
+    ],
+)
 def test_standard_error_by_hand(values, expected):
     assert standard_error(values) == pytest.approx(expected)
 
@@ -37,7 +44,8 @@ def test_it_agrees_with_the_bootstrap_over_problems():
 
 
 class Answers:
-    """Pool and rewards in one: problem p is right where its row of `table` says so; None: the reward failed."""
+    """Pool and rewards in one: problem p is right where its row of `table` says so; None: the
+    reward failed."""
 
     def __init__(self, table, dies=0):
         self.table, self.dies = table, dies
@@ -50,7 +58,9 @@ class Answers:
             self.dies -= 1
             future.set_exception(EngineDied("gone"))
         else:
-            future.set_result([type("T", (), {"response": np.arange(3)})() for _ in range(asked.samples)])
+            future.set_result(
+                [type("T", (), {"response": np.arange(3)})() for _ in range(asked.samples)]
+            )
         return future
 
     def outcome(self, x):
@@ -62,7 +72,16 @@ class Answers:
 def run(table, dies=0):
     prompts = [Prompt(str(i), np.array([1]), "") for i in range(len(table))]
     answers, recovered = Answers(table, dies), []
-    result = evaluate(answers, answers, prompts, Sampling(4), len(table[0]), "exact", str, lambda: recovered.append(1))
+    result = evaluate(
+        answers,
+        answers,
+        prompts,
+        Sampling(4),
+        len(table[0]),
+        "exact",
+        str,
+        lambda: recovered.append(1),
+    )
     return result, len(recovered)
 
 
@@ -71,7 +90,7 @@ def test_an_evaluation_counts_its_problems():
     assert recovered == 1
     assert result.problems == 3 and result.samples == 5 and result.errors == 3
     assert result.accuracy == pytest.approx(3 / 5) and result.reward == pytest.approx(6 / 5)
-    assert result.standard_error == pytest.approx(math.sqrt(0.8 ** 2 + 1.2 ** 2 + 0.4 ** 2) / 5)
+    assert result.standard_error == pytest.approx(math.sqrt(0.8**2 + 1.2**2 + 0.4**2) / 5)
     assert result.describe() == "3 problems, 5 samples, 3 without a reward"
 
 

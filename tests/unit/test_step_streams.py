@@ -1,5 +1,6 @@
 """What is known of a step's rows before the update: at the step's one temperature, and only of rows
 that a term wants to know it of."""
+
 import json
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -17,7 +18,8 @@ from tandem.engine.types import StepReport
 
 
 class Recorder:
-    """A learner that notes which rows it was asked about, and at which temperature; log-prob -1 everywhere."""
+    """A learner that notes which rows it was asked about, and at which temperature. Every log-prob
+    is -1."""
 
     ranks, shares_prompts = 1, False
 
@@ -26,8 +28,10 @@ class Recorder:
 
     def streams(self, rows, temperature):
         self.asked.append(("own", [row.prompt_id for row in rows], temperature))
-        return {"logp": [np.full(len(row.tokens), -1.0, np.float32) for row in rows],
-                "value": [np.full(len(row.tokens), 0.5, np.float32) for row in rows]}
+        return {
+            "logp": [np.full(len(row.tokens), -1.0, np.float32) for row in rows],
+            "value": [np.full(len(row.tokens), 0.5, np.float32) for row in rows],
+        }
 
     def logprobs(self, rows, temperature, reference=False):
         kind = "reference" if reference else "own"
@@ -42,8 +46,9 @@ class Recorder:
 def stepped(method, b, **learner):
     """(rows with their streams, the recorder) of what the loop does with the method's rows."""
     config = Config(rollout=RolloutConfig(temperature=0.7), learner=LearnerConfig(**learner))
-    run = SimpleNamespace(learner=Recorder(), config=config, method=method,
-                          learning_rate=lambda step, demand: 1e-3)
+    run = SimpleNamespace(
+        learner=Recorder(), config=config, method=method, learning_rate=lambda step, demand: 1e-3
+    )
     demand = Demand(prompts=len(b.groups), experts=len(b.experts))
     temperature = step_temperature(config, demand)
     terms = method.terms(b)
@@ -58,15 +63,20 @@ def test_a_step_of_demonstrations_asks_nothing_of_the_reference():
     rows, learner = stepped(method, batch(groups=()))
     assert learner.asked == [] and all(row.ref_logp is None for row in rows)
     rows, learner = stepped(method, batch(experts=()))
-    assert learner.asked == [("reference", ["p", "p"], 0.7)] and all(row.ref_logp is not None for row in rows)
+    assert learner.asked == [("reference", ["p", "p"], 0.7)] and all(
+        row.ref_logp is not None for row in rows
+    )
 
 
 def test_only_rows_of_the_term_are_asked_about():
-    """CHORD with a KL: two rollouts beside two demonstrations. With a critic the same for old log-probs and values."""
+    """CHORD with a KL: two rollouts beside two demonstrations. With a critic the same for old
+    log-probs and values."""
     rows, learner = stepped(make_method("chord_mu", {"policy": {"kl": 0.1}}), batch())
     assert learner.asked == [("reference", ["p", "p"], 0.7)]
     assert [row.ref_logp is None for row in rows] == [False, False, True, True]
-    rows, learner = stepped(make_method("chord_mu", {"policy": {"preset": "ppo", "critic": {"kl": 0.1}}}), batch())
+    rows, learner = stepped(
+        make_method("chord_mu", {"policy": {"preset": "ppo", "critic": {"kl": 0.1}}}), batch()
+    )
     assert learner.asked == [("own", ["p", "p"], 0.7), ("reference", ["p", "p"], 0.7)]
     assert [row.old_value is None for row in rows] == [False, False, True, True]
     assert [row.returns is None for row in rows] == [False, False, True, True]
@@ -80,11 +90,14 @@ def test_a_row_that_trains_nothing_is_not_asked_about():
 
 
 def test_several_updates_score_only_what_is_not_known_yet():
-    """The critic's step scored the rollouts already; an old log-prob that a method gives is kept."""
+    """The critic's step scored the rollouts already; an old log-prob of the method's is kept."""
     method = make_method("chord_mu", {"policy": {"preset": "ppo", "critic": {"kl": 0.1}}})
     _, learner = stepped(method, batch(), updates_per_batch=2)
     assert learner.asked[2:] == [("own", ["e0", "e1"], 0.7)]
-    method.rows = lambda b: [replace(expert_row(t, "expert"), old_logp=np.zeros(len(t.tokens), np.float32)) for t in EXPERTS]
+    method.rows = lambda b: [
+        replace(expert_row(t, "expert"), old_logp=np.zeros(len(t.tokens), np.float32))
+        for t in EXPERTS
+    ]
     _, learner = stepped(method, batch(), updates_per_batch=2)
     assert learner.asked == []
 
@@ -105,38 +118,56 @@ class OnDemonstrations(Method):
         return [replace(row, advantage=row.weights["sft"]) for row in rows]
 
     def terms(self, batch):
-        return [Term("sft", NLL()), Term("kl", KLToReference(), needs=frozenset({"ref_logp"})),
-                Term("ratio", PPOClip(), coefficient=0.5, needs=frozenset({"old_logp"}))]
+        return [
+            Term("sft", NLL()),
+            Term("kl", KLToReference(), needs=frozenset({"ref_logp"})),
+            Term("ratio", PPOClip(), coefficient=0.5, needs=frozenset({"old_logp"})),
+        ]
 
 
 @pytest.mark.parametrize("prompts, expected", [(0, 1.0), (2, 0.7)])
 def test_the_update_has_the_temperature_of_the_scores(prompts, expected):
     b = batch(groups=[rollouts(number=i) for i in range(prompts)])
     _, learner = stepped(OnDemonstrations(), b)
-    assert {asked[2] for asked in learner.asked} == {plan.temperature for plan in learner.plans} == {expected}
+    assert (
+        {asked[2] for asked in learner.asked}
+        == {plan.temperature for plan in learner.plans}
+        == {expected}
+    )
 
 
 def test_before_the_first_update_the_ratio_is_one_and_the_kl_zero(tmp_path):
-    """A whole run of a method of its own, whose rollouts would be sampled at 0.7: KL and log-ratio are exactly 0."""
+    """A whole run of a method of its own; rollouts would be sampled at 0.7."""
     from tandem.engine.run import train
+
     source = (
         "from dataclasses import dataclass, replace\n"
         "from typing import ClassVar\n"
         "from tandem.algorithms.base import Method, Term, expert_row\n"
-        "from tandem.algorithms.objectives import NLL, KLToReference, PPOClip\n\n\n")
+        "from tandem.algorithms.objectives import NLL, KLToReference, PPOClip\n\n\n"
+    )
     import inspect
+
     (tmp_path / "mine.py").write_text(source + inspect.getsource(OnDemonstrations))
     (tmp_path / "c.yaml").write_text(f"""
 mode: inline
 model: {{path: "tandem:tiny"}}
-data: {{experts: {{path: "task:sort", options: {{digits: 3, size: 8}}}}, experts_per_step: 4, max_expert_tokens: 16, max_prompt_tokens: 32}}
+data:
+  experts: {{path: "task:sort", options: {{digits: 3, size: 8}}}}
+  experts_per_step: 4
+  max_expert_tokens: 16
+  max_prompt_tokens: 32
 method: {{name: "{tmp_path}/mine.py:OnDemonstrations"}}
 rollout: {{temperature: 0.7}}
 learner: {{learning_rate: 1.0e-2}}
 run: {{dir: "{tmp_path}", steps: 2, save_model: false}}
 """)
     assert train(load(tmp_path / "c.yaml")) == 0
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     first, second = [line for line in lines if "grad_norm" in line]
-    assert first["loss/kl"] == pytest.approx(0.0, abs=1e-9) and first["ratio/ppo_kl"] == pytest.approx(0.0, abs=1e-6)
+    assert first["loss/kl"] == pytest.approx(0.0, abs=1e-9) and first[
+        "ratio/ppo_kl"
+    ] == pytest.approx(0.0, abs=1e-6)
     assert second["loss/kl"] > 1e-6 and second["ratio/ppo_kl"] == pytest.approx(0.0, abs=1e-6)

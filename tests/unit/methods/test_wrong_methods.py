@@ -3,6 +3,7 @@
 Each case changes one thing of a method that is right. The checks are those of training: `inspect`
 takes the same path, and two cases go through a whole run.
 """
+
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -62,9 +63,11 @@ def with_objective(objective):
 
 def with_row(change):
     """Right, with the first row changed."""
+
     def rows(self, batch):
         first, *others = Right.rows(self, batch)
         return [change(first), *others]
+
     return wrong(rows=rows)
 
 
@@ -87,33 +90,39 @@ def metrics(function):
     return lambda tokens: (-tokens.logp, function(tokens))
 
 
-@pytest.mark.parametrize("objective, words", [
-    (loss(lambda t: -t.logp[:, None]), r"loss has shape \[5, 1\], expected \[5\]"),
-    (loss(lambda t: -t.logp[None]), r"loss has shape \[1, 5\]"),
-    (loss(lambda t: -t.logp.mean()), r"loss has shape \[\], expected \[5\]"),
-    (loss(lambda t: -t.logp[:1]), r"loss has shape \[1\]"),
-    (loss(lambda t: -t.logp[1:]), r"loss has shape \[4\]"),
-    (loss(lambda t: -t.logp.detach()), "loss carries no gradient"),
-    (loss(lambda t: torch.ones_like(t.logp)), "loss carries no gradient"),
-    (loss(lambda t: -t.logp.detach().numpy()), "loss is a ndarray, expected a torch tensor"),
-    (loss(lambda t: (-t.logp).tolist()), "loss is a list"),
-    (loss(lambda t: -t.logp.to(torch.complex64)), "loss has dtype torch.complex64"),
-    (loss(lambda t: t.segment), "loss has dtype torch.int64"),
-    (lambda t: -t.logp, "returned a Tensor, expected a pair"),
-    (lambda t: None, "returned None, expected a pair"),
-    (lambda t: (-t.logp, {}, {}), "returned a tuple, expected a pair"),
-    (metrics(lambda t: None), "metrics are None"),
-    (metrics(lambda t: {"p": t.logp[1:]}), r"metric 'p' has shape \[4\]"),
-    (metrics(lambda t: {"p": t.logp.mean()}), r"metric 'p' has shape \[\]"),
-    (metrics(lambda t: {"p": 0.5}), "metric 'p' is a float"),
-    (metrics(lambda t: {"p": t.logp.detach().numpy()}), "metric 'p' is a ndarray"),
-    (metrics(lambda t: {"part": {"p": t.logp[:2], "q": t.logp[:3]}}), r"metric 'part': 'q' has shape \[3\]"),
-    (metrics(lambda t: {"part": {"p": 0.5}}), "metric 'part': 'p' is a float"),
-    (loss(lambda t: -t.entropy), "(?s)'sft'.*TypeError.*does not have here: .*entropy"),
-    (loss(lambda t: -t.ref_logp.exp()), "(?s)'sft'.*AttributeError.*ref_logp"),
-    (loss(lambda t: (t.value - t.returns) ** 2), "(?s)'sft'.*TypeError.*value"),
-    (PPOClip(), "(?s)'sft'.*does not have here: .*advantage"),
-])
+@pytest.mark.parametrize(
+    "objective, words",
+    [
+        (loss(lambda t: -t.logp[:, None]), r"loss has shape \[5, 1\], expected \[5\]"),
+        (loss(lambda t: -t.logp[None]), r"loss has shape \[1, 5\]"),
+        (loss(lambda t: -t.logp.mean()), r"loss has shape \[\], expected \[5\]"),
+        (loss(lambda t: -t.logp[:1]), r"loss has shape \[1\]"),
+        (loss(lambda t: -t.logp[1:]), r"loss has shape \[4\]"),
+        (loss(lambda t: -t.logp.detach()), "loss carries no gradient"),
+        (loss(lambda t: torch.ones_like(t.logp)), "loss carries no gradient"),
+        (loss(lambda t: -t.logp.detach().numpy()), "loss is a ndarray, expected a torch tensor"),
+        (loss(lambda t: (-t.logp).tolist()), "loss is a list"),
+        (loss(lambda t: -t.logp.to(torch.complex64)), "loss has dtype torch.complex64"),
+        (loss(lambda t: t.segment), "loss has dtype torch.int64"),
+        (lambda t: -t.logp, "returned a Tensor, expected a pair"),
+        (lambda t: None, "returned None, expected a pair"),
+        (lambda t: (-t.logp, {}, {}), "returned a tuple, expected a pair"),
+        (metrics(lambda t: None), "metrics are None"),
+        (metrics(lambda t: {"p": t.logp[1:]}), r"metric 'p' has shape \[4\]"),
+        (metrics(lambda t: {"p": t.logp.mean()}), r"metric 'p' has shape \[\]"),
+        (metrics(lambda t: {"p": 0.5}), "metric 'p' is a float"),
+        (metrics(lambda t: {"p": t.logp.detach().numpy()}), "metric 'p' is a ndarray"),
+        (
+            metrics(lambda t: {"part": {"p": t.logp[:2], "q": t.logp[:3]}}),
+            r"metric 'part': 'q' has shape \[3\]",
+        ),
+        (metrics(lambda t: {"part": {"p": 0.5}}), "metric 'part': 'p' is a float"),
+        (loss(lambda t: -t.entropy), "(?s)'sft'.*TypeError.*does not have here: .*entropy"),
+        (loss(lambda t: -t.ref_logp.exp()), "(?s)'sft'.*AttributeError.*ref_logp"),
+        (loss(lambda t: (t.value - t.returns) ** 2), "(?s)'sft'.*TypeError.*value"),
+        (PPOClip(), "(?s)'sft'.*does not have here: .*advantage"),
+    ],
+)
 def test_objectives(objective, words):
     with pytest.raises(MethodError, match=words) as caught:
         look(with_objective(objective))
@@ -129,11 +138,16 @@ def test_a_stream_that_another_term_asked_for_is_not_seen_by_one_that_did_not():
     assert np.isfinite(look(with_terms(asked, ask), entropy=half).loss)
 
 
-@pytest.mark.parametrize("objective", [
-    loss(lambda t: torch.zeros_like(t.logp)),                       # nothing to train in this micro-batch
-    metrics(lambda t: {"flag": t.logp < 0, "part": {}, "some": {"p": t.logp[:2], "q": t.logp[:2]}}),
-    loss(lambda t: -t.logp.to(torch.float64)),
-])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        loss(lambda t: torch.zeros_like(t.logp)),  # nothing to train in this micro-batch
+        metrics(
+            lambda t: {"flag": t.logp < 0, "part": {}, "some": {"p": t.logp[:2], "q": t.logp[:2]}}
+        ),
+        loss(lambda t: -t.logp.to(torch.float64)),
+    ],
+)
 def test_objectives_that_are_right(objective):
     assert np.isfinite(look(with_objective(objective)).loss)
 
@@ -141,6 +155,7 @@ def test_objectives_that_are_right(objective):
 def test_an_error_of_the_objectives_own_is_left_as_it_is():
     def broken(tokens):
         raise RuntimeError("mine")
+
     with pytest.raises(RuntimeError, match="mine"):
         look(with_objective(broken))
 
@@ -152,29 +167,47 @@ def one(term):
     return with_terms(term, Term("again", NLL()))
 
 
-@pytest.mark.parametrize("method, words", [
-    (wrong(terms=lambda self, batch: None), r"terms\(\) returned None, .*does it end without"),
-    (wrong(terms=lambda self, batch: Term("sft", NLL())), "returned one Term, expected a list"),
-    (wrong(terms=lambda self, batch: (t for t in Right.terms(self, batch))), r"generator.*list\(\.\.\.\)"),
-    (wrong(terms=lambda self, batch: {"sft": NLL()}), "returned a dict"),
-    (wrong(terms=lambda self, batch: [NLL()]), "entry 0 is a NLL, expected Term"),
-    (wrong(terms=lambda self, batch: [Term]), "entry 0 is the class Term"),
-    (with_terms(Term("sft", NLL()), Term("sft", NLL("phi")), Term("again", NLL())), "two terms named 'sft'"),
-    (one(Term("sft", NLL)), r"term 'sft': its objective is the class NLL.*NLL\(\)"),
-    (one(Term("sft", None)), "term 'sft': its objective is None"),
-    (one(Term("sft", NLL(), Reduction)), "term 'sft': its reduction"),
-    (one(Term("sft", NLL(), "token_mean")), "term 'sft': its reduction is 'token_mean'"),
-    (one(Term("sft", NLL(), coefficient=Schedule("constant", 1.0))), "term 'sft': its coefficient .*Schedule"),
-    (one(Term("sft", NLL(), coefficient=None)), "term 'sft': its coefficient is None"),
-    (one(Term("sft", NLL(), coefficient="0.1")), "term 'sft': its coefficient is '0.1'"),
-    (one(Term("sft", NLL(), coefficient=float("nan"))), "term 'sft': its coefficient is nan"),
-    (one(Term("sft", NLL(), needs="entropy")), "term 'sft': its needs is the text 'entropy'"),
-    (one(Term("sft", NLL(), needs={"entropyy"})), "term 'sft': it needs 'entropyy'.*did you mean 'entropy'"),
-    (one(Term("sft", NLL(), needs={"value"})), "term 'sft': it needs 'value', which a critic gives"),
-    (one(Term("sft", NLL(), needs={"old_value"})), "term 'sft': it needs 'old_value'"),
-    (one(Term("sft", NLL(), needs={"returns"})), "term 'sft' needs 'returns'"),
-    (one(Term(3, NLL())), "its name must be a word"),
-])
+@pytest.mark.parametrize(
+    "method, words",
+    [
+        (wrong(terms=lambda self, batch: None), r"terms\(\) returned None, .*does it end without"),
+        (wrong(terms=lambda self, batch: Term("sft", NLL())), "returned one Term, expected a list"),
+        (
+            wrong(terms=lambda self, batch: (t for t in Right.terms(self, batch))),
+            r"generator.*list\(\.\.\.\)",
+        ),
+        (wrong(terms=lambda self, batch: {"sft": NLL()}), "returned a dict"),
+        (wrong(terms=lambda self, batch: [NLL()]), "entry 0 is a NLL, expected Term"),
+        (wrong(terms=lambda self, batch: [Term]), "entry 0 is the class Term"),
+        (
+            with_terms(Term("sft", NLL()), Term("sft", NLL("phi")), Term("again", NLL())),
+            "two terms named 'sft'",
+        ),
+        (one(Term("sft", NLL)), r"term 'sft': its objective is the class NLL.*NLL\(\)"),
+        (one(Term("sft", None)), "term 'sft': its objective is None"),
+        (one(Term("sft", NLL(), Reduction)), "term 'sft': its reduction"),
+        (one(Term("sft", NLL(), "token_mean")), "term 'sft': its reduction is 'token_mean'"),
+        (
+            one(Term("sft", NLL(), coefficient=Schedule("constant", 1.0))),
+            "term 'sft': its coefficient .*Schedule",
+        ),
+        (one(Term("sft", NLL(), coefficient=None)), "term 'sft': its coefficient is None"),
+        (one(Term("sft", NLL(), coefficient="0.1")), "term 'sft': its coefficient is '0.1'"),
+        (one(Term("sft", NLL(), coefficient=float("nan"))), "term 'sft': its coefficient is nan"),
+        (one(Term("sft", NLL(), needs="entropy")), "term 'sft': its needs is the text 'entropy'"),
+        (
+            one(Term("sft", NLL(), needs={"entropyy"})),
+            "term 'sft': it needs 'entropyy'.*did you mean 'entropy'",
+        ),
+        (
+            one(Term("sft", NLL(), needs={"value"})),
+            "term 'sft': it needs 'value', which a critic gives",
+        ),
+        (one(Term("sft", NLL(), needs={"old_value"})), "term 'sft': it needs 'old_value'"),
+        (one(Term("sft", NLL(), needs={"returns"})), "term 'sft' needs 'returns'"),
+        (one(Term(3, NLL())), "its name must be a word"),
+    ],
+)
 def test_terms(method, words):
     with pytest.raises(MethodError, match=words) as caught:
         look(method)
@@ -199,26 +232,68 @@ def column(row):
     return weight
 
 
-@pytest.mark.parametrize("method, words", [
-    (wrong(rows=lambda self, batch: None), r"rows\(\) returned None, .*does it end without"),
-    (wrong(rows=lambda self, batch: (r for r in Right.rows(self, batch))), r"a generator.*list\(\.\.\.\)"),
-    (wrong(rows=lambda self, batch: map(lambda r: r, Right.rows(self, batch))), r"a map.*list\(\.\.\.\)"),
-    (wrong(rows=lambda self, batch: Right.rows(self, batch)[0]), "returned one Row, expected a list"),
-    (wrong(rows=lambda self, batch: batch.experts), "entry 0 is a Trajectory, expected Row"),
-    (with_row(lambda r: with_weights(r, sft=r.weights["sft"].tolist())), r"weights\['sft'\] is a list"),
-    (with_row(lambda r: replace(r, tokens=r.tokens.tolist())), "tokens is a list"),
-    (with_row(lambda r: replace(r, source=r.source.tolist())), "source is a list"),
-    (with_row(lambda r: replace(r, advantage=[1.0] * len(r.tokens))), "advantage is a list"),
-    (with_row(lambda r: replace(r, ref_logp=torch.ones(len(r.tokens)))), "ref_logp is a Tensor"),
-    (with_row(lambda r: with_weights(r, sft=column(r))), r"weights\['sft'\] has shape \(5, 1\)"),
-    (with_row(lambda r: with_weights(r, sft=r.weights["sft"].astype(complex))), "dtype complex128"),
-    (with_row(lambda r: replace(r, tokens=r.tokens.astype(float))), "tokens has dtype float64, expected integers"),
-    (with_row(lambda r: with_weights(r, sft=np.where(r.weights["sft"], np.nan, 0))), r"weights\['sft'\] is nan at token 2"),
-    (with_row(lambda r: with_weights(r, sft=np.where(r.weights["sft"], np.inf, 0))), "is inf at token 2"),
-    (with_row(lambda r: with_weights(r, again2=r.weights["sft"])), "'again2', which is no term.*did you mean 'again'"),
-    (with_row(lambda r: replace(r, advantage=floats(r, np.nan))), "advantage is nan at token 2"),
-    (with_row(lambda r: replace(r, advantage=floats(r, np.inf))), "advantage is inf at token 2"),
-])
+@pytest.mark.parametrize(
+    "method, words",
+    [
+        (wrong(rows=lambda self, batch: None), r"rows\(\) returned None, .*does it end without"),
+        (
+            wrong(rows=lambda self, batch: (r for r in Right.rows(self, batch))),
+            r"a generator.*list\(\.\.\.\)",
+        ),
+        (
+            wrong(rows=lambda self, batch: map(lambda r: r, Right.rows(self, batch))),
+            r"a map.*list\(\.\.\.\)",
+        ),
+        (
+            wrong(rows=lambda self, batch: Right.rows(self, batch)[0]),
+            "returned one Row, expected a list",
+        ),
+        (wrong(rows=lambda self, batch: batch.experts), "entry 0 is a Trajectory, expected Row"),
+        (
+            with_row(lambda r: with_weights(r, sft=r.weights["sft"].tolist())),
+            r"weights\['sft'\] is a list",
+        ),
+        (with_row(lambda r: replace(r, tokens=r.tokens.tolist())), "tokens is a list"),
+        (with_row(lambda r: replace(r, source=r.source.tolist())), "source is a list"),
+        (with_row(lambda r: replace(r, advantage=[1.0] * len(r.tokens))), "advantage is a list"),
+        (
+            with_row(lambda r: replace(r, ref_logp=torch.ones(len(r.tokens)))),
+            "ref_logp is a Tensor",
+        ),
+        (
+            with_row(lambda r: with_weights(r, sft=column(r))),
+            r"weights\['sft'\] has shape \(5, 1\)",
+        ),
+        (
+            with_row(lambda r: with_weights(r, sft=r.weights["sft"].astype(complex))),
+            "dtype complex128",
+        ),
+        (
+            with_row(lambda r: replace(r, tokens=r.tokens.astype(float))),
+            "tokens has dtype float64, expected integers",
+        ),
+        (
+            with_row(lambda r: with_weights(r, sft=np.where(r.weights["sft"], np.nan, 0))),
+            r"weights\['sft'\] is nan at token 2",
+        ),
+        (
+            with_row(lambda r: with_weights(r, sft=np.where(r.weights["sft"], np.inf, 0))),
+            "is inf at token 2",
+        ),
+        (
+            with_row(lambda r: with_weights(r, again2=r.weights["sft"])),
+            "'again2', which is no term.*did you mean 'again'",
+        ),
+        (
+            with_row(lambda r: replace(r, advantage=floats(r, np.nan))),
+            "advantage is nan at token 2",
+        ),
+        (
+            with_row(lambda r: replace(r, advantage=floats(r, np.inf))),
+            "advantage is inf at token 2",
+        ),
+    ],
+)
 def test_rows(method, words):
     with pytest.raises(MethodError, match=words) as caught:
         look(method)
@@ -227,29 +302,48 @@ def test_rows(method, words):
         assert "row 0 (prompt 'e0')" in str(caught.value)
 
 
-@pytest.mark.parametrize("method", [
-    wrong(rows=lambda self, batch: tuple(Right.rows(self, batch))),
-    with_row(lambda r: with_weights(r, sft=-r.weights["sft"])),
-    with_row(lambda r: with_weights(r, sft=r.weights["sft"] != 0)),
-    with_row(lambda r: with_weights(r, sft=r.weights["sft"].astype(np.float64))),
-    with_row(lambda r: replace(r, advantage=np.where(r.trained, 1.0, np.nan))),
-    with_row(lambda r: replace(r, returns=floats(r))),                              # a carrier of the method's own
-    wrong(rows=lambda self, batch: [with_weights(r, sft=floats(r, 0)) for r in Right.rows(self, batch)]),
-])
+@pytest.mark.parametrize(
+    "method",
+    [
+        wrong(rows=lambda self, batch: tuple(Right.rows(self, batch))),
+        with_row(lambda r: with_weights(r, sft=-r.weights["sft"])),
+        with_row(lambda r: with_weights(r, sft=r.weights["sft"] != 0)),
+        with_row(lambda r: with_weights(r, sft=r.weights["sft"].astype(np.float64))),
+        with_row(lambda r: replace(r, advantage=np.where(r.trained, 1.0, np.nan))),
+        with_row(lambda r: replace(r, returns=floats(r))),  # a carrier of the method's own
+        wrong(
+            rows=lambda self, batch: [
+                with_weights(r, sft=floats(r, 0)) for r in Right.rows(self, batch)
+            ]
+        ),
+    ],
+)
 def test_rows_that_are_right(method):
     out = look(method)
     assert np.isfinite(out.loss) and diagnostics(out.rows) == {}
 
 
-@pytest.mark.parametrize("credit, words", [
-    (lambda self, rows, batch: None, r"credit\(\) returned None, .*does it end without"),
-    (lambda self, rows, batch: (r for r in rows), "returned a generator"),
-    (lambda self, rows, batch: rows[1:], r"credit\(\) returned 1 rows for 2"),
-    (lambda self, rows, batch: [*rows, rows[0]], r"credit\(\) returned 3 rows for 2"),
-    (lambda self, rows, batch: [replace(r, advantage=floats(r, np.nan)) for r in rows], "advantage is nan"),
-    (lambda self, rows, batch: [replace(r, returns=floats(r).tolist()) for r in rows], "returns is a list"),
-    (lambda self, rows, batch: [with_weights(r, extra=r.weights["sft"]) for r in rows], "'extra', which is no term"),
-])
+@pytest.mark.parametrize(
+    "credit, words",
+    [
+        (lambda self, rows, batch: None, r"credit\(\) returned None, .*does it end without"),
+        (lambda self, rows, batch: (r for r in rows), "returned a generator"),
+        (lambda self, rows, batch: rows[1:], r"credit\(\) returned 1 rows for 2"),
+        (lambda self, rows, batch: [*rows, rows[0]], r"credit\(\) returned 3 rows for 2"),
+        (
+            lambda self, rows, batch: [replace(r, advantage=floats(r, np.nan)) for r in rows],
+            "advantage is nan",
+        ),
+        (
+            lambda self, rows, batch: [replace(r, returns=floats(r).tolist()) for r in rows],
+            "returns is a list",
+        ),
+        (
+            lambda self, rows, batch: [with_weights(r, extra=r.weights["sft"]) for r in rows],
+            "'extra', which is no term",
+        ),
+    ],
+)
 def test_credit(credit, words):
     with pytest.raises(MethodError, match=words):
         look(wrong(credit=credit))
@@ -257,18 +351,23 @@ def test_credit(credit, words):
 
 def test_a_needed_advantage_must_be_there_on_every_token_of_the_term():
     needs = Term("sft", PPOClip(), needs=frozenset({"advantage"}))
-    method = wrong(terms=lambda self, batch: [needs, Term("again", NLL())],
-                   credit=lambda self, rows, batch: [replace(rows[0], advantage=floats(rows[0])), *rows[1:]])
+    method = wrong(
+        terms=lambda self, batch: [needs, Term("again", NLL())],
+        credit=lambda self, rows, batch: [replace(rows[0], advantage=floats(rows[0])), *rows[1:]],
+    )
     with pytest.raises(MethodError, match="row 1 .*: term 'sft' needs 'advantage'"):
         look(method)
 
 
-@pytest.mark.parametrize("stream, objective", [
-    ("advantage", PPOClip()),
-    ("returns", loss(lambda t: (t.logp - t.returns) ** 2)),
-])
+@pytest.mark.parametrize(
+    "stream, objective",
+    [
+        ("advantage", PPOClip()),
+        ("returns", loss(lambda t: (t.logp - t.returns) ** 2)),
+    ],
+)
 def test_rows_without_what_others_of_the_term_have(stream, objective):
-    """The packer puts NaN where a row has none; NLL does not look, so the same rows are fine for it."""
+    """The packer puts NaN where a row has none. NLL does not look: the rows are fine for it."""
     first = type(with_row(lambda r: replace(r, **{stream: floats(r)}))).rows
     asks = lambda self, batch: [Term("sft", objective), Term("again", NLL())]
     with pytest.raises(MethodError, match=f"term 'sft'.*NaN on tokens whose row has no {stream}"):
@@ -279,13 +378,16 @@ def test_rows_without_what_others_of_the_term_have(stream, objective):
 # -- the rest of a method -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("demand, words", [
-    (None, "demand.. returned None.*does it end without"),
-    ({"prompts": 3}, "demand.. returned a dict"),
-    (Demand, "returned the class Demand"),
-    (Demand(prompts=-1), "prompts=-1"),
-    (Demand(experts=1.5), "experts=1.5"),
-])
+@pytest.mark.parametrize(
+    "demand, words",
+    [
+        (None, "demand.. returned None.*does it end without"),
+        ({"prompts": 3}, "demand.. returned a dict"),
+        (Demand, "returned the class Demand"),
+        (Demand(prompts=-1), "prompts=-1"),
+        (Demand(experts=1.5), "experts=1.5"),
+    ],
+)
 def test_demand(demand, words):
     with pytest.raises(MethodError, match=words):
         check_demand(Right(), demand)
@@ -297,12 +399,15 @@ def test_demonstrations_of_a_method_that_reads_none():
     assert check_demand(wrong(uses_experts=False, aligned=True), Demand(experts=2)).experts == 2
 
 
-@pytest.mark.parametrize("check, value, words", [
-    (check_request, None, "request.. returned None"),
-    (check_accept, None, "accept.. returned None"),
-    (check_metrics, None, "metrics.. returned None"),
-    (check_metrics, {"a": "high"}, "'a' is 'high'"),
-])
+@pytest.mark.parametrize(
+    "check, value, words",
+    [
+        (check_request, None, "request.. returned None"),
+        (check_accept, None, "accept.. returned None"),
+        (check_metrics, None, "metrics.. returned None"),
+        (check_metrics, {"a": "high"}, "'a' is 'high'"),
+    ],
+)
 def test_other_answers(check, value, words):
     with pytest.raises(MethodError, match=words):
         check(Right(), value)
@@ -332,23 +437,32 @@ class Mine(Method):
     def rows(self, batch):
         return [expert_row(t, "sft") for t in batch.experts]
     def terms(self, batch):
-        return [Term("sft", Column() if self.objective == "column" else NLL()), Term("unused", NLL())]
+        objective = Column() if self.objective == "column" else NLL()
+        return [Term("sft", objective), Term("unused", NLL())]
 """
 
 
 def test_a_run_ends_in_its_first_step_on_one_screen(tmp_path, capsys):
     from tandem.launch.cli import main
+
     (tmp_path / "mine.py").write_text(RUN)
     config = tmp_path / "c.yaml"
     config.write_text(f"""
 mode: inline
 model: {{path: "tandem:tiny"}}
-data: {{experts: {{path: "task:sort", options: {{digits: 3, size: 8}}}}, experts_per_step: 4, max_expert_tokens: 16, max_prompt_tokens: 32}}
+data:
+  experts: {{path: "task:sort", options: {{digits: 3, size: 8}}}}
+  experts_per_step: 4
+  max_expert_tokens: 16
+  max_prompt_tokens: 32
 method: {{name: "{tmp_path}/mine.py:Mine"}}
 run: {{dir: "{tmp_path}", steps: 2, save_model: false}}
 """)
     assert main(["train", str(config), "run.name=wrong", "method.objective=column"]) == 2
     told = capsys.readouterr()
-    assert "method Mine, term 'sft': its objective: its loss has shape" in told.err and "Traceback" not in told.err
+    assert (
+        "method Mine, term 'sft': its objective: its loss has shape" in told.err
+        and "Traceback" not in told.err
+    )
     assert main(["train", str(config), "run.name=right"]) == 0
     assert "no row ever had a token of the method's term(s) unused" in capsys.readouterr().out
