@@ -1,7 +1,8 @@
 """What Tandem adds inside vLLM's worker process: receivers for the weight transports, and the checks that new weights are really computed with.
 
 vLLM imports this module because `worker_extension_cls` names WorkerExtension; the import registers the receivers. The faults guarded against are real,
-silent ones of vLLM 0.32: a layer that an update left out keeps its old weights (a log line), and on a CPU a tied lm_head keeps its old packed copy.
+silent ones of vLLM 0.32: a layer that an update left out keeps its old weights (a log line), and on a CPU a tied lm_head keeps its old packed copy, while
+experts are not packed at all (vllm_experts.py).
 """
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngin
 
 from tandem.engine.digest import digest
 from tandem.rollout.channels import Gloo, Memory, open_store
+from tandem.rollout.vllm_experts import forget_packed_experts
 from tandem.rollout.vllm_transfer import CpuInitInfo, CpuUpdateInfo, Stopwatch, buckets, size_of
 
 
@@ -60,6 +62,7 @@ class CpuReceiver(WeightTransferEngine[CpuInitInfo, CpuUpdateInfo]):
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
         self.received: dict[str, str] = {}
         self.watch = Stopwatch()
+        forget_packed_experts(self.model)
         initialize_layerwise_reload(self.model)
         self.watch.lap("start")
 
