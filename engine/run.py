@@ -26,6 +26,7 @@ from tandem.engine.checkpoint import Checkpoints, RunState, check_resume, rng_st
 from tandem.engine.config import Config, ConfigError
 from tandem.engine.display import Display
 from tandem.engine.evaluation import EvalResult, evaluate
+from tandem.engine.first_sync import FirstSync
 from tandem.engine.group_check import check_group_size
 from tandem.engine.loop import Clock
 from tandem.engine.producer import Producer
@@ -157,8 +158,13 @@ class Run:
                                  cfg.reward.on_error, cfg.run.seed, self.recover, self.aligned, cfg.rollout.over_sample)
         if not with_learner:
             return
+        if hasattr(self.pool, "logprobs"):
+            first = FirstSync(self.pool, self.tokenizer, cfg)
+            self.sync(0)                # the learner still has the weights that the engines loaded
+            self.telemetry.event("first_sync", gap=first.check())
         if self.found:
             self.restore(self.found[1])
+            self.version = None         # whatever the engines have, it is not the checkpoint
         self.sync(self.step)
         self.producer.reissue()
         for done, numbers in sorted(self.telemetry.evaluations.items()):     # those before a resume

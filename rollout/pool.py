@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tandem.engine import stop
 from tandem.engine.config import Config
 from tandem.engine.loading import UserCode, user_code
@@ -52,6 +54,9 @@ class EngineActor:
         if self.stale:
             raise SyncError(f"engine {self.index} was restarted and still has the weights of {self.model_path}; sync weights before it serves")
         return await self.backend.generate(request)
+
+    async def logprobs(self, tokens: np.ndarray) -> np.ndarray:
+        return await self.backend.logprobs(tokens)
 
     async def abort(self, request: GenRequest) -> None:
         await self.backend.abort(request)
@@ -221,6 +226,20 @@ class EnginePool:
                 ray.get(ref, timeout=self.config.rollout.request_timeout)
             except ray.exceptions.RayError as error:
                 self.bury(slot, slot.handle, first_line(getattr(error, "cause", None) or error))
+
+    def logprobs(self, tokens: np.ndarray) -> dict[int, np.ndarray]:
+        """{engine: VllmBackend.logprobs of `tokens`}. One that dies over it is left out, and found by the next update."""
+        import ray
+        found = {}
+        for slot, ref in [(slot, slot.handle.logprobs.remote(tokens)) for slot in self.slots if slot.alive]:
+            try:
+                found[slot.index] = ray.get(ref, timeout=self.config.rollout.request_timeout)
+            except ray.exceptions.RayError as error:
+                cause = getattr(error, "cause", None) or error
+                if not isinstance(cause, EngineDied) and not is_actor_error(error):
+                    raise
+                self.bury(slot, slot.handle, first_line(cause))
+        return found
 
     def work(self) -> None:
         """The pool's thread."""

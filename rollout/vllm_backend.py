@@ -145,6 +145,24 @@ class VllmBackend:
         self.cached_tokens += final.num_cached_tokens or 0
         return [trajectory(request, prefix, output) for output in final.outputs]
 
+    async def logprobs(self, tokens: np.ndarray) -> np.ndarray:
+        """float32 [n - 1]: the log-prob of each token after those before it, at temperature 1. Computed anew, whatever the prefix cache holds."""
+        from vllm import SamplingParams
+        from vllm.inputs.engine import tokens_input
+        from vllm.v1.engine.exceptions import EngineDeadError
+        await self.health()
+        self.must_be_awake("score")
+        self.requests += 1
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        try:
+            async for answer in self.llm.generate(tokens_input(tokens.tolist()), params, request_id=f"score.{self.requests}"):
+                final = answer
+        except EngineDeadError as error:
+            raise EngineDied(f"vLLM's engine process died: {error}") from error
+        pairs = zip(tokens.tolist(), final.prompt_logprobs)
+        scores = [found[token].logprob for token, found in pairs if found is not None]
+        return np.array(scores, np.float32)
+
     async def abort(self, request: GenRequest) -> None:
         """Let a running request end now: its samples that had not ended come back as they are, with Finish.ABORT. One that is not running is left alone."""
         known, mine = self.llm.output_processor, lambda r: r.external_req_id.startswith(f"{request.group}.{request.attempt}.")
