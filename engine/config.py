@@ -115,7 +115,7 @@ class SyncConfig:
     timeout: float = 300.0
     gate_steps: int = 2                             # first steps on which rollout and learner log-probs are compared before training
     max_gap: float = 1e-4                           # float32: bound on max |rollout logp - learner logp| at the gate, on its mean in every later step
-    max_mean_gap: float = 0.08                      # bfloat16: bound on the mean, at the gate and in every step
+    max_mean_gap: float = 0.08                      # bfloat16: bound on the mean, at the gate and in every step; a sixteenth of it around the first update
 
 
 @dataclass(frozen=True)

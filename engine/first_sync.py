@@ -18,8 +18,17 @@ NOISE = 4.0             # a gap may be so many times that of the two scores befo
 BFLOAT16 = 1 / 16       # of sync.max_mean_gap: that bound is between two implementations, this one between two runs of one
 
 
+def prove(run) -> None:
+    """Make the first update of a started `engine.run.Run`, whose learner still has the weights of the model folder. Raises SyncError."""
+    if not hasattr(run.pool, "logprobs"):
+        return      # the pool computes in this process, with the modules that the learner's weights are copied into, or replays a record
+    first = FirstSync(run.pool, run.tokenizer, run.config)
+    run.sync(0)
+    run.telemetry.event("first_sync", gap=first.check())
+
+
 class FirstSync:
-    """Make it when the engines are up, call `check` after the first update. Without engines in processes of their own there is nothing to do."""
+    """Make it when the engines are up, call `check` after the first update."""
 
     def __init__(self, pool, tokenizer, config: Config):
         self.pool, self.config = pool, config

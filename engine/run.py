@@ -20,13 +20,11 @@ from typing import Any
 import numpy as np
 
 from tandem.algorithms.base import Budget, Demand, configured, policy_row
-from tandem.engine import stop
-from tandem.engine import weights
+from tandem.engine import first_sync, stop, weights
 from tandem.engine.checkpoint import Checkpoints, RunState, check_resume, rng_state, set_rng_state
 from tandem.engine.config import Config, ConfigError
 from tandem.engine.display import Display
 from tandem.engine.evaluation import EvalResult, evaluate
-from tandem.engine.first_sync import FirstSync
 from tandem.engine.group_check import check_group_size
 from tandem.engine.loop import Clock
 from tandem.engine.producer import Producer
@@ -158,13 +156,9 @@ class Run:
                                  cfg.reward.on_error, cfg.run.seed, self.recover, self.aligned, cfg.rollout.over_sample)
         if not with_learner:
             return
-        if hasattr(self.pool, "logprobs"):
-            first = FirstSync(self.pool, self.tokenizer, cfg)
-            self.sync(0)                # the learner still has the weights that the engines loaded
-            self.telemetry.event("first_sync", gap=first.check())
+        first_sync.prove(self)
         if self.found:
             self.restore(self.found[1])
-            self.version = None         # whatever the engines have, it is not the checkpoint
         self.sync(self.step)
         self.producer.reissue()
         for done, numbers in sorted(self.telemetry.evaluations.items()):     # those before a resume
@@ -354,6 +348,7 @@ class Run:
             source.load_state_dict(state.cursors[name])
         set_rng_state(state.rng)
         self.learner.load(folder / "learner")
+        self.version = None     # whatever the engines have, it is not the checkpoint
         self.saved_at = state.step
         self.display.message(f"resumed from {folder}: step {state.step} of {self.config.run.steps}")
 

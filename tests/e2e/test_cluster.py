@@ -109,6 +109,7 @@ def test_ctrl_c_writes_a_checkpoint_that_the_next_start_continues(tmp_path):
     assert process.returncode == 0, output
     steps = [line for line in lines(tmp_path / "run" / "metrics.jsonl") if "grad_norm" in line]
     assert [line["step"] for line in steps] == list(range(done + 2)) and all(line["rollout/aborted"] == 1 for line in steps)
+    assert [e["gap"] for e in events(tmp_path, "first_sync")] == [0, 0], "of both starts, on the weights of the model folder"
     rollouts = lines(tmp_path / "run" / "rollouts.jsonl")
     assert len(rollouts) == 16 * (done + 2) and all(r["group"] // 5 == r["step"] and r["finish"] != "abort" for r in rollouts)
 
