@@ -26,6 +26,7 @@ import numpy as np
 
 from tandem.engine import stop
 from tandem.engine.config import ConfigError, RewardConfig
+from tandem.engine.loading import UserCode
 from tandem.engine.types import Prompt, RewardError, RewardOutcome
 from tandem.rollout.rewards.api import Call, Reply, Signature, load_functions
 
@@ -57,6 +58,7 @@ class RewardRunner:
         self.closing = threading.Event()
         self.tasks: queue.SimpleQueue = queue.SimpleQueue()
         self.workers: list[Worker] = []
+        self.code = UserCode()      # as the first workers imported it: those that replace them score with the same, whatever became of the files
         self.functions = load_functions(config, seed) if inline else ()
         if inline:
             self.signatures: Sequence[Signature] = [f.signature for f in self.functions]
@@ -67,7 +69,7 @@ class RewardRunner:
         if refusal := next((a for a in answers if isinstance(a, str)), None):
             self.close()
             raise ConfigError(refusal)
-        self.signatures = answers[0]
+        self.signatures, self.code = answers[0]
 
     @property
     def error_rate(self) -> float:
@@ -190,7 +192,7 @@ class Worker(threading.Thread):
     def __init__(self, runner: RewardRunner):
         super().__init__(name="reward-worker", daemon=True)
         self.runner = runner
-        self.ready: queue.SimpleQueue = queue.SimpleQueue()     # the functions' signatures, or why the first start failed
+        self.ready: queue.SimpleQueue = queue.SimpleQueue()     # what the first start_process returned
         self.process: subprocess.Popen | None = None
         self.connection: Connection | None = None
         self.start()
@@ -239,8 +241,8 @@ class Worker(threading.Thread):
             raise ConfigError(answer)
         return answer
 
-    def start_process(self) -> list[Signature] | str:
-        """Start a process and let it import the functions. Returns their signatures, or why it cannot serve."""
+    def start_process(self) -> tuple[list[Signature], UserCode] | str:
+        """Start a process and let it import the functions. Returns their signatures and source, or why it cannot serve."""
         self.connection, theirs = Pipe()
         output = open(self.runner.log, "ab") if self.runner.log else None
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
@@ -251,7 +253,7 @@ class Worker(threading.Thread):
         if output:
             output.close()
         try:
-            self.connection.send((self.runner.config, self.runner.seed))
+            self.connection.send((self.runner.config, self.runner.seed, self.runner.code))
             answer = self.receive(START_SECONDS)
         except (EOFError, ConnectionError):
             answer = f"the reward functions {', '.join(self.runner.config.functions)} killed the process that imported them ({self.bury()})"

@@ -1,6 +1,6 @@
 """A reward worker process: `python -m tandem.rollout.rewards.worker FD PARENT`, started by runner.py and by nobody else.
 
-It is told the reward config, answers with the functions' signatures (or why they cannot be used), then answers one call at a time. It is started
+It is told the reward config, answers with the functions' signatures and source (or why they cannot be used), then answers one call at a time. It is started
 as a program of its own, not by multiprocessing, which would run the user's main script once more in every worker.
 """
 from __future__ import annotations
@@ -15,6 +15,7 @@ import traceback
 from multiprocessing.connection import Connection
 
 from tandem.engine.config import ConfigError
+from tandem.engine.loading import install, user_code
 from tandem.rollout.rewards.api import Reply, load_functions
 
 PR_SET_PDEATHSIG = 1
@@ -29,12 +30,14 @@ def main() -> None:
     faulthandler.enable()
     pid = os.getpid()
     try:
-        functions = load_functions(*connection.recv())
+        config, seed, code = connection.recv()
+        install(code)
+        functions = load_functions(config, seed)
     except ConfigError as error:
         return connection.send(str(error))
     except BaseException:
         return connection.send(f"a reward function's file cannot be imported:\n{traceback.format_exc()}")
-    connection.send([f.signature for f in functions])
+    connection.send(([f.signature for f in functions], user_code()))
     while True:
         try:
             message = connection.recv_bytes()

@@ -261,3 +261,34 @@ def test_workers_do_not_outlive_their_parent(tmp_path, end):
     finally:
         parent.kill()
         parent.wait()
+
+
+@pytest.mark.parametrize("form", ["file.py", "package.module"])
+def test_a_replaced_worker_scores_with_the_code_of_the_first_one(tmp_path, monkeypatch, form):
+    """Its files were changed or removed meanwhile, and the run is in another folder."""
+    project = tmp_path / "project"
+    name = f"scoring_{form.replace('.', '_')}"
+    (project / name).mkdir(parents=True)
+    (project / name / "__init__.py").write_text("")
+    (project / name / "scale.py").write_text("FACTOR = 3.0\n")
+    (project / f"{name}_limits.py").write_text("FACTOR = 3.0\n")
+    neighbour = f"{name}_limits" if form == "file.py" else f"{name}.scale"
+    source = f"import os\n\ndef score(completion):\n    if completion == 'exit': os._exit(7)\n    from {neighbour} import FACTOR\n    return FACTOR\n"
+    (project / "reward.py").write_text(source)
+    (project / name / "reward.py").write_text(source)
+    monkeypatch.chdir(project)
+    function = "reward.py:score" if form == "file.py" else f"{name}.reward:score"
+    runner = RewardRunner(RewardConfig(functions=(function,), workers=1, max_error_rate=1.0))
+    try:
+        def score(text):
+            return runner.submit(Prompt("p", np.zeros(1, np.int32), "p"), [text], [np.zeros(1, np.int32)]).result(WAIT)[0]
+
+        assert score("a").value == 3.0
+        (project / "reward.py").write_text(source.replace("return FACTOR", "return -FACTOR"))
+        for path in (*(project / name).glob("*.py"), project / f"{name}_limits.py"):
+            path.unlink()
+        monkeypatch.chdir(tmp_path)
+        assert score("exit").error.kind == "crash"
+        assert score("b").value == 3.0
+    finally:
+        runner.close()
