@@ -6,7 +6,6 @@ what was expected and where it was set. Nothing is edited behind the user's back
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
@@ -16,9 +15,11 @@ from typing import Any, Literal
 
 import yaml
 
-
-class ConfigError(ValueError):
-    """Bad input by the user: shown on one screen, exit code 2, no traceback."""
+from tandem.engine.config_file import find_config, read_tree
+from tandem.engine.errors import LONGEST, ConfigError, brief, closest
+from tandem.engine.paths import process_kept, resolve_paths
+from tandem.engine.secrets import REDACTED, find_redacted, hide, resolve
+from tandem.engine.yaml_reader import dotted, kind
 
 
 @dataclass(frozen=True)
@@ -180,88 +181,90 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
 
-def closest(word: str, known) -> str:
-    """' (did you mean ...?)', or '' if nothing is close."""
-    match = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.6)
-    return f" (did you mean {match[0]!r}?)" if match else ""
+def load(path: str | Path, overrides: list[str] = (), redacted: bool = False) -> Config:
+    """Read a YAML config, apply `key.sub=value` overrides, build and validate the tree.
 
-
-class UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key that is given twice is an error: plain YAML takes the last one without a word."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is given twice", key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def load(path: str | Path, overrides: list[str] = ()) -> Config:
-    """Read a YAML config, apply `key.sub=value` overrides, build and validate the tree. Raises ConfigError."""
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"config {str(path)!r}: {'a folder, expected a YAML file' if path.is_dir() else 'there is no such file'}{closest(path.name, [p.name for p in path.parent.glob('*.yaml')] if path.parent.is_dir() else [])}")
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {path}: not valid YAML: {error}") from None
-    origin = set()
-    if not isinstance(tree, dict):
-        raise ConfigError(f"config {path}: expected a mapping of sections at the top, found {type(tree).__name__}")
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"override {override!r}: expected key=value, e.g. run.steps=100")
-        try:
-            value = yaml.load(text, UniqueKeys)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {override!r}: the value is not valid YAML (in the shell, quotes go around a word with spaces: 'method={{name: sft}}'): {error}") from None
-        node, parts = tree, key.split(".")
-        for part in parts[:-1]:
-            if node.get(part) is None:
-                node[part] = {}
-            node = node[part]
-            if not isinstance(node, dict):
-                raise ConfigError(f"override {override!r}: {part!r} is a value in {path}, not a section")
-        node[parts[-1]] = value
-        origin.add(key)
+    Paths are made absolute here. Raises ConfigError, also for a value that was <redacted> when the
+    config was written, unless `redacted`: for a config that is only to be looked at.
+    """
     from tandem.engine.rules import validate
-    config = build(Config, tree, "", str(path), origin)
+    path = find_config(path)
+    tree = read_tree(path, overrides)
+    origin = tree.overridden
+    check_written(tree.written, str(path), origin)
+    values = resolve(tree.values)
+    if not redacted and (place := find_redacted(values)) is not None:
+        raise ConfigError(f"{dotted(place)}: found {REDACTED}, a secret that was not written down, "
+                          f"set {source(dotted(place), str(path), origin)}; give it again, best as "
+                          "${NAME} with the name of an environment variable")
+    hide(values)        # remembers the secrets in it before anything is logged
+    config = resolve_paths(build(Config, values, "", str(path), origin))
     try:
-        validate(config)
+        with process_kept():
+            validate(config)
     except ConfigError as error:
         named = sorted(key for key in origin if key in str(error))
-        raise ConfigError(f"{error} (config {path}{', on the command line ' + ', '.join(named) if named else ''})") from error.__cause__
+        set_there = f", on the command line {', '.join(named)}" if named else ""
+        raise ConfigError(f"{error} (config {path}{set_there})") from error.__cause__
     return config
+
+
+def check_written(written: dict[tuple, str], path: str, origin: set[str]) -> None:
+    """Raise ConfigError where YAML read a number or boolean and text is expected, or may be meant."""
+    for keys, text in written.items():
+        hint = hint_of(keys)
+        meant = None
+        if hint is str or (typing.get_origin(hint) is Literal and type(typing.get_args(hint)[0]) is str):
+            meant = describe(hint)
+        elif hint is dict and keys[0] != "method" and text.lower() in ("yes", "no", "on", "off"):
+            meant = "text, or true or false"      # a method's options have types, and are checked
+        if meant is not None:
+            key = dotted(keys)
+            read_as = kind(yaml.safe_load(text))
+            raise ConfigError(f"{key}: found {text[:LONGEST]}, which YAML reads as {read_as}, expected {meant}, "
+                              f"set {source(key, path, origin)}; put text in quotes: '{text[:LONGEST]}'")
+
+
+def hint_of(keys: tuple) -> Any:
+    """The type of the value at these keys; `dict` inside of free options, None if there is no such key."""
+    hint: Any = Config
+    for key in keys:
+        if dataclasses.is_dataclass(hint):
+            hint = typing.get_type_hints(hint).get(key)
+        elif typing.get_origin(hint) is tuple:
+            hint = typing.get_args(hint)[0]
+        if typing.get_origin(hint) in (types.UnionType, typing.Union):
+            hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+        if dict in (hint, typing.get_origin(hint)):
+            return dict
+    return hint
 
 
 def build(cls: type, tree: dict, prefix: str, path: str, origin: set[str]):
     """A dataclass from a mapping, checking key names and value types all the way down."""
     if not isinstance(tree, dict):
-        raise ConfigError(f"{prefix.rstrip('.')}: expected a section (a mapping), found {tree!r}, set {source(prefix.rstrip('.'), path, origin)}")
+        raise ConfigError(f"{prefix.rstrip('.')}: expected a section (a mapping), found {brief(tree)}, set {source(prefix.rstrip('.'), path, origin)}")
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in tree.items():
         where = source(prefix + str(key), path, origin)
         if key not in hints:
             nested = [f"{section}.{key}" for section, hint in hints.items() if dataclasses.is_dataclass(hint) and key in typing.get_type_hints(hint)]
-            raise ConfigError(f"unknown key {prefix + str(key)!r}{closest(key, nested or hints)}, set {where}; known keys here: {', '.join(hints)}")
+            raise ConfigError(f"unknown key {brief(prefix + str(key))}{closest(key, nested or hints)}, set {where}; known keys here: {', '.join(hints)}")
         values[key] = coerce(hints[key], value, prefix + key, where, path, origin)
     return cls(**values)
 
 
 def source(key: str, path: str, origin) -> str:
     """Where a key was set: on the command line if it, a key in it, or a section around it was given there."""
+    key = key.partition("[")[0]
     overridden = any(key == o or key.startswith(f"{o}.") or o.startswith(f"{key}.") for o in origin)
     return "on the command line" if overridden else f"in {path}"
 
 
 def coerce(hint, value, key: str, where: str, path: str, origin):
     """`value` as `hint` wants it, or a ConfigError. YAML's `1e-6` is a string to YAML 1.1, so numbers are read from strings too."""
-    wrong = ConfigError(f"{key}: found {value!r}, expected {describe(hint)}, set {where}")
+    wrong = ConfigError(f"{key}: found {brief(value)}, expected {describe(hint)}, set {where}")
     base, args = typing.get_origin(hint), typing.get_args(hint)
     if base in (types.UnionType, typing.Union):
         if value is None:
@@ -271,7 +274,7 @@ def coerce(hint, value, key: str, where: str, path: str, origin):
         return build(hint, value, key + ".", path, origin)
     if base is Literal:
         if value not in args or isinstance(value, bool):
-            raise ConfigError(f"{key}: found {value!r}{closest(value, args)}, expected one of {', '.join(map(str, args))}, set {where}")
+            raise ConfigError(f"{key}: found {brief(value)}{closest(value, args)}, expected one of {', '.join(map(str, args))}, set {where}")
         return value
     if base is tuple:
         if isinstance(value, str) or not isinstance(value, (list, tuple)):
@@ -286,15 +289,17 @@ def coerce(hint, value, key: str, where: str, path: str, origin):
     if hint in (int, float):
         if isinstance(value, bool) or value is None:
             raise wrong
+        if hint is int and isinstance(value, int) and abs(value) < 1 << 63:
+            return value        # float would round a large one
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise wrong from None
         if not math.isfinite(number):
             raise wrong
         if hint is float:
             return number
-        if not number.is_integer():
+        if not number.is_integer() or abs(number) >= 1 << 63:
             raise wrong
         return int(number)
     if not isinstance(value, hint):
@@ -324,11 +329,5 @@ def setting(config: Config, key: str):
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Plain nested dict, for the run folder and for --dry-run."""
-    return yaml.safe_load(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
-
-
-def _plain(value):
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+    """Plain nested dict, for the run folder, trackers and --dry-run: `${NAME}` as such, secrets redacted."""
+    return hide(dataclasses.asdict(config))

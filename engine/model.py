@@ -21,20 +21,13 @@ from tandem.engine.rope import separate_rows
 from tandem.engine.self_check import can_share, refuse_unpackable, self_check
 
 TINY = "tandem:tiny"
-TINY_FOLDER = Path("models/tiny")
 
 
 def resolve_model(model: ModelConfig) -> str:
     """Where to load from: a local folder or a hub name. `tandem:tiny` is made on first use. Raises ConfigError if there is no such model."""
     if model.path == TINY:
-        if not (TINY_FOLDER / "config.json").is_file():
-            from tandem.engine.tiny import make_tiny
-            try:
-                make_tiny(TINY_FOLDER)
-            except FileExistsError:
-                if not (TINY_FOLDER / "config.json").is_file():     # else another run has just made it
-                    raise
-        return str(TINY_FOLDER.resolve())
+        from tandem.engine.tiny import tiny_folder
+        return str(tiny_folder())
     folder = Path(model.path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():

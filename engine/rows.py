@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tandem.engine.config import ConfigError, DatasetConfig, closest
+from tandem.engine.paths import shown
 from tandem.engine.tasks import GeneratedRows, is_generated
 
 
@@ -49,7 +50,7 @@ def open_rows(dataset: DatasetConfig) -> Rows:
         if not path.is_file():
             near = closest(path.name, [p.name for p in path.parent.glob("*" + path.suffix)]) if path.parent.is_dir() else ""
             raise ConfigError(f"dataset {dataset.path!r}: there is no such file{near}; looked for {path.absolute()}")
-        rows = read_jsonl(path, dataset.path) if path.suffix == ".jsonl" else read_parquet(path, dataset.path)
+        rows = read_jsonl(path, shown(path)) if path.suffix == ".jsonl" else read_parquet(path, shown(path))
     elif path.is_file():
         raise ConfigError(f"dataset {dataset.path!r}: a file must end in .jsonl (one JSON object a line) or .parquet")
     else:

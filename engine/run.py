@@ -27,6 +27,7 @@ from tandem.engine.display import Display
 from tandem.engine.evaluation import EvalResult, evaluate
 from tandem.engine.group_check import check_group_size
 from tandem.engine.loop import Clock
+from tandem.engine.paths import shown, shown_code
 from tandem.engine.producer import Producer
 from tandem.engine.telemetry import Telemetry, redirect_output
 from tandem.engine.types import GenRequest, Row, Sampling, ScoredGroup, Source, StepReport
@@ -108,7 +109,7 @@ class Run:
         held_out = cfg.data.evaluation and PromptSource(cfg.data.evaluation, cfg.data, self.tokenizer, cfg.model, seed=0)   # the same problems for all seeds
         self.eval_prompts = held_out.take(min(len(held_out), cfg.eval.limit or len(held_out))) if held_out else []
         rewards = cfg.reward if not cfg.run.fake_reward else type(cfg.reward)(functions=("fake",))
-        self.verifier = rewards.functions[0] if rewards.functions else None
+        self.verifier = shown_code(rewards.functions[0]) if rewards.functions else None
         self.rewards = None
         if rewards.functions:
             inline = cfg.mode == "inline"
@@ -377,10 +378,10 @@ def started(config: Config):
             raise ConfigError(f"run folder {folder} (run.dir/run.name) cannot be made: {error}") from None
         log = folder / "logs" / "driver.log"
         terminal = sys.stdout if inline else stack.enter_context(redirect_output(log)).terminal
-        display = stack.enter_context(Display(config.run.steps, terminal, title=f"{config.run.name}: {config.method['name']}", live=False if inline else None))
+        display = stack.enter_context(Display(config.run.steps, terminal, title=f"{config.run.name}: {shown_code(config.method['name'])}", live=False if inline else None))
         run = stack.enter_context(Run(config, display))
         run.prepare()
-        display.message(f"run folder {run.folder}")
+        display.message(f"run folder {shown(run.folder)}")
         began = time.perf_counter()
         run.start()
         display.message(f"{'engines' if config.run.rollout_only else 'engines and learner'} up after {time.perf_counter() - began:.0f} s")
@@ -431,5 +432,5 @@ def summary(run: Run) -> None:
         show = lambda r: f"{r.accuracy:.3f} +- {r.standard_error:.3f}"
         run.display.message(f"held-out accuracy   before {show(run.first_eval)}   after {show(run.last_eval)}   ({run.last_eval.describe()})")
     if run.config.run.save_model:
-        run.display.message(f"model               {run.folder / 'model'}")
-    run.display.message(f"run folder          {run.folder}")
+        run.display.message(f"model               {shown(run.folder / 'model')}")
+    run.display.message(f"run folder          {shown(run.folder)}")

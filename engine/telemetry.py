@@ -44,6 +44,7 @@ import numpy as np
 import yaml
 
 from tandem.engine.config import Config, ConfigError, to_dict
+from tandem.engine.secrets import redact
 from tandem.engine.types import Finish, Prompt, ScoredGroup, Trajectory
 
 
@@ -207,7 +208,7 @@ def record_environment(path: Path) -> None:
         except (FileNotFoundError, subprocess.TimeoutExpired):
             pass
     starts = json.loads(path.read_text()) if path.exists() else []
-    starts.append({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sys.argv, "folder": os.getcwd(), "commit": commit, "python": platform.python_version(),
+    starts.append({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": [redact(word) for word in sys.argv], "folder": os.getcwd(), "commit": commit, "python": platform.python_version(),
                    "versions": versions, "host": platform.node(), "system": platform.platform(), "cpus": os.cpu_count(),
                    "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)})
     path.write_text(json.dumps(starts, indent=1))

@@ -12,10 +12,46 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tandem.engine.errors import ConfigError
+
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>", "<system>", "<user>", "<assistant>")
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 CHAT_TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + eos_token }}{% endfor %}"
                  "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}")
+
+
+def tiny_folder() -> Path:
+    """Where `tandem:tiny` is, made on first use: ./models/tiny, else in the user's cache, else beside
+    temporary files, whichever is there or can be written first. Raises ConfigError."""
+    failures = []
+    for folder in (Path("models/tiny").absolute(), *caches()):
+        try:
+            if not (folder / "config.json").is_file():
+                make_tiny(folder)
+            return folder.resolve()
+        except OSError as error:
+            if (folder / "config.json").is_file():      # another run has just made it
+                return folder.resolve()
+            if folder.exists():
+                raise ConfigError(f"model.path is tandem:tiny, but {folder} holds something else "
+                                  "than a model (no config.json); remove it") from None
+            failures.append(f"{folder}: {error.strerror}")
+    raise ConfigError("model.path is tandem:tiny, which can be written nowhere here ("
+                      + "; ".join(failures) + "); start in a folder that can be written")
+
+
+def caches() -> Iterator[Path]:
+    """Folders of this user, in which nobody else can put a model."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if os.path.isabs(cache):
+        yield Path(cache, "tandem", "tiny")
+    try:
+        own = Path(tempfile.gettempdir(), f"tandem-{os.getuid()}")
+        own.mkdir(mode=0o700, exist_ok=True)
+        if own.stat().st_uid == os.getuid():
+            yield own / "tiny"
+    except OSError:
+        return
 
 
 def make_tiny(folder: str | Path, hidden: int = 128, layers: int = 4, heads: int = 2, seed: int = 0) -> Path:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tandem.engine import stop
 from tandem.engine.config import Config, ConfigError
+from tandem.engine.secrets import redact
 
 OVERRIDES = "key=value, any key of the config by its dotted path, e.g. run.steps=20"
 
@@ -152,7 +153,7 @@ def evaluate(args) -> int:
         if not ((folder / "config.yaml").is_file() and (folder / "model" / "config.json").is_file()):
             raise ConfigError(f"{folder} is not a run folder with a saved model (config.yaml and model/); for any other model give its config: "
                               "tandem eval CONFIG model.path=FOLDER")
-        args.config, args.overrides = folder / "config.yaml", [f"model.path={folder / 'model'}", f"run.name={folder.name}_eval", *args.overrides]
+        args.config, args.overrides = folder / "config.yaml", [f"model.path={folder / 'model'}", f"run.dir={folder.absolute().parent}", f"run.name={folder.name}_eval", *args.overrides]
     config = read(args)
     preflight(config)
     from tandem.engine.checks import evaluate_model
@@ -252,7 +253,7 @@ def keep_traceback(run_folder: Path | None) -> str:
     """Write the traceback into the run folder, if there is one, and say where to look."""
     if run_folder is None or not run_folder.is_dir():
         return "run again with --debug for the traceback"
-    (run_folder / "error.log").write_text(traceback.format_exc())
+    (run_folder / "error.log").write_text(redact(traceback.format_exc()))
     return f"traceback: {run_folder / 'error.log'}   logs: {run_folder}"
 
 

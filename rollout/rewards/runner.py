@@ -27,6 +27,7 @@ import numpy as np
 from tandem.engine import stop
 from tandem.engine.config import ConfigError, RewardConfig
 from tandem.engine.loading import UserCode
+from tandem.engine.paths import process_kept, shown_code
 from tandem.engine.types import Prompt, RewardError, RewardOutcome
 from tandem.rollout.rewards.api import Call, Reply, Signature, load_functions
 
@@ -59,7 +60,9 @@ class RewardRunner:
         self.tasks: queue.SimpleQueue = queue.SimpleQueue()
         self.workers: list[Worker] = []
         self.code = UserCode()      # as the first workers imported it: those that replace them score with the same, whatever became of the files
-        self.functions = load_functions(config, seed) if inline else ()
+        self.names = [shown_code(name) for name in config.functions]    # as parts and metrics call them
+        with process_kept():
+            self.functions = load_functions(config, seed) if inline else ()
         if inline:
             self.signatures: Sequence[Signature] = [f.signature for f in self.functions]
             return
@@ -121,8 +124,9 @@ class RewardRunner:
         if self.closing.is_set():
             reply.cancel()
         elif self.functions:
+            _, copy = pickle.loads(packed(number, call))    # as in a worker: its changes stay its own
             with stop.computing():
-                answer = self.functions[number](call)
+                answer = self.functions[number](copy)
             reply.set_result(answer)
         else:
             self.tasks.put((number, call, reply))
@@ -141,7 +145,7 @@ class RewardRunner:
             parts: dict[str, float] = {}
             errors: list[RewardError] = []
             total = 0.0
-            for number, (signature, weight) in enumerate(zip(self.signatures, self.weights)):
+            for number, (name, signature, weight) in enumerate(zip(self.names, self.signatures, self.weights)):
                 first = 0 if signature.per_group else i
                 reply = replies[number, first].result()
                 value = reply.values[i - first]
@@ -149,7 +153,7 @@ class RewardRunner:
                     errors.append(value)
                     traces.append(f"prompt {prompt.id!r}, sample {i}, reward {value.function!r}: {value.kind}: {value.message}\n{reply.traceback}".rstrip())
                 elif value is not None:
-                    parts[signature.name] = value
+                    parts[name] = value
                     total += weight * value
             if not parts and not errors:
                 errors.append(RewardError("not_finite", "every function returned None, so no reward applies to this sample", ", ".join(self.config.functions)))
@@ -181,6 +185,14 @@ class RewardRunner:
         while not self.tasks.empty():
             if task := self.tasks.get():
                 task[2].cancel()
+
+
+def packed(number: int, call: Call) -> bytes:
+    """A call as it goes to a worker. Raises ConfigError for a row that cannot be sent."""
+    try:
+        return pickle.dumps((number, call))
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        raise ConfigError(f"prompt {call.prompt_id!r}: its columns cannot be sent to a reward worker: {error}; columns must be plain values") from None
 
 
 class Worker(threading.Thread):
@@ -219,10 +231,7 @@ class Worker(threading.Thread):
 
     def score(self, number: int, call: Call) -> Reply:
         """One call, its deadline included. Raises ConfigError for a row that cannot be sent."""
-        try:
-            message = pickle.dumps((number, call))
-        except (pickle.PicklingError, TypeError, AttributeError) as error:
-            raise ConfigError(f"prompt {call.prompt_id!r}: its columns cannot be sent to a reward worker: {error}; columns must be plain values") from None
+        message = packed(number, call)
         name = self.runner.signatures[number].name
         failed = lambda kind, text: Reply((RewardError(kind, text, name),) * len(call.texts))
         if self.process is None or self.process.poll() is not None:

@@ -55,7 +55,7 @@ def test_numbers_must_be_finite(refused):
 
 
 @pytest.mark.parametrize("content, said", [("run: {steps: 1}\nrun: {name: x}\n", "the key 'run' is given twice"), ("run:\n\tsteps: 1\n", "'\\t'"),
-                                           (b"# caf\xe9\n", "utf-8"), ("- a\n", "expected a mapping")])
+                                           (b"# caf\xe9\n", "UTF-8"), ("- a\n", "expected a mapping")])
 def test_unreadable_config(folder, capsys, content, said):
     (folder / "bad.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
     assert cli.main(["train", "bad.yaml"]) == 2
