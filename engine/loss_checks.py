@@ -7,7 +7,7 @@ its numbers, which are asked for only where something is already known to be mis
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,13 +19,15 @@ from tandem.engine.method_checks import GIVEN_STREAMS, MethodError, kind
 from tandem.engine.types import MicroBatch
 
 ON_REQUEST = ("entropy", "value")  # a term that does not name them in `needs` does not see them
+SCORED = ("ref_logp", "old_value")  # the same once another term asked: else rows bring their own
 
 
-def asked_for(term: Term, tokens: Tokens) -> Tokens:
+def asked_for(term: Term, terms: Sequence[Term], tokens: Tokens) -> Tokens:
     """The tokens with the streams that the term may see. Raises MethodError if one is absent.
 
     What is made on request only is hidden from a term that did not ask. Else it would see it in
-    some runs (another term asked, or learner.entropy is on) and not in others.
+    some runs (another term asked, or learner.entropy is on) and not in others, or on some rows and
+    not on others.
     """
     for need in term.needs:
         if need not in tokens.extra and getattr(tokens, need, None) is None:
@@ -33,7 +35,8 @@ def asked_for(term: Term, tokens: Tokens) -> Tokens:
                 f"term {term.name!r} needs {need!r}, which this step does not have "
                 "(see docs/methods.md on streams)"
             )
-    hidden = {name: None for name in ON_REQUEST if name not in term.needs}
+    requested = [name for name in SCORED if any(name in other.needs for other in terms)]
+    hidden = {name: None for name in (*ON_REQUEST, *requested) if name not in term.needs}
     return replace(tokens, **hidden)
 
 
@@ -77,8 +80,8 @@ def called(where: str, term: Term, tokens: Tokens):
             f"{where} raised {type(error).__name__}: {error}\n"
             f"at {frame.filename}:{frame.lineno}, in {frame.name}. "
             f"Streams it does not have here: {', '.join(absent)}; the term must name in `needs` "
-            "what it reads of entropy, value, old_value, returns and ref_logp, and rows must "
-            "bring their advantage"
+            "what it reads of entropy, value, old_value, ref_logp and old_logp (tokens.old needs no "
+            "asking), and rows must bring their advantage and returns"
         ) from error
 
 

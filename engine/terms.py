@@ -59,7 +59,7 @@ def evaluate(terms: Sequence[Term], z: Mapping[str, float], micro: MicroBatch, t
         index = torch.as_tensor(np.flatnonzero(micro.weights[term.name]), device=weight.device)       # found on the host: nobody waits for a GPU
         if len(index) == 0:
             continue
-        chosen = asked_for(term, tokens.take(index))
+        chosen = asked_for(term, terms, tokens.take(index))
         per_token, metrics = checked_losses(term, chosen)
         check_given(term, micro, chosen, per_token)
         factor = weight[index] * torch.as_tensor(micro.scale[term.name], device=weight.device)[index]

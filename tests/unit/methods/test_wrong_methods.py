@@ -138,6 +138,15 @@ def test_a_stream_that_another_term_asked_for_is_not_seen_by_one_that_did_not():
     assert np.isfinite(look(with_terms(asked, ask), entropy=half).loss)
 
 
+def test_the_reference_is_seen_by_terms_that_asked_or_brought_their_own():
+    """Rows outside the term that asked are not scored, so another term would read NaN there."""
+    ask = Term("again", NLL(), needs=frozenset({"ref_logp"}))
+    read = Term("sft", loss(lambda t: t.logp - t.ref_logp))
+    with pytest.raises(MethodError, match="term 'sft'.*(?s:.)*does not have here: .*ref_logp"):
+        look(with_terms(read, ask), reference=half)
+    assert np.isfinite(look(with_terms(read, Term("again", NLL())), reference=half).loss)
+
+
 @pytest.mark.parametrize(
     "objective",
     [
