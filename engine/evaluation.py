@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tandem.engine import stop
-from tandem.engine.types import GenRequest, Prompt, Sampling
+from tandem.engine.types import Finish, GenRequest, Prompt, Sampling
 from tandem.rollout.backend import EngineDied
 
 # Group ordinals of evaluation requests start here: they never meet those of training.
@@ -54,7 +54,7 @@ def evaluate(
     sampling: Sampling,
     samples: int,
     verifier: str,
-    decode: Callable[[np.ndarray], str],
+    decode: Callable[[np.ndarray, Finish], str],
     recover: Callable[[], None],
 ) -> EvalResult:
     """Sample every prompt `samples` times and score. An engine that dies is restarted and the
@@ -71,7 +71,7 @@ def evaluate(
         except EngineDied:
             recover()
     scorings = [
-        rewards.submit(p, [decode(t.response) for t in ts], [t.response for t in ts])
+        rewards.submit(p, [decode(t.response, t.finish) for t in ts], [t.response for t in ts])
         for p, ts in zip(prompts, done, strict=True)
     ]
     outcomes = [list(stop.result(scoring)) for scoring in scorings]  # [problem][sample]

@@ -66,13 +66,13 @@ class Books:
 
 
 class Producer:
-    """`decode(ids) -> text` is the tokenizer's; `recover()` restarts dead engines and gives them the present weights before they serve.
+    """`decode(ids, finish) -> text` is that of decoding.py; `recover()` restarts dead engines and gives them the present weights before they serve.
 
     `aligned` is the source of prompts that have demonstrations, for methods that roll out the prompts of their demonstrations. `over_sample` groups per step
     are requested beyond the demand; only groups without a demonstration compete, and the pool then needs `abort(request)`.
     """
 
-    def __init__(self, method: Method, prompts, pool, rewards, decode: Callable[[np.ndarray], str], budget: Budget, sampling: Sampling,
+    def __init__(self, method: Method, prompts, pool, rewards, decode: Callable[[np.ndarray, Finish], str], budget: Budget, sampling: Sampling,
                  staleness: int, on_error: str, seed: int, recover: Callable[[], None], aligned=None,
                  over_sample: int = 0):
         self.aligned, self.over_sample = aligned, over_sample
@@ -242,10 +242,13 @@ class Producer:
         """Hand finished trajectories to the rewards; runs in whatever thread finished the generation."""
         with self.scoring:
             if slot.scoring is None and not slot.aborted:
-                responses = [t.response for t in usable(slot.generation.result())]
+                kept = usable(slot.generation.result())
+                responses = [t.response for t in kept]
+                texts = [self.decode(t.response, t.finish) for t in kept]
                 if self.scores_demonstration(slot.request.prompt):
                     responses.append(slot.request.prompt.demonstration)
-                slot.scoring = self.rewards.submit(slot.request.prompt, [self.decode(r) for r in responses], responses)
+                    texts.append(self.decode(slot.request.prompt.demonstration, Finish.STOP))
+                slot.scoring = self.rewards.submit(slot.request.prompt, texts, responses)
 
     def finish(self, slot: Slot) -> ScoredGroup | None:
         """Wait for one group. None if no trajectory of it has a usable reward."""
@@ -257,7 +260,7 @@ class Producer:
                 self.replace_engines()
         self.score(slot)
         outcomes = stop.result(slot.scoring)
-        group = scored_group(slot.request, kept, outcomes[:len(kept)], self.on_error, [self.decode(t.response) for t in kept])
+        group = scored_group(slot.request, kept, outcomes[:len(kept)], self.on_error, [self.decode(t.response, t.finish) for t in kept])
         if group is not None and len(outcomes) > len(kept):
             group = replace(group, demonstration_reward=outcomes[-1].value)      # None where its reward failed: then it takes no part
         return group

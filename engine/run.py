@@ -23,6 +23,7 @@ from tandem.algorithms.base import Budget, Demand, configured, policy_row
 from tandem.engine import first_sync, stop, weights
 from tandem.engine.checkpoint import Checkpoints, RunState, check_resume, rng_state, set_rng_state
 from tandem.engine.config import Config, ConfigError
+from tandem.engine.decoding import response_text
 from tandem.engine.display import Display
 from tandem.engine.evaluation import EvalResult, evaluate
 from tandem.engine.group_check import check_group_size
@@ -30,7 +31,7 @@ from tandem.engine.loop import Clock
 from tandem.engine.paths import shown, shown_code
 from tandem.engine.producer import Producer
 from tandem.engine.telemetry import Telemetry, redirect_output
-from tandem.engine.types import GenRequest, Row, Sampling, ScoredGroup, Source, StepReport
+from tandem.engine.types import Finish, GenRequest, Row, Sampling, ScoredGroup, Source, StepReport
 from tandem.rollout.backend import EngineDied, SyncError
 
 
@@ -188,8 +189,8 @@ class Run:
         setattr(self, name, component)
         self.stack.callback(component.close)
 
-    def decode(self, tokens: np.ndarray) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+    def decode(self, tokens: np.ndarray, finish: Finish = Finish.STOP) -> str:
+        return response_text(self.tokenizer, tokens, finish)
 
     # -- weights ----------------------------------------------------------------------------------------------------------------------------------
 

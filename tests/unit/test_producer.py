@@ -79,7 +79,7 @@ class DropsOdd(Plain):
 
 
 def make(pool, method=None, staleness=0, rewards=None, on_error="drop", recover=lambda: None, over_sample=0):
-    return Producer(method or Plain(), Prompts(), pool, rewards or Rewards(), lambda ids: "", Budget(3, 2, 0, 10), Sampling(8), staleness, on_error, 7, recover,
+    return Producer(method or Plain(), Prompts(), pool, rewards or Rewards(), lambda ids, finish: "", Budget(3, 2, 0, 10), Sampling(8), staleness, on_error, 7, recover,
                     over_sample=over_sample)
 
 
