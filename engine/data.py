@@ -13,6 +13,7 @@ import numpy as np
 
 from tandem.engine.config import ConfigError, DataConfig, DatasetConfig, ModelConfig
 from tandem.engine.encoding import Encoder
+from tandem.engine.foreign import ID_CHARACTERS, message, text_of
 from tandem.engine.rows import Rows, open_rows
 from tandem.engine.tasks import UNLIMITED, is_generated
 from tandem.engine.types import Finish, Prompt, Source, Trajectory
@@ -130,4 +131,8 @@ class Cursor:
 
 
 def row_id(row: Mapping[str, Any], label: str) -> str:
-    return label if row.get("id") is None else str(row["id"])
+    """The row's own id, or its label where it has none, or one that is too long for a name."""
+    if row.get("id") is None:
+        return message(label)
+    name = text_of(row["id"])
+    return message(name if len(name) <= ID_CHARACTERS else label)

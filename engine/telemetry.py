@@ -6,9 +6,10 @@
     rollouts.jsonl      one line per trajectory that was trained on
     events.jsonl        restarts, skipped steps, checkpoints, syncs: a history, with the wall-clock time of each
 
-Every line is a JSON object whose numbers are finite; NaN and infinities are null. A line is flushed when it is written, so a killed run has all of
-them; a line torn by a crash is left out by `read_jsonl`. When a run resumes from step k, lines of later steps were written by the part that was lost
-and are cut off, so that metrics and rollouts read as one run. Events are never cut: an engine that died did die.
+Every line is a JSON object whose numbers are finite; NaN and infinities are null. Half surrogate pairs, which UTF-8 cannot hold,
+are spelled out. A line is flushed when it is written, so a killed run has all of them; a line torn by a crash is left out by
+`read_jsonl`. When a run resumes from step k, lines of later steps were written by the part that was lost and are cut off, so that
+metrics and rollouts read as one run. Events are never cut: an engine that died did die.
 
 metrics.jsonl   `step`, `seconds` (since the first start, pauses between crash and resume left out) and flat numeric keys. A step's line has the 0-based
     number of the step. An evaluation's line has the number of steps done before it and keys that begin with `eval/`. The names used by the display and plots:
@@ -18,6 +19,7 @@ metrics.jsonl   `step`, `seconds` (since the first start, pauses between crash a
 rollouts.jsonl  complete enough to train on without a model (`rollout.backend: replay`); `read_rollouts` turns a line back into carriers.
     step, group, sample                 optimizer step it was trained in; ordinal of the prompt in the run; number within the group
     prompt_id, prompt, columns, demonstration       the prompt: text or messages, dataset row, response ids of its demonstration or null
+    cut                                 only where a column was longer than 65,536 characters: the names of such columns, of which the beginning is kept
     text                                the response as the reward saw it, null if it was not decoded
     tokens, source                      [T] ids and tandem.engine.types.Source values, prompt and response in one
     behaviour_logp, version             [T] or null; null log-prob and version -1 where no rollout engine sampled the token
@@ -27,7 +29,6 @@ rollouts.jsonl  complete enough to train on without a model (`rollout.backend: r
 from __future__ import annotations
 
 import json
-import math
 import netrc
 import os
 import platform
@@ -44,6 +45,8 @@ import numpy as np
 import yaml
 
 from tandem.engine.config import Config, ConfigError, to_dict
+from tandem.engine.foreign import message, text_of
+from tandem.engine.lines import plain_columns, write_line
 from tandem.engine.secrets import redact
 from tandem.engine.types import Finish, Prompt, ScoredGroup, Trajectory
 
@@ -85,13 +88,17 @@ class Telemetry:
     def rollouts(self, step: int, groups: Sequence[ScoredGroup], version: int) -> None:
         """The groups that step `step` trains on; `version` is the learner's weight version."""
         for group in groups:
+            columns = plain_columns(group.prompt.columns)
             for sample in range(len(group.trajectories)):
-                write_line(self._rollouts, {"step": step, "learner_version": version, **rollout_record(group, sample)})
+                write_line(self._rollouts, {"step": step, "learner_version": version, **rollout_record(group, sample, columns)})
         self._rollouts.flush()
 
     def event(self, kind: str, **facts: Any) -> None:
         """Something that happened once: engine_restart, skipped_step, checkpoint, sync, ..."""
-        write_line(self._events, {"kind": kind, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts})
+        record = {"kind": kind, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        for name, fact in facts.items():
+            record[name] = message(text_of(fact)) if isinstance(fact, (str, Exception)) else fact
+        write_line(self._events, record)
         self._events.flush()
 
     def close(self) -> None:
@@ -112,11 +119,16 @@ class Telemetry:
             self._wandb.log({"step": step, **numbers})
 
 
-def rollout_record(group: ScoredGroup, sample: int) -> dict[str, Any]:
-    """One trajectory of a scored group as rollouts.jsonl has it, without the step and the learner's version."""
+def rollout_record(group: ScoredGroup, sample: int, columns: tuple[dict, list[str]] | None = None) -> dict[str, Any]:
+    """One trajectory of a scored group as rollouts.jsonl has it, without the step and the learner's version.
+
+    columns: `plain_columns` of the group's row, made once for all its samples.
+    """
     trajectory, prompt = group.trajectories[sample], group.prompt
+    row, shortened = columns or plain_columns(prompt.columns)
+    marks = {"cut": shortened} if shortened else {}
     outcome = group.outcomes[sample] if group.outcomes else None
-    return {"group": group.group, "sample": sample, "prompt_id": prompt.id, "prompt": prompt.content, "columns": prompt.columns,
+    return {"group": group.group, "sample": sample, "prompt_id": prompt.id, "prompt": prompt.content, "columns": row, **marks,
             "demonstration": prompt.demonstration, "text": group.texts[sample] if group.texts else None,
             "tokens": trajectory.tokens, "source": trajectory.source, "behaviour_logp": trajectory.behaviour_logp, "version": trajectory.version,
             "finish": trajectory.finish.value, "reward": group.rewards[sample], "parts": outcome.parts if outcome else {},
@@ -164,33 +176,6 @@ def cut(path: Path, step: int) -> None:
                 break
             end += len(line)
     os.truncate(path, end)
-
-
-def write_line(file: TextIO, record: Mapping[str, Any]) -> None:
-    file.write(json.dumps(plain(record), allow_nan=False, ensure_ascii=False, separators=(",", ":")) + "\n")
-
-
-def plain(value: Any) -> Any:
-    """`value` in JSON's types: arrays are lists, numbers that are not finite are None, and anything JSON does not know is its text.
-
-    float32 takes its shortest decimal form, which reads back as the same float32.
-    """
-    if isinstance(value, np.ndarray):
-        if value.dtype.kind != "f":
-            return plain(value.tolist()) if value.dtype.kind in "OSUMm" else value.tolist()
-        numbers = value.astype(str).astype(np.float64) if value.dtype == np.float32 else value.astype(np.float64)
-        return numbers.tolist() if np.isfinite(numbers).all() else plain(numbers.tolist())
-    if isinstance(value, np.float32):
-        value = float(str(value))
-    elif isinstance(value, np.generic) or (hasattr(value, "item") and getattr(value, "ndim", None) == 0):     # numpy scalar, 0-d tensor
-        value = value.item()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(entry) for entry in value]
-    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
 def record_environment(path: Path) -> None:

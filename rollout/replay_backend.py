@@ -46,10 +46,19 @@ def check_record(path: str | Path) -> None:
         raise ConfigError(f"rollout.record is {str(path)!r}: the file holds no rollouts")
 
 
+def refuse_cut_columns(path: str | Path) -> None:
+    """Raise ConfigError if a column is not whole in the record: a reward would judge by a part of it."""
+    for line, prompt, _ in read_rollouts(path):
+        if line.get("cut"):
+            raise ConfigError(f"rollout.record is {str(path)!r}: of prompt {prompt.id!r} the columns {', '.join(line['cut'])} were too long to be recorded whole; "
+                              "set data.prompts to the recorded run's, from which the rewards then have them")
+
+
 class RecordedPrompts:
     """The recorded prompts in the recorded order, as a prompt source: for a train-only run that does not name data.prompts."""
 
     def __init__(self, path: str | Path):
+        refuse_cut_columns(path)
         self.prompts, self.position = list(Record(path).prompts.values()), 0
 
     def __len__(self) -> int:
