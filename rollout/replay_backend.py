@@ -40,6 +40,8 @@ def check_record(path: str | Path) -> None:
         raise ConfigError(f"rollout.record is {str(path)!r}: there is no such file; give the rollouts.jsonl of a run")
     try:
         first = next(read_rollouts(path), None)
+    except ConfigError as error:
+        raise ConfigError(f"rollout.record: no rollout: {error}") from None
     except (KeyError, ValueError, TypeError) as error:
         raise ConfigError(f"rollout.record is {str(path)!r}: its first line is no rollout ({error!r}); give the rollouts.jsonl of a run") from None
     if first is None:
