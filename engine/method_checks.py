@@ -180,6 +180,12 @@ def check_rows(method: Method, rows: Sequence[Row], terms: Sequence[Term]) -> li
     check_list(where, rows, Row)
     for number, row in enumerate(rows):
         check_row(label(where, number, row), row, terms)
+    if rows and not any(row.weights for row in rows):
+        names = ", ".join(term.name for term in terms)
+        raise MethodError(
+            f"{where}: none of its {len(rows)} rows has weights for a term, so nothing would be "
+            f"trained; give them Row.weights {{term: one number per token}}, terms: {names}"
+        )
     return list(rows)
 
 

@@ -332,6 +332,13 @@ def test_rows_that_are_right(method):
     assert np.isfinite(out.loss) and diagnostics(out.rows) == {}
 
 
+def test_rows_of_which_none_names_a_term():
+    bare = wrong(rows=lambda self, b: [replace(r, weights={}) for r in Right.rows(self, b)])
+    with pytest.raises(MethodError, match="none of its 2 rows has weights for a term"):
+        look(bare)
+    assert np.isfinite(look(with_row(lambda r: replace(r, weights={}))).loss), "one row left out"
+
+
 @pytest.mark.parametrize(
     "credit, words",
     [
