@@ -1,11 +1,14 @@
 """What the user watches: a live panel on a terminal, one aligned line per step elsewhere. Both fit 80 columns.
 
 The display never decides anything and keeps no state that matters: it shows the metrics that telemetry writes (see telemetry.py for their names).
+Nor can it stop a run: nothing that goes wrong here, or at the terminal, is raised; the display falls silent and says why in `lost`.
 """
 from __future__ import annotations
 
+import functools
 import math
 import os
+import threading
 import time
 from collections.abc import Mapping
 from typing import TextIO
@@ -17,7 +20,23 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from tandem.engine import stop
+from tandem.engine.terminal import Screen
+
 HEADER_EVERY = 25       # plain lines
+
+
+def never_fails(method):
+    """A method of Display that falls silent where it would fail."""
+    @functools.wraps(method)
+    def guarded(self, *args, **options):
+        if self.failure is None:
+            try:
+                return method(self, *args, **options)
+            except Exception as error:
+                self.failure = error
+        return None
+    return guarded
 
 
 class Display:
@@ -28,7 +47,11 @@ class Display:
     """
 
     def __init__(self, total_steps: int, stream: TextIO, title: str = "", first_step: int = 0, live: bool | None = None):
-        self.total, self.stream, self.title = total_steps, stream, title
+        self.total, self.title = total_steps, title
+        self.failure: Exception | None = None
+        self.in_loop = False            # a signal takes effect at the end of a step only, and is acknowledged before
+        self.stream = stream
+        self.screen = Screen(stream, self.acknowledge)
         self.done = self.first_step = first_step
         self.metrics: dict[str, float] = {}
         self.method: dict[str, float] = {}
@@ -40,26 +63,51 @@ class Display:
         self._lines = 0
         self._live = None
         if live is None:
-            live = stream.isatty() and os.environ.get("TERM") != "dumb"
+            live = self.screen.isatty() and os.environ.get("TERM") != "dumb"
         if live:
-            self._live = Live(console=Console(file=stream), get_renderable=self.panel, refresh_per_second=4, redirect_stdout=False, redirect_stderr=False)
+            self._live = Live(console=Console(file=self.screen), get_renderable=self.panel, refresh_per_second=4, redirect_stdout=False, redirect_stderr=False)
 
     def __enter__(self) -> Display:
+        self.open()
+        return self
+
+    @never_fails
+    def open(self) -> None:
         if self._live is not None:
             self._live.start()
-        return self
 
     def __exit__(self, *exception) -> None:
         self.close()
 
     def close(self) -> None:
+        self.in_loop = False
+        self.stop_live()
+        self.screen.finish()
+
+    @never_fails
+    def stop_live(self) -> None:
         if self._live is not None:
             self._live.stop()
+
+    @property
+    def lost(self) -> Exception | None:
+        """Why nothing is shown any more, if that is so."""
+        return self.failure or self.screen.error
+
+    def acknowledge(self) -> None:
+        """Called a few times per second by a thread: tell of a signal that the loop has not come to yet."""
+        name = stop.requested()
+        if name and self.in_loop:
+            self.in_loop = False
+            more = "; Ctrl-C again stops at once" if name == "SIGINT" else ""
+            self.message(f"{name}: stopping after this step, with a checkpoint{more}")
 
     def start(self) -> None:
         """The first step begins now: what came before is start-up and does not count for the time left."""
         self.began, self.status_text = time.monotonic(), ""
+        self.in_loop = True
 
+    @never_fails
     def step(self, step: int, metrics: Mapping[str, float], method: Mapping[str, float] = {}) -> None:
         """Step `step` (0-based) is done. `method`: the method's own metrics, e.g. {"mu": 0.4}."""
         self.done, self.metrics, self.method = step + 1, dict(metrics), dict(method)
@@ -68,6 +116,7 @@ class Display:
         if self._live is None:
             self._plain_line()
 
+    @never_fails
     def evaluation(self, step: int, accuracy: float | None) -> None:
         """Held-out accuracy after `step` steps. After a resume, call it for the earlier evaluations too (Telemetry.evaluations). None or NaN: nothing could be scored."""
         if accuracy is not None and math.isfinite(accuracy):
@@ -77,19 +126,32 @@ class Display:
         """What the run is doing now, e.g. `collecting rollouts`; shown on the panel only."""
         self.status_text = text
 
+    @never_fails
     def message(self, text: str) -> None:
         """A line that stays: evaluation, checkpoint, restart."""
         if self._live is not None:
             self._live.console.print(Text(text))
         else:
-            print(text, file=self.stream, flush=True)
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        """One line, after what others printed to the stream."""
+        self.stream.flush()
+        self.screen.write(text + "\n")
+        if threading.current_thread() is not self.screen.thread:
+            self.screen.drain()
 
     def seconds_left(self) -> float | None:
         """By the mean time per step so far."""
         steps = self.done - self.first_step
         return (time.monotonic() - self.began) / steps * (self.total - self.done) if steps else None
 
-    def panel(self) -> Panel:
+    def panel(self) -> Panel | Text:
+        """What `rich` shows; it asks in a thread of its own."""
+        return self.draw() or Text()
+
+    @never_fails
+    def draw(self) -> Panel:
         m = self.metrics
         bar = Table.grid(padding=(0, 1))
         bar.add_column(no_wrap=True)
@@ -134,9 +196,9 @@ class Display:
         width = {key: max(len(key), 6) for key in cells} | {"step": 2 * len(str(self.total)) + 1, "idle": 4, "idle ": 4}
         if list(cells) != self._columns or self._lines % HEADER_EVERY == 0:
             self._columns = list(cells)
-            print("  ".join(key.strip().rjust(width[key]) for key in cells), file=self.stream)
+            self._print("  ".join(key.strip().rjust(width[key]) for key in cells))
         self._lines += 1
-        print("  ".join(value.rjust(width[key]) for key, value in cells.items()), file=self.stream, flush=True)
+        self._print("  ".join(value.rjust(width[key]) for key, value in cells.items()))
 
 
 def sparkline(values: list[float], width: int, low: float | None = None) -> str:

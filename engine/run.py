@@ -50,6 +50,7 @@ class Run:
         self.optimizer_steps: dict[str, int] = {}       # steps taken with each set of optimizer moments
         self.gated = 0
         self.learner, self.connected = None, False
+        self.told_display = False               # that the terminal is gone
         self.asleep = False                     # the engines are: only new weights wake them
         self.first_eval: EvalResult | None = None
         self.last_eval: EvalResult | None = None
@@ -311,6 +312,9 @@ class Run:
         metrics = {**metrics, **self.producer.metrics(), **clock.metrics(), **self.speed(clock, metrics), "version": float(self.version or 0), "tokens/total": float(self.tokens), "cpu_seconds": time.process_time()}
         self.telemetry.step(step, metrics)
         self.telemetry.rollouts(step, groups, step)
+        if self.display.lost is not None and not self.told_display:
+            self.told_display = True
+            self.telemetry.event("display_lost", reason=str(self.display.lost))
         self.display.step(step, metrics, self.method.metrics(step))
         if self.config.sync.gate_steps and "gap/max" in metrics and not self.replaying:
             self.check_gap(metrics["gap/mean"], metrics["gap/mean"], step)     # one token's rounding may pass the gate's bound some day, the mean may not
@@ -404,7 +408,8 @@ def train(config: Config) -> int:
             stop.hold()
             loop.train(run)
         except stop.Stopped:
-            run.display.message("left what was begun: a resumed run does it anew")
+            run.display.message(f"{run.stop_requested}: left what was begun, a resumed run does it anew")
+        run.display.in_loop = False
         if run.stop_requested:
             if run.saved_at != run.step:
                 run.checkpoint()

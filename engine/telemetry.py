@@ -214,7 +214,8 @@ class redirect_output:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         flush_streams()
         self._saved = (os.dup(1), os.dup(2))
-        self.terminal: TextIO = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace", buffering=1)
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        self.terminal: TextIO = os.fdopen(os.dup(1), "w", encoding=encoding, errors="replace", buffering=1)
         log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)

@@ -11,7 +11,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from tandem.engine import stop
+from tandem.engine import stop, terminal
 from tandem.engine.config import Config, ConfigError
 from tandem.engine.secrets import redact
 
@@ -19,9 +19,11 @@ OVERRIDES = "key=value, any key of the config by its dotted path, e.g. run.steps
 
 
 def main(argv: list[str] | None = None) -> int:
+    if argv is None:
+        terminal.protect()
     args = parse(argv)
     with stop.handled():
-        code = run(args)
+        code = run(args) or unread(args)
         if argv is None:
             stop.ignore()
     return code
@@ -36,9 +38,6 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:     # `tandem methods | head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except ConfigError as error:
         if args.debug:
             raise
@@ -222,6 +221,16 @@ def plan(args) -> int:
     from tandem.launch.plan import describe
     print(describe(args))
     return 0
+
+
+def unread(args: argparse.Namespace) -> int:
+    """1 if what the command was asked to print could not be written; a run's results are in its folder."""
+    error = terminal.lost_output()
+    if error is None or args.handler in (train, evaluate, check_logprobs):
+        return 0
+    if not isinstance(error, BrokenPipeError):      # `tandem methods | head`: nobody reads on
+        print(f"error: standard output could not be written: {error.strerror}", file=sys.stderr)
+    return 1
 
 
 def stopped(args: argparse.Namespace, name: str) -> int:

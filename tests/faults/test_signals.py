@@ -9,22 +9,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forked_cases import CONFIG, run_cases
 
 from tandem.engine import stop
 
-CONFIG = {
-    "mode": "inline",
-    "model": {"path": "tandem:tiny"},
-    "data": {
-        "prompts": {"path": "task:sort", "options": {"digits": 3}},
-        "evaluation": {"path": "task:sort", "split": "test", "options": {"digits": 3, "size": 2}},
-        "max_prompt_tokens": 32,
-    },
-    "method": {"name": "grpo"},
-    "rollout": {"prompts_per_step": 3, "samples_per_prompt": 2, "max_tokens": 4},
-    "reward": {"functions": ["exact"]},
-    "run": {"steps": 3, "resume": False},
-}
 BEFORE = ["config", "prepare", "start", "learner start", "first sync"]
 # where the signal comes, and the steps done in the checkpoint that must be there afterwards
 DURING = {"evaluation before": 0, "evaluating": 0, "first rollouts": 0, "rollouts": 2, "scoring": 1, "learning": 2,
@@ -57,12 +45,7 @@ def cases() -> dict[str, dict]:
 def results(tmp_path_factory):
     """{case: {code, out, err}} and the folder in which all ran."""
     folder = tmp_path_factory.mktemp("signals")
-    (folder / "c.yaml").write_text(yaml.safe_dump(CONFIG))
-    (folder / "cases.json").write_text(json.dumps(cases()))
-    command = [sys.executable, str(Path(__file__).parent / "signal_cases.py"), str(folder), "cases.json"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout), folder
+    return run_cases(folder, cases()), folder
 
 
 def checkpoints(folder: Path, name: str) -> list[str]:
