@@ -6,6 +6,7 @@ from concurrent.futures import Future
 import numpy as np
 import pytest
 
+from tandem.algorithms.inspect import trajectory
 from tandem.engine.evaluation import EvalResult, evaluate, standard_error
 from tandem.engine.types import Prompt, RewardError, RewardOutcome, Sampling
 from tandem.rollout.backend import EngineDied
@@ -58,9 +59,7 @@ class Answers:
             self.dies -= 1
             future.set_exception(EngineDied("gone"))
         else:
-            future.set_result(
-                [type("T", (), {"response": np.arange(3)})() for _ in range(asked.samples)]
-            )
+            future.set_result([trajectory([1], [5, 6, 3])] * asked.samples)
         return future
 
     def outcome(self, x):
@@ -72,15 +71,19 @@ class Answers:
 def run(table, dies=0):
     prompts = [Prompt(str(i), np.array([1]), "") for i in range(len(table))]
     answers, recovered = Answers(table, dies), []
+
+    def decode(tokens, finish):
+        return str(tokens)
+
     result = evaluate(
-        answers,
-        answers,
-        prompts,
-        Sampling(4),
-        len(table[0]),
-        "exact",
-        str,
-        lambda: recovered.append(1),
+        pool=answers,
+        rewards=answers,
+        prompts=prompts,
+        sampling=Sampling(4),
+        samples=len(table[0]),
+        verifier="exact",
+        decode=decode,
+        recover=lambda: recovered.append(1),
     )
     return result, len(recovered)
 
