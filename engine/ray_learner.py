@@ -171,8 +171,13 @@ class RayLearner:
 
     def step(self, plan: StepPlan) -> StepReport:
         """Each rank gets its own micro-batches only; the report is the same from all. Raises ConfigError for an objective that cannot be sent."""
-        check_sendable(plan)
-        return self._gather("call", [("step", share(plan, rank)) for rank in range(self.ranks)])[0]
+        try:
+            return self._gather("call", [("step", share(plan, rank)) for rank in range(self.ranks)])[0]
+        except (ConfigError, EngineDied, LearnerFailed, SyncError):
+            raise
+        except Exception:
+            check_sendable(plan)
+            raise
 
     def logprobs(self, rows: Sequence[Row], temperature: float, reference: bool = False) -> list[np.ndarray]:
         """See LearnerRank.logprobs; here complete."""

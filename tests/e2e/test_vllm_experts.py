@@ -61,9 +61,11 @@ def check(folder, dtype: str, experts: int, provoke: bool) -> None:
             with pytest.raises(SyncError, match="this vLLM reloads some layer of this model wrongly"):
                 first.check()
             forget(rig, "e.forget_packed_experts")
+        held = []
         for _ in range(2):
-            rig.sync()
+            held.append(rig.sync().installed[0].held)
             assert first.check() == 0, "the same weights, to the bit"
+        assert held[0] == held[1], "by which an engine in the place of a dead one is compared with the others"
         rig.change_weights()
         rig.sync()
         with pytest.raises(SyncError):
