@@ -16,6 +16,7 @@ import numpy as np
 
 from tandem.algorithms.base import configured
 from tandem.engine import stop
+from tandem.engine.checkpoint_form import CheckpointForm
 from tandem.engine.config import Config, ConfigError
 from tandem.engine.learner import Delivery, deliver
 from tandem.engine.loading import UserCode, user_code
@@ -77,15 +78,16 @@ class RankActor:
 
         from tandem.rollout.vllm_transfer import trainer_engine
         engine = self.learner.engine
+        form = CheckpointForm(engine.module.model, engine.parameter_shapes())
 
         class FullWeights(WeightSource):
-            """Full tensors under their Hugging Face names, whatever the ZeRO stage."""
+            """Full tensors as the checkpoint has them, whatever the ZeRO stage."""
 
             def metadata(self):
-                return [ParamMeta(name, dtype, shape) for name, dtype, shape in engine.parameter_shapes()]
+                return [ParamMeta(name, dtype, shape) for name, dtype, shape in form.shapes]
 
             def __iter__(self):
-                return engine.full_parameters()
+                return form.apply(engine.full_parameters())
 
         if self.sender is not None:
             self.sender.close()

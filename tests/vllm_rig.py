@@ -98,15 +98,16 @@ class Rig:
 def parameters(model, skip=()):
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
-    class Parameters(WeightSource):
-        def named(self):
-            return [(n, p.detach()) for n, p in model.named_parameters() if n not in skip]
+    from tandem.engine.checkpoint_form import CheckpointForm
+    named = [(n, p.detach()) for n, p in model.named_parameters() if n not in skip]
+    form = CheckpointForm(model, [(n, p.dtype, tuple(p.shape)) for n, p in named])
 
+    class Parameters(WeightSource):
         def metadata(self):
-            return [ParamMeta(n, p.dtype, tuple(p.shape)) for n, p in self.named()]
+            return [ParamMeta(*shape) for shape in form.shapes]
 
         def __iter__(self):
-            return iter(self.named())
+            return form.apply(named)
     return Parameters()
 
 

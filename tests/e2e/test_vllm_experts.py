@@ -16,16 +16,19 @@ pytestmark = [pytest.mark.stack, pytest.mark.timeout(300)]
 PROMPT = [1, 20, 21, 22, 23, 24]
 
 
-def make_model(folder, experts: int):
-    """A small Qwen3-MoE with the tokenizer of tandem:tiny. `experts`: width of one; the CPU kernel pads it to a multiple of 32."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
+def make_model(folder, experts: int, kind: str):
+    """A small Qwen3-MoE or Mixtral with the tokenizer of tandem:tiny. `experts`: width of one; the CPU kernel pads it to a multiple of 32."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Qwen3MoeConfig
 
     from tandem.engine.tiny import make_tiny
     tokenizer = AutoTokenizer.from_pretrained(make_tiny(folder / "tiny", hidden=64, layers=1))
     torch.manual_seed(0)
-    config = Qwen3MoeConfig(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, head_dim=64,
-                            num_key_value_heads=2, max_position_embeddings=1024, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=experts,
-                            norm_topk_prob=True, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    common = dict(vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=2, num_attention_heads=2, head_dim=64, num_key_value_heads=2,
+                  max_position_embeddings=1024, num_experts_per_tok=2, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    if kind == "mixtral":
+        config = MixtralConfig(**common, num_local_experts=4, intermediate_size=experts)
+    else:
+        config = Qwen3MoeConfig(**common, num_experts=4, moe_intermediate_size=experts, norm_topk_prob=True)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "experts")
     tokenizer.save_pretrained(folder / "experts")
     return folder / "experts", tokenizer
@@ -47,8 +50,8 @@ def forget(rig, what: str) -> None:
                   f"w.forget_packed_experts = {what}")
 
 
-def check(folder, dtype: str, experts: int, provoke: bool) -> None:
-    path, tokenizer = make_model(folder, experts)
+def check(folder, dtype: str, experts: int, provoke: bool, kind: str = "qwen") -> None:
+    path, tokenizer = make_model(folder, experts, kind)
     config = replace(CONFIG, model=ModelConfig(path=str(path), dtype=dtype))
     with running(path, config) as rig:
         if dtype == "float32":
@@ -87,3 +90,9 @@ def test_the_same_in_bfloat16(tmp_path):
 def test_experts_that_the_kernel_pads(tmp_path):
     """Without the repair their reload does not fit and fails."""
     check(tmp_path, "float32", experts=80, provoke=False)
+
+
+@pytest.mark.slow
+def test_experts_whose_names_transformers_changes(tmp_path):
+    """They are sent under the names of the checkpoint: vLLM knows no others."""
+    check(tmp_path, "float32", experts=96, provoke=True, kind="mixtral")
