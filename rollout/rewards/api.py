@@ -11,8 +11,6 @@ from __future__ import annotations
 import asyncio
 import bdb
 import inspect
-import math
-import numbers
 import time
 import traceback
 import typing
@@ -23,8 +21,14 @@ from typing import Any
 import numpy as np
 
 from tandem.engine.config import ConfigError, RewardConfig, closest, coerce
+from tandem.engine.foreign import message
 from tandem.engine.loading import load_object
 from tandem.engine.types import RewardError
+from tandem.rollout.rewards import values
+from tandem.rollout.rewards.values import describe
+
+TRACEBACK_CHARACTERS = 8_000
+AT_THE_KEYBOARD = (KeyboardInterrupt, bdb.BdbQuit)      # raised by a person, in inline mode
 
 BUILTIN: dict[str, str] = {
     "exact": "tandem.rollout.rewards.builtin:exact",
@@ -98,21 +102,37 @@ class RewardFunction:
     options: Mapping[str, Any]
     seed: int
 
-    def __call__(self, call: Call) -> Reply:
+    def __call__(self, call: Call, passes: tuple[type[BaseException], ...] = AT_THE_KEYBOARD) -> Reply:
+        """Score a call. `passes`: what is not taken for a failure of the reward, but raised."""
         start = time.perf_counter()
+        samples = len(call.texts)
         returned, trace = "", ""
         try:
             result = self.function(**self.arguments(call))
             if inspect.iscoroutine(result):
                 result = asyncio.run(result)
-            returned = type(result).__name__
-            values = self.values(result, len(call.texts))
-        except (KeyboardInterrupt, bdb.BdbQuit):
-            raise               # a person at the keyboard, inline mode only
+            returned = message(type(result).__name__, 60)
+            if inspect.isasyncgen(result):
+                result = asyncio.run(values.collect(result, samples))
+            found = self.values(result, samples)
+        except passes:
+            raise
         except BaseException as error:      # a SystemExit in a reward must not end the run either
-            trace = traceback.format_exc()
-            values = (self.error("exception", " ".join(traceback.format_exception_only(error)[-1].split())),) * len(call.texts)
-        return Reply(values, returned, time.perf_counter() - start, trace)
+            trace = message(traceback.format_exc(), TRACEBACK_CHARACTERS)
+            found = (values.Failure("exception", message(values.one_line(error))),) * samples
+        entries = tuple(self.error(entry) if isinstance(entry, values.Failure) else entry for entry in found)
+        return Reply(entries, returned, time.perf_counter() - start, trace)
+
+    def values(self, result: Any, samples: int) -> tuple[float | None | values.Failure, ...]:
+        """The function's result as one checked entry per text."""
+        if self.signature.per_group:
+            return values.of_group(result, samples)
+        if self.signature.kind == "verl":
+            return (values.of_verl(result),)
+        return (values.of_sample(result),)
+
+    def error(self, failure: values.Failure) -> RewardError:
+        return RewardError(failure.kind, failure.message, self.signature.name)
 
     def arguments(self, call: Call) -> dict[str, Any]:
         """Keyword arguments for one call: what Tandem gives, then the columns the function names (all of them for **kwargs), then its options."""
@@ -139,33 +159,6 @@ class RewardFunction:
     @property
     def takes_any(self) -> bool:
         return any(p.kind is p.VAR_KEYWORD for p in self.parameters.values())
-
-    def values(self, result: Any, n: int) -> tuple[float | None | RewardError, ...]:
-        """The function's result as one checked entry per text."""
-        if self.signature.per_group:
-            if isinstance(result, (str, bytes, Mapping)) or not hasattr(result, "__len__") or not hasattr(result, "__iter__"):
-                return (self.error("arity", f"returned {describe(result)}, expected a list of {n} numbers, one per completion"),) * n
-            if len(result) != n:
-                return (self.error("arity", f"returned {len(result)} rewards for {n} completions"),) * n
-            return tuple(None if value is None else self.checked(value) for value in result)
-        if isinstance(result, Mapping):
-            if self.signature.kind != "verl" or "score" not in result:
-                return (self.error("arity", f"returned a dict with keys {list(result)}, expected " +
-                                   ("the key 'score' in it" if self.signature.kind == "verl" else "a number")),)
-            result = result["score"]
-        return (self.checked(result),)
-
-    def checked(self, value: Any) -> float | RewardError:
-        if value is None:
-            return self.error("not_finite", "returned None, expected a number")
-        if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):    # numpy and torch scalars
-            value = value.item()
-        if not isinstance(value, numbers.Real):
-            return self.error("arity", f"returned {describe(value)}, expected one number")
-        return float(value) if math.isfinite(value) else self.error("not_finite", f"returned {float(value)}")
-
-    def error(self, kind: str, message: str) -> RewardError:
-        return RewardError(kind, message, self.signature.name)
 
 
 def load_functions(config: RewardConfig, seed: int) -> tuple[RewardFunction, ...]:
@@ -241,8 +234,3 @@ def ground_truth(columns: Mapping[str, Any]) -> dict[str, Any]:
         if name in place:
             return {"ground_truth": place[name]}
     return {}
-
-
-def describe(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

@@ -29,6 +29,7 @@ from tandem.engine.config import ConfigError, RewardConfig
 from tandem.engine.loading import UserCode
 from tandem.engine.paths import process_kept, shown_code
 from tandem.engine.types import Prompt, RewardError, RewardOutcome
+from tandem.rollout.rewards import values
 from tandem.rollout.rewards.api import Call, Reply, Signature, load_functions
 
 START_SECONDS = 120     # for a worker to import the reward functions
@@ -144,7 +145,7 @@ class RewardRunner:
         for i in range(samples):
             parts: dict[str, float] = {}
             errors: list[RewardError] = []
-            total = 0.0
+            weighted: list[tuple[float, float]] = []
             for number, (name, signature, weight) in enumerate(zip(self.names, self.signatures, self.weights)):
                 first = 0 if signature.per_group else i
                 reply = replies[number, first].result()
@@ -154,10 +155,14 @@ class RewardRunner:
                     traces.append(f"prompt {prompt.id!r}, sample {i}, reward {value.function!r}: {value.kind}: {value.message}\n{reply.traceback}".rstrip())
                 elif value is not None:
                     parts[name] = value
-                    total += weight * value
+                    weighted.append((weight, value))
             if not parts and not errors:
                 errors.append(RewardError("not_finite", "every function returned None, so no reward applies to this sample", ", ".join(self.config.functions)))
                 traces.append(f"prompt {prompt.id!r}, sample {i}: {errors[0].message}")
+            total = values.weighted_sum(weighted)
+            if not errors and isinstance(total, values.Failure):
+                errors.append(RewardError(total.kind, total.message, ", ".join(self.config.functions)))
+                traces.append(f"prompt {prompt.id!r}, sample {i}: {total.message}; the parts: {parts}, reward.weights {list(self.weights)}")
             outcomes.append(RewardOutcome(None if errors else total, parts, errors[0] if errors else None))
         self.count(outcomes, traces)
         if self.failure:
