@@ -63,6 +63,8 @@ class RewardConfig:
     workers: int = 1                                # processes
     on_error: Literal["drop", "zero", "fail"] = "drop"
     max_error_rate: float = 0.05                    # over the run; more stops it with the first tracebacks
+    memory_gib: float | None = None                 # that a worker process may use; None: half of the machine's
+    environment: tuple[str, ...] = ()               # names of variables that workers get beside the usual ones (docs/rewards.md)
 
 
 @dataclass(frozen=True)

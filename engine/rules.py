@@ -32,6 +32,7 @@ def validate(c: Config) -> None:
         require(value is None or value >= low, f"{key} is {value}, must be at least {low}")
     for key in ("reward.timeout", "rollout.kv_cache_gib", "rollout.request_timeout", "sync.timeout", "cluster.deadline", "cluster.start_timeout"):
         require(setting(c, key) > 0, f"{key} is {setting(c, key)}, must be > 0")
+    require(c.reward.memory_gib is None or c.reward.memory_gib > 0, f"reward.memory_gib is {c.reward.memory_gib}, must be > 0, or null for half of the machine's memory")
     for key, high in (("reward.max_error_rate", 1), ("cluster.port", 65535)):
         require((setting(c, key) or 0) <= high, f"{key} is {setting(c, key)}, must be at most {high}")
     for key in ("rollout.top_p", "rollout.gpu_memory_utilization"):

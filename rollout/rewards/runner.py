@@ -7,16 +7,20 @@ says timeout, exception, not_finite, arity or crash, and the run stops with the 
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import pickle
 import queue
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -31,6 +35,10 @@ from tandem.engine.paths import process_kept, shown_code
 from tandem.engine.types import Prompt, RewardError, RewardOutcome
 from tandem.rollout.rewards import values
 from tandem.rollout.rewards.api import Call, Reply, Signature, load_functions
+from tandem.rollout.rewards.environment import hint, worker_environment
+from tandem.rollout.rewards.limits import TooMuchMemory, Wear, largest, memory_limit
+from tandem.rollout.rewards.log import BoundedLog
+from tandem.rollout.rewards.values import short
 
 START_SECONDS = 120     # for a worker to import the reward functions
 GRACE_SECONDS = 0.5     # between SIGTERM and SIGKILL
@@ -60,6 +68,7 @@ class RewardRunner:
         self.closing = threading.Event()
         self.tasks: queue.SimpleQueue = queue.SimpleQueue()
         self.workers: list[Worker] = []
+        self.memory = memory_limit(config.memory_gib)
         self.code = UserCode()      # as the first workers imported it: those that replace them score with the same, whatever became of the files
         self.names = [shown_code(name) for name in config.functions]    # as parts and metrics call them
         with process_kept():
@@ -67,6 +76,8 @@ class RewardRunner:
         if inline:
             self.signatures: Sequence[Signature] = [f.signature for f in self.functions]
             return
+        self.environment = worker_environment(config.environment)
+        self.output = BoundedLog(log) if log else None
         self.workers = [Worker(self) for _ in range(config.workers)]
         atexit.register(self.close)
         answers = [worker.ready.get() for worker in self.workers]
@@ -196,8 +207,8 @@ def packed(number: int, call: Call) -> bytes:
     """A call as it goes to a worker. Raises ConfigError for a row that cannot be sent."""
     try:
         return pickle.dumps((number, call))
-    except (pickle.PicklingError, TypeError, AttributeError) as error:
-        raise ConfigError(f"prompt {call.prompt_id!r}: its columns cannot be sent to a reward worker: {error}; columns must be plain values") from None
+    except Exception as error:      # of whatever kind: the row decides
+        raise ConfigError(f"prompt {call.prompt_id!r}: its columns cannot be sent to a reward worker: {short(error)}; columns must be plain values") from None
 
 
 class Worker(threading.Thread):
@@ -212,6 +223,8 @@ class Worker(threading.Thread):
         self.ready: queue.SimpleQueue = queue.SimpleQueue()     # what the first start_process returned
         self.process: subprocess.Popen | None = None
         self.connection: Connection | None = None
+        self.printing: threading.Thread | None = None           # reads what the process prints
+        self.wear = Wear()
         self.start()
 
     def run(self) -> None:
@@ -248,24 +261,49 @@ class Worker(threading.Thread):
             answer = self.receive(self.runner.config.timeout)
         except (EOFError, ConnectionError):
             return failed("crash", f"the worker process died ({self.bury()})")
-        except TimeoutError:
+        except (TimeoutError, BlockingIOError):
             self.kill()
             return failed("timeout", f"no answer within reward.timeout, {self.runner.config.timeout:g} s")
+        except TooMuchMemory as error:
+            self.kill()
+            return failed("crash", str(error))
+        except (pickle.UnpicklingError, ImportError, AttributeError, LookupError, TypeError, ValueError, MemoryError, OSError) as error:
+            self.kill()
+            return failed("crash", f"the worker process sent what is no answer ({type(error).__name__}): something else wrote to its connection")
         if isinstance(answer, str):
             raise ConfigError(answer)
-        return answer
+        if reason := self.wear.reason(self.process.pid, self.runner.memory):
+            self.note(f"worker {self.process.pid} was replaced: {reason}")
+            self.kill()
+        return self.explained(answer)
+
+    def explained(self, answer: Reply) -> Reply:
+        """The reply, its errors with a hint where they speak of an environment variable that workers do not have."""
+        if not any(isinstance(entry, RewardError) for entry in answer.values):
+            return answer
+        entries = []
+        for entry in answer.values:
+            if isinstance(entry, RewardError):
+                entry = replace(entry, message=hint(entry.message, self.runner.environment))
+            entries.append(entry)
+        return replace(answer, values=tuple(entries))
+
+    def note(self, text: str) -> None:
+        if self.runner.output:
+            self.runner.output.write(f"[{text}]\n".encode())
 
     def start_process(self) -> tuple[list[Signature], UserCode] | str:
         """Start a process and let it import the functions. Returns their signatures and source, or why it cannot serve."""
         self.connection, theirs = Pipe()
-        output = open(self.runner.log, "ab") if self.runner.log else None
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        self.wear = Wear()
+        set_patience(self.connection, self.runner.config.timeout)
+        output, self.printing = self.runner.output.pipe() if self.runner.output else (None, None)
         command = [sys.executable, "-m", "tandem.rollout.rewards.worker", str(theirs.fileno()), str(os.getpid())]
-        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment,
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=self.runner.environment,
                                         pass_fds=(theirs.fileno(),), start_new_session=True)     # a session of its own: killed with all it started
         theirs.close()
-        if output:
-            output.close()
+        if output is not None:
+            os.close(output)
         try:
             self.connection.send((self.runner.config, self.runner.seed, self.runner.code))
             answer = self.receive(START_SECONDS)
@@ -273,12 +311,15 @@ class Worker(threading.Thread):
             answer = f"the reward functions {', '.join(self.runner.config.functions)} killed the process that imported them ({self.bury()})"
         except TimeoutError:
             answer = f"importing the reward functions {', '.join(self.runner.config.functions)} took longer than {START_SECONDS} s"
+        except TooMuchMemory as error:
+            answer = f"importing the reward functions {', '.join(self.runner.config.functions)}: {error}"
         if isinstance(answer, str):
             self.kill()
+            return hint(answer, self.runner.environment)
         return answer
 
     def receive(self, seconds: float) -> Any:
-        """The process's next message. Raises TimeoutError, or EOFError if the process is dead or the runner closes.
+        """The process's next message. Raises TimeoutError, TooMuchMemory, or EOFError if the process is dead or the runner closes.
 
         The connection alone does not tell of a death: a child that the reward forked holds it open.
         """
@@ -286,6 +327,8 @@ class Worker(threading.Thread):
         while not self.connection.poll(max(0.0, min(SLICE_SECONDS, deadline - time.monotonic()))):
             if self.runner.closing.is_set() or (self.process.poll() is not None and not self.connection.poll()):
                 raise EOFError
+            if (used := largest(self.process.pid)) > self.runner.memory:
+                raise TooMuchMemory(f"the worker process was ended: it used {used / 2**30:.1f} GiB, more than the {self.runner.memory / 2**30:.3g} GiB of reward.memory_gib")
             if time.monotonic() >= deadline:
                 raise TimeoutError
         return self.connection.recv()
@@ -299,7 +342,7 @@ class Worker(threading.Thread):
         self.kill()
         if status is None:
             return "it closed its connection"
-        return f"signal {signal.Signals(-status).name}" if status < 0 else f"exit code {status}"
+        return f"signal {signal_name(-status)}" if status < 0 else f"exit code {status}"
 
     def kill(self) -> None:
         """End the process, if there is one, and everything in its session: terminate, then kill."""
@@ -314,9 +357,26 @@ class Worker(threading.Thread):
         self.process.wait()
         self.connection.close()
         self.process = None
+        if self.printing:
+            self.printing.join(GRACE_SECONDS)       # its last words, unless a process outside the session holds the pipe
 
     def signal_group(self, number: int) -> None:
         try:
             os.killpg(self.process.pid, number)
         except (ProcessLookupError, PermissionError):      # nobody left (macOS says PermissionError when only a zombie is)
             pass
+
+
+def set_patience(connection: Connection, seconds: float) -> None:
+    """No single read or write on the connection blocks longer: a process that was stopped neither takes a long message nor ends one."""
+    duration = struct.pack("ll", max(1, math.ceil(seconds)), 0)
+    with socket.socket(fileno=os.dup(connection.fileno())) as end:
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, duration)
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, duration)
+
+
+def signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:      # a real-time signal
+        return str(number)

@@ -15,8 +15,10 @@ import traceback
 from multiprocessing.connection import Connection
 
 from tandem.engine.config import ConfigError
+from tandem.engine.foreign import message
 from tandem.engine.loading import install, user_code
 from tandem.rollout.rewards.api import Reply, load_functions
+from tandem.rollout.rewards.guard import Guard
 
 PR_SET_PDEATHSIG = 1
 
@@ -28,7 +30,10 @@ def main() -> None:
     if os.getppid() != parent:
         return                      # the parent died before it could be watched
     faulthandler.enable()
-    pid = os.getpid()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")     # a print of any text works
+    pid, folder = os.getpid(), os.getcwd()
+    dumps = pickle.dumps        # kept: user code may put something else in its place
     try:
         config, seed, code = connection.recv()
         install(code)
@@ -36,25 +41,28 @@ def main() -> None:
     except ConfigError as error:
         return connection.send(str(error))
     except BaseException:
-        return connection.send(f"a reward function's file cannot be imported:\n{traceback.format_exc()}")
+        return connection.send(f"a reward function's file cannot be imported:\n{message(traceback.format_exc())}")
+    os.chdir(folder)            # whatever the import did
+    guard = Guard(connection.fileno())
     connection.send(([f.signature for f in functions], user_code()))
     while True:
         try:
-            message = connection.recv_bytes()
+            request = connection.recv_bytes()
         except EOFError:
             return
-        reply = answer(functions, message)
+        reply = answer(functions, request)
         if os.getpid() != pid:      # a fork made by the reward came back here: it must not answer in the worker's place
             os._exit(0)
-        connection.send(reply)
+        guard.restore()
+        connection.send_bytes(dumps(reply))
 
 
-def answer(functions, message: bytes) -> Reply | str:
+def answer(functions, request: bytes, loads=pickle.loads) -> Reply | str:
     try:
-        number, call = pickle.loads(message)
+        number, call = loads(request)
     except Exception as error:
         return f"a dataset row cannot be read in a reward worker: {type(error).__name__}: {error}; columns must be plain values"
-    return functions[number](call)
+    return functions[number](call, passes=())
 
 
 if __name__ == "__main__":
