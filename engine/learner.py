@@ -23,6 +23,7 @@ from tandem.engine import terms as term_losses
 from tandem.engine.config import Config, ConfigError, ModelConfig
 from tandem.engine.context import engine_length
 from tandem.engine.digest import digest
+from tandem.engine.export import read_files, write_files, write_weights
 from tandem.engine.model import Policy, hf_parameters, load_policy
 from tandem.engine.packing import pack
 from tandem.engine.rope import follow_engines
@@ -75,6 +76,7 @@ class LearnerRank:
         self.model: ModelConfig = replace(config.model, path=model_path)
         self.reference: Policy | None = None
         self.own_reference = False      # the reference is not the run's original model
+        self.files = read_files(self.model) if rank == 0 else {}
 
     def shares_prompts(self) -> bool:
         return self.engine.module.shares_prompts
@@ -176,21 +178,16 @@ class LearnerRank:
             self.reference = None
 
     def export(self, folder: str | Path) -> None:
-        """A plain Hugging Face folder (safetensors, config, generation config), written by rank 0; the tokenizer is the caller's. A collective.
-
-        Not through `save_pretrained`, which imports DeepSpeed where it is installed.
-        """
-        state = {}
-        for name, tensor in self.engine.full_parameters():
-            if self.rank == 0:
-                state[name] = tensor.to("cpu", copy=True)
-        if self.rank == 0:
-            from safetensors.torch import save_file
-            model = self.engine.module.model
-            model.config.save_pretrained(folder)
-            if model.generation_config is not None:
-                model.generation_config.save_pretrained(folder)
-            save_file(state, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        """A plain Hugging Face folder, complete with tokenizer, written by rank 0: see engine/export.py. A collective."""
+        parameters = self.engine.full_parameters()
+        if self.rank > 0:
+            for _ in parameters:        # takes part in gathering them
+                pass
+            return
+        folder, policy = Path(folder), self.engine.module
+        folder.mkdir(parents=True, exist_ok=True)
+        write_files(folder, self.files, self.model.dtype)
+        write_weights(folder, policy.model, policy.origin, parameters)
 
     def release_memory(self) -> None:
         """Give the GPU what torch keeps cached of freed memory: an engine on the same GPU wakes up into it."""

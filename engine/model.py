@@ -16,6 +16,7 @@ from torch import nn
 
 from tandem.engine.attention import use_fast_attention
 from tandem.engine.config import ConfigError, ModelConfig
+from tandem.engine.export import Origin, find_origin
 from tandem.engine.heads import Head, ValueHead, logit_map
 from tandem.engine.rope import separate_rows
 from tandem.engine.self_check import can_share, refuse_unpackable, self_check
@@ -43,26 +44,34 @@ def read_config(model: ModelConfig, path: str):
     from transformers import AutoConfig
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path is {model.path!r}: neither a local folder nor a model that could be loaded: {first_line(error)}") from None
+    except Exception as error:      # a damaged config.json raises errors of many types
+        where = "its config.json could not be read" if Path(path).is_dir() else "neither a local folder nor a model that could be loaded"
+        raise ConfigError(f"model.path is {model.path!r}: {where}: {first_line(error)}{remote_code_hint(error)}") from None
+
+
+def remote_code_hint(error: Exception) -> str:
+    if "trust_remote_code" not in str(error):
+        return ""
+    return "; set model.trust_remote_code=true if you trust the Python files of the model"
 
 
 def load_tokenizer(model: ModelConfig):
     """The tokenizer of `model.tokenizer`, or the model's own. Raises ConfigError if it is not found, has no EOS or pad, or does not fit the model."""
     from transformers import AutoTokenizer
     path = resolve_model(model)
+    config = read_config(model, path)
     source = model.tokenizer or path
     key = "model.tokenizer" if model.tokenizer else "model.path"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{key} is {source!r}: no tokenizer could be loaded from there: {first_line(error)}") from None
+    except Exception as error:      # the tokenizers library raises bare Exceptions for a damaged tokenizer.json
+        raise ConfigError(f"{key} is {source!r}: no tokenizer could be loaded from there: {first_line(error)}{remote_code_hint(error)}") from None
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of {key} {source!r} has no EOS token: responses could never end; set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:
         raise ConfigError(f"the tokenizer of {key} {source!r} has no pad token, which batched generation needs; "
                           f"set pad_token in its tokenizer_config.json, e.g. to a reserved token or to {tokenizer.eos_token!r}")
-    size = getattr(read_config(model, path).get_text_config(), "vocab_size", None)
+    size = getattr(config.get_text_config(), "vocab_size", None)
     largest = max(tokenizer.get_vocab().values())
     if size is not None and largest >= size:
         raise ConfigError(f"the tokenizer of {key} {source!r} has token ids up to {largest}, but the model {model.path!r} has a vocabulary of {size}; "
@@ -85,6 +94,7 @@ class Policy(nn.Module):
         # With flash attention transformers keeps packed sequences apart in a batch of one only; rows start at position 0, so bins can stand in one line.
         self.one_line = "flash" in model.config._attn_implementation
         self.shares_prompts = False     # see `can_share`
+        self.origin: Origin | None = None       # the checkpoint it was loaded from, which an export reproduces
 
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor, index: torch.Tensor, target: torch.Tensor, temperature: float = 1.0,
                 chunk: int = 1024, entropy: bool = False, custom=None, tags=None, tree: torch.Tensor | None = None) -> tuple:
@@ -154,12 +164,13 @@ def load_policy(model: ModelConfig) -> Policy:
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()
     path = resolve_model(model)
+    refuse_quantized(model, path)
     try:
         causal, loading = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, model.dtype), attn_implementation=model.attention,
                                                                trust_remote_code=model.trust_remote_code, output_loading_info=True)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:      # transformers, safetensors, torch.load and remote code raise many types for files that are no model
         raise ConfigError(f"model {model.path!r} could not be loaded with attention={model.attention!r}, dtype={model.dtype!r}: "
-                          f"{first_line(error)}") from None
+                          f"{type(error).__name__}: {first_line(error)}") from None
     if missing := sorted(loading["missing_keys"]):
         raise ConfigError(f"model {model.path!r}: its weight files lack {len(missing)} parameters, among them {', '.join(missing[:3])}; "
                           "they would stay random: export or download it again")
@@ -170,6 +181,7 @@ def load_policy(model: ModelConfig) -> Policy:
     policy = Policy(causal)
     self_check(policy, model)
     policy.shares_prompts = can_share(policy)
+    policy.origin = find_origin(causal, path)
     return policy
 
 
@@ -178,6 +190,15 @@ def tree_mask(tree: torch.Tensor) -> torch.Tensor:
     block, prompt = tree[0], tree[1]
     related = (block[:, None, :] == block[:, :, None]) | (block[:, None, :] == prompt[:, :, None])
     return related.tril()[:, None]
+
+
+def refuse_quantized(model: ModelConfig, path: str) -> None:
+    """Transformers would give such weights back in another dtype and layout, or in one that cannot be trained."""
+    settings = getattr(read_config(model, path), "quantization_config", None)
+    if settings:
+        kind = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
+        raise ConfigError(f"model {model.path!r} is quantized ({getattr(kind, 'value', kind)}: quantization_config in its config.json), so that it could "
+                          "neither be trained nor exported as it is; save it once in bfloat16, without quantization_config, and set model.path to that")
 
 
 def hf_parameters(policy: Policy) -> Iterator[tuple[str, nn.Parameter]]:

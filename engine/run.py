@@ -417,7 +417,6 @@ def train(config: Config) -> int:
             return 130 if run.stop_requested == "SIGINT" else 75
         if config.run.save_model:
             run.learner.export(run.folder / "model")
-            run.tokenizer.save_pretrained(run.folder / "model")
         summary(run)
     return 0
 

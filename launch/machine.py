@@ -2,17 +2,18 @@
 from __future__ import annotations
 
 import ctypes
-import json
+import math
 import os
 import platform
 import shutil
 import socket
-import struct
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from tandem.engine.config import Config, ConfigError
+from tandem.engine.context import context_length, engine_length
+from tandem.engine.weight_files import tensor_shapes
 
 GIB = 1 << 30
 ENGINE_RUNTIME = 1.5 * GIB      # vLLM on CPU without weights and KV cache: 0.7 to 1.2 GiB seen
@@ -122,47 +123,32 @@ def memory_plan(config: Config, model_path: str | Path) -> MemoryPlan | None:
 
 
 def parameter_count(folder: Path) -> int | None:
-    """Numbers in the safetensors files of a model folder, from their headers alone; None where there are none. Raises ConfigError for a file that is cut off."""
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    count = 0
-    for file in files:
-        try:
-            with file.open("rb") as f:
-                length = struct.unpack("<Q", f.read(8))[0]
-                header = json.loads(f.read(length))
-            expected = 8 + length + max(tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__")
-        except (struct.error, ValueError, OverflowError, MemoryError):
-            raise ConfigError(f"{file} is damaged: its first bytes are not those of a safetensors file; copy or download the model again") from None
-        if (found := file.stat().st_size) != expected:
-            raise ConfigError(f"{file} is damaged: it has {found} bytes, its header says {expected}; copy or download the model again")
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                size = 1
-                for n in tensor["shape"]:
-                    size *= n
-                count += size
-    return count if files else None
+    """Numbers in the weight files of a model folder, from their headers alone; None where there are none. Raises ConfigError for a file that is damaged."""
+    shapes = tensor_shapes(folder) if folder.is_dir() else {}
+    return sum(math.prod(shape) for shape in shapes.values()) or None
 
 
 def check_model(config: Config, path: str) -> None:
-    """Raise ConfigError if a local model folder holds no weights, files that are cut off, or a model with less context than the run needs.
+    """Raise ConfigError if a local model folder holds no weights or damaged ones, or if the model has less context than the run needs.
 
-    A hub name is left to transformers and vLLM. vLLM wants room for the longest prompt allowed, in-process engines for the prompts there are.
+    The weights of a hub name are left to transformers and vLLM. vLLM wants room for the longest prompt allowed, in-process engines for the prompts there are.
     """
-    folder, rollout, prompt = Path(path), config.rollout, config.data.max_prompt_tokens if config.mode == "cluster" else 1
-    if not folder.is_dir():
-        return
-    if parameter_count(folder) is None and not any(folder.glob("pytorch_model*.bin")):
+    folder = Path(path)
+    if folder.is_dir() and parameter_count(folder) is None:
         raise ConfigError(f"model folder {folder} has no weights: expected *.safetensors or pytorch_model*.bin beside its config.json")
-    context, need = context_length(folder), rollout.max_model_len or prompt + max(rollout.max_tokens, config.eval.max_tokens or 0)
-    if context is not None and need > context and rollout.backend != "replay":
-        raise ConfigError(f"{'rollout.max_model_len' if rollout.max_model_len else 'data.max_prompt_tokens + rollout.max_tokens (or eval.max_tokens)'} asks for "
-                          f"{need} tokens, but the model {config.model.path!r} has a context of {context} (max_position_embeddings); lower them")
-
-
-def context_length(folder: Path) -> int | None:
-    """max_position_embeddings of a model folder; None where it has none, or stretches it by a factor."""
-    known = json.loads((folder / "config.json").read_text())
-    known = known.get("text_config") or known
-    stretched = any("factor" in (known.get(key) or {}) for key in ("rope_scaling", "rope_parameters"))
-    return None if stretched else known.get("max_position_embeddings")
+    from tandem.algorithms.base import configured       # these two import torch
+    from tandem.engine.model import read_config
+    context = context_length(read_config(config.model, path))
+    generates = not config.method or configured(config.method).uses_rollouts or config.data.evaluation is not None
+    if context is None or not generates or config.rollout.backend == "replay":
+        return
+    if config.mode == "cluster":
+        need = engine_length(config)
+    else:
+        need = config.rollout.max_model_len or 1 + max(config.rollout.max_tokens, config.eval.max_tokens or 0)
+    if need > context:
+        key = "data.max_prompt_tokens + rollout.max_tokens (or eval.max_tokens)"
+        if config.rollout.max_model_len:
+            key = "rollout.max_model_len"
+        raise ConfigError(f"{key} asks for {need} tokens, but the model {config.model.path!r} has a context of {context} "
+                          "(max_position_embeddings of its config.json, or what it calls that); lower them")
