@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from tandem.engine import disk
 from tandem.engine.config import Config, ConfigError, load, setting
 from tandem.engine.files import sync_to_disk
 
@@ -59,7 +60,12 @@ class Checkpoints:
             yield tmp
             seal(tmp, step)
         except BaseException as error:
+            told = None
+            if isinstance(error, Exception):
+                told = disk.checkpoint_failed(error, tmp, step, [path for _, path in self._named("step")])
             shutil.rmtree(tmp, ignore_errors=True)
+            if told is not None:
+                raise told from error
             error.add_note(f"checkpoint {step} in {self.folder} was not written; the checkpoints before it are intact")
             raise
         if final.exists():

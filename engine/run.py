@@ -83,7 +83,8 @@ class Run:
         """Everything that can fail because of the user's input, before anything heavy starts. Raises ConfigError."""
         from tandem.engine.data import ExpertSource, PromptSource
         from tandem.engine.model import load_tokenizer, resolve_model
-        from tandem.launch.machine import check_model
+        from tandem.engine.disk import check_room
+        from tandem.launch.machine import check_model, parameter_count
         from tandem.rollout.rewards.runner import RewardRunner
         cfg = self.config
         self.checkpoints = Checkpoints(self.folder / "checkpoints", cfg.run.keep_checkpoints, self.display.message)
@@ -97,6 +98,7 @@ class Run:
         self.model_path = resolve_model(cfg.model)
         self.tokenizer = load_tokenizer(cfg.model)
         check_model(cfg, self.model_path)
+        check_room(cfg, parameter_count(Path(self.model_path)), self.folder, self.display.message)
         if cfg.mode == "cluster":
             from tandem.launch.placement import preflight
             preflight(cfg, self.model_path)

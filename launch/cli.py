@@ -11,7 +11,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from tandem.engine import stop, terminal
+from tandem.engine import disk, stop, terminal
 from tandem.engine.config import Config, ConfigError
 from tandem.engine.secrets import redact
 
@@ -46,8 +46,12 @@ def run(args: argparse.Namespace) -> int:
     except Exception as error:
         if args.debug:
             raise
+        folder = getattr(args, "run_folder", None)
+        if words := disk.in_words(error, folder):
+            print(f"failed: {words}", file=sys.stderr)
+            return 1
         print(f"failed: {type(error).__name__}: {brief(error)}\nat {place(error)}", file=sys.stderr)
-        print(keep_traceback(getattr(args, "run_folder", None)), file=sys.stderr)
+        print(keep_traceback(folder), file=sys.stderr)
         return 1
 
 
@@ -262,7 +266,10 @@ def keep_traceback(run_folder: Path | None) -> str:
     """Write the traceback into the run folder, if there is one, and say where to look."""
     if run_folder is None or not run_folder.is_dir():
         return "run again with --debug for the traceback"
-    (run_folder / "error.log").write_text(redact(traceback.format_exc()))
+    try:
+        (run_folder / "error.log").write_text(redact(traceback.format_exc()))
+    except OSError as error:
+        return f"the traceback could not be kept in {run_folder} ({error.strerror}); run again with --debug to see it"
     return f"traceback: {run_folder / 'error.log'}   logs: {run_folder}"
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tandem.engine import disk
 from tandem.engine.config import Config, ConfigError
 from tandem.launch import machine
 from tandem.launch.machine import GIB
@@ -108,7 +109,7 @@ def this_machine(config: Config | None) -> Iterator[Check]:
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    yield OK if free > 2 * GIB else WARN, "disk", f"{free / GIB:.0f} GiB free under {folder}"
+    yield OK if free > 2 * GIB else WARN, "disk", f"{disk.show(free)} free under {folder}"
     if not os.access(folder, os.W_OK):
         yield BAD, "run folder", f"{folder} cannot be written; set run.dir"
     if config is None or config.mode == "cluster":
@@ -158,6 +159,7 @@ def of_config(config: Config) -> Iterator[Check]:
         yield BAD, "model", str(error)
         return
     yield OK, "model", f"{path}" + (f", {parameters / 1e6:.2f}M parameters" if parameters else "")
+    yield room(config, parameters)
     for name, kind in (("prompts", PromptSource), ("experts", ExpertSource), ("evaluation", PromptSource)):
         dataset = getattr(config.data, name)
         if dataset is None:
@@ -176,6 +178,19 @@ def of_config(config: Config) -> Iterator[Check]:
             yield (OK, "memory", memory.describe()) if memory else (WARN, "memory", "not estimated: no safetensors files in the model's folder")
         except ConfigError as error:
             yield BAD, "placement", str(error)
+
+
+def room(config: Config, parameters: int | None) -> Check:
+    """Whether the run's checkpoints and models fit on their disk."""
+    if parameters is None:
+        return WARN, "checkpoints", "size not estimated: no safetensors files in the model's folder"
+    warnings: list[str] = []
+    try:
+        disk.check_room(config, parameters, Path(config.run.dir) / config.run.name, warnings.append)
+    except ConfigError as error:
+        return BAD, "checkpoints", str(error)
+    whole = disk.show(disk.room_needed(config, parameters))
+    return (WARN, "checkpoints", warnings[0]) if warnings else (OK, "checkpoints", f"the run takes about {whole} of disk for them and the model")
 
 
 def try_rewards(config: Config) -> str:

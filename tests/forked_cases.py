@@ -2,6 +2,7 @@
 
 Tests call `run_cases`, which starts this file in a process of its own. A case is {"words": what follows `tandem` on the command line} and may have
     "at", "signals"     a name of POINTS and the names of the signals that the child sends itself there
+    "shell"             a command that is run before
     "terminal"          a name of TERMINALS: what its standard output is
 """
 import contextlib
@@ -159,6 +160,8 @@ TERMINALS = {
 def child(case: dict, folder: Path) -> None:
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT, 0o644), stream)
+    if "shell" in case:
+        subprocess.run(case["shell"], shell=True, check=True)
     if "terminal" in case:
         TERMINALS[case["terminal"]]()
     if case.get("at"):
