@@ -64,6 +64,7 @@ class RewardConfig:
     on_error: Literal["drop", "zero", "fail"] = "drop"
     max_error_rate: float = 0.05                    # over the run; more stops it with the first tracebacks
     memory_gib: float | None = None                 # that a worker process may use; None: half of the machine's
+    check_answers: bool = True                      # exact and math: a row without a usable expected answer is refused before the run
     environment: tuple[str, ...] = ()               # names of variables that workers get beside the usual ones (docs/rewards.md)
 
 

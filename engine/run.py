@@ -85,6 +85,7 @@ class Run:
         from tandem.engine.model import load_tokenizer, resolve_model
         from tandem.engine.disk import check_room
         from tandem.launch.machine import check_model, parameter_count
+        from tandem.rollout.rewards.answers import check_answers
         from tandem.rollout.rewards.runner import RewardRunner
         cfg = self.config
         self.checkpoints = Checkpoints(self.folder / "checkpoints", cfg.run.keep_checkpoints, self.display.message)
@@ -121,6 +122,9 @@ class Run:
             self.stack.callback(self.rewards.close)
             for prompt in self.eval_prompts[:1]:
                 self.rewards.require_columns(prompt.columns)
+            if rewards.check_answers:
+                for key, rows in (("data.prompts", self.prompts), ("data.experts", self.aligned), ("data.evaluation", held_out)):
+                    check_answers(rewards.functions, rows, key)
 
     def start(self) -> None:
         """Start engines and learner, restore the checkpoint if there is one, and give the engines the present weights."""

@@ -144,6 +144,7 @@ def of_config(config: Config) -> Iterator[Check]:
     from transformers.utils.logging import disable_progress_bar
 
     from tandem.engine.group_check import check_group_size
+    from tandem.rollout.rewards.answers import check_answers
     disable_progress_bar()
     try:
         warning = check_group_size(config)
@@ -167,6 +168,8 @@ def of_config(config: Config) -> Iterator[Check]:
         try:
             source = kind(dataset, config.data, tokenizer, config.model, config.run.seed)
             first = source.take(1)[0]
+            if name != "experts" and config.reward.check_answers and not config.run.fake_reward:
+                check_answers(config.reward.functions, source, f"data.{name}")
             yield OK, name, f"{dataset.path}: {len(source) if len(source) < sys.maxsize else 'endless'} rows, the first has {len(first.tokens)} tokens: {short(tokenizer.decode(first.tokens))}"
         except ConfigError as error:
             yield BAD, name, str(error)

@@ -4,16 +4,20 @@ from __future__ import annotations
 import random
 import re
 
+from tandem.rollout.rewards.answers import expected_texts
+
 
 def exact(completion: str, ground_truth, *, tag: str | None = None, marker: str | None = None) -> float:
     """1 if the answer is the expected one, white space around both aside, else 0.
 
     The answer is the whole completion; with `marker` what follows the last marker; with `tag` what stands in the last <tag>...</tag> of that.
+    Raises ValueError if there is no expected answer (answers.py).
     """
+    expected = expected_texts(ground_truth)
     answer = after(completion, marker) if marker else completion
     if tag and answer is not None:
         answer = inside(answer, tag)
-    return float(answer is not None and answer.strip() == str(ground_truth).strip())
+    return float(answer is not None and answer.strip() in expected)
 
 
 def matches_format(completion: str, *, pattern: str = r"<think>.*?</think>\s*<answer>.*?</answer>") -> float:

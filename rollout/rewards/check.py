@@ -30,7 +30,7 @@ def check(config: RewardConfig, rows: Sequence[Mapping[str, Any]], prompt: str =
             right = row[response] if response else str(ground_truth(row).get("ground_truth", ""))
             texts = (right, "")
             lines.append(f"row {i}: {short(right)!r} and an empty completion")
-            ids = tuple(np.frombuffer(t.encode(), np.uint8).astype(np.int32) for t in texts)
+            ids = tuple(np.frombuffer(t.encode("utf-8", "surrogatepass"), np.uint8).astype(np.int32) for t in texts)
             for number, signature in enumerate(runner.signatures):
                 starts = (0,) if signature.per_group else (0, 1)
                 size = len(texts) // len(starts)

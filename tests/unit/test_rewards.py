@@ -265,7 +265,7 @@ def test_math():
 
 
 def test_math_says_when_the_expected_answer_cannot_be_read():
-    outcome, = score(builtin("math"), ["4"], answer="")
+    outcome, = score(builtin("math"), ["4"], answer="$ $")
     assert outcome.error.kind == "exception" and "cannot read the expected answer" in outcome.error.message
 
 
