@@ -88,7 +88,9 @@ def imported_from(folder: Path) -> list[str]:
     found = []
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if name != "__main__" and file and Path(file).is_relative_to(folder):
+        if name == "__main__" or not file or not Path(file).is_relative_to(folder):
+            continue
+        if not in_library(Path(file)):      # an environment often lies in the project's folder
             found.append(name)
     return found
 

@@ -259,3 +259,13 @@ def test_an_objective_that_cannot_be_sent_is_named(held, said):
     plan = StepPlan(0, (good, bad), {}, (), learning_rate=1.0, temperature=1.0)
     with pytest.raises(ConfigError, match=f"the term 'bad' of the method cannot be sent .*{said}"):
         check_sendable(plan)
+
+
+def test_an_environment_in_the_project_s_folder_is_not_the_user_s(tmp_path):
+    """.venv beside the method's file: what was imported from it is installed."""
+    package = tmp_path / ".venv" / "lib" / "site-packages" / "package_of_an_environment.py"
+    write(package, "def helper(): pass\n")
+    write(tmp_path / "mine.py", f"import sys\nsys.path.append({str(package.parent)!r})\nimport package_of_an_environment\n\nclass Mine: pass\n")
+    loading.load_object(f"{tmp_path}/mine.py:Mine", "method")
+    sources = loading.user_code().sources
+    assert loading.module_name(tmp_path / "mine.py") in sources and "package_of_an_environment" not in sources
