@@ -112,7 +112,7 @@ def check_resume(config: Config, run_folder: Path, done: int) -> None:
     """Raise ConfigError if the run in `run_folder`, whose checkpoint has done so many steps, cannot be continued with this config."""
     if done > config.run.steps:
         raise ConfigError(f"run.steps is {config.run.steps}, but the checkpoint to resume from has done {done}; raise run.steps")
-    before = load(run_folder / "config.yaml")
+    before = load(run_folder / "config.yaml", redacted=True)
     for key in SAME:
         found, expected = setting(config, key), setting(before, key)
         if found != expected:
