@@ -18,6 +18,7 @@ from tandem.engine.attention import use_fast_attention
 from tandem.engine.config import ConfigError, ModelConfig
 from tandem.engine.export import Origin, find_origin
 from tandem.engine.heads import Head, ValueHead, logit_map
+from tandem.engine.hub import use_cache_if_unreachable
 from tandem.engine.rope import separate_rows
 from tandem.engine.self_check import can_share, refuse_unpackable, self_check
 
@@ -36,7 +37,11 @@ def resolve_model(model: ModelConfig) -> str:
         return str(folder.resolve())
     if folder.is_absolute() or model.path.startswith((".", "~")):
         raise ConfigError(f"model.path is {model.path!r}: there is no such folder")
-    read_config(model, model.path)
+    offline = use_cache_if_unreachable()
+    try:
+        read_config(model, model.path)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{offline}") from None
     return model.path
 
 
@@ -62,10 +67,11 @@ def load_tokenizer(model: ModelConfig):
     config = read_config(model, path)
     source = model.tokenizer or path
     key = "model.tokenizer" if model.tokenizer else "model.path"
+    offline = "" if Path(source).exists() else use_cache_if_unreachable()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=model.trust_remote_code)
     except Exception as error:      # the tokenizers library raises bare Exceptions for a damaged tokenizer.json
-        raise ConfigError(f"{key} is {source!r}: no tokenizer could be loaded from there: {first_line(error)}{remote_code_hint(error)}") from None
+        raise ConfigError(f"{key} is {source!r}: no tokenizer could be loaded from there: {first_line(error)}{remote_code_hint(error)}{offline}") from None
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of {key} {source!r} has no EOS token: responses could never end; set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:

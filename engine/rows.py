@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tandem.engine.config import ConfigError, DatasetConfig, closest
-from tandem.engine.paths import shown
+from tandem.engine.hub import use_cache_if_unreachable
+from tandem.engine.paths import FILE_BUILDERS, shown
 from tandem.engine.tasks import GeneratedRows, is_generated
 
 
@@ -95,11 +96,12 @@ def read_hugging_face(path: Path, dataset: DatasetConfig) -> StoredRows:
     `options` go to load_dataset, e.g. {name: main} for a dataset with several configurations. Labels are NAME/SPLIT:INDEX, from 0.
     """
     import datasets
+    offline = "" if path.exists() or dataset.path in FILE_BUILDERS else use_cache_if_unreachable()
     saved = (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
     try:
         data = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path) if path.is_dir() else dataset.path, **dataset.options)
     except (OSError, ValueError, TypeError) as error:   # not found, no network, unknown configuration or option
-        raise ConfigError(f"dataset {dataset.path!r}: neither a file (.jsonl, .parquet), nor a folder or name that the datasets library could load: {error}") from None
+        raise ConfigError(f"dataset {dataset.path!r}: neither a file (.jsonl, .parquet), nor a folder or name that the datasets library could load: {error}{offline}") from None
     if isinstance(data, datasets.DatasetDict):
         if dataset.split not in data:
             raise ConfigError(f"dataset {dataset.path!r} has no split {dataset.split!r}{closest(dataset.split, data)}; its splits: {', '.join(data)}")

@@ -379,6 +379,7 @@ class Run:
 @contextmanager
 def started(config: Config):
     """A run with everything up, and its display; run.rollout_only has no learner. Start-up noise of other libraries goes to a file; a debugger needs the terminal, so mode=inline keeps it."""
+    from tandem.launch.variables import forget_foreign
     inline = config.mode == "inline"
     with ExitStack() as stack:
         stack.enter_context(stop.handled())
@@ -390,6 +391,8 @@ def started(config: Config):
         log = folder / "logs" / "driver.log"
         terminal = sys.stdout if inline else stack.enter_context(redirect_output(log)).terminal
         display = stack.enter_context(Display(config.run.steps, terminal, title=f"{config.run.name}: {shown_code(config.method['name'])}", live=False if inline else None))
+        if (dropped := forget_foreign(config)) is not None:
+            display.message(dropped)
         run = stack.enter_context(Run(config, display))
         run.prepare()
         display.message(f"run folder {shown(run.folder)}")

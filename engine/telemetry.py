@@ -45,7 +45,8 @@ from tandem.engine.environment import record_environment
 from tandem.engine.files import cut_jsonl, end_last_line, read_jsonl, write_atomic
 from tandem.engine.foreign import message, text_of
 from tandem.engine.lines import plain_columns, write_line
-from tandem.engine.types import Finish, Prompt, ScoredGroup, Trajectory
+from tandem.engine.secrets import redact
+from tandem.engine.types import Finish, Prompt, RewardError, ScoredGroup, Trajectory
 
 
 class Telemetry:
@@ -98,7 +99,7 @@ class Telemetry:
         """Something that happened once: engine_restart, skipped_step, checkpoint, sync, ..."""
         record = {"kind": kind, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         for name, fact in facts.items():
-            record[name] = message(text_of(fact)) if isinstance(fact, (str, Exception)) else fact
+            record[name] = redact(message(text_of(fact))) if isinstance(fact, (str, Exception)) else fact
         write_line(self._events, record)
         self._events.flush()
 
@@ -133,7 +134,12 @@ def rollout_record(group: ScoredGroup, sample: int, columns: tuple[dict, list[st
             "demonstration": prompt.demonstration, "text": group.texts[sample] if group.texts else None,
             "tokens": trajectory.tokens, "source": trajectory.source, "behaviour_logp": trajectory.behaviour_logp, "version": trajectory.version,
             "finish": trajectory.finish.value, "reward": group.rewards[sample], "parts": outcome.parts if outcome else {},
-            "error": vars(outcome.error) if outcome and outcome.error else None}
+            "error": reward_error(outcome.error) if outcome and outcome.error else None}
+
+
+def reward_error(error: RewardError) -> dict[str, str]:
+    """What went wrong in a reward, without secrets: a service likes to repeat the key it refuses."""
+    return {**vars(error), "message": redact(error.message)}
 
 
 def read_rollouts(path: str | Path) -> Iterator[tuple[dict[str, Any], Prompt, Trajectory]]:

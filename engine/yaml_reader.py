@@ -93,8 +93,12 @@ def read(text: str) -> Document:
 
 def check_events(text: str) -> None:
     """One document, not nested deeper than MAX_DEPTH. Nothing is built yet and nothing recurses."""
-    depth = documents = 0
+    depth = documents = events = 0
     for event in yaml.parse(text, Loader):
+        events += 1
+        if events > 2 * MAX_VALUES:     # a list or mapping has two: its start and its end
+            raise YamlError(f"the document holds more than {MAX_VALUES} values {place(event)}; "
+                            "put data into a data file and name that")
         if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
             depth += 1
         elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
@@ -284,6 +288,8 @@ def explain(error: yaml.YAMLError, text: str) -> str:
         return words
     line = lines[mark.line]
     words += f": {line[:60]!r}"
+    if "${" in line:
+        words += "; inside of braces or brackets ${NAME} needs quotes: '${NAME}'"
     if "\t" in line:
         words += "; YAML takes no tab ('\\t') here, use spaces"
     return words

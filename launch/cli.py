@@ -15,6 +15,7 @@ from tandem.engine import disk, stop, terminal
 from tandem.engine.config import Config, ConfigError
 from tandem.engine.secrets import redact
 
+CONFIG = "YAML file, or tandem:NAME for one of `tandem configs`"
 OVERRIDES = "key=value, any key of the config by its dotted path, e.g. run.steps=20"
 
 
@@ -66,16 +67,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         return sub
 
     def with_config(sub: argparse.ArgumentParser, **options) -> None:
-        sub.add_argument("config", help=options.pop("help", "YAML file"), **options)
+        sub.add_argument("config", help=options.pop("help", CONFIG), **options)
         sub.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
 
     sub = command("train", train, "train a config to its end")
     with_config(sub)
     sub.add_argument("--dry-run", action="store_true", help="print the resolved config and the planned placement, start nothing")
     sub = command("eval", evaluate, "held-out accuracy of a model: of a config's, or of the one that a run saved")
-    with_config(sub, help="YAML file, or a run folder with a saved model")
+    with_config(sub, help=f"{CONFIG}, or a run folder with a saved model")
     sub = command("check-logprobs", check_logprobs, "compare the log-probs of rollout engines and learner on sampled tokens")
     with_config(sub)
+    command("configs", configs, "list the configs that come with the package: tandem train tandem:NAME")
     command("methods", methods, "list the methods, their papers and where they live")
     sub = command("doctor", doctor, "what is installed, what this machine has, and whether a run could start")
     with_config(sub, nargs="?", help="also check this config: model, data, rewards, memory")
@@ -103,6 +105,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def read(args: argparse.Namespace) -> Config:
     from tandem.engine.config import load
     config = load(args.config, args.overrides)
+    sys.argv[:] = [redact(word) for word in sys.argv]       # trackers record it
     args.run_folder = Path(config.run.dir) / config.run.name
     args.resume = bool(config.run.resume)
     return config
@@ -168,6 +171,15 @@ def check_logprobs(args) -> int:
     preflight(config)
     from tandem.engine.checks import check_logprobs
     return check_logprobs(config)
+
+
+def configs(args) -> int:
+    from tandem.engine.config_file import PACKAGED, first_comment, packaged
+    found = packaged()
+    width = max(map(len, found), default=0) + len(PACKAGED)
+    for name, path in found.items():
+        print(f"{PACKAGED + name:<{width}}  {first_comment(path)}")
+    return 0 if found else 1
 
 
 def methods(args) -> int:

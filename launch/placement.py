@@ -26,6 +26,7 @@ from typing import Any
 from tandem.engine import stop
 from tandem.engine.config import Config, ConfigError
 from tandem.launch.machine import GIB, MALLOC, available_memory, cpu_count, gpu_count, memory_plan, port_is_free
+from tandem.launch.variables import raise_file_limit, ray_folder, socket_env
 
 
 @dataclass(frozen=True)
@@ -143,11 +144,12 @@ def start(config: Config, run_dir: str | Path, say: Callable[[str], None] = prin
         os.environ.setdefault(key, value)
     import ray
     wanted, c = plan(config), config.cluster
+    raise_file_limit()
     say(f"placement: asked for {wanted.describe()}")
     if c.address is None:
         with stop.keeping():
             ray.init(address="local", num_cpus=cpu_count(), include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
-                     object_store_memory=c.object_store_mib << 20)
+                     object_store_memory=c.object_store_mib << 20, _temp_dir=ray_folder())
     else:
         attach(c.address)
     try:
@@ -220,6 +222,7 @@ def link_logs(run_dir: Path) -> None:
 def worker_env(config: Config, gpus: float) -> dict[str, str]:
     """Environment of an actor with so many GPUs, on top of its node's own. What vLLM and DeepSpeed want beyond it, their own files set."""
     env = {"OMP_NUM_THREADS": str(config.cluster.threads), "TOKENIZERS_PARALLELISM": "false", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    env |= socket_env()
     if not gpus:
         env["DS_ACCELERATOR"] = "cpu"
         # OpenMP's own 300,000 starve other processes on the same cores; none at all (PASSIVE) cost an engine a tenth

@@ -25,7 +25,7 @@ BASE = ("mode: inline\nmodel: {path: 'tandem:tiny'}\nmethod: {name: grpo}\n"
     ("- " * 3000 + "1", "nested more than 50 deep"),
     ("[" * 500_000, "nested more than 50 deep"),
     ("a: " + "x" * (1 << 20), "at most 1048576"),
-    ("[" + "1," * 60_000 + "]", "more than 50000 values"),
+    ("[" + "1," * 110_000 + "]", "more than 50000 values"),
     ("a: !!python/object/apply:os.system ['true']", "the tag !!python/object/apply:os.system"),
     ("a: !!binary aGk=", "the tag !!binary"),
     ("a: !mine {b: 1}", "the tag !mine"),
