@@ -146,6 +146,13 @@ def test_resume_is_exact(results):
         assert all(equal(outs[0]["straight on"][0], out["straight on"][0]) for out in outs), f"{case}: ranks differ"
 
 
+def test_the_export_of_every_stage_is_the_whole_model(results):
+    stage, ranks, cases = results
+    for case, outs in cases.items():
+        right = {name: tensor for name, tensor in outs[0]["straight on"][0].items() if not name.startswith("critic.")}
+        assert equal(right, outs[0]["exported"]), case
+
+
 def test_logprobs_and_values_of_all_ranks_together_are_those_of_one_process(results, model_path):
     stage, ranks, cases = results
     one = local(model_path)

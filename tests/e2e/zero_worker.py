@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from learner_cases import CLIP, METHOD, SEEDS, TERMS, budget_of, hook_plan, make_plan, make_policy, make_rows, only, poison, weights
+from safetensors.torch import load_file
 
 from tandem.engine import zero
 from tandem.engine.config import Config, LearnerConfig, ModelConfig
@@ -107,6 +108,9 @@ def main(rank, ranks, port, stage, model, folder):
         out["local elements"] = sum(p.numel() for p in learner.engine.module.parameters())
         out |= training(learner, ranks, folder / f"{case}_checkpoint")
         out["straight on"] = go_on(learner, ranks)
+        learner.export(folder / f"{case}_model")        # on all ranks: at stage 3 they gather it together
+        if rank == 0:
+            out["exported"] = load_file(folder / f"{case}_model" / "model.safetensors")
         learner.load(folder / f"{case}_checkpoint")
         out["noise again"] = torch.rand(3)
         out["after load"] = go_on(learner, ranks)
