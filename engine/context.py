@@ -15,17 +15,27 @@ def context_length(config) -> int | None:
     n_positions). A rope that is stretched by a factor counts as long as it can be, so that a longer
     row is too long in every reading.
     """
-    text = config.get_text_config()
-    trained = getattr(text, "max_position_embeddings", None)
-    if not isinstance(trained, int) or trained <= 0:
+    trained = trained_length(config)
+    if trained is None:
         return None
     lengths = [trained]
-    for rope in ropes(text):
+    for rope in ropes(config.get_text_config()):
         factor = rope.get("factor")
         if rope_kind(rope) in STRETCHED and isinstance(factor, int | float):
             before = rope.get("original_max_position_embeddings") or trained
             lengths.append(int(before * factor))
     return max(lengths)
+
+
+def rollout_context(config) -> int | None:
+    """The same for rows that an engine generates: engines do not stretch a dynamic rope."""
+    dynamic = any(rope_kind(rope) == "dynamic" for rope in ropes(config.get_text_config()))
+    return trained_length(config) if dynamic else context_length(config)
+
+
+def trained_length(config) -> int | None:
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
 
 
 def engine_length(config: Config) -> int:

@@ -47,7 +47,7 @@ class Delivery:
 def load_like_engines(config: Config, model_path: str) -> Policy:
     """The model as it is in the folder, computing as the engines of this run do."""
     policy = load_policy(replace(config.model, path=model_path))
-    if config.mode == "cluster" and config.method and configured(config.method).uses_rollouts:
+    if config.method and configured(config.method).uses_rollouts:
         follow_engines(policy.model, engine_length(config))
     return policy
 

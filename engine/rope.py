@@ -86,7 +86,10 @@ def row_ropes(model: nn.Module) -> list[RowRope]:
 
 
 def follow_engines(model: nn.Module, longest: int) -> None:
-    """Long factors for all rows where vLLM, started for rows of up to `longest` tokens, has them."""
+    """Long factors for all rows where vLLM, started for rows of up to `longest` tokens, has them.
+
+    In-process engines do the same: the keys of a row that grows over the switch could not be changed any more.
+    """
     for rope in row_ropes(model):
         if rope.rope.rope_type == "longrope":
             rope.always_long = longest > rope.switch

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tandem.engine.config import Config, ConfigError
-from tandem.engine.context import context_length, engine_length
+from tandem.engine.context import engine_length, rollout_context
 from tandem.engine.weight_files import tensor_shapes
 
 GIB = 1 << 30
@@ -138,7 +138,7 @@ def check_model(config: Config, path: str) -> None:
         raise ConfigError(f"model folder {folder} has no weights: expected *.safetensors or pytorch_model*.bin beside its config.json")
     from tandem.algorithms.base import configured       # these two import torch
     from tandem.engine.model import read_config
-    context = context_length(read_config(config.model, path))
+    context = rollout_context(read_config(config.model, path))
     generates = not config.method or configured(config.method).uses_rollouts or config.data.evaluation is not None
     if context is None or not generates or config.rollout.backend == "replay":
         return

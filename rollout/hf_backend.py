@@ -42,10 +42,13 @@ class HFBackend:
     """See rollout.backend.Backend. `before_update` is called before any weight changes: whoever queues requests serves them first."""
 
     def __init__(self, model_path: str, config: Config, seed: int):
+        from tandem.engine.context import engine_length
         from tandem.engine.model import load_policy, load_tokenizer
+        from tandem.engine.rope import follow_engines
         model = replace(config.model, path=model_path)
         self.device = torch.device("cuda" if config.cluster.engine_gpus > 0 else "cpu")
         self.model = load_policy(model).model.requires_grad_(False).to(self.device)
+        follow_engines(self.model, engine_length(config))       # a debug run computes as a real one
         self.parameters = dict(self.model.named_parameters(remove_duplicate=False))     # a tied weight under each of its names
         self.eos = torch.tensor(sorted(end_tokens(self.model, load_tokenizer(model))), device=self.device)
         self.longest = config.rollout.max_model_len or getattr(self.model.config.get_text_config(), "max_position_embeddings", None)

@@ -42,6 +42,8 @@ FAMILIES = {
     "cohere": lambda: transformers.CohereConfig(**SIZES, logit_scale=0.25),
     "phi3, long rope below its switch": lambda: transformers.Phi3Config(
         **SIZES, original_max_position_embeddings=40, rope_scaling=LONG),
+    "phi3, long rope beyond its switch": lambda: transformers.Phi3Config(
+        **SIZES, original_max_position_embeddings=10, rope_scaling=LONG),
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
         **SIZES, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
     "deepseek_v3": lambda: transformers.DeepseekV3Config(

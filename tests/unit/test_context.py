@@ -2,7 +2,7 @@
 import pytest
 import transformers
 
-from tandem.engine.context import context_length
+from tandem.engine.context import context_length, rollout_context
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1000}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 512,
@@ -31,3 +31,10 @@ CONFIGS = {
 def test_context_length(name):
     config, expected = CONFIGS[name]
     assert context_length(config) == expected
+
+
+def test_engines_do_not_stretch_a_dynamic_rope():
+    rope = {"rope_type": "dynamic", "factor": 4.0}
+    config = transformers.LlamaConfig(max_position_embeddings=100, rope_scaling=rope)
+    assert context_length(config) == 400 and rollout_context(config) == 100
+    assert rollout_context(CONFIGS["yarn"][0]) == 4000
