@@ -27,7 +27,7 @@ class ModelConfig:
     path: str = ""                                  # Hugging Face folder or name, or `tandem:tiny` for the model the repo makes itself
     tokenizer: str | None = None                    # default: the model's own
     dtype: Literal["float32", "bfloat16"] = "float32"
-    attention: str = "sdpa"                         # attn_implementation of transformers
+    attention: str = "sdpa"                         # attn_implementation of transformers; eager for Gemma 2
     trust_remote_code: bool = False
     system_prompt: str | None = None                # put before every chat prompt; None: the chat template's own default
 
