@@ -4,6 +4,8 @@ Nothing is known here of the keys themselves; engine/config.py checks them.
 """
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from tandem.engine.errors import ConfigError, brief, closest
 from tandem.engine.yaml_reader import MAX_DEPTH, Document, YamlError, decode, read
 
 PACKAGED = "tandem:"
+UTF8 = "set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
 
 
 @dataclass
@@ -86,8 +89,21 @@ def beside(path: Path) -> str:
     return closest(path.name, [other.name for other in path.parent.glob("*.yaml")])
 
 
+def check_bytes(override: str) -> None:
+    """Raise ConfigError for bytes on the command line that Python could not read as text."""
+    try:
+        override.encode()
+    except UnicodeEncodeError:
+        found = os.fsencode(override)
+        encoding = sys.getfilesystemencoding()
+        advice = f"; {UTF8}" if encoding != "utf-8" else ""
+        raise ConfigError(f"override {brief(found)}: it holds bytes that are no {encoding}, the "
+                          f"encoding of this locale{advice}") from None
+
+
 def put(document: Document, override: str, path: Path) -> str:
     """Set one override in the document; returns its key. Raises ConfigError."""
+    check_bytes(override)
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {brief(override)}: expected key=value, e.g. run.steps=100")

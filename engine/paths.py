@@ -27,6 +27,7 @@ OBJECT_IN_FILE = re.compile(r"(?P<file>.+\.py):(?P<name>[A-Za-z_][\w.]*)", re.DO
 def resolve_paths(config):
     """The config (engine.config.Config) with absolute paths. Raises ConfigError."""
     model, reward = config.model, config.reward
+    check_locale(config.run.name, "run.name")
     functions = tuple(code(name, "reward.functions") for name in reward.functions)
     renamed = dict(zip(reward.functions, functions))
     options = {renamed.get(name, name): value for name, value in reward.options.items()}
@@ -106,6 +107,7 @@ def code_in(value: Any, key: str) -> Any:
 
 def absolute(text: str, key: str) -> str:
     """An absolute path with `~` expanded, and without `..` where that names the same place."""
+    check_locale(text, key)
     try:
         path = Path(text).expanduser().absolute()
         short = os.path.abspath(path)
@@ -116,6 +118,16 @@ def absolute(text: str, key: str) -> str:
                           "change to a folder that exists") from None
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"{key} is {text!r}: {error}") from None
+
+
+def check_locale(text: str, key: str) -> None:
+    """Raise ConfigError if no file can have this name here: the locale C knows ASCII only."""
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        raise ConfigError(f"{key} is {text!r}, which holds characters that a path cannot have in "
+                          f"this locale ({sys.getfilesystemencoding()}); set LC_ALL=C.UTF-8 or "
+                          "PYTHONUTF8=1") from None
 
 
 def keep_reference(text: str, resolved: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -17,7 +18,8 @@ from pathlib import Path
 
 from tandem.engine import disk
 from tandem.engine.config import Config, ConfigError
-from tandem.launch import machine
+from tandem.engine.config_file import UTF8
+from tandem.launch import machine, variables
 from tandem.launch.machine import GIB
 
 OK, WARN, BAD = "ok", "warn", "FAIL"
@@ -118,6 +120,27 @@ def this_machine(config: Config | None) -> Iterator[Check]:
         yield (OK, "/dev/shm", f"{shared / GIB:.1f} GiB free for Ray's object store") if shared > need else (
             WARN, "/dev/shm", f"{shared / GIB:.2f} GiB free, Ray's object store of {need / GIB:.2f} GiB goes to the disk instead; docker: --shm-size=1g")
         yield ports(config)
+    yield from surroundings(config)
+
+
+def surroundings(config: Config | None) -> Iterator[Check]:
+    """What other programs, limits and the locale leave to a run."""
+    if names := variables.foreign(config):
+        yield WARN, "environment", f"{', '.join(names)} are set, by another launcher; a run does not use them"
+    if config is None or (config.mode == "cluster" and config.cluster.address is None):
+        try:
+            yield OK, "sockets", f"in {variables.ray_folder()}"
+        except ConfigError as error:
+            yield BAD, "sockets", str(error)
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        yield WARN, "address space", (f"limited to {limit / GIB:.1f} GiB (ulimit -v); torch, Ray and vLLM reserve "
+                                      "more than they use: ulimit -v unlimited")
+    home = os.path.expanduser("~")
+    if not variables.can_write(home):
+        yield WARN, "home", f"{home} cannot be written; set HF_HOME to a folder for models from the hub"
+    if sys.getfilesystemencoding() != "utf-8":
+        yield WARN, "locale", f"paths are {sys.getfilesystemencoding()}; {UTF8} for other characters in them"
 
 
 def ports(config: Config | None) -> Check:

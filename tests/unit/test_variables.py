@@ -89,3 +89,28 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, endpoint):
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     assert "HF_HUB_OFFLINE is set" in hub.use_cache_if_unreachable()
     hub.unreachable.cache_clear()
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["run.name=\u00e9"], "bytes that are no ascii"),
+    (["run={name: \"\\u00e9\"}"], "run.name is '\\xe9', which holds characters"),
+    (["run.dir=\"\\u00e9\""], "run.dir is '\\xe9', which holds characters"),
+])
+def test_a_locale_that_cannot_write_a_name(tmp_path, arguments, words):
+    env = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "tandem.launch.cli", "train", "tandem:inline_debug", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, timeout=100)
+    assert done.returncode == 2 and words in done.stderr.decode("ascii")
+    assert b"PYTHONUTF8=1" in done.stderr
+
+
+def test_doctor_tells_what_a_run_will_not_use(left, in_tmp, monkeypatch):
+    from tandem.launch import doctor
+    monkeypatch.setattr(variables, "can_write", lambda folder: folder == "/tmp")
+    checks = {name: (state, detail) for state, name, detail in doctor.surroundings(None)}
+    assert checks["environment"][0] == doctor.WARN and "MASTER_ADDR" in checks["environment"][1]
+    assert checks["sockets"] == (doctor.OK, "in /tmp/ray")
+    assert checks["home"][0] == doctor.WARN
+    monkeypatch.setattr(variables, "can_write", lambda folder: False)
+    checks = {name: (state, detail) for state, name, detail in doctor.surroundings(None)}
+    assert checks["sockets"][0] == doctor.BAD
