@@ -89,6 +89,12 @@ def beside(path: Path) -> str:
     return closest(path.name, [other.name for other in path.parent.glob("*.yaml")])
 
 
+def override(key: str, text: str | Path) -> str:
+    """`key=text` for `load`, whatever characters the text has."""
+    quoted = str(text).replace("'", "''").replace("${", "$${")
+    return f"{key}='{quoted}'"
+
+
 def check_bytes(override: str) -> None:
     """Raise ConfigError for bytes on the command line that Python could not read as text."""
     try:

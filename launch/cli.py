@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tandem.engine import disk, stop, terminal
 from tandem.engine.config import Config, ConfigError
+from tandem.engine.config_file import override
 from tandem.engine.secrets import redact
 
 CONFIG = "YAML file, or tandem:NAME for one of `tandem configs`"
@@ -159,7 +160,7 @@ def evaluate(args) -> int:
         if not ((folder / "config.yaml").is_file() and (folder / "model" / "config.json").is_file()):
             raise ConfigError(f"{folder} is not a run folder with a saved model (config.yaml and model/); for any other model give its config: "
                               "tandem eval CONFIG model.path=FOLDER")
-        args.config, args.overrides = folder / "config.yaml", [f"model.path={folder / 'model'}", f"run.dir={folder.absolute().parent}", f"run.name={folder.name}_eval", *args.overrides]
+        args.config, args.overrides = folder / "config.yaml", [override("model.path", folder / "model"), override("run.dir", folder.absolute().parent), override("run.name", f"{folder.name}_eval"), *args.overrides]
     config = read(args)
     preflight(config)
     from tandem.engine.checks import evaluate_model

@@ -155,7 +155,7 @@ def test_a_half_made_tiny_model_is_named(in_tmp):
 def test_eval_of_a_run_folder_that_was_moved(project, monkeypatch, capsys):
     tiny.make_tiny("models/m", hidden=32, layers=1, heads=1)
     assert cli.main(["train", "c.yaml", "run.steps=1", "run.checkpoint_every=0"]) == 0
-    moved = project / "elsewhere/r2"
+    moved = project / "it's: no #1 ${x}/r2"
     moved.parent.mkdir()
     monkeypatch.chdir(project)
     Path("runs/r").rename(moved)
