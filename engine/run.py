@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -425,9 +426,17 @@ def train(config: Config) -> int:
             run.display.message(f"stopped by {run.stop_requested} after {run.step} steps; go on with run.resume=true")
             return 130 if run.stop_requested == "SIGINT" else 75
         if config.run.save_model:
-            run.learner.export(run.folder / "model")
+            save_model(run)
         summary(run)
     return 0
+
+
+def save_model(run: Run) -> None:
+    """Put the trained model into the run folder, complete or not at all. One that an earlier, shorter run left there goes."""
+    from tandem.engine.tiny import complete_folder
+    shutil.rmtree(run.folder / "model", ignore_errors=True)
+    with complete_folder(run.folder / "model") as folder:
+        run.learner.export(folder)
 
 
 def rollout_only(run: Run) -> None:

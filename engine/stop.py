@@ -122,7 +122,12 @@ def handled() -> Iterator[None]:
 
 @contextlib.contextmanager
 def keeping() -> Iterator[None]:
-    """For calls into a library that installs handlers of its own, which leave by SystemExit: ours are back after it."""
+    """For the start of a library that installs handlers of its own, which leave by SystemExit: ours are back after it.
+
+    The processes that it starts never see the signals, which schedulers send to all processes of a job: they are needed for
+    the checkpoint, and end with this process.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS)      # children inherit it
     try:
         yield
     except SystemExit:
@@ -130,6 +135,7 @@ def keeping() -> Iterator[None]:
         raise Stopped(STATE.requested) from None
     finally:
         arm()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def ignore() -> None:

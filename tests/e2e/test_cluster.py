@@ -32,7 +32,7 @@ def start(folder: Path, *overrides: str) -> subprocess.Popen:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     return subprocess.Popen([sys.executable, "-m", "tandem.launch.cli", "train", str(folder / "config.yaml"), f"run.dir={folder}", "run.name=run", *overrides],
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder)
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder, start_new_session=True)
 
 
 def lines(path: Path) -> list[dict]:
@@ -95,17 +95,17 @@ def test_a_run_with_two_ranks_survives_the_death_of_its_engine(tmp_path):
 
 
 @pytest.mark.stack
-def test_ctrl_c_writes_a_checkpoint_that_the_next_start_continues(tmp_path):
-    """With over-sampling: every step trains on four groups of five."""
+def test_sigterm_to_all_processes_leaves_a_checkpoint_that_the_next_start_continues(tmp_path):
+    """As a scheduler sends it: to the whole process group. With over-sampling: every step trains on four groups of five."""
     process = start(tmp_path, "run.steps=400", "rollout.over_sample=1")
     try:
         wait_for(lambda: len([line for line in lines(tmp_path / "run" / "metrics.jsonl") if "grad_norm" in line]) >= 3, process)
         members = family(process)
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGTERM)
         output, _ = process.communicate(timeout=100)
     finally:
         process.kill()
-    assert process.returncode == 130 and "resume=true" in output, output
+    assert process.returncode == 75 and "resume=true" in output, output
     assert survivors(members) == []
     done = events(tmp_path, "checkpoint")[-1]["step"]
     process = start(tmp_path, f"run.steps={done + 2}", "run.resume=true", "rollout.over_sample=1")
