@@ -1,4 +1,6 @@
-"""Room on disk: what a run will need of it, looked at before the run, and errors that are the disk's told as such."""
+"""Room on disk: what a run will need of it, looked at before the run, and errors that are the
+disk's told as such.
+"""
 from __future__ import annotations
 
 import errno
@@ -12,7 +14,7 @@ from tandem.engine.config import Config, ConfigError
 MIB = 1 << 20
 PROBE_BYTES = 1 * MIB
 FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-MASTER_BYTES = 12       # per parameter, in whatever precision the model is: float32 weights and the two moments of Adam
+MASTER_BYTES = 12       # per parameter of any model: float32 weights and the two moments of Adam
 
 
 class DiskError(OSError):
@@ -29,13 +31,20 @@ def model_item(dtype: str) -> int:
 
 
 def room_needed(config: Config, parameters: int) -> int:
-    """Bytes of a whole run: a new checkpoint is written before the oldest goes, and the model is saved at the end."""
+    """Bytes of a whole run: a new checkpoint is written before the oldest goes, and the model is
+    saved at the end.
+    """
     models = parameters * model_item(config.model.dtype) * config.run.save_model
-    return checkpoint_bytes(parameters, config.model.dtype) * (config.run.keep_checkpoints + 1) + models
+    one = checkpoint_bytes(parameters, config.model.dtype)
+    return one * (config.run.keep_checkpoints + 1) + models
 
 
-def check_room(config: Config, parameters: int | None, folder: Path, warn: Callable[[str], None]) -> None:
-    """Raise ConfigError if not one checkpoint fits; `warn` if the run may fill the disk later. None: the model's size is not known."""
+def check_room(
+    config: Config, parameters: int | None, folder: Path, warn: Callable[[str], None],
+) -> None:
+    """Raise ConfigError if not one checkpoint fits; `warn` if the run may fill the disk later.
+    None: the model's size is not known.
+    """
     if parameters is None or config.run.rollout_only:
         return
     one = checkpoint_bytes(parameters, config.model.dtype)
@@ -45,19 +54,21 @@ def check_room(config: Config, parameters: int | None, folder: Path, warn: Calla
     free = usage.free
     if usage.total == 0:
         return      # a file system without a size, such as a bucket's
-    sizes = f"{show(free)} are free on the disk of {folder} (run.dir), a checkpoint of this model takes at least {show(one)}"
+    sizes = (f"{show(free)} are free on the disk of {folder} (run.dir), "
+             f"a checkpoint of this model takes at least {show(one)}")
     if free < one:
         raise ConfigError(f"{sizes}; make room, or choose another disk with run.dir")
     if free + present < whole:
-        warn(f"warning: {sizes}, the whole run about {show(whole)} (run.keep_checkpoints={config.run.keep_checkpoints}, and one more while it is written)")
+        warn(f"warning: {sizes}, the whole run about {show(whole)} (run.keep_checkpoints="
+             f"{config.run.keep_checkpoints}, and one more while it is written)")
 
 
 def disk_fault(error: BaseException | None) -> str:
-    """What the operating system says if `error`, or what it came from, is a fault of a disk; else ''."""
+    """What the operating system says if `error`, or its origin, is a fault of a disk; else ''."""
     for one in chain(error):
         if isinstance(one, OSError) and one.errno in FAULTS:
             return os.strerror(one.errno)
-        for code in FAULTS[:3]:     # in the words of a library that is not written in Python, or of another process
+        for code in FAULTS[:3]:     # in the words of a library in C++ or Rust, or of a process
             if os.strerror(code) in str(one):
                 return os.strerror(code)
     return ""
@@ -73,7 +84,9 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def probe(folder: Path) -> str:
-    """What the operating system says to a file in `folder`; '' if it takes one. Some libraries hide why they could not write."""
+    """What the operating system says to a file in `folder`; '' if it takes one. Some libraries hide
+    why they could not write.
+    """
     path = folder / ".probe"
     try:
         with open(path, "wb") as file:
@@ -88,15 +101,19 @@ def probe(folder: Path) -> str:
 
 
 def in_words(error: Exception, run_folder: Path | None) -> str:
-    """What to tell of an error that is the disk's fault, '' if it is not. With the file where that is known."""
+    """What to tell of an error that is the disk's fault, '' if it is not. With the file where that
+    is known.
+    """
     if isinstance(error, DiskError):
         return str(error)
     fault = disk_fault(error)
     if not fault:
         return ""
-    names = [one.filename for one in chain(error) if isinstance(one, OSError) and isinstance(one.filename, str)]
+    names = [one.filename for one in chain(error) if isinstance(one, OSError)]
+    names = [name for name in names if isinstance(name, str)]
     place = Path(names[0]).parent if names else run_folder or Path.cwd()
-    words = f"{names[0]} could not be written: {fault}" if names else f"a file of the run could not be written: {fault}"
+    file = names[0] if names else "a file of the run"
+    words = f"{file} could not be written: {fault}"
     kept = sorted(run_folder.glob("checkpoints/step_*")) if run_folder else []
     left = "; the checkpoints are intact, go on with run.resume=true" if kept else ""
     return f"{words}: {describe(place)}. Make room{left}"
@@ -108,15 +125,25 @@ def describe(folder: Path) -> str:
     return f"the disk of {folder.absolute()} ({show(usage.free)} of {show(usage.total)} free)"
 
 
-def checkpoint_failed(error: Exception, tmp: Path, step: int, before: list[Path]) -> DiskError | None:
-    """The error for a checkpoint that could not be written to `tmp`, if that is the disk's fault. `before`: the checkpoints there are, newest first."""
+def checkpoint_failed(
+    error: Exception, tmp: Path, step: int, before: list[Path],
+) -> DiskError | None:
+    """The error for a checkpoint that could not be written to `tmp`, if that is the disk's fault.
+    `before`: the checkpoints there are, newest first.
+    """
     fault = disk_fault(error) or probe(tmp)
     if not fault:
         return None
-    need = f"one takes {show(tree_bytes(before[0]))}" if before else f"it takes more than {show(tree_bytes(tmp))}"
-    left = f"The checkpoints before it are intact, the newest is {before[0].name}: make room and go on with run.resume=true" if before else (
-        "There is none before it, so nothing to resume from: make room and start again")
-    return DiskError(f"the checkpoint of step {step} could not be written to {describe(tmp.parent)}: {fault}; {need}. {left}")
+    if before:
+        need = f"one takes {show(tree_bytes(before[0]))}"
+        left = (f"The checkpoints before it are intact, the newest is {before[0].name}: "
+                "make room and go on with run.resume=true")
+    else:
+        need = f"it takes more than {show(tree_bytes(tmp))}"
+        left = "There is none before it, so nothing to resume from: make room and start again"
+    place = describe(tmp.parent)
+    return DiskError(
+        f"the checkpoint of step {step} could not be written to {place}: {fault}; {need}. {left}")
 
 
 def tree_bytes(folder: Path) -> int:

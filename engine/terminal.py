@@ -1,7 +1,8 @@
-"""The terminal, which must not stop a run: it may be closed or full, go away, spell ASCII only, or take nothing for hours.
+"""The terminal, which must not stop a run: it may be closed or full, go away, spell ASCII only, or
+take nothing for hours.
 
-`protect` makes print() and the libraries' warnings harmless. `Screen` is where the display writes: it never waits for the reader.
-Both fall silent at the first failure, and keep it for those who ask.
+`protect` makes print() and the libraries' warnings harmless. `Screen` is where the display writes:
+it never waits for the reader. Both fall silent at the first failure, and keep it for those who ask.
 """
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ LOOK_SECONDS = 0.25     # between two calls of `idle`
 
 
 class Silent(io.RawIOBase):
-    """An open file to write to that never fails: after its first error, kept in `error`, it swallows everything."""
+    """An open file to write to that never fails: after its first error, kept in `error`, it
+    swallows everything.
+    """
 
     def __init__(self, fd: int):
         self.fd = fd
@@ -37,18 +40,21 @@ class Silent(io.RawIOBase):
         return os.isatty(self.fd)
 
     def write(self, data) -> int:
+        """The bytes taken; those that a reader does not take in time are lost."""
         if self.error is None:
             try:
                 return os.write(self.fd, data)
             except BlockingIOError:
-                select.select([], [self.fd], [], PATIENCE)      # what cannot be written after that is lost
+                select.select([], [self.fd], [], PATIENCE)
             except OSError as error:
                 self.error = error
         return len(data)
 
 
 def protect() -> None:
-    """For a process of its own, before anything else: no standard stream is missing, and printing to one cannot fail."""
+    """For a process of its own, before anything else: no standard stream is missing, and printing
+    to one cannot fail.
+    """
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)
@@ -62,7 +68,9 @@ def silent(stream: TextIO | None, fd: int) -> TextIO:
     """A stream like `stream`, None if it was closed. What its encoding does not know is escaped."""
     encoding = stream.encoding if stream is not None else "utf-8"
     raw = Silent(fd)
-    return io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors="backslashreplace", line_buffering=fd == 2 or raw.isatty())
+    by_line = fd == 2 or raw.isatty()
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw), encoding, errors="backslashreplace", line_buffering=by_line)
 
 
 def lost_output() -> OSError | None:
@@ -73,9 +81,11 @@ def lost_output() -> OSError | None:
 
 
 class Screen(io.TextIOBase):
-    """A text stream over `stream`: a thread writes, and calls `idle` a few times per second. No call waits or fails.
+    """A text stream over `stream`: a thread writes, and calls `idle` a few times per second. No
+    call waits or fails.
 
-    Text that the encoding does not know becomes question marks. While `WAITING` pieces wait, further ones are dropped.
+    Text that the encoding does not know becomes question marks. While `WAITING` pieces wait,
+    further ones are dropped.
     """
 
     def __init__(self, stream: TextIO, idle: Callable[[], None] | None = None):
@@ -84,7 +94,7 @@ class Screen(io.TextIOBase):
         self.slow = False       # the reader was once waited for in vain
         self.waiting: queue.Queue[str | None] = queue.Queue(WAITING)
         try:
-            self.fd = os.dup(stream.fileno())       # of its own: it may be written to when the stream is closed
+            self.fd = os.dup(stream.fileno())       # of its own: the stream may be closed earlier
         except (AttributeError, OSError, ValueError):
             self.fd = None                          # a stream in memory
         self.thread = threading.Thread(target=self.work, name="screen", daemon=True)
@@ -109,7 +119,9 @@ class Screen(io.TextIOBase):
         return len(text)
 
     def drain(self) -> None:
-        """Wait until all is written, so that other output comes after it; a reader that does not read is waited for once."""
+        """Wait until all is written, so that other output comes after it; a reader that does not
+        read is waited for once.
+        """
         end = time.monotonic() + PATIENCE
         with self.waiting.all_tasks_done:
             while self.waiting.unfinished_tasks and not self.slow:
