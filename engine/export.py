@@ -115,7 +115,7 @@ def write_weights(folder: Path, model: nn.Module, origin: Origin, parameters: It
 
     At most `shard_bytes` and one layer are held in memory.
     """
-    own = chain(parameters, persistent_buffers(model).items())
+    own = chain(with_aliases(model, origin, parameters), persistent_buffers(model).items())
     foreign = read_tensors(origin.folder, origin.unused)
     stream = chain(((name, tensor, True) for name, tensor in own), ((name, tensor, False) for name, tensor in foreign))
     shards = []
@@ -126,6 +126,19 @@ def write_weights(folder: Path, model: nn.Module, origin: Origin, parameters: It
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})
         shards.append((path, {name: tensor.nbytes for name, tensor in state.items()}))
     name_shards(folder, shards)
+
+
+def with_aliases(model: nn.Module, origin: Origin, parameters: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tied weights a second time where the checkpoint has them under both names."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    aliases = {first: others for first, *others in names.values()}
+    for name, tensor in parameters:
+        yield name, tensor
+        for alias in aliases[name]:
+            if alias in origin.names:
+                yield alias, tensor
 
 
 def by_layers(stream: Iterable[tuple[str, torch.Tensor, bool]], limit: int) -> Iterator[list[tuple[str, torch.Tensor, bool]]]:

@@ -110,6 +110,19 @@ def test_fused_experts_stay_fused(tmp_path):
     check_reload(rank, tmp_path / "out", settings(source))
 
 
+def test_a_tied_weight_that_is_there_twice(tmp_path):
+    source = make_folder(FAMILIES["llama, tied"], tmp_path / "source")
+    state = load_file(source / "model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    rank = trained(settings(source))
+    rank.export(tmp_path / "out")
+    assert tensor_shapes(tmp_path / "out") == tensor_shapes(source)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
+    check_reload(rank, tmp_path / "out", settings(source))
+
+
 def test_names_without_prefix_and_tensors_that_are_not_used(tmp_path):
     """GPT-2's own checkpoint: the names of the bare decoder, and buffers of an older library."""
     source = make_folder(GPT2, tmp_path / "source")

@@ -112,3 +112,14 @@ def test_a_saved_model_that_is_cut_off(run, in_tmp, capsys):
     path.write_bytes(path.read_bytes()[:1000])
     code, error = export(run, capsys)
     assert code == 2 and "is damaged" in error and not (in_tmp / "out").exists()
+
+
+def test_a_run_that_went_on_gives_its_newest_model(run, in_tmp, capsys, monkeypatch):
+    """The model of the first end is not that of a run that was continued and stopped."""
+    monkeypatch.chdir(run.parent)
+    (run.parent / "c.yaml").write_text(CONFIG)
+    first = content(run / "model")
+    words = ["run.dir=.", "run.resume=true", "run.steps=3", "run.save_model=false"]
+    assert cli.main(["train", "c.yaml", *words]) == 0
+    assert export(run, capsys)[0] == 0
+    assert content(in_tmp / "out") == content(run / "checkpoints" / "step_3" / "model") != first
