@@ -31,11 +31,9 @@ from typing import Any
 import numpy as np
 
 from tandem.engine import disk
-from tandem.engine.config import Config, ConfigError, load, setting
 from tandem.engine.files import sync_to_disk
 
 MANIFEST = "MANIFEST.json"
-SAME = ("mode", "model.path", "method.name", "data.prompts.path", "data.experts.path", "run.seed", "learner.zero_stage", "cluster.learner_ranks")   # in a resumed run
 
 
 class CheckpointError(RuntimeError):
@@ -43,10 +41,12 @@ class CheckpointError(RuntimeError):
 
 
 class Checkpoints:
-    """The checkpoints of one run. `keep`: how many to leave on disk; `report` is called with a line about every checkpoint that is passed over."""
+    """The checkpoints of one run. `keep`: how many to leave on disk; `report` is called with a line about every checkpoint that is passed over.
+    `facts` about the run, in JSON's types, go into every manifest: its id, config, and digests of what it reads."""
 
     def __init__(self, folder: str | Path, keep: int, report: Callable[[str], None] = print):
         self.folder, self.keep, self.report = Path(folder), keep, report
+        self.facts: dict[str, Any] = {}
 
     @contextlib.contextmanager
     def write(self, step: int) -> Iterator[Path]:
@@ -58,7 +58,7 @@ class Checkpoints:
         tmp.mkdir()
         try:
             yield tmp
-            seal(tmp, step)
+            seal(tmp, step, self.facts)
         except BaseException as error:
             told = None
             if isinstance(error, Exception):
@@ -108,19 +108,7 @@ class Checkpoints:
         return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
 
 
-def check_resume(config: Config, run_folder: Path, done: int) -> None:
-    """Raise ConfigError if the run in `run_folder`, whose checkpoint has done so many steps, cannot be continued with this config."""
-    if done > config.run.steps:
-        raise ConfigError(f"run.steps is {config.run.steps}, but the checkpoint to resume from has done {done}; raise run.steps")
-    before = load(run_folder / "config.yaml", redacted=True)
-    for key in SAME:
-        found, expected = setting(config, key), setting(before, key)
-        if found != expected:
-            raise ConfigError(f"run.resume: {key} is {found!r}, but the run in {run_folder} has {expected!r} (its config.yaml); "
-                              "resume with that, or start a new run under another run.name")
-
-
-def seal(folder: Path, step: int) -> None:
+def seal(folder: Path, step: int, facts: dict[str, Any] | None = None) -> None:
     """Flush every file of `folder` to disk and write the manifest, last."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     with ThreadPoolExecutor() as pool:
@@ -128,11 +116,20 @@ def seal(folder: Path, step: int) -> None:
         list(pool.map(sync_to_disk, files))
     entries = {path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "blake2b": d} for path, d in zip(files, digests, strict=True)}
     manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"format": 1, "step": step, "files": entries}, indent=1))
+    manifest.write_text(json.dumps({"format": 1, "step": step, "run": facts or {}, "files": entries}, indent=1))
     sync_to_disk(manifest)
     for path in [*folder.rglob("*"), folder]:
         if path.is_dir():
             sync_to_disk(path)
+
+
+def manifest_facts(path: Path) -> dict[str, Any] | None:
+    """The facts about the run in a checkpoint's manifest; None if it cannot be read, or is of a version that wrote none."""
+    try:
+        facts = json.loads((path / MANIFEST).read_bytes())["run"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return facts if isinstance(facts, dict) else None
 
 
 def verify(path: str | Path) -> None:

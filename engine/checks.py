@@ -7,6 +7,7 @@ from dataclasses import replace
 from tandem.algorithms.base import Budget, configured, policy_row
 from tandem.engine.config import Config, ConfigError
 from tandem.engine.run import started
+from tandem.engine.run_folder import new_folder
 from tandem.engine.types import Sampling
 
 
@@ -21,7 +22,8 @@ def evaluate_model(config: Config) -> int:
 
 def in_own_folder(config: Config, **changes) -> Config:
     """The config with a run folder of its own, so that evaluations and checks neither meet a run nor overwrite each other."""
-    return replace(config, run=replace(config.run, name=f"{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}", resume=False, **changes))
+    name = new_folder(config.run.dir, f"{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    return replace(config, run=replace(config.run, name=name, resume=False, **changes))
 
 
 def check_logprobs(config: Config) -> int:

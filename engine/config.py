@@ -161,7 +161,10 @@ class RunConfig:
     seed: int = 0
     checkpoint_every: int = 0                       # steps; 0 = only at the end
     keep_checkpoints: int = 2
-    resume: bool = False                            # continue from the newest complete checkpoint of the run folder
+    # true: go on from the newest complete checkpoint of the run folder; auto: that, or start (over) where there is none yet: one command for all starts
+    resume: Literal[False, True, "auto"] = False
+    resume_changes: tuple[str, ...] = ()            # keys, or sections, that may differ from the config that the checkpoint was written with
+    beside_files: bool = False                      # start in a folder that holds other files; those are never overwritten
     save_model: bool = True                         # a plain Hugging Face folder at the end
     wandb: str | None = None                        # project name
     tensorboard: bool = False
@@ -276,7 +279,7 @@ def coerce(hint, value, key: str, where: str, path: str, origin):
     if dataclasses.is_dataclass(hint):
         return build(hint, value, key + ".", path, origin)
     if base is Literal:
-        if value not in args or isinstance(value, bool):
+        if not any(value == arg and isinstance(value, bool) == isinstance(arg, bool) for arg in args):
             raise ConfigError(f"{key}: found {brief(value)}{closest(value, args)}, expected one of {', '.join(map(str, args))}, set {where}")
         return value
     if base is tuple:

@@ -1,7 +1,8 @@
 """The rules that span keys of a config, and the bounds of single ones: checked by config.load before anything starts."""
 from __future__ import annotations
 
-from tandem.engine.config import Config, ConfigError, setting
+from tandem.engine.config import Config, ConfigError, hint_of, setting
+from tandem.engine.names import name_fault
 
 
 def require(condition: bool, message: str) -> None:
@@ -38,7 +39,10 @@ def validate(c: Config) -> None:
     for key in ("rollout.top_p", "rollout.gpu_memory_utilization"):
         require(0 < setting(c, key) <= 1, f"{key} is {setting(c, key)}, must be in (0, 1]")
     require(all(0 <= beta < 1 for beta in c.learner.betas), f"learner.betas is {list(c.learner.betas)}, both must be in [0, 1)")
-    require(bool(c.run.name.strip()), "run.name is empty: it names the run's folder in run.dir")
+    fault = name_fault(c.run.name)
+    require(not fault, f"run.name is {c.run.name!r}, which {fault}; it names one folder in run.dir: use letters, digits, - and _, and run.dir for the place")
+    for key in c.run.resume_changes:
+        require(hint_of(tuple(key.split("."))) is not None, f"run.resume_changes names {key!r}, which is no key of a config, such as learner.learning_rate")
     require(c.rollout.temperature > 0, f"rollout.temperature is {c.rollout.temperature}, must be > 0: greedy samples have no log-prob to train on (eval.temperature may be 0)")
     require(c.rollout.top_p == 1 or c.sync.gate_steps == 0,
             f"rollout.top_p is {c.rollout.top_p}, so engines sample from a truncated distribution, which the learner's log-probs are not of: the comparison of both would stop "

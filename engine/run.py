@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import math
 import pickle
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tandem.algorithms.base import Budget, Demand, configured, policy_row
-from tandem.engine import first_sync, stop, weights
-from tandem.engine.checkpoint import Checkpoints, RunState, check_resume, rng_state, set_rng_state
+from tandem.engine import first_sync, resume, run_folder, stop, weights
+from tandem.engine.checkpoint import Checkpoints, RunState, rng_state, set_rng_state
 from tandem.engine.config import Config, ConfigError
+from tandem.engine.content import contents
 from tandem.engine.decoding import response_text
 from tandem.engine.display import Display
 from tandem.engine.evaluation import EvalResult, evaluate
@@ -31,6 +31,7 @@ from tandem.engine.group_check import check_group_size
 from tandem.engine.loop import Clock
 from tandem.engine.paths import shown, shown_code
 from tandem.engine.producer import Producer
+from tandem.engine.run_folder import RunFolder
 from tandem.engine.telemetry import Telemetry, redirect_output
 from tandem.engine.types import Finish, GenRequest, Row, Sampling, ScoredGroup, Source, StepReport
 from tandem.rollout.backend import EngineDied, SyncError
@@ -42,8 +43,9 @@ PROBE_GROUPS = 1 << 41   # group ordinals of gate probes; training counts from 0
 class Run:
     """The components of one run and the few things the loop asks of them. Use as a context manager: leaving it ends every process it started."""
 
-    def __init__(self, config: Config, display: Display):
+    def __init__(self, config: Config, display: Display, place: RunFolder | None = None):
         self.config, self.display, self.stack = config, display, ExitStack()
+        self.place = place                      # None in tests of single parts
         self.folder = Path(config.run.dir) / config.run.name
         self.step, self.version, self.signals = 0, None, {}
         self.saved_at: int | None = None        # steps done in the newest checkpoint
@@ -90,12 +92,14 @@ class Run:
         from tandem.rollout.rewards.runner import RewardRunner
         cfg = self.config
         self.checkpoints = Checkpoints(self.folder / "checkpoints", cfg.run.keep_checkpoints, self.display.message)
-        found = self.checkpoints.latest() if cfg.run.resume else None
-        if cfg.run.resume and found is None:
-            raise ConfigError(f"run.resume is set, but {self.checkpoints.folder} holds no complete checkpoint; to start from the beginning unset it, and choose another run.name or delete {self.folder}")
-        if found:
-            check_resume(cfg, self.folder, found[0])
-        self.found = found
+        self.found = self.checkpoints.latest() if self.place.resumes else None
+        if self.place.resumes and self.found is None:
+            raise ConfigError(f"{self.checkpoints.folder} holds no complete checkpoint, all there are damaged (see above); to start from the beginning "
+                              "choose another run.name, or move that folder away")
+        before = None
+        if self.found:
+            before = resume.facts_before(self.found[1], self.folder)
+            resume.check_fixed(cfg, before, self.found[0])
         self.method = configured(cfg.method)
         self.model_path = resolve_model(cfg.model)
         self.tokenizer = load_tokenizer(cfg.model)
@@ -112,6 +116,11 @@ class Run:
             self.prompts = self.prompts or RecordedPrompts(cfg.rollout.record)
         self.experts = source(ExpertSource, cfg.data.experts) if self.method.uses_experts and not self.method.aligned else None
         self.aligned = source(PromptSource, replace(cfg.data.experts, response=cfg.data.experts.response or "response")) if self.method.aligned else None
+        read = {"data.prompts": self.prompts, "data.experts": self.experts or self.aligned}
+        facts = resume.facts_of(cfg, contents(cfg, read, self.model_path))
+        self.checkpoints.facts = {"id": self.place.run_id, **asdict(facts)}
+        for text in resume.check_changes(cfg, before, facts) if before else ():
+            self.display.message(text)
         held_out = cfg.data.evaluation and PromptSource(cfg.data.evaluation, cfg.data, self.tokenizer, cfg.model, seed=0)   # the same problems for all seeds
         self.eval_prompts = held_out.take(min(len(held_out), cfg.eval.limit or len(held_out))) if held_out else []
         rewards = cfg.reward if not cfg.run.fake_reward else type(cfg.reward)(functions=("fake",))
@@ -130,7 +139,7 @@ class Run:
     def start(self) -> None:
         """Start engines and learner, restore the checkpoint if there is one, and give the engines the present weights."""
         cfg, with_learner = self.config, not self.config.run.rollout_only
-        self.telemetry = Telemetry(cfg, self.folder, self.found[0] if self.found else None, self.display.message)
+        self.telemetry = Telemetry(cfg, self.folder, self.found[0] if self.found else None, self.display.message, self.place.run_id)
         self.stack.callback(self.telemetry.close)
         if cfg.mode == "inline" or self.replaying:
             from tandem.rollout.local import LocalPool
@@ -341,6 +350,7 @@ class Run:
     # -- saving -----------------------------------------------------------------------------------------------------------------------------------
 
     def checkpoint(self) -> None:
+        self.place.lock.check()
         state = RunState(step=self.step, cursors={name: source.state_dict() for name, source in self.sources().items()}, producer=self.producer.state_dict(),
                          method=self.method.state_dict(), signals=dict(self.signals), gated=self.gated, tokens=self.tokens,
                          optimizer_steps=dict(self.optimizer_steps), rng=rng_state())
@@ -385,17 +395,15 @@ def started(config: Config):
     inline = config.mode == "inline"
     with ExitStack() as stack:
         stack.enter_context(stop.handled())
-        folder = Path(config.run.dir) / config.run.name
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"run folder {folder} (run.dir/run.name) cannot be made: {error}") from None
-        log = folder / "logs" / "driver.log"
+        place = stack.enter_context(run_folder.opened(config))
+        log = place.path / "logs" / "driver.log"
         terminal = sys.stdout if inline else stack.enter_context(redirect_output(log)).terminal
         display = stack.enter_context(Display(config.run.steps, terminal, title=f"{config.run.name}: {shown_code(config.method['name'])}", live=False if inline else None))
         if (dropped := forget_foreign(config)) is not None:
             display.message(dropped)
-        run = stack.enter_context(Run(config, display))
+        run = stack.enter_context(Run(config, display, place))
+        for text in place.notes:
+            display.message(text)
         run.prepare()
         display.message(f"run folder {shown(run.folder)}")
         began = time.perf_counter()
@@ -427,17 +435,10 @@ def train(config: Config) -> int:
             run.display.message(f"stopped by {run.stop_requested} after {run.step} steps; go on with run.resume=true")
             return 130 if run.stop_requested == "SIGINT" else 75
         if config.run.save_model:
-            save_model(run)
+            with run_folder.replaced_model(run.place) as folder:
+                run.learner.export(folder)
         summary(run)
     return 0
-
-
-def save_model(run: Run) -> None:
-    """Put the trained model into the run folder, complete or not at all. One that an earlier, shorter run left there goes."""
-    from tandem.engine.tiny import complete_folder
-    shutil.rmtree(run.folder / "model", ignore_errors=True)
-    with complete_folder(run.folder / "model") as folder:
-        run.learner.export(folder)
 
 
 def rollout_only(run: Run) -> None:

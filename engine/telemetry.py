@@ -1,6 +1,8 @@
 """What a run leaves behind in its folder, always and in plain files; Weights & Biases and TensorBoard on request.
 
-    config.yaml         the config as it was resolved
+    run.json            the run's id (engine/run_folder.py)
+    config.yaml         the config as it was resolved, of the latest start
+    configs/            that of every start: start_1.yaml, start_2.yaml, ...
     environment.json    a list with one entry per start of the run: versions, git commit, machine, command line
     metrics.jsonl       one line per optimizer step, and one per evaluation
     rollouts.jsonl      one line per trajectory that was trained on
@@ -30,6 +32,7 @@ from __future__ import annotations
 
 import netrc
 import os
+import platform
 import secrets
 import sys
 import time
@@ -56,7 +59,8 @@ class Telemetry:
     before the resume included. `report` is told of what a crash has damaged. Raises ConfigError if the folder holds another run, or if a logger that was asked for is not installed.
     """
 
-    def __init__(self, config: Config, run_dir: str | Path, resume_step: int | None = None, report: Callable[[str], None] = print):
+    def __init__(self, config: Config, run_dir: str | Path, resume_step: int | None = None, report: Callable[[str], None] = print,
+                 run_id: str | None = None):
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         metrics, rollouts, events = (self.run_dir / name for name in ("metrics.jsonl", "rollouts.jsonl", "events.jsonl"))
@@ -72,9 +76,14 @@ class Telemetry:
         self.evaluations: dict[int, dict[str, float]] = {
             line["step"]: {k.removeprefix("eval/"): v for k, v in line.items() if k.startswith("eval/")} for line in kept if is_evaluation(line)}
         self._began = time.monotonic() - (seconds_of(kept[-1]) if kept else 0.0)
-        write_atomic(self.run_dir / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
-        record_environment(self.run_dir / "environment.json", report)
+        written = f"# run {run_id}\n{yaml.safe_dump(to_dict(config), sort_keys=False)}"
+        copy = free_copy(self.run_dir / "configs")
+        write_atomic(copy, written)
+        write_atomic(self.run_dir / "config.yaml", written)
+        facts = {"run": run_id, "resumed_from": resume_step, "config": f"configs/{copy.name}"}
+        record_environment(self.run_dir / "environment.json", report, **facts)
         self._metrics, self._rollouts, self._events = (open(path, "a", encoding="utf-8") for path in (metrics, rollouts, events))
+        self.event("start", pid=os.getpid(), host=platform.node(), **facts)
         self._wandb = start_wandb(config, self.run_dir) if config.run.wandb else None
         self._board = start_tensorboard(self.run_dir, resume_step) if config.run.tensorboard else None
 
@@ -168,6 +177,15 @@ def cut(path: Path, step: int, report: Callable[[str], None]) -> None:
 
 def has_step(line: Mapping[str, Any]) -> bool:
     return isinstance(line.get("step"), int)
+
+
+def free_copy(folder: Path) -> Path:
+    """The file for the config of one more start: start_1.yaml, start_2.yaml, ..."""
+    folder.mkdir(exist_ok=True)
+    number = 1
+    while (path := folder / f"start_{number}.yaml").exists():
+        number += 1
+    return path
 
 
 def seconds_of(line: Mapping[str, Any]) -> float:

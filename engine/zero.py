@@ -29,6 +29,12 @@ def adamw(parameters, learner: LearnerConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, lr=0.0, betas=learner.betas, weight_decay=learner.weight_decay)
 
 
+def follow(optimizer: torch.optim.AdamW, learner: LearnerConfig) -> None:
+    """After a checkpoint was loaded: the config's settings, not those it was written with."""
+    for group in optimizer.param_groups:
+        group["betas"], group["weight_decay"] = learner.betas, learner.weight_decay
+
+
 class Moments:
     """Named sets of one AdamW's moments. The set in use lives in the optimizer, the others are parked here."""
 
@@ -82,7 +88,7 @@ class LocalEngine:
         from accelerate import Accelerator
         self.accelerator = Accelerator(cpu=not gpu, mixed_precision="no")
         self.layout = {"engine": "inline", "dtype": str(next(policy.parameters()).dtype), "critic": policy.critic is not None}
-        self.device, self.clip = self.accelerator.device, learner.grad_clip
+        self.device, self.clip, self.learner = self.accelerator.device, learner.grad_clip, learner
         self.module = self.accelerator.prepare(policy)
         self.weights = [p for p in policy.parameters() if p.requires_grad]
         self.masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.weights]
@@ -147,6 +153,7 @@ class LocalEngine:
             master.copy_(saved[f"{i}"])
         self._refresh()
         self.optimizer.load_state_dict(state["optimizer"])
+        follow(self.optimizer, self.learner)
         self.moments.load_state_dict(state["moments"])
         set_random_state(state["random"])
 
@@ -188,7 +195,7 @@ class ZeroEngine:
 
     def __init__(self, policy: Policy, learner: LearnerConfig, persistent: int = 100_000, bucket_mib: int = 64):
         import deepspeed
-        self.stage, self.bucket = learner.zero_stage, bucket_mib * 2**20
+        self.stage, self.bucket, self.learner = learner.zero_stage, bucket_mib * 2**20, learner
         self.ranks, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
         inner = adamw([p for p in policy.parameters() if p.requires_grad], learner)
         dtype = next(policy.parameters()).dtype
@@ -265,6 +272,7 @@ class ZeroEngine:
         """Raises ConfigError if the checkpoint was written by another kind of learner."""
         state = read_state(folder, self.rank, self.layout)
         self.engine.load_checkpoint(str(folder), tag="zero", load_lr_scheduler_states=False)
+        follow(self.inner, self.learner)
         self.moments.load_state_dict(state["moments"])
         set_random_state(state["random"])
 

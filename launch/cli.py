@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"failed: {words}", file=sys.stderr)
             return 1
         print(f"failed: {type(error).__name__}: {brief(error)}\nat {place(error)}", file=sys.stderr)
-        print(keep_traceback(folder), file=sys.stderr)
+        print(keep_traceback(), file=sys.stderr)
         return 1
 
 
@@ -275,10 +275,12 @@ def place(error: BaseException) -> str:
     return f"{frame.filename}:{frame.lineno}, in {frame.name}"
 
 
-def keep_traceback(run_folder: Path | None) -> str:
-    """Write the traceback into the run folder, if there is one, and say where to look."""
-    if run_folder is None or not run_folder.is_dir():
+def keep_traceback() -> str:
+    """Write the traceback into the folder that this process owned, if there was one, and say where to look."""
+    from tandem.engine.folder_lock import OWNED
+    if not OWNED or not OWNED[-1].is_dir():
         return "run again with --debug for the traceback"
+    run_folder = OWNED[-1]
     try:
         (run_folder / "error.log").write_text(redact(traceback.format_exc()))
     except OSError as error:

@@ -72,7 +72,9 @@ def test_room_for_one_checkpoint_but_not_for_two(results):
 def test_an_error_of_another_kind_on_a_full_disk(results):
     found = results[0]["error"]
     assert found["code"] == 1 and "the reward's own error" in found["err"], found
-    assert "the traceback could not be kept" in found["err"] and "Traceback" not in found["err"]
+    # the lock that the run gives back may leave room for the traceback
+    told = "the traceback could not be kept" in found["err"] or "error.log" in found["err"]
+    assert told and "Traceback" not in found["err"]
 
 
 def wrapped() -> RuntimeError:

@@ -74,8 +74,9 @@ def test_events_are_history_and_are_not_cut(tmp_path):
     run.event("engine_restart", step=9, reason=ValueError("gone"))
     run.close()
     Telemetry(Config(), tmp_path, 0).close()
-    (line,) = read_jsonl(tmp_path / "events.jsonl")
+    first, line, last = read_jsonl(tmp_path / "events.jsonl")
     assert (line["kind"], line["step"], line["reason"]) == ("engine_restart", 9, "gone")
+    assert first["kind"] == last["kind"] == "start"
 
 
 def test_another_run_is_not_overwritten(tmp_path):

@@ -33,7 +33,6 @@ BASE = ("mode: inline\nmodel: {path: 'tandem:tiny'}\nmethod: {name: grpo}\n"
     ("a: 1\n---\nb: 2", "a second document (line 2"),
     ("a: 1\n\tb: 2", "use spaces"),
     ("a: \0", "a NUL byte in line 1"),
-    ("a: \udcff", "no UTF-8"),
     ("a: 1\na: 2", "the key 'a' is given twice"),
     ("a: 2026-11-25", "a: found '2026-11-25' (line 1, column 4), which YAML reads as a date"),
     ("a: [2026-11-25 10:00:00]", "a[0]: found '2026-11-25 10:00:00'"),
@@ -140,3 +139,13 @@ def test_huge_keys_and_values_are_one_screen(tmp_path, override):
         load(path, ["reward.functions=[exact]", override])
     if override != "run.steps=" + "9" * 400:
         assert len(str(caught.value)) < 2500
+
+
+def test_bytes_that_are_no_utf_8(tmp_path):
+    """In a file; and on the command line, where Python keeps them as lone surrogates."""
+    (tmp_path / "c.yaml").write_bytes(b"a: \xff")
+    with pytest.raises(ConfigError, match="is not UTF-8: byte 0xff in line 1"):
+        load(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text("mode: inline\n")
+    with pytest.raises(ConfigError, match="no utf-8"):
+        load(tmp_path / "c.yaml", ["method.x=a: \udcff"])
