@@ -358,7 +358,7 @@ class Run:
             self.learner.save(folder / "learner")       # to go on exactly: optimizer, master weights, random states
             self.learner.export(folder / "model")       # to use: a Hugging Face folder in safetensors
             state.save(folder)
-        shutil.rmtree(self.folder / "model", ignore_errors=True)        # of an earlier end, before run.steps was raised
+        run_folder.forget_model(self.place)      # of an earlier end, before run.steps was raised
         self.saved_at = self.step
         self.telemetry.event("checkpoint", step=self.step)
         self.display.message(f"checkpoint of step {self.step} written")

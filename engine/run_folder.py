@@ -203,6 +203,13 @@ def replaced_model(folder: RunFolder) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def forget_model(folder: RunFolder) -> None:
+    """Remove the final model that an earlier end of this run left: the run is longer now, and its newest checkpoint is the model."""
+    if read_json(folder.path / MARK).get("model", False):
+        write_mark(folder.path, folder.run_id)
+        shutil.rmtree(folder.path / "model", ignore_errors=True)
+
+
 def write_mark(path: Path, run_id: str, model: bool = False) -> None:
     """run.json: whose folder this is, and whether model/ is the run's."""
     created = time.strftime("%Y-%m-%dT%H:%M:%S%z")
