@@ -18,8 +18,9 @@ import torch
 
 from tandem.algorithms.base import Batch, Method
 from tandem.algorithms.objectives import Tokens
-from tandem.engine.method_checks import check_credit, check_rows, check_terms, naming
+from tandem.engine.method_checks import check_terms, naming
 from tandem.engine.packing import pack
+from tandem.engine.row_checks import ask_credit, ask_rows, check_rows
 from tandem.engine.terms import denominators, evaluate, means, streams
 from tandem.engine.types import Finish, Prompt, Row, ScoredGroup, Source, Trajectory
 
@@ -46,7 +47,7 @@ def inspect(method: Method, batch: Batch, logp: PerRow, entropy: PerRow | None =
     row's streams. For a term that needs old log-probs or values and is given none, the present ones are the old ones, as before a first update; the
     present value is 0 if not given, as of a new critic. `extra` are the streams that a custom forward would give, 0 if not given."""
     check(method, batch, micro_batch_tokens, ranks)
-    rows, terms = method.rows(batch), method.terms(batch)
+    rows, terms = ask_rows(method, batch), method.terms(batch)
     terms = check_terms(method, terms)
     rows = check_rows(method, rows, terms)
     needs = {need: term.name for term in terms for need in term.needs}
@@ -60,8 +61,9 @@ def inspect(method: Method, batch: Batch, logp: PerRow, entropy: PerRow | None =
             raise ValueError(f"term {needs[name]!r} needs {name!r}, which inspect was not given: pass {argument}=, a function from a row to float [T]")
         if per_row and name != "entropy":
             rows = [replace(r, **{name: numbers(argument, per_row, r, absent=True)}) for r in rows]
-    rows = check_credit(method, rows, method.credit(rows, batch), terms)
-    z = denominators(terms, rows)
+    rows = ask_credit(method, rows, batch, terms)
+    with naming(method):
+        z = denominators(terms, rows)
     leaf = lambda name, per_row: [torch.tensor(numbers(name, per_row, r), requires_grad=True) for r in rows]
     leaves, value_leaves = leaf("logp", logp), None if value is None else leaf("value", value)
     extra = {**{name: zeros for name in needs.keys() - set(Tokens.__dataclass_fields__)}, **extra}

@@ -213,18 +213,18 @@ def deliver(named: Sequence[tuple[str, torch.Tensor]], backends: Sequence, versi
 
 
 def observe(micro: MicroBatch, logp: torch.Tensor, entropy: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """What a micro-batch shows beside its losses: sums, and `max/` for maxima. Indices are made on the host, so that the GPU is not waited for."""
+    """What a micro-batch shows beside its losses: `observed/` for sums, which no term's name can meet, and `max/` for maxima. Indices are made on the host, so that the GPU is not waited for."""
     found = {"tokens/trained": torch.tensor(float(len(micro.index))), "tokens/real": torch.tensor(float(micro.real_tokens)),
              "tokens/padded": torch.tensor(float(micro.tokens.size))}
     if entropy is not None:
         sampled = np.flatnonzero(micro.source == Source.POLICY)
-        found["sum/entropy"] = entropy[torch.as_tensor(sampled, device=logp.device)].sum()
-        found["count/entropy"] = torch.tensor(float(len(sampled)))
+        found["observed/entropy"] = entropy[torch.as_tensor(sampled, device=logp.device)].sum()
+        found["observed/entropy_tokens"] = torch.tensor(float(len(sampled)))
     if "behaviour_logp" in micro.streams:
         fresh = np.flatnonzero(micro.fresh & ~np.isnan(micro.streams["behaviour_logp"]))
         if len(fresh):
             gap = (logp[torch.as_tensor(fresh, device=logp.device)] - torch.as_tensor(micro.streams["behaviour_logp"][fresh], device=logp.device)).abs()
-            found |= {"sum/gap": gap.sum(), "max/gap": gap.max(), "count/gap": torch.tensor(float(len(fresh)))}
+            found |= {"observed/gap": gap.sum(), "max/gap": gap.max(), "observed/gap_tokens": torch.tensor(float(len(fresh)))}
     return found
 
 
@@ -263,10 +263,10 @@ def report(plan: StepPlan, totals: dict[str, float]) -> dict[str, float]:
     metrics = {key: value for key, value in totals.items() if key.startswith(("loss/", "tokens/"))}
     metrics["loss"] = sum(term.coefficient * totals.get(f"loss/{term.name}", 0.0) for term in plan.terms)
     metrics |= term_losses.means(totals)
-    if totals.get("count/entropy"):
-        metrics["entropy"] = totals["sum/entropy"] / totals["count/entropy"]
-    if totals.get("count/gap"):
-        metrics |= {"gap/max": totals["max/gap"], "gap/mean": totals["sum/gap"] / totals["count/gap"]}
+    if totals.get("observed/entropy_tokens"):
+        metrics["entropy"] = totals["observed/entropy"] / totals["observed/entropy_tokens"]
+    if totals.get("observed/gap_tokens"):
+        metrics |= {"gap/max": totals["max/gap"], "gap/mean": totals["observed/gap"] / totals["observed/gap_tokens"]}
     return metrics
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from tandem.engine.sources import SOURCES, Source, imported_names, with_imports
 
 PREFIX = "tandem_user_"     # of the module names of files
+LONGEST = 500               # characters of an error of the user's own that are shown
 
 
 @dataclass
@@ -52,13 +53,13 @@ def load_object(spec: str, kind: str) -> Any:
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if name.startswith(PREFIX):
+        if name.startswith(PREFIX) or not f"{name}.".startswith(f"{error.name}."):
             raise not_importable(kind, spec, error) from error
         raise ValueError(f"{kind} {spec!r}: no module named {error.name!r}; for a file write its path with .py") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:    # a script that ends with sys.exit(main()) would end the run here, and say that all is well
         raise not_importable(kind, spec, error) from error
     if not hasattr(module, attribute):
-        raise ValueError(f"{kind} {spec!r}: {module.__file__} has no {attribute!r}")
+        raise ValueError(f"{kind} {spec!r}: {getattr(module, '__file__', None) or name} has no {attribute!r}")
     if LOADED.names.get(place) != name and name.partition(".")[0] != "tandem":
         LOADED.names[place] = name
         LOADED.sources.update(with_imports(name))
@@ -122,8 +123,14 @@ def check_neighbours(spec: str, path: Path, source: Source, kind: str) -> None:
                              "this run uses; Python can import one module of a name, so rename one of them")
 
 
-def not_importable(kind: str, spec: str, error: Exception) -> ValueError:
+def not_importable(kind: str, spec: str, error: BaseException) -> ValueError:
     """The error that the user's code raised, with its place; a SyntaxError has its own."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     place = "" if isinstance(error, SyntaxError) else f" ({frame.filename}:{frame.lineno})"
-    return ValueError(f"{kind} {spec!r} cannot be imported: {type(error).__name__}: {error}{place}")
+    words = str(error)
+    if len(words) > LONGEST:
+        words = f"{words[:LONGEST]}..."
+    hint = ""
+    if isinstance(error, ImportError) and "relative import" in words:
+        hint = "; a module that imports relatively is named by its package: package.module:Name, from the folder that holds the package"
+    return ValueError(f"{kind} {spec!r} cannot be imported: {type(error).__name__}: {words}{place}{hint}")

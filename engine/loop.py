@@ -17,9 +17,10 @@ import numpy as np
 from tandem.algorithms.base import Batch, Demand, Term
 from tandem.algorithms.critic import diagnostics
 from tandem.engine.config import Config
-from tandem.engine.method_checks import check_credit, check_metrics, check_rows, check_state, check_terms, has_tokens, naming
+from tandem.engine.method_checks import check_metrics, check_terms, checked_state, naming
 from tandem.engine.packing import pack
 from tandem.engine.producer import oldest_version
+from tandem.engine.row_checks import ask_credit, ask_rows, check_rows, has_tokens
 from tandem.engine.stop import abandonable
 from tandem.engine.terms import denominators
 from tandem.engine.types import Row, ScoredGroup, Source, StepPlan, StepReport
@@ -39,7 +40,7 @@ def train(run) -> None:
 
     Returns early if a signal asked to stop. Raises Stopped if that came while it waited for rollouts or evaluated; run.step is then the steps done."""
     cfg, method, signals, skipped = run.config, run.method, run.signals, 0
-    check_state(method)
+    checked_state(method)
     used: dict[str, bool] = {}      # {term: whether a row has had a token of it}
     if run.evaluation_missing():
         run.evaluate(run.step)
@@ -61,10 +62,10 @@ def train(run) -> None:
         if demand.set_reference:
             run.learner.set_reference()
         temperature = step_temperature(cfg, demand)
-        rows, terms = method.rows(batch), method.terms(batch)
+        rows, terms = ask_rows(method, batch), method.terms(batch)
         terms = check_terms(method, terms)
         rows = with_streams(run, check_rows(method, rows, terms), terms, temperature)
-        rows = check_credit(method, rows, method.credit(rows, batch), terms)
+        rows = ask_credit(method, rows, batch, terms)
         used |= {term.name: used.get(term.name, False) or any(has_tokens(row, term.name) for row in rows) for term in terms}
         check_staleness(step, groups, cfg.rollout.staleness, cfg.rollout.backend)
         if groups and run.gated < cfg.sync.gate_steps and not run.off_policy:
@@ -125,7 +126,8 @@ def update(run, step: int, demand: Demand, rows: Sequence[Row], terms: Sequence[
         parts = [part for _ in range(learner.epochs_per_batch) for part in split(rows, learner.updates_per_batch, rng)]
     reports = []
     for number, part in enumerate(parts):
-        z = denominators(terms, part)
+        with naming(run.method):
+            z = denominators(terms, part)
         plan = StepPlan(step=step, terms=tuple(terms), denominators=z, temperature=temperature, optimizer=demand.optimizer,
                         micro_batches=pack(part, terms, run.learner.ranks, learner.micro_batch_tokens, version=step if number == 0 else STALE,
                                            share=run.learner.shares_prompts and run.method.forward is None),

@@ -56,6 +56,11 @@ def checked_losses(term: Term, tokens: Tokens) -> tuple[torch.Tensor, Mapping]:
         raise MethodError(
             f"{where}: its loss has dtype {loss.dtype}, expected a floating-point one"
         )
+    if loss.device != tokens.logp.device:
+        raise MethodError(
+            f"{where}: its loss is on the device {loss.device}, expected {tokens.logp.device}, that "
+            "of tokens.logp; make tensors with device=tokens.logp.device"
+        )
     check_attached(where, term, tokens, loss)
     if not isinstance(metrics, Mapping):
         raise MethodError(

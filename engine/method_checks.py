@@ -1,14 +1,17 @@
-"""Checks of what a method hands over: demand, terms, rows, metrics. A wrong method stops the run
+"""Checks of what a method hands over: demand, terms, metrics, state. A wrong method stops the run
 in its first step; it never trains wrongly without a word.
 
-Every check raises MethodError, which names the method and, where there is one, the term. What an
-objective returns is checked where it is called, in engine/terms.py.
+Every check raises MethodError, which names the method and, where there is one, the term. Rows are
+checked in engine/row_checks.py, what an objective returns where it is called, in engine/terms.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import pickle
+import reprlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from numbers import Integral
 
 import numpy as np
@@ -16,24 +19,11 @@ import numpy as np
 from tandem.algorithms.base import Demand, Method, Term
 from tandem.algorithms.objectives import Tokens
 from tandem.engine.config import ConfigError, closest
-from tandem.engine.types import GenRequest, Row
+from tandem.engine.types import GenRequest
 
-# {array of a Row: the kinds of numpy dtype it may have}
-ROW_ARRAYS = {
-    "tokens": "iu",
-    "source": "iu",
-    "version": "iu",
-    "advantage": "fiub",
-    "behaviour_logp": "fiub",
-    "old_logp": "fiub",
-    "ref_logp": "fiub",
-    "old_value": "fiub",
-    "returns": "fiub",
-}
-WEIGHT_KINDS = "fiub"
-KIND_NAMES = {"iu": "integers", "fiub": "real numbers"}
 KNOWN_STREAMS = (*Tokens.__dataclass_fields__, "old")
 CRITIC_STREAMS = ("value", "old_value")
+LINE_KEYS = ("step", "seconds")  # of every line of metrics.jsonl
 GIVEN_STREAMS = ("advantage", "returns")  # a method fills them in itself, in rows or credit
 
 
@@ -72,26 +62,59 @@ def check_demand(method: Method, demand: Demand) -> Demand:
             f"{where} asks for {demand.experts} demonstrations, but the method's uses_experts is "
             "False, so none are read; write `uses_experts: ClassVar[bool] = True` in its class"
         )
+    if demand.prompts and not method.uses_rollouts:
+        raise MethodError(
+            f"{where} asks for rollouts of {demand.prompts} prompts, but the method's "
+            "uses_rollouts is False, so there are none; leave uses_rollouts at True in its class"
+        )
+    check_learning_rate(where, demand.learning_rate)
     return demand
 
 
+def check_learning_rate(where: str, rate) -> None:
+    """None stands for the config's. NaN or infinity would ruin the weights without a word."""
+    if rate is None:
+        return
+    number = real(rate)
+    if number is None or not 0 <= number < float("inf"):
+        raise MethodError(
+            f"{where} asks for learning_rate={short(rate)}, expected a finite number >= 0, or None "
+            "for that of the config; a Schedule becomes a number with schedule(step, signals)"
+        )
+
+
 def check_request(method: Method, request: GenRequest) -> GenRequest:
-    """The rollout request, if it is one."""
+    """The rollout request, if it is one that can be met."""
+    where = f"{title(method)}: request()"
     if not isinstance(request, GenRequest):
         raise MethodError(
-            f"{title(method)}: request() returned {kind(request)}, "
-            f"expected a GenRequest{no_return(request)}"
+            f"{where} returned {kind(request)}, expected a GenRequest{no_return(request)}"
+        )
+    samples, prefixes = request.samples, request.prefixes
+    if not isinstance(samples, Integral) or samples < 0:
+        raise MethodError(f"{where} asks for samples={samples!r}, expected a whole number >= 0")
+    if len(prefixes) not in (0, samples):
+        raise MethodError(
+            f"{where} gives {len(prefixes)} prefixes for {samples} samples; expected one for each "
+            "sample (an empty one forces nothing), or () for none"
         )
     return request
 
 
 def check_accept(method: Method, accepted: bool) -> bool:
     """The answer of `accept`. None would redraw every group until the prompts are used up."""
-    if accepted is None:
+    where = f"{title(method)}: accept()"
+    if accepted is None or isinstance(accepted, str):
         raise MethodError(
-            f"{title(method)}: accept() returned None, expected True or False{no_return(None)}"
+            f"{where} returned {short(accepted)}, expected True or False{no_return(accepted)}"
         )
-    return bool(accepted)
+    try:
+        return bool(accepted)
+    except (ValueError, RuntimeError):  # an array or tensor of several
+        raise MethodError(
+            f"{where} returned {kind(accepted)} of several values, expected True or False: "
+            "write .any() or .all() behind it"
+        ) from None
 
 
 # -- terms --------------------------------------------------------------------------------------
@@ -102,6 +125,7 @@ def check_terms(method: Method, terms: Sequence[Term]) -> list[Term]:
     where = f"{title(method)}: terms()"
     check_list(where, terms, Term)
     seen = set()
+    found = []
     for term in terms:
         check_term(f"{where}: term {term.name!r}", term, method)
         if term.name in seen:
@@ -110,7 +134,8 @@ def check_terms(method: Method, terms: Sequence[Term]) -> list[Term]:
                 "of its own, since it is the key into Row.weights"
             )
         seen.add(term.name)
-    return list(terms)
+        found.append(replace(term, coefficient=real(term.coefficient)))
+    return found
 
 
 def check_term(where: str, term: Term, method: Method) -> None:
@@ -136,17 +161,19 @@ def check_term(where: str, term: Term, method: Method) -> None:
 
 
 def check_coefficient(where: str, coefficient: float) -> None:
-    try:
-        number = None if isinstance(coefficient, str) else float(coefficient)
-    except (TypeError, ValueError):
-        number = None
+    number = real(coefficient)
     if number is None:
         raise MethodError(
-            f"{where}: its coefficient is {coefficient!r}, expected a number; a "
+            f"{where}: its coefficient is {short(coefficient)}, expected a number; a "
             "Schedule becomes one with schedule(batch.step, batch.signals)"
         )
     if not np.isfinite(number):
         raise MethodError(f"{where}: its coefficient is {number}, expected a finite number")
+    if getattr(coefficient, "requires_grad", False):
+        raise MethodError(
+            f"{where}: its coefficient is a tensor with a gradient, which no optimizer follows; "
+            "write coefficient.item() for its present value"
+        )
 
 
 def check_needs(where: str, term: Term, method: Method) -> None:
@@ -155,6 +182,11 @@ def check_needs(where: str, term: Term, method: Method) -> None:
         raise MethodError(
             f"{where}: its needs is the text {term.needs!r}, expected a set of "
             f"names: frozenset({{{term.needs!r}}})"
+        )
+    if not isinstance(term.needs, Collection):
+        raise MethodError(
+            f"{where}: its needs is {kind(term.needs)}, expected a set of names; frozenset() "
+            "for none"
         )
     for need in term.needs:
         if need not in KNOWN_STREAMS and method.forward is None:
@@ -171,105 +203,7 @@ def check_needs(where: str, term: Term, method: Method) -> None:
             )
 
 
-# -- rows ---------------------------------------------------------------------------------------
-
-
-def check_rows(method: Method, rows: Sequence[Row], terms: Sequence[Term]) -> list[Row]:
-    """The rows as a list, if the packer can take every one of them."""
-    where = f"{title(method)}: rows()"
-    check_list(where, rows, Row)
-    for number, row in enumerate(rows):
-        check_row(label(where, number, row), row, terms)
-    if rows and not any(row.weights for row in rows):
-        names = ", ".join(term.name for term in terms)
-        raise MethodError(
-            f"{where}: none of its {len(rows)} rows has weights for a term, so nothing would be "
-            f"trained; give them Row.weights {{term: one number per token}}, terms: {names}"
-        )
-    return list(rows)
-
-
-def check_credit(
-    method: Method, before: Sequence[Row], rows: Sequence[Row], terms: Sequence[Term]
-) -> list[Row]:
-    """The rows that `credit` returned: as many as it was given, those it changed checked again."""
-    where = f"{title(method)}: credit()"
-    check_list(where, rows, Row)
-    if len(rows) != len(before):
-        raise MethodError(
-            f"{where} returned {len(rows)} rows for {len(before)}; expected one for "
-            "each, in the same order. To drop a row give it weights of 0"
-        )
-    for number, (old, row) in enumerate(zip(before, rows, strict=True)):
-        if row is not old:
-            check_row(label(where, number, row), row, terms)
-    for term in terms:
-        for need in GIVEN_STREAMS:
-            if need in term.needs:
-                check_given(method, rows, term, need)
-    return list(rows)
-
-
-def check_row(where: str, row: Row, terms: Sequence[Term]) -> None:
-    length = len(row.tokens)
-    for name, kinds in ROW_ARRAYS.items():
-        array = getattr(row, name)
-        if array is not None:
-            check_array(f"{where}: {name}", array, length, kinds)
-    if not isinstance(row.weights, Mapping):
-        raise MethodError(
-            f"{where}: weights is {kind(row.weights)}, expected a mapping "
-            "{term: one number per token}"
-        )
-    names = [term.name for term in terms]
-    for name, weight in row.weights.items():
-        check_array(f"{where}: weights[{name!r}]", weight, length, WEIGHT_KINDS)
-        if not np.isfinite(weight).all():
-            raise MethodError(
-                f"{where}: weights[{name!r}] is {first_bad(weight)}, expected "
-                "finite numbers (0: the token is not part of the term)"
-            )
-        if name not in names:
-            raise MethodError(
-                f"{where}: it has weights for {name!r}, which is no term of this step"
-                f"{closest(str(name), names)}; terms: {', '.join(names) or 'none'}"
-            )
-    if row.advantage is not None and not np.isfinite(row.advantage[row.trained]).all():
-        bad = first_bad(np.where(row.trained, row.advantage, 0.0))
-        raise MethodError(
-            f"{where}: advantage is {bad}, which is trained; expected finite numbers "
-            "(0: the token counts, but is not pushed)"
-        )
-
-
-def check_array(where: str, array: np.ndarray, length: int, kinds: str) -> None:
-    if not isinstance(array, np.ndarray):
-        raise MethodError(
-            f"{where} is {kind(array)}, expected a numpy array of shape ({length},): "
-            "one number per token of the row"
-        )
-    if array.shape != (length,):
-        raise MethodError(
-            f"{where} has shape {array.shape}, expected ({length},): one number per "
-            "token of the row"
-        )
-    if array.dtype.kind not in kinds:
-        raise MethodError(f"{where} has dtype {array.dtype}, expected {KIND_NAMES[kinds]}")
-
-
-def check_given(method: Method, rows: Sequence[Row], term: Term, need: str) -> None:
-    """Every row of the term has the stream that its objective needs and the method gives."""
-    for number, row in enumerate(rows):
-        weight = row.weights.get(term.name)
-        if weight is None or not weight.any():
-            continue
-        stream = getattr(row, need)
-        if stream is None or not np.isfinite(stream[weight != 0]).all():
-            where = label(title(method), number, row)
-            raise MethodError(
-                f"{where}: term {term.name!r} needs {need!r}, which the row lacks on "
-                f"some of the term's tokens; set Row.{need} in rows() or credit()"
-            )
+# -- after the update ---------------------------------------------------------------------------
 
 
 def check_metrics(method: Method, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -279,22 +213,38 @@ def check_metrics(method: Method, metrics: Mapping[str, float]) -> dict[str, flo
         raise MethodError(
             f"{where} returned {kind(metrics)}, expected {{name: number}}{no_return(metrics)}"
         )
+    found = {}
     for name, value in metrics.items():
-        try:
-            float(value)
-        except (TypeError, ValueError):
-            raise MethodError(f"{where}: {name!r} is {value!r}, expected a number") from None
-    return dict(metrics)
+        number = real(value)
+        if number is None:
+            raise MethodError(f"{where}: {name!r} is {short(value)}, expected a number")
+        name = str(name)
+        if name in LINE_KEYS or name.startswith("eval/"):
+            raise MethodError(
+                f"{where} reports {name!r}, a name that metrics.jsonl has for something else "
+                f"(also: {', '.join(LINE_KEYS)}, eval/...); choose another, e.g. 'my/{name}'"
+            )
+        found[name] = number
+    return found
 
 
-def check_state(method: Method) -> None:
-    """The method can be saved: without `return` a resume would start its state over."""
+def checked_state(method: Method) -> Mapping:
+    """What the method's state_dict returns, if it can be saved: without `return` a resume would
+    start its state over, and what cannot be pickled would end the run at its first checkpoint."""
+    where = f"{title(method)}: state_dict()"
     state = method.state_dict()
     if not isinstance(state, Mapping):
-        raise MethodError(
-            f"{title(method)}: state_dict() returned {kind(state)}, expected a "
-            f"mapping{no_return(state)}"
-        )
+        raise MethodError(f"{where} returned {kind(state)}, expected a mapping{no_return(state)}")
+    for name, value in state.items():
+        try:
+            pickle.dumps(value)
+        except Exception as error:
+            raise MethodError(
+                f"{where}: {name!r} is {kind(value)} that cannot be pickled "
+                f"({type(error).__name__}: {error}), so no checkpoint could hold it; return what "
+                "it is made from: numbers, text, lists, mappings, arrays, tensors"
+            ) from error
+    return state
 
 
 # -- words --------------------------------------------------------------------------------------
@@ -316,12 +266,22 @@ def check_list(where: str, found, item: type) -> None:
             )
 
 
-def has_tokens(row: Row, term: str) -> bool:
-    return term in row.weights and bool(np.any(row.weights[term] != 0))
+def real(value) -> float | None:
+    """The one number that `value` is; None for text, for several numbers, and for what no float
+    can hold."""
+    if isinstance(value, (str, bytes)):
+        return None
+    try:
+        if hasattr(value, "item"):  # of numpy or torch
+            value = value.item()
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None
 
 
-def label(where: str, number: int, row: Row) -> str:
-    return f"{where}: row {number} (prompt {row.prompt_id!r})"
+def short(found) -> str:
+    """How Python writes it, cut to fit on a screen."""
+    return reprlib.repr(found)
 
 
 def kind(found) -> str:
@@ -338,8 +298,3 @@ def no_return(found) -> str:
     if isinstance(found, Iterator):
         return ": it is used up by the first look at it, write list(...) around it"
     return ""
-
-
-def first_bad(values: np.ndarray) -> str:
-    place = int(np.flatnonzero(~np.isfinite(values))[0])
-    return f"{values[place]} at token {place}"

@@ -30,6 +30,7 @@ from tandem.engine.evaluation import EvalResult, evaluate
 from tandem.engine.group_check import check_group_size
 from tandem.engine.loop import Clock
 from tandem.engine.paths import shown, shown_code
+from tandem.engine.method_checks import check_metrics, checked_state
 from tandem.engine.producer import Producer
 from tandem.engine.run_folder import RunFolder
 from tandem.engine.telemetry import Telemetry, redirect_output
@@ -331,7 +332,7 @@ class Run:
         if self.display.lost is not None and not self.told_display:
             self.told_display = True
             self.telemetry.event("display_lost", reason=str(self.display.lost))
-        self.display.step(step, metrics, self.method.metrics(step))
+        self.display.step(step, metrics, check_metrics(self.method, self.method.metrics(step)))
         if self.config.sync.gate_steps and "gap/max" in metrics and not self.replaying:
             self.check_gap(metrics["gap/mean"], metrics["gap/mean"], step)     # one token's rounding may pass the gate's bound some day, the mean may not
 
@@ -352,7 +353,7 @@ class Run:
     def checkpoint(self) -> None:
         self.place.lock.check()
         state = RunState(step=self.step, cursors={name: source.state_dict() for name, source in self.sources().items()}, producer=self.producer.state_dict(),
-                         method=self.method.state_dict(), signals=dict(self.signals), gated=self.gated, tokens=self.tokens,
+                         method=checked_state(self.method), signals=dict(self.signals), gated=self.gated, tokens=self.tokens,
                          optimizer_steps=dict(self.optimizer_steps), rng=rng_state())
         with self.checkpoints.write(self.step) as folder:
             self.learner.save(folder / "learner")       # to go on exactly: optimizer, master weights, random states

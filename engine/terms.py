@@ -14,6 +14,7 @@ import torch
 from tandem.algorithms.base import Term
 from tandem.algorithms.objectives import Tokens
 from tandem.engine.loss_checks import asked_for, check_given, check_tensor, checked_losses
+from tandem.engine.method_checks import MethodError, real
 from tandem.engine.types import MicroBatch, Row
 
 
@@ -28,7 +29,18 @@ def denominators(terms: Sequence[Term], rows: Sequence[Row]) -> dict[str, float]
     for row in rows:
         if stray := set(row.weights) - known:
             raise ValueError(f"rows of prompt {row.prompt_id!r} carry weights for {sorted(stray)}, but the method's terms are {sorted(known)}")
-    return {term.name: term.reduction.denominator(row_counts(rows, term.name)) for term in terms}
+    return {term.name: denominator(term, row_counts(rows, term.name)) for term in terms}
+
+
+def denominator(term: Term, counts: np.ndarray) -> float:
+    """Z of a term. A reduction of the user's own may give none where the term has no token, since it is not asked for there."""
+    z = term.reduction.denominator(counts)
+    if not counts.any():
+        return z
+    found = real(z)
+    if not found or not np.isfinite(found):
+        raise MethodError(f"term {term.name!r}: its reduction's denominator is {z!r}, expected a finite number other than 0")
+    return found
 
 
 def streams(micro: MicroBatch, logp: torch.Tensor, entropy: torch.Tensor | None = None, value: torch.Tensor | None = None,

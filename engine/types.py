@@ -21,6 +21,10 @@ from typing import Any
 import numpy as np
 
 
+class CarrierError(ValueError):
+    """The arrays of a carrier do not fit together."""
+
+
 class Source(IntEnum):
     """Where a token came from."""
 
@@ -152,12 +156,16 @@ class Row:
     prompt_id: str = ""
 
     def __post_init__(self):
-        check_lengths("Row", len(self.tokens), source=self.source, advantage=self.advantage, behaviour_logp=self.behaviour_logp,
-                      old_logp=self.old_logp, ref_logp=self.ref_logp, old_value=self.old_value, returns=self.returns, version=self.version,
-                      **{f"weights[{k!r}]": w for k, w in self.weights.items()})
-        for name, weight in self.weights.items():
-            if weight[0] != 0:
-                raise ValueError(f"Row.weights[{name!r}][0] is {weight[0]}, must be 0: the first token has no log-prob, so it cannot be trained")
+        if not isinstance(self.weights, Mapping):
+            raise CarrierError(f"Row.weights is {self.weights!r}, expected a mapping {{term: one number per token}}")
+        named = {f"weights[{name!r}]": weight for name, weight in self.weights.items()}
+        check_lengths("Row", length("Row.tokens", self.tokens), source=self.source, advantage=self.advantage, behaviour_logp=self.behaviour_logp,
+                      old_logp=self.old_logp, ref_logp=self.ref_logp, old_value=self.old_value, returns=self.returns, version=self.version, **named)
+        for name, weight in named.items():
+            if weight is None or len(weight) == 0:
+                raise CarrierError(f"Row.{name} is {weight!r}, expected one number per token of a row that has at least two tokens")
+            if np.any(weight[0] != 0):
+                raise CarrierError(f"Row.{name}[0] is {weight[0]}, must be 0: the first token has no log-prob, so it cannot be trained")
 
     @property
     def trained(self) -> np.ndarray:
@@ -216,8 +224,18 @@ class StepReport:
     seconds: float = 0.0
 
 
-def check_lengths(owner: str, length: int, **streams) -> None:
-    """Raise ValueError naming the stream whose length is not `length`; streams that are None are absent and fine."""
+def check_lengths(owner: str, expected: int, **streams) -> None:
+    """Raise CarrierError naming the stream whose length is not the expected one; streams that are None are absent and fine."""
     for name, stream in streams.items():
-        if stream is not None and len(stream) != length:
-            raise ValueError(f"{owner}.{name} has {len(stream)} entries, expected {length} (one per entry of the sequence)")
+        if stream is None:
+            continue
+        found = length(f"{owner}.{name}", stream)
+        if found != expected:
+            raise CarrierError(f"{owner}.{name} has {found} entries, expected {expected} (one per entry of the sequence)")
+
+
+def length(name: str, stream) -> int:
+    try:
+        return len(stream)
+    except TypeError:       # a number, or an array of no dimension
+        raise CarrierError(f"{name} is {stream!r}, expected an array with one entry per entry of the sequence") from None

@@ -5,74 +5,32 @@ takes the same path, and two cases go through a whole run.
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from method_cases import batch, half
+from wrong_cases import Right, look, with_objective, with_row, with_terms, with_weights, wrong
 
-from tandem.algorithms.base import Demand, Method, Term, expert_row
+from tandem.algorithms.base import Demand, Term, expert_row
 from tandem.algorithms.critic import diagnostics
-from tandem.algorithms.inspect import inspect
 from tandem.algorithms.objectives import NLL, PPOClip
 from tandem.algorithms.reductions import Reduction
 from tandem.algorithms.schedules import Schedule
+from tandem.engine.config import Config, ModelConfig
+from tandem.engine.learner import InlineLearner
 from tandem.engine.method_checks import (
     MethodError,
     check_accept,
     check_demand,
     check_metrics,
     check_request,
-    check_state,
+    checked_state,
 )
-
-
-@dataclass
-class Right(Method):
-    """SFT in two terms. The cases below replace one part of it."""
-
-    uses_experts: ClassVar[bool] = True
-
-    def rows(self, batch):
-        rows = [expert_row(t, "sft") for t in batch.experts]
-        for row in rows:
-            row.weights["again"] = row.weights["sft"].copy()
-        return rows
-
-    def terms(self, batch):
-        return [Term("sft", NLL()), Term("again", NLL(), coefficient=0.5)]
-
-
-def wrong(**parts):
-    """A method like Right with some of its functions replaced."""
-    return type("Wrong", (Right,), parts)()
-
-
-def look(method, logp=half, **more):
-    return inspect(method, batch(groups=()), logp, **more)
-
-
-def with_terms(*terms):
-    return wrong(terms=lambda self, batch: list(terms))
-
-
-def with_objective(objective):
-    return with_terms(Term("sft", objective), Term("again", NLL()))
-
-
-def with_row(change):
-    """Right, with the first row changed."""
-
-    def rows(self, batch):
-        first, *others = Right.rows(self, batch)
-        return [change(first), *others]
-
-    return wrong(rows=rows)
-
-
-def with_weights(row, **weights):
-    return replace(row, weights={**row.weights, **weights})
+from tandem.engine.packing import pack
+from tandem.engine.terms import denominators
+from tandem.engine.tiny import make_tiny
+from tandem.engine.types import GenRequest, Prompt, Sampling, StepPlan
 
 
 def test_right_is_right():
@@ -104,6 +62,7 @@ def metrics(function):
         (loss(lambda t: (-t.logp).tolist()), "loss is a list"),
         (loss(lambda t: -t.logp.to(torch.complex64)), "loss has dtype torch.complex64"),
         (loss(lambda t: t.segment), "loss has dtype torch.int64"),
+        (loss(lambda t: -t.logp.to("meta")), "on the device meta, expected cpu"),
         (lambda t: -t.logp, "returned a Tensor, expected a pair"),
         (lambda t: None, "returned None, expected a pair"),
         (lambda t: (-t.logp, {}, {}), "returned a tuple, expected a pair"),
@@ -172,6 +131,19 @@ def test_an_error_of_the_objectives_own_is_left_as_it_is():
 # -- terms --------------------------------------------------------------------------------------
 
 
+@dataclass
+class NoDenominator:
+    """A reduction of the user's own, whose Z is no number to divide by."""
+
+    z: float | None
+
+    def row_scale(self, n):
+        return 1.0
+
+    def denominator(self, counts):
+        return self.z
+
+
 def one(term):
     return with_terms(term, Term("again", NLL()))
 
@@ -203,6 +175,16 @@ def one(term):
         (one(Term("sft", NLL(), coefficient=None)), "term 'sft': its coefficient is None"),
         (one(Term("sft", NLL(), coefficient="0.1")), "term 'sft': its coefficient is '0.1'"),
         (one(Term("sft", NLL(), coefficient=float("nan"))), "term 'sft': its coefficient is nan"),
+        (one(Term("sft", NLL(), coefficient=10**400)), "its coefficient is 1000.*a number"),
+        (
+            one(Term("sft", NLL(), coefficient=torch.ones((), requires_grad=True))),
+            r"tensor with a gradient, which no optimizer follows; write coefficient.item",
+        ),
+        (one(Term("sft", NLL(), coefficient=np.ones(2))), "its coefficient is array"),
+        (one(Term("sft", NLL(), NoDenominator(0.0))), "term 'sft': its reduction's .* is 0.0"),
+        (one(Term("sft", NLL(), NoDenominator(None))), "term 'sft': its reduction's .* is None"),
+        (one(Term("sft", NLL(), NoDenominator(np.nan))), "term 'sft': its reduction's .* is nan"),
+        (one(Term("sft", NLL(), needs=None)), "term 'sft': its needs is None"),
         (one(Term("sft", NLL(), needs="entropy")), "term 'sft': its needs is the text 'entropy'"),
         (
             one(Term("sft", NLL(), needs={"entropyy"})),
@@ -221,6 +203,30 @@ def test_terms(method, words):
     with pytest.raises(MethodError, match=words) as caught:
         look(method)
     assert "method Wrong" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "coefficient", [torch.tensor(0.5), np.float64(0.5), np.array(0.5), np.array([0.5])]
+)
+def test_coefficients_of_other_libraries(coefficient):
+    out = look(with_terms(Term("sft", NLL(), coefficient=coefficient), Term("again", NLL())))
+    assert out.loss == pytest.approx(1.5 * np.log(2), rel=1e-5)
+    assert type(out.coefficients["sft"]) is float
+
+
+@pytest.mark.parametrize("name", ["gap", "entropy", "gap/max", "a/b", "größe", "two words"])
+def test_names_of_terms(name, tmp_path):
+    """No name meets what the learner counts beside the terms."""
+    rows = [expert_row(t, name) for t in batch().experts]
+    terms = [Term(name, NLL())]
+    model = str(make_tiny(tmp_path / "tiny", hidden=32, layers=2))
+    learner = InlineLearner.start(Config(model=ModelConfig(model)), model)
+    micro_batches = pack(rows, terms, 1, 64, version=0)
+    for entropy in (False, True):
+        plan = StepPlan(0, terms, denominators(terms, rows), micro_batches, 1e-4, entropy=entropy)
+        metrics = learner.step(plan).metrics
+        assert metrics[f"loss/{name}"] > 0 and 0 < metrics[f"{name}/p"] < 1
+        assert "entropy" not in metrics, "there is no token of the policy"
 
 
 def test_a_tuple_of_terms_and_a_negative_or_zero_coefficient_are_fine():
@@ -402,11 +408,26 @@ def test_rows_without_what_others_of_the_term_have(stream, objective):
         (Demand, "returned the class Demand"),
         (Demand(prompts=-1), "prompts=-1"),
         (Demand(experts=1.5), "experts=1.5"),
+        (Demand(learning_rate=float("nan")), "learning_rate=nan, expected a finite number"),
+        (Demand(learning_rate=float("inf")), "learning_rate=inf"),
+        (Demand(learning_rate=-1e-3), "learning_rate=-0.001"),
+        (Demand(learning_rate="1e-3"), "learning_rate='1e-3'"),
+        (Demand(learning_rate=Schedule("constant", 1.0)), "learning_rate=Schedule.*becomes"),
     ],
 )
 def test_demand(demand, words):
     with pytest.raises(MethodError, match=words):
         check_demand(Right(), demand)
+
+
+def test_demands_of_numpy():
+    demand = Demand(np.int64(2), np.int32(0), learning_rate=np.float32(1e-3))
+    assert check_demand(Right(), demand) is demand
+
+
+def test_rollouts_of_a_method_that_has_none():
+    with pytest.raises(MethodError, match="2 prompts, but the method's uses_rollouts is False"):
+        check_demand(wrong(uses_rollouts=False), Demand(prompts=2))
 
 
 def test_demonstrations_of_a_method_that_reads_none():
@@ -415,13 +436,29 @@ def test_demonstrations_of_a_method_that_reads_none():
     assert check_demand(wrong(uses_experts=False, aligned=True), Demand(experts=2)).experts == 2
 
 
+def request(**parts):
+    prompt = Prompt("p", np.array([1], np.int32), "")
+    asked = GenRequest(group=0, prompt=prompt, samples=2, sampling=Sampling(max_tokens=4))
+    return replace(asked, **parts)
+
+
 @pytest.mark.parametrize(
     "check, value, words",
     [
         (check_request, None, "request.. returned None"),
         (check_accept, None, "accept.. returned None"),
         (check_metrics, None, "metrics.. returned None"),
+        (check_request, request(samples=-1), "samples=-1"),
+        (check_request, request(samples=2.0), "samples=2.0"),
+        (check_request, request(prefixes=(np.array([1]),)), "1 prefixes for 2 samples"),
+        (check_accept, "no", "accept.. returned 'no'"),
+        (check_accept, np.array([True, False]), "a ndarray of several values.*any.. or .all"),
         (check_metrics, {"a": "high"}, "'a' is 'high'"),
+        (check_metrics, {"a": "0.5"}, "'a' is '0.5'"),
+        (check_metrics, {"a": np.ones(3)}, "'a' is array"),
+        (check_metrics, {"a": 10**400}, "'a' is 1000"),
+        (check_metrics, {"step": 3}, "'step', a name that metrics.jsonl has for something else"),
+        (check_metrics, {"eval/accuracy": 3}, "choose another, e.g. 'my/eval/accuracy'"),
     ],
 )
 def test_other_answers(check, value, words):
@@ -429,10 +466,21 @@ def test_other_answers(check, value, words):
         check(Right(), value)
 
 
+def test_metrics_of_other_libraries():
+    given = {"a": np.float32(0.5), "b": torch.tensor(0.5, requires_grad=True), "c": True}
+    found = check_metrics(Right(), given)
+    assert found == {"a": 0.5, "b": 0.5, "c": 1.0}
+    assert {type(value) for value in found.values()} == {float}
+
+
 def test_state_that_would_be_lost():
     with pytest.raises(MethodError, match="state_dict.. returned None"):
-        check_state(wrong(state_dict=lambda self: None))
-    check_state(Right())
+        checked_state(wrong(state_dict=lambda self: None))
+    for value in (lambda: 3, (i for i in range(3))):
+        method = wrong(state_dict=lambda self, value=value: {"mine": value})
+        with pytest.raises(MethodError, match="'mine' is a .* cannot be pickled"):
+            checked_state(method)
+    checked_state(Right())
 
 
 RUN = """
