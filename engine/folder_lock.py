@@ -1,6 +1,6 @@
 """One process owns a folder that is written to: a run's, or the target of an export.
 
-`tandem.lock` in the folder is locked with flock, which the kernel gives up when the process dies, however it dies, and which
+`tandem.lock` in the folder (for an export, a hidden file beside it, as it is complete or absent) is locked with flock, which the kernel gives up when the process dies, however it dies, and which
 children do not keep: they get no descriptor across exec, and close theirs after a fork. The file says who the owner is.
 
 A disk that several machines share may not carry flock from one to the other, or not have it. So the owner also touches the
@@ -17,6 +17,7 @@ import os
 import platform
 import secrets
 import tempfile
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -60,8 +61,8 @@ class Owner:
 class FolderLock:
     """The ownership of a folder, until `release` or the end of the process."""
 
-    def __init__(self, path: Path, descriptor: int, owner: Owner):
-        self.path, self.descriptor, self.owner = path, descriptor, owner
+    def __init__(self, folder: Path, path: Path, descriptor: int, owner: Owner):
+        self.folder, self.path, self.descriptor, self.owner = folder, path, descriptor, owner
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self.beat, name="folder lock", daemon=True)
         self.thread.start()
@@ -77,7 +78,7 @@ class FolderLock:
         disk, that it counted as dead; or somebody removed the lock."""
         other = read_owner(self.path)
         if other is not None and other.token != self.owner.token:
-            raise FolderTaken(f"{self.path.parent} is now owned by {other.describe()}; this process ({self.owner.describe()}) "
+            raise FolderTaken(f"{self.folder} is now owned by {other.describe()}; this process ({self.owner.describe()}) "
                               "writes no more into it")
 
     def release(self) -> None:
@@ -108,8 +109,8 @@ os.register_at_fork(after_in_child=forget_after_fork)
 @contextmanager
 def owned(folder: Path, say: Callable[[str], None] = print) -> Iterator[FolderLock]:
     """Own a folder that exists, for the block. Raises ConfigError that names the owner if there is one, or if the folder
-    cannot be written to. `say` is told what one waits for, and whose place one takes."""
-    lock = acquire(folder, say)
+    cannot be written to. `say` is told whose place one takes."""
+    lock = acquire(folder, folder / LOCK, say)
     OWNED.append(folder)
     try:
         yield lock
@@ -117,8 +118,21 @@ def owned(folder: Path, say: Callable[[str], None] = print) -> Iterator[FolderLo
         lock.release()
 
 
-def acquire(folder: Path, say: Callable[[str], None]) -> FolderLock:
-    path = folder / LOCK
+@contextmanager
+def owned_from_beside(folder: Path) -> Iterator[FolderLock]:
+    """The same for a folder that is not there yet."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written to: {error}") from None
+    lock = acquire(folder, folder.with_name(f".{folder.name}.{LOCK}"), print)
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
+def acquire(folder: Path, path: Path, say: Callable[[str], None]) -> FolderLock:
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -129,43 +143,43 @@ def acquire(folder: Path, say: Callable[[str], None]) -> FolderLock:
             if same_file(path, descriptor):     # else its owner has just removed it
                 if exact is None:
                     raise in_use(folder, named_owner(path))
-                return FolderLock(path, descriptor, claim(folder, descriptor, exact, say))
+                return FolderLock(folder, path, descriptor, claim(folder, path, descriptor, exact, say))
         except BaseException:
             os.close(descriptor)
             raise
         os.close(descriptor)
 
 
-def claim(folder: Path, descriptor: int, exact: bool, say: Callable[[str], None]) -> Owner:
+def claim(folder: Path, path: Path, descriptor: int, exact: bool, say: Callable[[str], None]) -> Owner:
     """Write this process into the lock file, if whoever stands there is dead. `exact`: we have the lock."""
-    before = read_owner(folder / LOCK)
+    before = read_owner(path)
     if before is not None:
         dead = exact and before.boot == boot_id()       # the same kernel gave us its lock
-        if not dead and beats(folder, before, say):
+        if not dead and beats(folder, path, before):
             raise in_use(folder, before)
         say(f"{folder}: in the place of {before.describe()}, which ended without giving it back")
     owner = Owner.here()
     write_owner(descriptor, owner)
     if not exact:
         time.sleep(SETTLE_SECONDS)
-        other = read_owner(folder / LOCK)
+        other = read_owner(path)
         if other != owner:
             raise in_use(folder, other)
     return owner
 
 
-def beats(folder: Path, owner: Owner, say: Callable[[str], None]) -> bool:
+def beats(folder: Path, path: Path, owner: Owner) -> bool:
     """Whether the lock file is still touched. Times are those of the disk, as clocks of machines differ."""
-    seen = modified(folder / LOCK)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".tandem.now.") as file:
+    seen = modified(path)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tandem.now.") as file:
         age = os.fstat(file.fileno()).st_mtime - seen
     left = STALE_SECONDS - max(0.0, age)
     if left > 0:
-        say(f"{folder}: owned by {owner.describe()}; watching for up to {left:.0f} s whether that is alive")
+        print(f"{folder}: owned by {owner.describe()}; watching for up to {left:.0f} s whether that is alive", file=sys.stderr, flush=True)
     end = time.monotonic() + left
     while time.monotonic() < end:
         time.sleep(min(1.0, STALE_SECONDS / 10))
-        if modified(folder / LOCK) != seen:
+        if modified(path) != seen:
             return True
     return False
 

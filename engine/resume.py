@@ -30,7 +30,7 @@ FIXED = ("mode", "method.name", "model.dtype", "learner.zero_stage", "learner.of
 UNTOLD = ("run.name", "run.dir", "run.resume", "run.resume_changes", "run.beside_files")
 FREE = (*UNTOLD, "run.steps", "run.token_budget", "run.checkpoint_every", "run.keep_checkpoints", "run.save_model", "run.wandb",
         "run.tensorboard", "run.rollout_only", "eval", "data.evaluation", "sync", "cluster", "model.trust_remote_code",
-        "reward.workers", "reward.timeout", "reward.max_error_rate", "rollout.request_timeout", "rollout.max_restarts",
+        "reward.workers", "reward.timeout", "reward.max_error_rate", "reward.memory_gib", "reward.check_answers", "rollout.request_timeout", "rollout.max_restarts",
         "rollout.max_sequences", "rollout.max_model_len", "rollout.gpu_memory_utilization", "rollout.kv_cache_gib",
         "rollout.prefix_caching", "rollout.sleep", "learner.max_skipped_steps", "learner.gradient_checkpointing",
         "learner.offload_activations")

@@ -1,7 +1,8 @@
 """The folder of a run: whose it is, what a run writes into it, and what a start finds there.
 
-run.json marks it: {"run": a random id, "written": time, "model": whether model/ is this run's, "format": 1}. The id also stands in every checkpoint's manifest, in
-environment.json, in the first line of config.yaml and in the start events, so that files of two runs can be told apart.
+run.json marks it: {"run": a random id, "written": time, "model": whether model/ is this run's, "format": 1}. The id also
+stands in every checkpoint's manifest, in environment.json, in the first line of config.yaml and in the start events, so that
+files of two runs can be told apart.
 
 A start owns the folder (`folder_lock`) before it writes anything. It begins in a folder that is absent or empty, or that an
 earlier start left before anything was trained; it goes on from a checkpoint with run.resume=true or auto; with auto it starts
@@ -196,7 +197,7 @@ def replaced_model(folder: RunFolder) -> Iterator[Path]:
         shutil.rmtree(tmp, ignore_errors=True)
         raise
     if os.path.lexists(final):
-        ours = read_json(folder.path / MARK).get("model", False)
+        ours = wrote_model(folder.path)
         final.rename(old if ours else free_name(final))
     tmp.rename(final)
     write_mark(folder.path, folder.run_id, model=True)
@@ -205,9 +206,18 @@ def replaced_model(folder: RunFolder) -> Iterator[Path]:
 
 def forget_model(folder: RunFolder) -> None:
     """Remove the final model that an earlier end of this run left: the run is longer now, and its newest checkpoint is the model."""
-    if read_json(folder.path / MARK).get("model", False):
+    if wrote_model(folder.path):
         write_mark(folder.path, folder.run_id)
         shutil.rmtree(folder.path / "model", ignore_errors=True)
+
+
+def wrote_model(path: Path) -> bool:
+    """Whether model/ is known to be the run's."""
+    try:
+        mark = read_json(path / MARK)
+    except (TornFile, OSError):
+        return False
+    return isinstance(mark, dict) and mark.get("model") is True
 
 
 def write_mark(path: Path, run_id: str, model: bool = False) -> None:

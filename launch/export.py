@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tandem.engine.checkpoint import CheckpointError, Checkpoints, verify
 from tandem.engine.config import ConfigError
+from tandem.engine.folder_lock import owned_from_beside
 from tandem.engine.tiny import complete_folder
 from tandem.engine.weight_files import tensor_shapes
 
@@ -20,19 +21,25 @@ def export(source: str | Path, out: str | Path) -> Path:
     Raises ConfigError.
     """
     source, out = Path(source), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is not empty; name a new folder")
+    check_target(out)
     model = saved_model(source)
     if not tensor_shapes(model):
         raise ConfigError(f"{model} holds no weights; export another checkpoint of the run")
-    with complete_folder(out) as folder:
-        shutil.copytree(model, folder, dirs_exist_ok=True)
+    with owned_from_beside(out.absolute()):
+        check_target(out)
+        with complete_folder(out) as folder:
+            shutil.copytree(model, folder, dirs_exist_ok=True)
     return out
+
+
+def check_target(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not empty; name a new folder")
 
 
 def saved_model(source: Path) -> Path:
     """The Hugging Face folder in a run or checkpoint folder. Raises ConfigError if there is none, or it is damaged."""
-    if (source / "config.yaml").is_file():
+    if (source / "config.yaml").is_file() or (source / "checkpoints").is_dir():
         if (source / "model" / "config.json").is_file():
             return source / "model"
         found = Checkpoints(source / "checkpoints", keep=1).latest()
@@ -46,7 +53,7 @@ def saved_model(source: Path) -> Path:
         except CheckpointError as error:
             raise ConfigError(f"{error}; export another checkpoint of the run") from None
     else:
-        raise ConfigError(f"{source} is neither a run folder (config.yaml) nor a checkpoint (learner/)")
+        raise ConfigError(f"{source} is neither a run folder (config.yaml, checkpoints/) nor a checkpoint (learner/)")
     if not (checkpoint / "model" / "config.json").is_file():
         raise ConfigError(f"checkpoint {checkpoint} has no model/ folder: an older version of Tandem wrote it. Resume the run from it "
                           "(run.resume=true with run.steps one higher): the checkpoint at its end has one")
