@@ -37,7 +37,8 @@ class DatasetConfig:
     path: str = ""                                  # .jsonl, .parquet, a Hugging Face dataset name, `reasoning_gym:TASK` or `task:sort`
     split: str = "train"                            # of a Hugging Face dataset
     prompt: str = "prompt"                          # column with the prompt: a string or a list of chat messages
-    response: str | None = None                     # column with the expert's response; required for data.experts
+    response: str | None = None                     # column with the expert's response; required for data.experts. The same as prompt: a chat that ends with it
+    tools: str | None = None                        # column with the tools that the chat template is told of: a list of JSON schemas
     limit: int | None = None                        # use the first so many rows
     options: dict[str, Any] = field(default_factory=dict)   # for generated data: size, seed and task options
 
@@ -52,6 +53,12 @@ class DataConfig:
     max_expert_tokens: int = 4096                   # a longer demonstration is an error, not a cut
     experts_per_step: int = 0
     shuffle: bool = True
+    overlong: Literal["error", "drop", "truncate_left"] = "error"   # rows beyond a limit; truncate_left cuts prompts, responses are never cut
+    control_tokens: Literal["error", "escape", "allow"] = "error"   # in a row's text: <|im_end|> typed into a prompt; escape puts a space into it
+    media: Literal["error", "ignore"] = "error"     # rows with images, video or audio: ignore trains on their text alone
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)      # variables of the chat template, e.g. {enable_thinking: false}
+    template_changes: Literal["error", "allow"] = "error"   # a template that drops or changes what a message says
+    template_date: str | None = None                # what templates take for today, e.g. '2026-01-31'; None: the day on which the run first started
 
 
 @dataclass(frozen=True)

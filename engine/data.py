@@ -1,133 +1,182 @@
 """Prompts to roll out and expert demonstrations, tokenised, in an order that depends on (seed, epoch) alone.
 
 Invariants:
-  * Nothing is cut, skipped or repaired: a row that cannot be used is a ConfigError that names it, before the run starts wherever that is affordable.
+  * Nothing is cut, skipped or repaired that the config does not ask for: a row that cannot be used is a
+    ConfigError that names it, before the run starts wherever the rows have an end.
   * Two sources with equal arguments and equal `state_dict` go on identically.
 """
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from tandem.engine.config import ConfigError, DataConfig, DatasetConfig, ModelConfig
+from tandem.engine.cursor import Cursor
 from tandem.engine.encoding import Encoder
 from tandem.engine.foreign import ID_CHARACTERS, message, text_of
-from tandem.engine.rows import Rows, open_rows
+from tandem.engine.lengths import TooLong
+from tandem.engine.rows import open_rows
 from tandem.engine.tasks import UNLIMITED, is_generated
 from tandem.engine.types import Finish, Prompt, Source, Trajectory
 
-TOKENISED_ROWS = 2_000      # rows that are tokenised before the run, a few seconds; later ones when their turn comes
-READ_ROWS = 1_000_000       # rows whose columns are read before the run
-UNLIMITED_ROWS = 32         # both, for generated rows without end
+TOKENISED_ROWS = 2_000      # rows that are tokenised before the run; of later ones those that need it
+UNLIMITED_ROWS = 32         # the same for generated rows without end
+MOST_DROPPED = 1_000        # rows without end that are too long, one after the other
 
 
-class PromptSource:
-    """An endless sequence of prompts. `len` is the rows of one epoch.
+class RowError(ConfigError):
+    """A row that could not be checked before the run is wrong."""
 
-    With `dataset.response` set, every prompt carries the row's demonstration (the response's token ids).
-    Raises ConfigError on construction for anything wrong with the dataset (see `start`), and from `take` for a later row that is too long.
+
+class RowSource:
+    """An endless sequence of the rows of a dataset. `len` is the rows of one epoch, and `source[i]` the
+    i-th of them.
+
+    Raises ConfigError on construction for anything wrong with the dataset, and from `take` RowError for
+    generated rows without end. `dropped` and `truncated` count rows that were too long (data.overlong).
     """
 
-    def __init__(self, dataset: DatasetConfig, data: DataConfig, tokenizer, model: ModelConfig, seed: int):
-        self.dataset, self.encoder = dataset, Encoder(dataset, data, tokenizer, model)
-        self.rows, self.cursor = start(self, dataset, data, seed)
+    def __init__(self, dataset: DatasetConfig, data: DataConfig, tokenizer, model: ModelConfig,
+                 seed: int):
+        self.dataset = dataset
+        self.data = data
+        wanted = dataset
+        if isinstance(self, ExpertSource) and dataset.response is None:
+            wanted = replace(dataset, response="response")      # the name it has in generated rows
+        self.encoder = Encoder(wanted, data, tokenizer, model)
+        held_out = dataset is data.evaluation
+        if is_generated(dataset.path) and held_out != (dataset.split == "test"):
+            use = "evaluation" if held_out else "training"
+            raise ConfigError(f"{dataset.path} with split {dataset.split!r} for {use}: generated data needs "
+                              "split: test in data.evaluation and split: train elsewhere, so that no "
+                              "evaluation problem is trained on")
+        self.rows = open_rows(dataset)
+        length = len(self.rows)
+        if dataset.limit is not None:
+            length = min(length, dataset.limit)
+        if length < 1:
+            raise ConfigError(f"{dataset.path}: limit is {dataset.limit}, which leaves no rows")
+        self.endless = length == UNLIMITED
+        if self.endless and (held_out or isinstance(self, ExpertSource)):
+            raise ConfigError(f"{dataset.path}: options.size is not set; demonstrations and evaluation need "
+                              "a fixed number of problems")
+        self.dropped = 0
+        self.first_dropped = ""
+        left_out = self.check(UNLIMITED_ROWS if self.endless else length)
+        if len(left_out) == length:
+            raise ConfigError(f"{dataset.path}: all {length} rows are too long and left out "
+                              f"(data.overlong=drop); the first: {self.first_dropped}")
+        self.truncated = self.encoder.truncated
+        shuffle = data.shuffle and not self.endless     # rows without end come at random anyway
+        self.cursor = Cursor(length, seed, shuffle, [] if self.endless else left_out)
+
+    def check(self, count: int) -> list[int]:
+        """Read the first rows, all if they have an end, and tokenise those that may be too long, the first
+        of them, and every row that looks like none before. Returns the numbers of rows to leave out."""
+        left_out = []
+        for number in range(count):
+            label = self.rows.label(number)
+            sample = self.encoder.read(self.rows[number], label)
+            if number >= TOKENISED_ROWS and self.encoder.surely_fits(sample):
+                continue
+            try:
+                self.encoder.encode(sample, label)
+            except TooLong as error:
+                self.drop(error)
+                left_out.append(number)
+        return left_out
+
+    def drop(self, error: TooLong) -> None:
+        """Count a row that is left out. Raises the error again if the config does not allow it."""
+        if self.data.overlong != "drop":
+            raise error
+        self.dropped += 1
+        self.first_dropped = self.first_dropped or str(error)
+
+    def describe(self) -> str | None:
+        """A line about the rows that are too long; None if there are none."""
+        parts = []
+        if self.dropped:
+            parts.append(f"{self.dropped} left out (the first: {self.first_dropped})")
+        if self.truncated:
+            parts.append(f"{self.truncated} prompts cut to their last {self.data.max_prompt_tokens} tokens")
+        if not parts:
+            return None
+        rows = "the first" if self.endless else f"{self.cursor.length + self.dropped}"
+        return f"{self.dataset.path}: of {rows} rows, {', '.join(parts)} (data.overlong={self.data.overlong})"
+
+    def facts(self) -> dict[str, Any]:
+        """For the events of a run."""
+        return {"path": self.dataset.path, "rows": None if self.endless else len(self),
+                "dropped": self.dropped, "truncated": self.truncated,
+                "template_date": self.encoder.template.clock}
 
     def __len__(self) -> int:
         return self.cursor.length
 
-    def __getitem__(self, number: int) -> Prompt:
-        row, label = self.rows[number], self.rows.label(number)
-        prompt = self.encoder.prompt(row, label)
-        demonstration = self.encoder.response(row, label, prompt) if self.dataset.response else None
-        return Prompt(row_id(row, label), prompt.tokens, prompt.content, row, demonstration)
+    def take(self, n: int) -> list[Any]:
+        """The next n rows. If one is wrong, none of them counts as taken."""
+        epoch, index = self.cursor.epoch, self.cursor.index
+        try:
+            return [self.next() for _ in range(n)]
+        except ConfigError as error:
+            self.cursor.epoch, self.cursor.index = epoch, index
+            raise RowError(str(error)) from None
 
-    def take(self, n: int) -> list[Prompt]:
-        return [self[self.cursor.next()] for _ in range(n)]
+    def next(self) -> Any:
+        for _ in range(MOST_DROPPED):
+            try:
+                return self.make(self.cursor.next())
+            except TooLong as error:
+                self.drop(error)
+        raise ConfigError(f"{self.dataset.path}: {MOST_DROPPED} rows in a row are too long; the first: "
+                          f"{self.first_dropped}")
 
-    def state_dict(self) -> dict[str, int]:
-        return self.cursor.state_dict()
+    def __getitem__(self, place: int) -> Any:
+        return self.make(self.cursor[place])
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def make(self, number: int) -> Any:
+        """What the row of this number is for the run."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self.cursor.state_dict(), "template_date": self.encoder.template.clock}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.cursor.load_state_dict(state, self.dataset.path)
+        self.encoder.template.clock = state.get("template_date", self.encoder.template.clock)
 
 
-class ExpertSource:
-    """An endless sequence of demonstrations: trajectories whose response tokens are EXPERT. `len` is the rows of one epoch.
+class PromptSource(RowSource):
+    """Prompts. With `dataset.response` set, each carries the row's demonstration (the response's ids)."""
 
-    Raises ConfigError like PromptSource.
-    """
-
-    def __init__(self, dataset: DatasetConfig, data: DataConfig, tokenizer, model: ModelConfig, seed: int):
-        self.dataset, self.encoder = dataset, Encoder(dataset, data, tokenizer, model)
-        self.rows, self.cursor = start(self, dataset, data, seed)
-
-    def __len__(self) -> int:
-        return self.cursor.length
-
-    def __getitem__(self, number: int) -> Trajectory:
+    def make(self, number: int) -> Prompt:
         row, label = self.rows[number], self.rows.label(number)
-        prompt = self.encoder.prompt(row, label)
-        response = self.encoder.response(row, label, prompt)
-        source = np.repeat(np.array([Source.PROMPT, Source.EXPERT], np.int8), [len(prompt.tokens), len(response)])
-        return Trajectory(row_id(row, label), np.concatenate([prompt.tokens, response]), source, Finish.STOP)
-
-    def take(self, n: int) -> list[Trajectory]:
-        return [self[self.cursor.next()] for _ in range(n)]
-
-    def state_dict(self) -> dict[str, int]:
-        return self.cursor.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        self.cursor.load_state_dict(state, self.dataset.path)
+        encoded = self.encoder.encode(self.encoder.read(row, label), label)
+        return Prompt(row_id(row, label), encoded.tokens, encoded.content, row, encoded.response)
 
 
-def start(source: PromptSource | ExpertSource, dataset: DatasetConfig, data: DataConfig, seed: int) -> tuple[Rows, Cursor]:
-    """Open and check the rows of a source. Columns are checked in the first READ_ROWS rows, tokens and lengths in the first TOKENISED_ROWS."""
-    held_out = dataset is data.evaluation
-    if is_generated(dataset.path) and held_out != (dataset.split == "test"):
-        raise ConfigError(f"{dataset.path} with split {dataset.split!r} for {'evaluation' if held_out else 'training'}: generated data needs split: test in "
-                          "data.evaluation and split: train elsewhere, so that no evaluation problem is trained on")
-    source.rows = rows = open_rows(dataset)
-    length = len(rows) if dataset.limit is None else min(len(rows), dataset.limit)
-    if length < 1:
-        raise ConfigError(f"{dataset.path}: limit is {dataset.limit}, which leaves no rows")
-    if length == UNLIMITED and (held_out or isinstance(source, ExpertSource)):
-        raise ConfigError(f"{dataset.path}: options.size is not set; demonstrations and evaluation need a fixed number of problems")
-    for number in range(UNLIMITED_ROWS if length == UNLIMITED else min(length, READ_ROWS)):
-        if number < TOKENISED_ROWS:
-            source[number]
-        else:
-            source.encoder.read(rows[number], rows.label(number))
-    return rows, Cursor(length, seed, data.shuffle)
+class ExpertSource(RowSource):
+    """Demonstrations: trajectories whose response tokens are EXPERT."""
+
+    def make(self, number: int) -> Trajectory:
+        row, label = self.rows[number], self.rows.label(number)
+        encoded = self.encoder.encode(self.encoder.read(row, label), label)
+        kinds = np.array([Source.PROMPT, Source.EXPERT], np.int8)
+        source = np.repeat(kinds, [len(encoded.tokens), len(encoded.response)])
+        tokens = np.concatenate([encoded.tokens, encoded.response])
+        return Trajectory(row_id(row, label), tokens, source, Finish.STOP)
 
 
-class Cursor:
-    """Row numbers without end: every epoch is a permutation of its own, or the plain order."""
-
-    def __init__(self, length: int, seed: int, shuffle: bool):
-        self.length, self.seed, self.shuffle = length, seed % 2**63, shuffle and length != UNLIMITED    # rows without end come at random anyway
-        self.epoch = self.index = 0
-        self.order: tuple[int, np.ndarray] | None = None    # (epoch, permutation)
-
-    def next(self) -> int:
-        if self.index == self.length:
-            self.epoch, self.index = self.epoch + 1, 0
-        self.index += 1
-        if not self.shuffle:
-            return self.index - 1
-        if self.order is None or self.order[0] != self.epoch:
-            self.order = self.epoch, np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
-        return int(self.order[1][self.index - 1])
-
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "index": self.index, "rows": self.length}
-
-    def load_state_dict(self, state: Mapping[str, int], name: str) -> None:
-        if state["rows"] != self.length:
-            raise ConfigError(f"dataset {name!r} has {self.length} rows, but {state['rows']} when the checkpoint was written; resume with the same data")
-        self.epoch, self.index = state["epoch"], state["index"]
+def recorded_date(cursors: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The date that the templates of a run tell, from the cursors of its checkpoint."""
+    for state in cursors.values():
+        if "template_date" in state:
+            return state["template_date"]
+    return None
 
 
 def row_id(row: Mapping[str, Any], label: str) -> str:

@@ -1,141 +1,308 @@
-"""From dataset rows to token ids: chat template, system prompt, end-of-turn token, length limits.
+"""From samples to token ids: chat template, end-of-turn token, length limits.
 
 Invariants:
   * The prompt part of a demonstration is, token for token, what a rollout of the same row is given.
-  * A demonstration ends with the token at which the model itself would stop, and holds no such token before.
+  * A demonstration ends with the token at which the model itself would stop, and holds no such
+    token before.
+  * Whatever a message says is in what is tokenised (unless data.template_changes allows less).
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from tandem.engine.config import ConfigError, DataConfig, DatasetConfig, ModelConfig, closest
+from tandem.engine.config import DataConfig, DatasetConfig, ModelConfig
+from tandem.engine.context import context_length
+from tandem.engine.control_tokens import ControlTokens
+from tandem.engine.errors import ConfigError, brief
+from tandem.engine.lengths import TooLong, most_tokens, refuse_huge
+from tandem.engine.messages import find_missing, literals, with_markers
+from tandem.engine.samples import Sample, SampleReader, refuse_surrogates, role_advice
+from tandem.engine.templates import Template, TemplateFailure
+
+SPLIT_BEHIND = ("", "\n", "=", ":", "a")    # texts behind which a response may be tokenised apart
+DROP = "or set data.overlong=drop to leave such rows out"
 
 
 @dataclass(frozen=True, eq=False)
-class EncodedPrompt:
-    content: Any            # str, or the chat messages with the system prompt
-    text: str               # what was tokenised
-    tokens: np.ndarray      # int32 [T]
+class Encoded:
+    content: Any                    # str, or the chat messages with the system prompt
+    tokens: np.ndarray              # int32 [T], the prompt
+    response: np.ndarray | None     # int32 [T_response], the last one being a stop token
 
 
 class Encoder:
-    """Reads and tokenises the rows of one dataset. Every error is a ConfigError that begins with the row's label."""
+    """Reads and tokenises the rows of one dataset.
+
+    Every error is a ConfigError that begins with the row's label, for a row beyond a limit a TooLong.
+    """
 
     def __init__(self, dataset: DatasetConfig, data: DataConfig, tokenizer, model: ModelConfig):
-        self.dataset, self.data, self.tokenizer, self.system = dataset, data, tokenizer, model.system_prompt
-        self.response_column = dataset.response or "response"   # generated rows have a column of this name
+        from tandem.engine.model import read_config, resolve_model
+        self.data = data
+        self.tokenizer = tokenizer
+        self.template = Template(tokenizer, data.chat_template_kwargs, data.template_date)
         self.stop = stop_tokens(tokenizer, model)
+        source = self.template.source
+        control = ControlTokens(tokenizer, self.stop, source)
+        self.reader = SampleReader(dataset, data, model.system_prompt, control, source)
+        self.literals = literals(source)
+        self.context = context_length(read_config(model, resolve_model(model)))
+        self.prefix = plain_prefix(tokenizer)
+        self.margins: dict[tuple, tuple[int, int]] = {}     # of every shape: see `surely_fits`
+        self.truncated = 0                                  # prompts cut so far
 
-    def read(self, row: Mapping[str, Any], label: str) -> None:
-        """Check the columns without tokenising."""
-        self.question(row, label)
-        if self.dataset.response:
-            self.answer(row, label)
+    def read(self, row: Mapping[str, Any], label: str) -> Sample:
+        """The row without tokenising it."""
+        return self.reader.read(row, label)
 
-    def question(self, row: Mapping[str, Any], label: str) -> str | list[dict[str, Any]]:
-        """The prompt as the row has it: text, or messages of which the last one wants an answer."""
-        name = self.dataset.prompt
-        value = column(row, name, "prompt", label)
-        if not isinstance(value, str) and not (isinstance(value, list) and value and all(map(is_message, value))):
-            raise ConfigError(f"{label}: column {name!r} must hold text or a list of messages with role and content, found {short(value)}")
-        if not isinstance(value, str) and value[-1]["role"] == "assistant":
-            raise ConfigError(f"{label}: the last message of the prompt is the assistant's; the answer belongs into a column of its own (data.experts.response)")
-        if not (value if isinstance(value, str) else value[-1]["content"]).strip():
-            raise ConfigError(f"{label}: the prompt (column {name!r}) is empty")
-        return value
+    def encode(self, sample: Sample, label: str) -> Encoded:
+        shape = self.shape(sample)
+        chat = isinstance(sample.prompt, list)
+        text = self.render_prompt(sample, label) if chat else sample.prompt
+        if chat and shape not in self.margins:
+            self.check_roles(sample, label)
+        tokens = self.prompt_tokens(text, chat, label)
+        rest = ""
+        response = None
+        if sample.response is not None:
+            rest = self.response_text(sample, text, label)
+            response = self.response_tokens(tokens, text, rest, chat, label)
+            self.check_lengths(tokens, response, label)
+        if shape not in self.margins:
+            known = sum(len(message["content"]) for message in sample.prompt) if chat else len(text)
+            answer = len(sample.response["content"]) if sample.response else 0
+            self.margins[shape] = (len(text) - known, len(rest) - answer)
+        return Encoded(sample.prompt, self.within_limit(tokens, label), response)
 
-    def answer(self, row: Mapping[str, Any], label: str) -> dict[str, Any]:
-        """The response as an assistant message."""
-        name = self.response_column
-        value = column(row, name, "response", label)
-        message = {"role": "assistant", "content": value} if isinstance(value, str) else value[0] if isinstance(value, list) and len(value) == 1 else value
-        if not is_message(message) or message["role"] != "assistant":
-            raise ConfigError(f"{label}: column {name!r} must hold text or a list of one assistant message, found {short(value)}")
-        if not message["content"].strip():
-            raise ConfigError(f"{label}: the response (column {name!r}) is empty")
-        return message
+    # -- rows that need not be tokenised --------------------------------------------------------------
 
-    def prompt(self, row: Mapping[str, Any], label: str) -> EncodedPrompt:
-        value = self.question(row, label)
-        chat = isinstance(value, list) if self.data.chat is None else self.data.chat
-        if chat:
-            content = self.messages(value, label)
-            text = self.render(content, label, generation=True)
-        else:
-            if not isinstance(value, str):
-                raise ConfigError(f"{label}: column {self.dataset.prompt!r} holds messages, but data.chat is false, which wants text")
-            if self.system is not None:
-                raise ConfigError(f"{label}: model.system_prompt is set, but the prompt is plain text; set data.chat=true, or put the words into the prompt")
-            content = text = value
-        tokens = self.encode(text, chat)
-        if len(tokens) > self.data.max_prompt_tokens:
-            raise ConfigError(f"{label}: the prompt has {len(tokens)} tokens, more than data.max_prompt_tokens={self.data.max_prompt_tokens}; "
-                              "raise the limit, or shorten or drop the row")
-        return EncodedPrompt(content, text, tokens)
+    def shape(self, sample: Sample) -> tuple:
+        """What a template may decide by, other than the words: roles, keys, and the marks in contents
+        that the template itself speaks of (such as </think>)."""
+        if isinstance(sample.prompt, str):
+            return ("plain",)
+        parts = []
+        for message in sample.messages:
+            content = message["content"]
+            marks = frozenset(self.literals.findall(content)) if self.literals else frozenset()
+            parts.append((message["role"], frozenset(message), marks, not content.strip()))
+        return tuple(parts)
 
-    def response(self, row: Mapping[str, Any], label: str, prompt: EncodedPrompt) -> np.ndarray:
-        """int32 [T_response], the last one being a stop token."""
-        message = self.answer(row, label)
-        chat = isinstance(prompt.content, list)
-        full = self.render([*prompt.content, message], label, generation=False) if chat else prompt.text + message["content"]
-        if not full.startswith(prompt.text):
-            raise ConfigError(f"{label}: the chat template writes the turns before the response differently once the response is there, so that training would not see "
-                              f"what a rollout sees: {short(prompt.text[-80:])} became {short(full[:len(prompt.text)][-80:])}; use a template that only appends")
-        tokens = self.with_stop(self.continuation(prompt, full, chat, label), label)
-        if len(tokens) > self.data.max_expert_tokens:
-            raise ConfigError(f"{label}: the demonstration has {len(tokens)} tokens, more than data.max_expert_tokens={self.data.max_expert_tokens}; "
-                              "raise the limit, or shorten or drop the row")
+    def surely_fits(self, sample: Sample) -> bool:
+        """Whether a row of the same shape was encoded, and this one is too short to be beyond a limit.
+
+        A shape's margins are the characters that its template adds to prompt and response.
+        """
+        margins = self.margins.get(self.shape(sample))
+        if margins is None or sample.tools is not None:
+            return False
+        before, behind = (abs(margin) + len(self.prefix) + 16 for margin in margins)
+        texts = [sample.prompt]
+        if isinstance(sample.prompt, list):
+            texts = [message["content"] for message in sample.prompt]
+        prompt = before + sum(most_tokens(text) for text in texts)
+        response = behind + most_tokens(sample.response["content"]) if sample.response else 0
+        if prompt > self.data.max_prompt_tokens or response > self.data.max_expert_tokens:
+            return False
+        return self.context is None or prompt + response < self.context
+
+    # -- text -------------------------------------------------------------------------------------------
+
+    def render(self, messages: Sequence[dict], tools: list | None, generation: bool,
+               label: str) -> str:
+        if not self.template.source:
+            raise ConfigError(f"{label}: the tokenizer has no chat template; set data.chat=false and "
+                              "use plain text prompts, or model.tokenizer to one that has it")
+        try:
+            text = self.template.render(messages, tools, generation)
+        except TemplateFailure as error:
+            raise ConfigError(f"{label}: the chat template refuses these messages: {error} (it comes "
+                              "with the tokenizer: model.tokenizer or model.path; "
+                              "data.chat_template_kwargs gives it variables)") from None
+        refuse_surrogates(text, "what the chat template wrote", label)
+        return text
+
+    def render_prompt(self, sample: Sample, label: str) -> str:
+        text = self.render(sample.prompt, sample.tools, True, label)
+        self.check_content(text, sample.prompt, label)
+        self.check_tools(text, sample.tools, label)
+        return text
+
+    def response_text(self, sample: Sample, text: str, label: str) -> str:
+        """The text behind the prompt's: the response and what ends the turn."""
+        if isinstance(sample.prompt, str):
+            return sample.response["content"]
+        full = self.render(sample.messages, sample.tools, False, label)
+        if not full.startswith(text):
+            raise ConfigError(f"{label}: the chat template writes the turns before the response "
+                              "differently once the response is there, so that training would not see "
+                              f"what a rollout sees: {brief(text[-80:])} became "
+                              f"{brief(full[:len(text)][-80:])}; use a template that only appends")
+        self.check_content(full, sample.messages, label)
+        return full[len(text):]
+
+    def check_content(self, text: str, messages: Sequence[dict], label: str) -> None:
+        """Raise ConfigError if a message's words are not in the rendered text."""
+        if self.data.template_changes == "allow":
+            return
+        found = find_missing(text, list(messages))
+        if found is not None:
+            self.refuse_change(text, *found, label)
+
+    def refuse_change(self, text: str, message: dict, name: str, wanted: str, label: str) -> None:
+        role = message["role"]
+        change = "drops or changes"
+        if "".join(wanted.split()) in "".join(text.split()):
+            change = "changes the white space of"
+        raise ConfigError(f"{label}: the chat template {change} the {name} of role {role!r}"
+                          f"{role_advice(role)}: {brief(wanted)} is not in what it wrote, "
+                          f"{brief(text[-160:])}; change the row or the template, or set "
+                          "data.template_changes=allow to train on what it writes")
+
+    def check_roles(self, sample: Sample, label: str) -> None:
+        """Raise ConfigError if the template leaves out messages of some role. Contents that occur
+        nowhere else show it even where a real content is found in the template's own words."""
+        if self.data.template_changes == "allow" or not self.template.source:
+            return
+        marked = with_markers(sample.messages)
+        try:
+            text = self.template.render(marked, sample.tools, sample.response is None)
+        except TemplateFailure:     # it wants a content of some form
+            return
+        missing = find_missing(text, marked)
+        if missing is not None and missing[1] == "content":
+            message = sample.messages[marked.index(missing[0])]
+            self.refuse_change(text, message, "content", message["content"], label)
+
+    def check_tools(self, text: str, tools: list | None, label: str) -> None:
+        for tool in tools or []:
+            function = tool.get("function", tool)
+            name = function.get("name") if isinstance(function, dict) else None
+            if isinstance(name, str) and name not in text and self.data.template_changes == "error":
+                raise ConfigError(f"{label}: the chat template does not write the tool {name!r}: it may "
+                                  "know no tools; use another template, leave `tools:` of the dataset "
+                                  "out, or set data.template_changes=allow")
+
+    # -- tokens -----------------------------------------------------------------------------------------
+
+    def prompt_tokens(self, text: str, chat: bool, label: str) -> np.ndarray:
+        """All tokens of the prompt, int32 [T]. Raises TooLong unless too long a one is to be cut."""
+        limit = self.data.max_prompt_tokens
+        cut = self.data.overlong == "truncate_left"
+        if not cut:
+            refuse_huge(text, limit, self.longest_token, "the prompt", label)
+        tokens = self.tokens(text, chat, label)
+        if len(tokens) > limit and not cut:
+            raise TooLong(f"{label}: the prompt has {len(tokens)} tokens, more than "
+                          f"data.max_prompt_tokens={limit}; raise the limit, shorten the row, set "
+                          "data.overlong=truncate_left to use the end of the prompt, " + DROP)
+        kept = min(len(tokens), limit)
+        if self.context is not None and kept >= self.context:
+            raise TooLong(f"{label}: the prompt has {kept} tokens, and the model's context is "
+                          f"{self.context}: there is no room for a response; shorten the row, {DROP}")
         return tokens
 
-    def continuation(self, prompt: EncodedPrompt, full: str, chat: bool, label: str) -> np.ndarray:
-        """Tokens of `full` after those of the prompt. Where a token would span the border, the response is tokenised on its own, as a rollout would write it."""
-        joint, n = self.encode(full, chat), len(prompt.tokens)
-        if np.array_equal(joint[:n], prompt.tokens):
-            return joint[n:]
-        apart = self.encode(full[len(prompt.text):], bare=True)
-        if self.tokenizer.decode(np.concatenate([prompt.tokens, apart])) != self.tokenizer.decode(joint):
-            raise ConfigError(f"{label}: the tokenizer cannot split prompt and response at their border ({short(full[len(prompt.text) - 20:len(prompt.text) + 20])}); "
-                              "end the prompt and begin the response so that no token spans both")
-        return apart
+    def within_limit(self, tokens: np.ndarray, label: str) -> np.ndarray:
+        """The prompt as it is used: too long a one without its beginning, but with its BOS."""
+        limit = self.data.max_prompt_tokens
+        if len(tokens) <= limit:
+            return tokens
+        self.truncated += 1
+        head = tokens[:len(self.prefix)]
+        if len(head) >= limit or head.tolist() != self.prefix:
+            return tokens[-limit:]
+        return np.concatenate([head, tokens[len(head) - limit:]])
+
+    def response_tokens(self, prompt: np.ndarray, text: str, rest: str, chat: bool,
+                        label: str) -> np.ndarray:
+        """int32 [T_response], the last one being a stop token."""
+        refuse_huge(rest, self.data.max_expert_tokens, self.longest_token, "the response", label)
+        return self.with_stop(self.continuation(prompt, text, rest, chat, label), label)
+
+    def check_lengths(self, prompt: np.ndarray, response: np.ndarray, label: str) -> None:
+        limit = self.data.max_expert_tokens
+        if len(response) > limit:
+            raise TooLong(f"{label}: the demonstration has {len(response)} tokens, more than "
+                          f"data.max_expert_tokens={limit}; raise the limit, shorten the row, {DROP} "
+                          "(a response is never cut)")
+        total = min(len(prompt), self.data.max_prompt_tokens) + len(response)
+        if self.context is not None and total > self.context:
+            raise TooLong(f"{label}: prompt and response have {total} tokens together, more than the "
+                          f"model's context of {self.context}; shorten the row, {DROP}")
+
+    def continuation(self, prompt: np.ndarray, text: str, rest: str, chat: bool,
+                     label: str) -> np.ndarray:
+        """Tokens of `rest` after those of the prompt. Where a token would span the border, the rest is
+        tokenised on its own, as a rollout would write it."""
+        joint = self.tokens(text + rest, chat, label)
+        if np.array_equal(joint[:len(prompt)], prompt):
+            return joint[len(prompt):]
+        wanted = self.decode(joint)
+        for lead in SPLIT_BEHIND:       # tokenizers that put a space before a text need one
+            head = self.tokens(lead, True, label)
+            apart = self.tokens(lead + rest, True, label)
+            if np.array_equal(apart[:len(head)], head):
+                apart = apart[len(head):]
+                if self.decode(np.concatenate([prompt, apart])) == wanted:
+                    return apart
+        raise ConfigError(f"{label}: the tokenizer cannot split prompt and response at their border "
+                          f"({brief(text[-20:] + rest[:20])}); end the prompt and begin the response so "
+                          "that no token spans both")
 
     def with_stop(self, tokens: np.ndarray, label: str) -> np.ndarray:
-        """Cut behind the stop token that the template wrote (only white space may follow it), or append EOS where it wrote none."""
+        """Cut behind the first stop token, or append EOS where the template wrote none. Only white space
+        and more stop tokens may follow: some templates close the turn and then the conversation."""
         at = np.flatnonzero(np.isin(tokens, self.stop))
         if len(at) == 0:
             return np.append(tokens, np.int32(self.tokenizer.eos_token_id))
-        if self.tokenizer.decode(tokens[at[0] + 1:]).strip():
-            raise ConfigError(f"{label}: the response goes on after the token {self.tokenizer.decode(tokens[at[:1]])!r}, at which the model would have stopped; remove it from the text")
+        behind = tokens[at[0] + 1:]
+        if self.decode(behind[~np.isin(behind, self.stop)]).strip():
+            raise ConfigError(f"{label}: the response goes on after the token "
+                              f"{self.decode(tokens[at[:1]])!r}, at which the model would have stopped; "
+                              "remove it from the text")
         return tokens[:at[0] + 1]
 
-    def messages(self, value, label: str) -> list[dict[str, Any]]:
-        """The chat to render: the row's messages, or its text as one user message, after the system prompt."""
-        messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
-        if self.system is None:
-            return messages
-        if messages[0]["role"] == "system":
-            raise ConfigError(f"{label}: the prompt has a system message of its own, and model.system_prompt is set as well; unset one")
-        return [{"role": "system", "content": self.system}, *messages]
-
-    def render(self, messages, label: str, generation: bool) -> str:
-        from jinja2 import TemplateError
-        if not self.tokenizer.chat_template:
-            raise ConfigError(f"{label}: the tokenizer has no chat template; set data.chat=false and use plain text prompts, or model.tokenizer to one that has it")
+    def tokens(self, text: str, chat: bool, label: str) -> np.ndarray:
+        """int32 [T]. Plain text gets what the tokenizer puts before it (BOS), unless it begins with
+        that, and nothing of what the tokenizer puts behind it (EOS): the text is to go on. A chat
+        template writes its own."""
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-        except TemplateError as error:
-            raise ConfigError(f"{label}: the chat template refuses these messages: {error}") from None
+            ids = list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        except Exception as error:
+            raise ConfigError(f"{label}: the tokenizer fails on this text with "
+                              f"{type(error).__name__}: {error}") from None
+        if not chat and ids[:len(self.prefix)] != self.prefix:
+            ids = self.prefix + ids
+        return np.array(ids, np.int32)
 
-    def encode(self, text: str, bare: bool) -> np.ndarray:
-        """int32 [T]. bare: without the BOS that the tokenizer puts before plain text; a chat template writes its own."""
-        return np.array(self.tokenizer(text, add_special_tokens=not bare).input_ids, np.int32)
+    def decode(self, tokens: np.ndarray) -> str:
+        return self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token."""
+        return max(map(len, self.tokenizer.get_vocab()))
+
+
+def plain_prefix(tokenizer) -> list[int]:
+    """The tokens that the tokenizer puts before a plain text."""
+    for text in ("0", "a", "="):
+        bare = list(tokenizer(text, add_special_tokens=False).input_ids)
+        whole = list(tokenizer(text).input_ids)
+        for at in range(len(whole) - len(bare) + 1):
+            if bare and whole[at:at + len(bare)] == bare:
+                return whole[:at]
+    return []
 
 
 def stop_tokens(tokenizer, model: ModelConfig) -> list[int]:
-    """Every token at which generation ends: the tokenizer's EOS and those of the model's generation config (an end-of-turn token is often only there)."""
+    """Every token at which generation ends: the tokenizer's EOS and those of the model's generation
+    config (an end-of-turn token is often only there)."""
     from transformers import GenerationConfig
 
     from tandem.engine.model import resolve_model
@@ -144,20 +311,3 @@ def stop_tokens(tokenizer, model: ModelConfig) -> list[int]:
     except OSError:     # the model has none
         ids = None
     return sorted({tokenizer.eos_token_id, *([ids] if isinstance(ids, int) else ids or [])})
-
-
-def column(row: Mapping[str, Any], name: str, key: str, label: str) -> Any:
-    if name not in row:
-        raise ConfigError(f"{label}: there is no column {name!r}{closest(name, row)}; the row has {', '.join(map(str, row)) or 'none'}. Set `{key}:` of the dataset to the right one")
-    if row[name] is None:
-        raise ConfigError(f"{label}: column {name!r} is null")
-    return row[name]
-
-
-def is_message(value) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
-
-
-def short(value) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."

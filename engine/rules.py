@@ -1,6 +1,8 @@
 """The rules that span keys of a config, and the bounds of single ones: checked by config.load before anything starts."""
 from __future__ import annotations
 
+import datetime
+
 from tandem.engine.config import Config, ConfigError, hint_of, setting
 from tandem.engine.names import name_fault
 
@@ -76,6 +78,7 @@ def validate(c: Config) -> None:
     require(not (c.mode == "cluster" and c.rollout.backend == "hf"), "rollout.backend hf runs in one process, but mode is cluster; use mode=inline or backend vllm")
     require(not (c.mode == "inline" and c.rollout.backend == "vllm"), "mode=inline runs without vLLM, but rollout.backend is vllm; use mode=cluster or backend hf")
     require(not (c.mode == "inline" and c.cluster.learner_ranks > 1), f"mode=inline is one process, but cluster.learner_ranks is {c.cluster.learner_ranks}; use mode=cluster or learner_ranks=1")
+    check_templates(c)
     check_sharing(c)
     require(c.cluster.colocate or c.cluster.engine_gpus == 0 or c.cluster.engine_gpus >= c.cluster.tensor_parallel,
             f"cluster.engine_gpus is {c.cluster.engine_gpus} for tensor_parallel {c.cluster.tensor_parallel}; an engine needs one GPU per tensor-parallel rank")
@@ -91,6 +94,18 @@ def validate(c: Config) -> None:
     need = c.data.max_prompt_tokens + max(c.rollout.max_tokens, c.eval.max_tokens or 0)
     require(c.rollout.max_model_len is None or c.rollout.max_model_len >= need,
             f"rollout.max_model_len is {c.rollout.max_model_len}, but data.max_prompt_tokens + rollout.max_tokens (or eval.max_tokens, if larger) is {need}; raise it or lower them")
+
+
+def check_templates(c: Config) -> None:
+    """What is given to chat templates. Raises ConfigError."""
+    from tandem.engine.templates import RESERVED
+    for name in c.data.chat_template_kwargs:
+        require(name not in RESERVED, f"data.chat_template_kwargs has {name!r}, which Tandem sets itself; remove it")
+    if c.data.template_date is not None:
+        try:
+            datetime.datetime.fromisoformat(c.data.template_date)
+        except ValueError:
+            require(False, f"data.template_date is {c.data.template_date!r}, expected a date such as '2026-01-31', or null")
 
 
 def check_sharing(c: Config) -> None:

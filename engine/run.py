@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from tandem.algorithms.base import Budget, Demand, configured, policy_row
-from tandem.engine import first_sync, resume, run_folder, stop, weights
+from tandem.engine import first_sync, resume, run_folder, stop, templates, weights
 from tandem.engine.checkpoint import Checkpoints, RunState, rng_state, set_rng_state
 from tandem.engine.config import Config, ConfigError
 from tandem.engine.content import contents
@@ -85,13 +85,14 @@ class Run:
 
     def prepare(self) -> None:
         """Everything that can fail because of the user's input, before anything heavy starts. Raises ConfigError."""
-        from tandem.engine.data import ExpertSource, PromptSource
+        from tandem.engine.data import ExpertSource, PromptSource, RowSource, recorded_date
         from tandem.engine.model import load_tokenizer, resolve_model
         from tandem.engine.disk import check_room
         from tandem.launch.machine import check_model, parameter_count
         from tandem.rollout.rewards.answers import check_answers
         from tandem.rollout.rewards.runner import RewardRunner
         cfg = self.config
+        self.stack.callback(templates.WORKER.stop)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", cfg.run.keep_checkpoints, self.display.message)
         self.found = self.checkpoints.latest() if self.place.resumes else None
         if self.place.resumes and self.found is None:
@@ -109,7 +110,10 @@ class Run:
         if cfg.mode == "cluster":
             from tandem.launch.placement import preflight
             preflight(cfg, self.model_path)
-        source = lambda kind, dataset: dataset and kind(dataset, cfg.data, self.tokenizer, cfg.model, cfg.run.seed)
+        data = cfg.data
+        if data.template_date is None and self.found:    # templates of a resumed run tell the date on which it first started
+            data = replace(data, template_date=recorded_date(RunState.load(self.found[1]).cursors))
+        source = lambda kind, dataset: dataset and kind(dataset, data, self.tokenizer, cfg.model, cfg.run.seed)
         self.prompts = source(PromptSource, cfg.data.prompts) if self.method.uses_rollouts else None
         if self.replaying:
             from tandem.rollout.replay_backend import RecordedPrompts, check_record
@@ -122,8 +126,12 @@ class Run:
         self.checkpoints.facts = {"id": self.place.run_id, **asdict(facts)}
         for text in resume.check_changes(cfg, before, facts) if before else ():
             self.display.message(text)
-        held_out = cfg.data.evaluation and PromptSource(cfg.data.evaluation, cfg.data, self.tokenizer, cfg.model, seed=0)   # the same problems for all seeds
+        held_out = cfg.data.evaluation and PromptSource(cfg.data.evaluation, data, self.tokenizer, cfg.model, seed=0)   # the same problems for all seeds
         self.eval_prompts = held_out.take(min(len(held_out), cfg.eval.limit or len(held_out))) if held_out else []
+        read = {name: s for name, s in {**self.sources(), "evaluation": held_out}.items() if isinstance(s, RowSource)}
+        self.data_facts = {name: s.facts() for name, s in read.items()}
+        for line in filter(None, (s.describe() for s in read.values())):
+            self.display.message(line)
         rewards = cfg.reward if not cfg.run.fake_reward else type(cfg.reward)(functions=("fake",))
         self.verifier = shown_code(rewards.functions[0]) if rewards.functions else None
         self.rewards = None
@@ -142,6 +150,7 @@ class Run:
         cfg, with_learner = self.config, not self.config.run.rollout_only
         self.telemetry = Telemetry(cfg, self.folder, self.found[0] if self.found else None, self.display.message, self.place.run_id)
         self.stack.callback(self.telemetry.close)
+        self.telemetry.event("data", **self.data_facts)
         if cfg.mode == "inline" or self.replaying:
             from tandem.rollout.local import LocalPool
             start_pool = lambda: LocalPool.start(cfg, self.model_path, self.folder)
@@ -417,6 +426,7 @@ def train(config: Config) -> int:
     """Run a config to its end. Returns the exit code: 0 done, 75 stopped by a signal with a checkpoint to go on from, 130 stopped by Ctrl-C, with one too.
     Raises Stopped if a signal came before the loop began."""
     from tandem.engine import loop
+    from tandem.engine.data import RowError
     warning = check_group_size(config)
     with started(config) as run:
         if warning:

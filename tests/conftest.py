@@ -1,5 +1,6 @@
 """For all tests: one OpenMP thread per process, no network, and no process that outlives the session."""
 import os
+import sys
 import time
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -29,6 +30,8 @@ def survivors() -> list[psutil.Process]:
 @pytest.fixture(scope="session", autouse=True)
 def no_process_left():
     yield
+    if "tandem.engine.templates" in sys.modules:      # what renders chat templates is kept for the next dataset
+        sys.modules["tandem.engine.templates"].WORKER.stop()
     end = time.monotonic() + 20
     while (left := survivors()) and time.monotonic() < end:
         time.sleep(0.5)

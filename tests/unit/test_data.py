@@ -177,15 +177,13 @@ def test_bad_rows_are_found_before_the_run_and_named(rows, words, tmp_path, toke
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
-def test_long_files_are_read_whole_and_tokenised_later(tmp_path, tokenizer, model, monkeypatch):
+def test_rows_far_behind_are_checked_before_the_run(tmp_path, tokenizer, model, monkeypatch):
     monkeypatch.setattr("tandem.engine.data.TOKENISED_ROWS", 2)
     data = DataConfig(max_prompt_tokens=8, shuffle=False)
     with pytest.raises(ConfigError, match=":4: .*response.* is empty"):
         experts(jsonl(tmp_path, [*ROWS[:3], {"prompt": "x", "response": ""}]), tokenizer, model, data=data)
-    source = experts(jsonl(tmp_path, [*ROWS[:3], {"prompt": "1" * 8, "response": "y"}]), tokenizer, model, data=data)
-    source.take(3)
     with pytest.raises(ConfigError, match=":4: the prompt has 9 tokens"):
-        source.take(1)
+        experts(jsonl(tmp_path, [*ROWS[:3], {"prompt": "1" * 8, "response": "y"}]), tokenizer, model, data=data)
 
 
 @pytest.mark.parametrize("rows, data, system, template, words", [
