@@ -10,7 +10,8 @@ sixteen of a problem that is always right say no more than one. It is the cluste
 
     sqrt( sum_problems ( sum_samples (x - accuracy) )^2 ) / samples
 
-with every scored sample in the cluster of its problem. With one sample of each problem it is the
+with every scored sample in the cluster of its problem. Rows with the same prompt are one problem:
+benchmarks are often stored with each problem many times. With one sample of each problem it is the
 usual std/sqrt(problems); with equally many it is that of the means of the problems.
 """
 
@@ -76,7 +77,7 @@ def evaluate(
     ]
     outcomes = [list(stop.result(scoring)) for scoring in scorings]  # [problem][sample]
     scored = [[o for o in one if o.error is None and verifier in o.parts] for one in outcomes]
-    values = [[o.parts[verifier] for o in one] for one in scored]
+    values = by_problem(prompts, [[o.parts[verifier] for o in one] for one in scored])
     count = sum(map(len, scored))
     return EvalResult(
         accuracy=mean([x for one in values for x in one]),
@@ -87,6 +88,16 @@ def evaluate(
         standard_error=standard_error(values),
         problems=sum(1 for one in values if one),
     )
+
+
+def by_problem(
+    prompts: Sequence[Prompt], values: Sequence[Sequence[float]]
+) -> list[list[float]]:
+    """The values of each row's samples, put together for rows that have the same prompt."""
+    found: dict[bytes, list[float]] = {}
+    for prompt, mine in zip(prompts, values, strict=True):
+        found.setdefault(prompt.tokens.tobytes(), []).extend(mine)
+    return list(found.values())
 
 
 def mean(numbers: Sequence[float]) -> float:

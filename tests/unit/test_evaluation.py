@@ -68,8 +68,10 @@ class Answers:
         return RewardOutcome(2.0 * x, {"exact": x})
 
 
-def run(table, dies=0):
-    prompts = [Prompt(str(i), np.array([1]), "") for i in range(len(table))]
+def run(table, dies=0, problems=None):
+    """`problems`: the first token of each row's prompt, a problem of its own where not given."""
+    tokens = problems or range(len(table))
+    prompts = [Prompt(str(i), np.array([t]), "") for i, t in enumerate(tokens)]
     answers, recovered = Answers(table, dies), []
 
     def decode(tokens, finish):
@@ -95,6 +97,16 @@ def test_an_evaluation_counts_its_problems():
     assert result.accuracy == pytest.approx(3 / 5) and result.reward == pytest.approx(6 / 5)
     assert result.standard_error == pytest.approx(math.sqrt(0.8**2 + 1.2**2 + 0.4**2) / 5)
     assert result.describe() == "3 problems, 5 samples, 3 without a reward"
+
+
+@pytest.mark.parametrize("samples", [1, 2, 8])
+def test_rows_with_the_same_prompt_are_one_problem(samples):
+    """A benchmark of four problems, stored with each of them as many rows: as if sampled so."""
+    right, wrong = [[1]] * samples, [[0]] * samples
+    problems = [p for p in range(4) for _ in range(samples)]
+    result, _ = run([*right, *wrong, *right, *wrong], problems=problems)
+    assert result.problems == 4 and result.samples == 4 * samples
+    assert result.standard_error == pytest.approx(0.25)
 
 
 def test_an_evaluation_of_which_nothing_was_scored():
