@@ -60,7 +60,8 @@ def load_object(spec: str, kind: str) -> Any:
         raise not_importable(kind, spec, error) from error
     if not hasattr(module, attribute):
         raise ValueError(f"{kind} {spec!r}: {getattr(module, '__file__', None) or name} has no {attribute!r}")
-    if LOADED.names.get(place) != name and name.partition(".")[0] != "tandem":
+    travels = name.partition(".")[0] not in ("tandem", "__main__")      # every process has a __main__ of its own: nothing can be sent under that name
+    if travels and LOADED.names.get(place) != name:
         LOADED.names[place] = name
         LOADED.sources.update(with_imports(name))
     return getattr(module, attribute)

@@ -58,6 +58,10 @@ def validate(c: Config) -> None:
         require(not setting(c, key) or c.cluster.learner_gpus > 0, f"{key} is true, which is for learners on GPUs, but cluster.learner_gpus is 0; set {key}=false")
     require(c.learner.zero_stage > 0 or not c.learner.offload_optimizer,
             "learner.offload_optimizer is true with learner.zero_stage 0, which has nothing to offload; use zero_stage 1, 2 or 3, or switch it off")
+    name = c.method["name"]
+    require(c.mode == "inline" or not name.startswith("__main__:"),
+            f"method.name is {name!r}, a class of the script or notebook that runs, which the processes of mode=cluster do not have; "
+            "write the class into a file and name it my_method.py:MyMethod, or use mode=inline")
     if method.uses_experts:
         require(c.data.experts is not None, f"method {c.method['name']!r} trains on demonstrations, but data.experts is not set")
         require(c.data.experts.response is not None or c.data.experts.path.startswith(("task:", "reasoning_gym:")),

@@ -1,5 +1,8 @@
 """Code of the user's that cannot be imported: one short error, whatever it does at its import."""
 
+import subprocess
+import sys
+
 import pytest
 
 from tandem.engine.loading import load_object
@@ -48,3 +51,38 @@ def test_packages(tmp_path, monkeypatch):
 def test_modules_of_python(module):
     with pytest.raises(ValueError, match="has no 'Mine'"):
         load_object(f"{module}:Mine", "method")
+
+
+NOTEBOOK = """
+import sys
+import __main__
+from dataclasses import dataclass
+from tandem.algorithms.base import Method
+from tandem.engine.config import ConfigError, load
+
+del __main__.__file__       # a notebook has none
+
+@dataclass
+class Mine(Method):
+    option: float = 1.0
+
+print(load(sys.argv[1], ["mode=inline"]).method)
+try:
+    load(sys.argv[1], ["mode=cluster"])
+except ConfigError as error:
+    print(error)
+"""
+
+
+def test_a_class_of_the_script_or_notebook_that_runs(tmp_path):
+    (tmp_path / "notebook.py").write_text(NOTEBOOK)
+    (tmp_path / "config.yaml").write_text("""
+model: {path: "tandem:tiny"}
+data: {prompts: {path: "task:sort"}}
+method: {name: "__main__:Mine", option: 2.0}
+reward: {functions: [exact]}
+""")
+    command = [sys.executable, str(tmp_path / "notebook.py"), str(tmp_path / "config.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert "{'name': '__main__:Mine', 'option': 2.0}" in done.stdout, done.stderr
+    assert "which the processes of mode=cluster do not have" in done.stdout, done.stderr
