@@ -81,7 +81,7 @@ class Method:
 
     aligned: ClassVar[bool] = False                 # demonstrations come with their prompts: `experts` of the step's prompts are drawn from data.experts
     scores_demonstrations: ClassVar[bool] = False   # the reward functions also score each prompt's demonstration
-    needs_groups: ClassVar[bool] = True             # False: rollouts train something without an advantage too (UFT's hints), so one sample per prompt is no error
+    needs_groups: ClassVar[bool] = True             # False: rollouts train something without an advantage too (UFT's hints), so one sample per prompt is a warning only
     policy: ClassVar[Any] = None                    # the RL half, algorithms.policy.PolicyLoss, where the method has one (then a field, set in __post_init__)
 
     # Experimental, for methods whose log-probs are not those of the tokens' own context, or that need more than log-probs (IFT, CARFT): what the learner calls

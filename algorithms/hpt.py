@@ -43,6 +43,11 @@ class HPT(Method):
         self.sft_coefficient = Schedule.parse(self.sft_coefficient)
         self.sft_share = 0.0
 
+    @property
+    def needs_groups(self) -> bool:
+        """With one rollout per prompt its reward still decides whether the demonstration is learnt."""
+        return self.gate < 0
+
     def gated(self, group: ScoredGroup) -> bool:
         """Integer counts, so that a gate of k/n holds exactly k right answers."""
         right = int((group.rewards > 0).sum())

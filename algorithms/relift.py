@@ -30,6 +30,7 @@ class ReLIFT(Method):
     paper: ClassVar[str] = "2506.07527"
     uses_experts: ClassVar[bool] = True
     aligned: ClassVar[bool] = True
+    needs_groups: ClassVar[bool] = False        # one rollout per prompt still shows which questions to learn from demonstrations
 
     as_: str = "paper"
     buffer: int = 128

@@ -34,8 +34,7 @@ def check_group_size(config: Config) -> str | None:
         text = (
             "rollout.samples_per_prompt is 1, but method.policy.advantage is "
             f"{policy.advantage!r}, which compares the samples of a prompt: alone, each "
-            "has advantage 0, and nothing is "
-            f"learnt from rewards; {INSTEAD}"
+            f"has advantage 0, and the policy loss learns nothing; {INSTEAD}"
         )
         if method.needs_groups:
             raise ConfigError(text)

@@ -51,13 +51,12 @@ def policy(name, advantage, **more):
                 "sft_rl",
                 "alternating",
                 "rl_with_sft",
-                "hpt",
-                "relift",
                 "sasr",
                 "prefix_rft",
             )
         ),
         *(policy("grpo", advantage) for advantage in ("dr_grpo", "rloo", "reinforce_pp_baseline")),
+        {"name": "hpt", "gate": -1.0},  # never a demonstration
         {"name": "grpo", "policy": "dapo"},
         {"name": "grpo", "policy": "gspo"},
         {"name": "grpo", "policy": "cispo"},
@@ -93,11 +92,12 @@ def test_one_sample_is_enough(tmp_path, method):
     assert check_group_size(config(tmp_path, method)) is None
 
 
-def test_a_warning_where_rollouts_train_something_else(tmp_path):
-    assert "advantage 0" in check_group_size(config(tmp_path, {"name": "uft"}))
-    assert (
-        check_group_size(config(tmp_path, {"name": "uft"}, "rollout.samples_per_prompt=2")) is None
-    )
+@pytest.mark.parametrize("name", ["uft", "hpt", "relift"])
+def test_a_warning_where_rollouts_train_something_else(tmp_path, name):
+    """UFT's hints, and the demonstrations of the prompts that a rollout did not solve."""
+    method = {"name": name}
+    assert "advantage 0" in check_group_size(config(tmp_path, method))
+    assert check_group_size(config(tmp_path, method, "rollout.samples_per_prompt=2")) is None
 
 
 @pytest.mark.parametrize(
