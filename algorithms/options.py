@@ -26,8 +26,21 @@ def build(cls: type[T], options: Any, key: str, owner: str | None = None) -> T:
     for name in options:
         if name not in known:
             raise ValueError(f"{owner or key} has no option {name!r}{closest(name, known)}; its options: {', '.join(known) or 'none'}")
-    hints = typing.get_type_hints(cls)
+    hints = annotations(cls)
     return cls(**{known[name]: typed(hints[known[name]], value, f"{key}.{name}") for name, value in options.items()})
+
+
+def annotations(cls: type) -> dict[str, Any]:
+    """{field: its type}. Raises ValueError for a type that is text, as with
+    `from __future__ import annotations`, and names what is not there."""
+    try:
+        return typing.get_type_hints(cls)
+    except NameError as error:
+        raise ValueError(
+            f"{cls.__name__}: an annotation of it or of its base classes names {error.name!r}, "
+            "which its module does not have when the options are read; import or define it at the "
+            "top of the module, not under `if TYPE_CHECKING:` and not inside a function"
+        ) from error
 
 
 def typed(hint: Any, value: Any, key: str) -> Any:

@@ -40,6 +40,13 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except SystemExit as error:     # a method of the user's called exit(), perhaps with 0: no success
+        if args.debug:
+            raise
+        print(f"failed: code that was called ended the process with exit({error.code!r}); expected "
+              f"it to return or to raise an error\nat {place(error)}", file=sys.stderr)
+        print(keep_traceback(), file=sys.stderr)
+        return 1
     except ConfigError as error:
         if args.debug:
             raise

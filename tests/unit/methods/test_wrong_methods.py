@@ -12,7 +12,7 @@ import torch
 from method_cases import batch, half
 from wrong_cases import Right, look, with_objective, with_row, with_terms, with_weights, wrong
 
-from tandem.algorithms.base import Demand, Term, expert_row
+from tandem.algorithms.base import Demand, Term, expert_row, make_method
 from tandem.algorithms.critic import diagnostics
 from tandem.algorithms.objectives import NLL, PPOClip
 from tandem.algorithms.reductions import Reduction
@@ -483,6 +483,27 @@ def test_state_that_would_be_lost():
     checked_state(Right())
 
 
+LATE = """from __future__ import annotations
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from tandem.algorithms.base import Method
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+@dataclass
+class Mine(Method):
+    where: Path | None = None
+"""
+
+
+def test_an_annotation_that_is_not_there_when_options_are_read(tmp_path):
+    path = tmp_path / "late.py"
+    path.write_text(LATE)
+    with pytest.raises(ValueError, match="Mine: an annotation .* names 'Path'.*TYPE_CHECKING"):
+        make_method(f"{path}:Mine", {"where": "x"})
+
+
 RUN = """
 from dataclasses import dataclass
 from typing import ClassVar
@@ -493,6 +514,10 @@ class Column:
     def __call__(self, tokens):
         return -tokens.logp[:, None], {}
 
+class Exits:
+    def __call__(self, tokens):
+        raise SystemExit(0)
+
 @dataclass
 class Mine(Method):
     uses_experts: ClassVar[bool] = True
@@ -501,7 +526,7 @@ class Mine(Method):
     def rows(self, batch):
         return [expert_row(t, "sft") for t in batch.experts]
     def terms(self, batch):
-        objective = Column() if self.objective == "column" else NLL()
+        objective = {"column": Column(), "exits": Exits(), "right": NLL()}[self.objective]
         return [Term("sft", objective), Term("unused", NLL())]
 """
 
@@ -528,5 +553,8 @@ run: {{dir: "{tmp_path}", steps: 2, save_model: false}}
         "method Mine, term 'sft': its objective: its loss has shape" in told.err
         and "Traceback" not in told.err
     )
+    assert main(["train", str(config), "run.name=exits", "method.objective=exits"]) == 1
+    told = capsys.readouterr()
+    assert "ended the process with exit(0)" in told.err and "mine.py" in told.err
     assert main(["train", str(config), "run.name=right"]) == 0
     assert "no row ever had a token of the method's term(s) unused" in capsys.readouterr().out
