@@ -287,7 +287,7 @@ def coerce(hint, value, key: str, where: str, path: str, origin):
         return build(hint, value, key + ".", path, origin)
     if base is Literal:
         if not any(value == arg and isinstance(value, bool) == isinstance(arg, bool) for arg in args):
-            raise ConfigError(f"{key}: found {brief(value)}{closest(value, args)}, expected one of {', '.join(map(str, args))}, set {where}")
+            raise ConfigError(f"{key}: found {brief(value)}{closest(value, args)}, expected {describe(hint)}, set {where}")
         return value
     if base is tuple:
         if isinstance(value, str) or not isinstance(value, (list, tuple)):
@@ -325,12 +325,17 @@ def describe(hint) -> str:
     if base in (types.UnionType, typing.Union):
         return " or ".join(dict.fromkeys(describe(a) for a in args))
     if base is Literal:
-        return f"one of {', '.join(map(str, args))}"
+        return f"one of {', '.join(map(literal, args))}"
     if base is tuple:
         return f"a list of {describe(args[0])}" + ("" if Ellipsis in args else f" with {len(args)} entries")
     if dataclasses.is_dataclass(hint) or dict in (base, hint):
         return "a section"
     return {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "nothing"}.get(hint, str(hint))
+
+
+def literal(value) -> str:
+    """As YAML has it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def setting(config: Config, key: str):
