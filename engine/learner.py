@@ -24,6 +24,7 @@ from tandem.engine.config import Config, ConfigError, ModelConfig
 from tandem.engine.context import engine_length
 from tandem.engine.digest import digest
 from tandem.engine.export import read_files, write_files, write_weights
+from tandem.engine.loss_checks import check_vocabulary
 from tandem.engine.model import Policy, hf_parameters, load_policy
 from tandem.engine.packing import pack
 from tandem.engine.rope import follow_engines
@@ -109,6 +110,7 @@ class LearnerRank:
         return StepReport(metrics, skipped=not applied, seconds=done - started)
 
     def _forward(self, forward, micro: MicroBatch, temperature: float, entropy: bool, custom=None):
+        check_vocabulary(micro, self.engine.module.model.get_input_embeddings().num_embeddings)
         move = lambda array: torch.as_tensor(array, device=self.engine.device)
         if custom is None:
             hook = (None, None, None if micro.tree is None else move(micro.tree))

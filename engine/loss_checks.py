@@ -40,6 +40,16 @@ def asked_for(term: Term, terms: Sequence[Term], tokens: Tokens) -> Tokens:
     return replace(tokens, **hidden)
 
 
+def check_vocabulary(micro: MicroBatch, size: int) -> None:
+    """Raise MethodError for a token that the model does not have: on a GPU the lookup would end
+    the process, and name nothing. Looked at on the host."""
+    largest = max(int(micro.tokens.max(initial=0)), int(micro.target.max(initial=0)))
+    if largest >= size:
+        raise MethodError(
+            f"a row has the token {largest}, expected ids below {size}, the model's vocabulary"
+        )
+
+
 def checked_losses(term: Term, tokens: Tokens) -> tuple[torch.Tensor, Mapping]:
     """(loss [n], metrics) of the term's objective on its n tokens. Raises MethodError if it
     returns anything else."""

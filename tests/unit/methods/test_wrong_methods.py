@@ -505,7 +505,7 @@ def test_an_annotation_that_is_not_there_when_options_are_read(tmp_path):
 
 
 RUN = """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 from tandem.algorithms.base import Method, Term, expert_row
 from tandem.algorithms.objectives import NLL
@@ -523,8 +523,10 @@ class Mine(Method):
     uses_experts: ClassVar[bool] = True
     uses_rollouts: ClassVar[bool] = False
     objective: str = "right"
+    shift: int = 0
     def rows(self, batch):
-        return [expert_row(t, "sft") for t in batch.experts]
+        rows = [expert_row(t, "sft") for t in batch.experts]
+        return [replace(row, tokens=row.tokens + self.shift) for row in rows]
     def terms(self, batch):
         objective = {"column": Column(), "exits": Exits(), "right": NLL()}[self.objective]
         return [Term("sft", objective), Term("unused", NLL())]
@@ -556,5 +558,7 @@ run: {{dir: "{tmp_path}", steps: 2, save_model: false}}
     assert main(["train", str(config), "run.name=exits", "method.objective=exits"]) == 1
     told = capsys.readouterr()
     assert "ended the process with exit(0)" in told.err and "mine.py" in told.err
+    assert main(["train", str(config), "run.name=token", "method.shift=100000"]) == 2
+    assert "method Mine, a row has the token 1000" in capsys.readouterr().err
     assert main(["train", str(config), "run.name=right"]) == 0
     assert "no row ever had a token of the method's term(s) unused" in capsys.readouterr().out
