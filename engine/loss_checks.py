@@ -68,8 +68,8 @@ def checked_losses(term: Term, tokens: Tokens) -> tuple[torch.Tensor, Mapping]:
         )
     if loss.device != tokens.logp.device:
         raise MethodError(
-            f"{where}: its loss is on the device {loss.device}, expected {tokens.logp.device}, that "
-            "of tokens.logp; make tensors with device=tokens.logp.device"
+            f"{where}: its loss is on the device {loss.device}, expected {tokens.logp.device}, "
+            "that of tokens.logp; make tensors with device=tokens.logp.device"
         )
     check_attached(where, term, tokens, loss)
     if not isinstance(metrics, Mapping):
@@ -95,8 +95,8 @@ def called(where: str, term: Term, tokens: Tokens):
             f"{where} raised {type(error).__name__}: {error}\n"
             f"at {frame.filename}:{frame.lineno}, in {frame.name}. "
             f"Streams it does not have here: {', '.join(absent)}; the term must name in `needs` "
-            "what it reads of entropy, value, old_value, ref_logp and old_logp (tokens.old needs no "
-            "asking), and rows must bring their advantage and returns"
+            "what it reads of entropy, value, old_value, ref_logp and old_logp (tokens.old needs "
+            "no asking), and rows must bring their advantage and returns"
         ) from error
 
 
