@@ -57,12 +57,12 @@ def naming_rows(method: Method, function: str) -> Iterator[None]:
     try:
         yield
     except CarrierError as error:
-        place = place_of(error, type(method).__dict__.get(function.removesuffix("()")))
+        place = place_of(error, getattr(type(method), function.removesuffix("()")))
         raise MethodError(f"{title(method)}: {function}: {error}{place}") from error
 
 
 def place_of(error: Exception, function) -> str:
-    """The line of the method's file that an error came through, if it has such a function."""
+    """The line of the function's file that an error came through, the last one."""
     file = getattr(getattr(function, "__code__", None), "co_filename", None)
     frames = [one for one in traceback.extract_tb(error.__traceback__) if one.filename == file]
     if not frames:
