@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,24 +18,9 @@ import torch
 
 from tandem.engine.config import Config
 from tandem.engine.digest import combine, digest
-from tandem.engine.types import Finish, GenRequest, Sampling, Source, Trajectory
+from tandem.engine.types import GenRequest, Source, Trajectory
 from tandem.rollout.backend import EngineDied, Installed, SyncError
-
-GROWTH = 128        # tokens
-KEEP = 0.875        # ended rows are decoded along, and what they draw is dropped, until the others are at most this share of the batch
-
-
-@dataclass(eq=False)
-class Sample:
-    """One row of a batch on its way: what it starts from, and what was sampled so far."""
-
-    context: np.ndarray                                     # int32: prompt and forced prefix
-    forced: int                                             # length of the forced prefix
-    sampling: Sampling
-    uniforms: np.ndarray                                    # float64 [max_tokens] in [0, 1): one per response token
-    tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))       # sampled
-    logp: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
-    finish: Finish = Finish.LENGTH
+from tandem.rollout.hf_decoding import Sample, decode
 
 
 class HFBackend:
@@ -77,7 +62,7 @@ class HFBackend:
             raise EngineDied("the hf backend was closed" if not self.open else "the hf backend is in the middle of a weight update that did not finish")
         began = time.perf_counter()
         rows = [self.rows(request) for request in requests]
-        waiting = [row for group in rows for row in group if row.sampling.max_tokens > row.forced]
+        waiting = [row for group in rows for row in group if row.room > 0]
         for start in range(0, len(waiting), self.max_sequences):
             decode(self.model, waiting[start:start + self.max_sequences], self.eos)
         for request, group in zip(requests, rows):
@@ -166,112 +151,3 @@ def end_tokens(model, tokenizer) -> set[int]:
     """Ids that end a response: the tokenizer's, and those of the model's generation config, as vLLM has it."""
     more = getattr(model.generation_config, "eos_token_id", None)
     return {tokenizer.eos_token_id, *(more if isinstance(more, list) else [] if more is None else [more])}
-
-
-def growing_cache(config):
-    """transformers' DynamicCache with keys and values written in place, into room for GROWTH more tokens: joining them anew per token was a third of decoding."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
-    class GrowingLayer(DynamicLayer):
-        room: tuple[torch.Tensor, torch.Tensor] | None = None       # self.keys and self.values are the filled part of it
-
-        def update(self, key_states, value_states, *args, **kwargs):
-            if not self.is_initialized:
-                self.lazy_initialization(key_states, value_states)
-            past, new = self.get_seq_length(), key_states.shape[-2]
-            if self.room is None or self.room[0].shape[-2] < past + new:
-                rows, heads = key_states.shape[:2]
-                room = tuple(x.new_empty(rows, heads, past + new + GROWTH, x.shape[-1]) for x in (key_states, value_states))
-                if past:
-                    room[0][..., :past, :], room[1][..., :past, :] = self.keys, self.values
-                self.room = room
-            self.room[0][..., past:past + new, :], self.room[1][..., past:past + new, :] = key_states, value_states
-            self.keys, self.values = (x[..., :past + new, :] for x in self.room)
-            return self.keys, self.values
-
-        def reorder_cache(self, beam_idx):
-            super().reorder_cache(beam_idx)
-            self.room = None
-
-    cache = DynamicCache(config=config)
-    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
-
-
-@torch.inference_mode()
-def decode(model, rows: Sequence[Sample], eos: torch.Tensor) -> None:
-    """Sample all rows to their ends and fill in tokens, logp and finish. Memory beyond the model: keys and values, and one [rows, V] of logits."""
-    device = eos.device
-    tensor = lambda values, dtype: torch.tensor(values, dtype=dtype, device=device)
-    room = tensor([row.sampling.max_tokens - row.forced for row in rows], torch.long)
-    steps = int(room.max())
-    uniforms = torch.from_numpy(np.stack([np.pad(row.uniforms[row.forced:], (0, steps - len(row.uniforms) + row.forced)) for row in rows])).to(device)
-    temperature, top_p = (tensor([getattr(row.sampling, key) for row in rows], torch.float32) for key in ("temperature", "top_p"))
-    earliest = tensor([row.sampling.min_tokens - row.forced for row in rows], torch.long)       # step from which the row may end
-    all_may_end = int(earliest.max())
-    tokens = torch.zeros(len(rows), steps, dtype=torch.long, device=device)
-    logps = torch.zeros(len(rows), steps, device=device)
-    length, stopped = torch.zeros_like(room), torch.zeros_like(room, dtype=torch.bool)
-
-    contexts = {row.context.tobytes(): row.context for row in rows}     # the samples of a group share their prompt
-    place = {key: i for i, key in enumerate(contexts)}
-    ids, mask = (part.to(device) for part in left_padded(list(contexts.values())))
-    position = (mask.cumsum(-1) - 1).clamp_(min=0)
-    cache = growing_cache(model.config)
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-    owner = tensor([place[row.context.tobytes()] for row in rows], torch.long)
-    cache.reorder_cache(owner)
-    logits, mask, position = logits[owner], mask[owner], position[owner, -1:]
-
-    batch = torch.arange(len(rows), device=device)                      # row numbers in the batch
-    live = torch.ones_like(batch, dtype=torch.bool)                     # those of them that have not ended
-    for step in range(steps):
-        logits = logits.float()
-        if step < all_may_end:
-            logits[(step < earliest[batch])[:, None] & torch.isin(torch.arange(logits.shape[-1], device=device), eos)] = -torch.inf
-        token, logp = draw(logits, temperature[batch], top_p[batch], uniforms[batch, step])
-        now = batch[live]
-        tokens[now, step], logps[now, step], length[now] = token[live], logp[live], step + 1
-        ended = torch.isin(token, eos)
-        stopped[now] = ended[live]
-        live &= ~ended & (step + 1 < room[batch])
-        left = int(live.sum())
-        if left == 0:
-            break
-        if left <= KEEP * len(batch):
-            keep = live.nonzero().squeeze(-1)
-            cache.reorder_cache(keep)
-            batch, token, mask, position, live = batch[keep], token[keep], mask[keep], position[keep], live[keep]
-        mask, position = torch.cat([mask, mask.new_ones(len(mask), 1)], 1), position + live[:, None]     # ended rows stay within the context
-        logits = model(input_ids=token[:, None], attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True).logits[:, -1]
-
-    for row, ids, logp, n, stop in zip(rows, tokens.cpu().numpy(), logps.cpu().numpy(), length.tolist(), stopped.tolist()):
-        row.tokens, row.logp, row.finish = ids[:n].astype(np.int32), logp[:n], Finish.STOP if stop else Finish.LENGTH
-
-
-def left_padded(sequences: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-    """int64 [B, L] ids and attention mask; the pads (id 0) stand in front."""
-    longest = max(map(len, sequences))
-    ids, mask = (torch.zeros(len(sequences), longest, dtype=torch.long) for _ in range(2))
-    for i, sequence in enumerate(sequences):
-        ids[i, longest - len(sequence):], mask[i, longest - len(sequence):] = torch.from_numpy(sequence).long(), 1
-    return ids, mask
-
-
-def draw(logits: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token per row and its log-prob under the distribution it was drawn from, which is the scaled and truncated one.
-
-    logits float32 [B, V], temperature, top_p [B], uniform float64 [B] -> (int64 [B], float32 [B]). Temperature 0 takes the most likely token and
-    gives its log-prob at temperature 1, as vLLM does.
-    """
-    greedy = temperature == 0
-    logp = (logits / torch.where(greedy, 1.0, temperature)[:, None]).log_softmax(-1)
-    if (top_p < 1).any():
-        ordered, order = logp.sort(-1, descending=True)
-        before = ordered.exp().cumsum(-1) - ordered.exp()               # probability of all more likely tokens
-        dropped = torch.zeros_like(before, dtype=torch.bool).scatter_(-1, order, (before >= top_p[:, None]) & ~greedy[:, None])
-        logp = logp.masked_fill(dropped, -torch.inf).log_softmax(-1)
-    cumulative = logp.double().exp_().cumsum(-1)
-    drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).clamp_(max=logits.shape[-1] - 1)
-    token = torch.where(greedy[:, None], logits.argmax(-1, keepdim=True), drawn)
-    return token.squeeze(-1), logp.gather(-1, token).squeeze(-1)

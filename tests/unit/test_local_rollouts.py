@@ -13,7 +13,7 @@ from tandem.engine.telemetry import rollout_record, write_line
 from tandem.engine.tiny import make_tiny
 from tandem.engine.types import GenRequest, Prompt, Sampling, ScoredGroup, Source
 from tandem.rollout.backend import EngineDied, SyncError
-from tandem.rollout.hf_backend import Sample, decode, draw
+from tandem.rollout.hf_decoding import Sample, decode, draw
 from tandem.rollout.local import LocalPool
 from tandem.rollout.replay_backend import RecordedPrompts
 

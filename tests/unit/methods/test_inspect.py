@@ -31,7 +31,7 @@ def test_hand_made_sequences_that_cannot_be(make, words):
     (lambda row: np.full(9, -0.5), r"shape \(9,\), expected \(4,\)"),
     (lambda row: -0.5, r"shape \(\), expected \(4,\)"),
     (lambda row: np.full((len(row.tokens), 2), -0.5), r"shape \(4, 2\), expected \(4,\)"),
-    (lambda row: ["a"] * len(row.tokens), "cannot be had as float"),
+    (lambda row: ["a"] * len(row.tokens), "cannot be read as float"),
     (lambda row: torch.full((len(row.tokens),), -0.5, requires_grad=True), "detach"),
     (lambda row: np.where(np.arange(len(row.tokens)) == 2, np.nan, -0.5), "logp of .* is NaN at token 2, which is trained"),
     (np.full(4, -0.5), "logp is ndarray, expected a function from a row"),
