@@ -437,6 +437,10 @@ def train(config: Config) -> int:
         try:
             stop.hold()
             loop.train(run)
+        except RowError:        # of rows without an end: the steps so far are not lost
+            if run.step and run.saved_at != run.step:
+                run.checkpoint()
+            raise
         except stop.Stopped:
             run.display.message(f"{run.stop_requested}: left what was begun, a resumed run does it anew")
         run.display.in_loop = False
