@@ -19,10 +19,12 @@ from tandem.engine.encoding import Encoder
 from tandem.engine.foreign import ID_CHARACTERS, message, text_of
 from tandem.engine.lengths import TooLong
 from tandem.engine.rows import open_rows
+from tandem.engine.samples import Sample
 from tandem.engine.tasks import UNLIMITED, is_generated
 from tandem.engine.types import Finish, Prompt, Source, Trajectory
 
 TOKENISED_ROWS = 2_000      # rows that are tokenised before the run; of later ones those that need it
+BATCH_CHARACTERS = 1_000_000    # of rows whose tokens are counted at once
 UNLIMITED_ROWS = 32         # the same for generated rows without end
 MOST_DROPPED = 1_000        # rows without end that are too long, one after the other
 
@@ -74,20 +76,38 @@ class RowSource:
         self.cursor = Cursor(length, seed, shuffle, [] if self.endless else left_out)
 
     def check(self, count: int) -> list[int]:
-        """Read the first rows, all if they have an end, and tokenise those that may be too long, the first
-        of them, and every row that looks like none before. Returns the numbers of rows to leave out."""
-        left_out = []
+        """Read the first rows, all if they have an end. Tokenise the first of them, those that may be
+        too long, and every row that looks like none before. Returns the numbers of rows to leave out."""
+        left_out: list[int] = []
+        doubtful: list[tuple[int, Sample]] = []     # too many characters to tell
+        characters = 0
         for number in range(count):
-            label = self.rows.label(number)
-            sample = self.encoder.read(self.rows[number], label)
-            if number >= TOKENISED_ROWS and self.encoder.surely_fits(sample):
-                continue
-            try:
-                self.encoder.encode(sample, label)
-            except TooLong as error:
-                self.drop(error)
-                left_out.append(number)
-        return left_out
+            sample = self.encoder.read(self.rows[number], self.rows.label(number))
+            size = sum(map(len, sample.texts))
+            if number < TOKENISED_ROWS or size > BATCH_CHARACTERS or not self.encoder.knows(sample):
+                self.try_row(number, sample, left_out)
+            elif not self.encoder.surely_fits(sample):
+                doubtful.append((number, sample))
+                characters += size
+            if characters > BATCH_CHARACTERS:
+                self.try_rows(doubtful, left_out)
+                doubtful = []
+                characters = 0
+        self.try_rows(doubtful, left_out)
+        return sorted(left_out)
+
+    def try_rows(self, rows: list[tuple[int, Sample]], left_out: list[int]) -> None:
+        fitting = self.encoder.fitting([sample for _, sample in rows]) if rows else []
+        for (number, sample), fits in zip(rows, fitting, strict=True):
+            if not fits:
+                self.try_row(number, sample, left_out)
+
+    def try_row(self, number: int, sample: Sample, left_out: list[int]) -> None:
+        try:
+            self.encoder.encode(sample, self.rows.label(number))
+        except TooLong as error:
+            self.drop(error)
+            left_out.append(number)
 
     def drop(self, error: TooLong) -> None:
         """Count a row that is left out. Raises the error again if the config does not allow it."""

@@ -8,7 +8,7 @@ Invariants:
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,6 +25,7 @@ from tandem.engine.samples import Sample, SampleReader, refuse_surrogates, role_
 from tandem.engine.templates import Template, TemplateFailure
 
 SPLIT_BEHIND = ("", "\n", "=", ":", "a")    # texts behind which a response may be tokenised apart
+SPARE_TOKENS = 16       # beside the margins of a shape
 DROP = "or set data.overlong=drop to leave such rows out"
 
 
@@ -93,23 +94,37 @@ class Encoder:
             parts.append((message["role"], frozenset(message), marks, not content.strip()))
         return tuple(parts)
 
-    def surely_fits(self, sample: Sample) -> bool:
-        """Whether a row of the same shape was encoded, and this one is too short to be beyond a limit.
+    def knows(self, sample: Sample) -> bool:
+        """Whether a row of the same shape was encoded."""
+        return self.shape(sample) in self.margins and sample.tools is None
+
+    def surely_fits(self, sample: Sample, count: Callable[[str], int] = most_tokens) -> bool:
+        """Whether a row of the same shape was encoded, and this one is within every limit by far.
 
         A shape's margins are the characters that its template adds to prompt and response.
+        count: gives the tokens of a text, or a bound on them.
         """
-        margins = self.margins.get(self.shape(sample))
-        if margins is None or sample.tools is not None:
+        if not self.knows(sample):
             return False
-        before, behind = (abs(margin) + len(self.prefix) + 16 for margin in margins)
-        texts = [sample.prompt]
-        if isinstance(sample.prompt, list):
-            texts = [message["content"] for message in sample.prompt]
-        prompt = before + sum(most_tokens(text) for text in texts)
-        response = behind + most_tokens(sample.response["content"]) if sample.response else 0
+        margins = self.margins[self.shape(sample)]
+        before, behind = (abs(margin) + len(self.prefix) + SPARE_TOKENS for margin in margins)
+        prompt = before + sum(count(text) for text in sample.prompt_texts)
+        response = 0
+        if sample.response is not None:
+            response = behind + count(sample.response["content"])
         if prompt > self.data.max_prompt_tokens or response > self.data.max_expert_tokens:
             return False
         return self.context is None or prompt + response < self.context
+
+    def fitting(self, samples: Sequence[Sample]) -> list[bool]:
+        """`surely_fits` of many rows, by the tokens of their texts, which are counted all at once."""
+        texts = list({text: None for sample in samples for text in sample.texts})
+        try:
+            found = self.tokenizer(texts, add_special_tokens=False).input_ids
+        except Exception:       # of one of them; `encode` will say of which
+            return [False] * len(samples)
+        counts = {text: len(ids) for text, ids in zip(texts, found, strict=True)}
+        return [self.surely_fits(sample, counts.__getitem__) for sample in samples]
 
     # -- text -------------------------------------------------------------------------------------------
 

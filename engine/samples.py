@@ -28,6 +28,19 @@ class Sample:
         """All messages of a chat."""
         return [*self.prompt, *([self.response] if self.response else [])]
 
+    @property
+    def prompt_texts(self) -> list[str]:
+        """The prompt's text, or the contents of its messages."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        return [message["content"] for message in self.prompt]
+
+    @property
+    def texts(self) -> list[str]:
+        if self.response is None:
+            return self.prompt_texts
+        return [*self.prompt_texts, self.response["content"]]
+
 
 class SampleReader:
     """Reads the rows of one dataset. system: the system prompt that comes before every chat."""
