@@ -1,19 +1,21 @@
-"""Dataset rows by number, wherever they come from: JSONL, Parquet, a Hugging Face dataset or a generated task.
+"""Dataset rows by number, whether they come from a file, the datasets library or a generated task.
 
-Every kind of rows has `len(rows)`, `rows[i]` -> dict of plain Python values, and `rows.label(i)`, by which an error (and a prompt without an id) names
-the row. Whatever is wrong with a source is a ConfigError that says where.
+Every kind of rows has `len(rows)`, `rows[i]` -> dict of plain Python values, and `rows.label(i)`,
+by which an error (and a prompt without an id) names the row. Whatever is wrong with a source is a
+ConfigError that says where.
 """
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from tandem.engine.config import ConfigError, DatasetConfig, closest
-from tandem.engine.hub import use_cache_if_unreachable
-from tandem.engine.paths import FILE_BUILDERS, shown
+from tandem.engine.json_rows import is_list, json_lines, json_list
+from tandem.engine.library_rows import read_library
+from tandem.engine.paths import shown
 from tandem.engine.tasks import GeneratedRows, is_generated
 
 
@@ -27,7 +29,7 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class StoredRows:
-    """Rows that lie in a file or a Hugging Face dataset."""
+    """Rows that lie in a file."""
 
     length: int
     get: Callable[[int], dict[str, Any]]
@@ -41,42 +43,61 @@ class StoredRows:
 
 
 def open_rows(dataset: DatasetConfig) -> Rows:
-    """The rows that `dataset` names, not yet looked into. Raises ConfigError if there are none, or if the source cannot be read."""
+    """The rows that `dataset` names, not yet looked into.
+
+    Raises ConfigError if there are none, or if the source cannot be read.
+    """
     path = Path(dataset.path).expanduser()
     if not dataset.path:
-        raise ConfigError("a dataset has no path: name a .jsonl or .parquet file, a Hugging Face dataset, task:NAME or reasoning_gym:TASK")
+        raise ConfigError("a dataset has no path: name a .jsonl, .json or .parquet file, a Hugging "
+                          "Face dataset, task:NAME or reasoning_gym:TASK")
     if is_generated(dataset.path):
         rows = GeneratedRows(dataset)
-    elif path.suffix in (".jsonl", ".parquet"):
-        if not path.is_file():
-            near = closest(path.name, [p.name for p in path.parent.glob("*" + path.suffix)]) if path.parent.is_dir() else ""
-            raise ConfigError(f"dataset {dataset.path!r}: there is no such file{near}; looked for {path.absolute()}")
-        rows = read_jsonl(path, shown(path)) if path.suffix == ".jsonl" else read_parquet(path, shown(path))
+    elif path.name.endswith(tuple(READERS)) and not path.is_dir():
+        rows = read_file(path, dataset)
     elif path.is_file():
-        raise ConfigError(f"dataset {dataset.path!r}: a file must end in .jsonl (one JSON object a line) or .parquet")
+        raise ConfigError(f"dataset {dataset.path!r}: a file must end in {', '.join(READERS)}; "
+                          "other kinds are read by the datasets library, e.g. `path: csv` with `options: "
+                          f"{{data_files: {path.name}}}`")
     else:
-        rows = read_hugging_face(path, dataset)
+        rows = read_library(path, dataset)
     if len(rows) == 0:
         raise ConfigError(f"dataset {dataset.path!r} is empty: expected at least one row")
     return rows
 
 
+def read_file(path: Path, dataset: DatasetConfig) -> Rows:
+    suffix = next(suffix for suffix in READERS if path.name.endswith(suffix))
+    if not path.is_file():
+        near = ""
+        if path.parent.is_dir():
+            near = closest(path.name, [other.name for other in path.parent.glob("*" + suffix)])
+        raise ConfigError(f"dataset {dataset.path!r}: there is no such file{near}; looked for "
+                          f"{path.absolute()}")
+    try:
+        return READERS[suffix](path, shown(path))
+    except (OSError, EOFError, zlib.error) as error:
+        raise ConfigError(f"dataset {dataset.path!r} cannot be read: {error}") from None
+
+
 def read_jsonl(path: Path, name: str) -> StoredRows:
-    """One JSON object a line; blank lines are skipped. Labels are FILE:LINE, the first line being 1."""
-    rows, lines = [], []
-    with path.open("rb") as file:
-        for line, data in enumerate(file, 1):
-            if not data.strip():
-                continue
-            try:
-                row = json.loads(data)
-            except ValueError as error:     # JSONDecodeError and UnicodeDecodeError
-                raise ConfigError(f"{name}:{line}: not valid JSON: {error}; expected one JSON object a line") from None
-            if not isinstance(row, dict):
-                raise ConfigError(f"{name}:{line}: expected a JSON object with named columns, found {type(row).__name__}")
-            rows.append(row)
-            lines.append(line)
-    return StoredRows(len(rows), rows.__getitem__, lambda i: f"{name}:{lines[i]}")
+    """One JSON object a line; blank lines are skipped. Labels are FILE:LINE, the first being 1."""
+    return placed(json_lines(path, name), name)
+
+
+def read_json(path: Path, name: str) -> StoredRows:
+    """A list of JSON objects, or one a line. Labels of a list are FILE:ROW, the first being 1."""
+    read = json_list if is_list(path) else json_lines
+    return placed(read(path, name), name)
+
+
+def placed(found: Iterable[tuple[int, dict[str, Any]]], name: str) -> StoredRows:
+    rows = []
+    places = []
+    for place, row in found:
+        rows.append(row)
+        places.append(place)
+    return StoredRows(len(rows), rows.__getitem__, lambda i: f"{name}:{places[i]}")
 
 
 def read_parquet(path: Path, name: str) -> StoredRows:
@@ -87,23 +108,13 @@ def read_parquet(path: Path, name: str) -> StoredRows:
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise ConfigError(f"dataset {name!r} cannot be read as Parquet: {error}") from None
-    return StoredRows(len(table), lambda i: table.slice(i, 1).to_pylist()[0], lambda i: f"{name}:{i + 1}")
+    return StoredRows(len(table), lambda i: table.slice(i, 1).to_pylist()[0],
+                      lambda i: f"{name}:{i + 1}")
 
 
-def read_hugging_face(path: Path, dataset: DatasetConfig) -> StoredRows:
-    """A folder written by save_to_disk, or whatever load_dataset takes: a folder of data files or a name on the hub.
-
-    `options` go to load_dataset, e.g. {name: main} for a dataset with several configurations. Labels are NAME/SPLIT:INDEX, from 0.
-    """
-    import datasets
-    offline = "" if path.exists() or dataset.path in FILE_BUILDERS else use_cache_if_unreachable()
-    saved = (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
-    try:
-        data = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path) if path.is_dir() else dataset.path, **dataset.options)
-    except (OSError, ValueError, TypeError) as error:   # not found, no network, unknown configuration or option
-        raise ConfigError(f"dataset {dataset.path!r}: neither a file (.jsonl, .parquet), nor a folder or name that the datasets library could load: {error}{offline}") from None
-    if isinstance(data, datasets.DatasetDict):
-        if dataset.split not in data:
-            raise ConfigError(f"dataset {dataset.path!r} has no split {dataset.split!r}{closest(dataset.split, data)}; its splits: {', '.join(data)}")
-        data = data[dataset.split]
-    return StoredRows(len(data), lambda i: data[i], lambda i: f"{dataset.path}/{dataset.split}:{i}")
+READERS = {
+    ".jsonl": read_jsonl,
+    ".jsonl.gz": read_jsonl,
+    ".json": read_json,
+    ".parquet": read_parquet,
+}
