@@ -180,11 +180,12 @@ class PolicyLoss:
         terms = [Term("policy", self.token_objective(), reduction, whole, correction)]
         mean = self.regulariser()
         share = coefficient * self.mean_weight if mean.name == "token_mean" else whole
-        now = lambda schedule: share * schedule(batch.step, batch.signals)
         if not self.kl.off:
-            terms.append(Term("kl", KLToReference(), mean, now(self.kl), needs=frozenset({"ref_logp"})))
+            beta = share * self.kl(batch.step, batch.signals)
+            terms.append(Term("kl", KLToReference(), mean, beta, needs=frozenset({"ref_logp"})))
         if not self.entropy_bonus.off:
-            terms.append(Term("entropy", EntropyBonus(), mean, now(self.entropy_bonus), needs=frozenset({"entropy"})))
+            bonus = share * self.entropy_bonus(batch.step, batch.signals)
+            terms.append(Term("entropy", EntropyBonus(), mean, bonus, needs=frozenset({"entropy"})))
         return terms + ([] if self.critic is None else self.critic.terms(reduction, whole))
 
 

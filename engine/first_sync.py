@@ -19,7 +19,7 @@ BFLOAT16 = 1 / 16       # of sync.max_mean_gap: that bound is between two implem
 
 
 def prove(run) -> None:
-    """Make the first update of a started `engine.run.Run`, whose learner still has the weights of the model folder. Raises SyncError."""
+    """Make the first update of a started `engine.components.Run`, whose learner still has the weights of the model folder. Raises SyncError."""
     if not hasattr(run.pool, "logprobs"):
         return      # the pool computes in this process, with the modules that the learner's weights are copied into, or replays a record
     first = FirstSync(run.pool, run.tokenizer, run.config)
@@ -51,8 +51,9 @@ class FirstSync:
             allowed = max(NOISE * noise, sync.max_gap if exact else BFLOAT16 * sync.max_mean_gap)
             if not found <= allowed:
                 key = "sync.max_gap" if exact else "1/16 of sync.max_mean_gap"
+                kind = "largest" if exact else "mean"
                 raise SyncError(f"engine {engine} was sent the weights it had loaded itself, and its log-probs of the same {len(self.tokens)} tokens moved by "
-                                f"{found:.3g} ({'largest' if exact else 'mean'}; without an update they move by {noise:.3g}), allowed is {allowed:.3g} ({key}). "
+                                f"{found:.3g} ({kind}; without an update they move by {noise:.3g}), allowed is {allowed:.3g} ({key}). "
                                 "It does not compute with the weights it is sent: this vLLM reloads some layer of this model wrongly. Rollouts would come "
                                 "from another model than the one that is trained; use another version of vLLM, or mode=inline, which does without it")
             largest = max(largest, found)

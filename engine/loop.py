@@ -36,7 +36,7 @@ class NotFinite(RuntimeError):
 
 
 def train(run) -> None:
-    """Run the steps that are left. `run` is engine.run.Run: the config and the components, already started.
+    """Run the steps that are left. `run` is engine.components.Run: the config and the components, already started.
 
     Returns early if a signal asked to stop. Raises Stopped if that came while it waited for rollouts or evaluated; run.step is then the steps done."""
     cfg, method, signals, skipped = run.config, run.method, run.signals, 0

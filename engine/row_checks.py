@@ -6,7 +6,7 @@ Every check raises MethodError, which names the method, the row and the array.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -10,6 +11,9 @@ from tandem.engine.attention import NAME
 from tandem.engine.config import ConfigError, ModelConfig
 from tandem.engine.context import context_length, rope_kind, ropes
 from tandem.engine.rope import row_ropes
+
+if TYPE_CHECKING:
+    from tandem.engine.model import Policy      # which imports this module
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}      # on log-probs
 
@@ -38,7 +42,11 @@ def self_check(policy: Policy, model: ModelConfig) -> None:
     swapped = policy.one_line and device.type == "cpu"
     if swapped:
         causal.set_attn_implementation("sdpa")
-    alone = lambda s: causal(input_ids=s[None], use_cache=False).logits[0, :-1].float().log_softmax(-1).gather(-1, s[1:, None]).squeeze(-1)
+
+    def alone(row: torch.Tensor) -> torch.Tensor:
+        logits = causal(input_ids=row[None], use_cache=False).logits[0, :-1]
+        return logits.float().log_softmax(-1).gather(-1, row[1:, None]).squeeze(-1)
+
     own = torch.cat([alone(a), alone(b)])
     bins = torch.stack([torch.cat([a, b]), torch.cat([other, b])])
     positions = torch.cat([torch.arange(len(a)), torch.arange(len(b))]).to(device).expand(2, -1)
