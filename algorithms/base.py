@@ -5,18 +5,20 @@ rows and terms are all it hands over. A user's method is a file of its own, name
 """
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import numpy as np
-
-from tandem.algorithms.objectives import RolloutCorrection
-from tandem.algorithms.options import build
-from tandem.algorithms.reductions import Reduction
-from tandem.engine.loading import load_object
-from tandem.engine.types import Finish, GenRequest, Prompt, Row, Sampling, ScoredGroup, Source, Trajectory
+from tandem.algorithms.parts.objectives.correction import RolloutCorrection
+from tandem.algorithms.parts.reductions import Reduction
+from tandem.engine.core.types import (
+    GenRequest,
+    Prompt,
+    Row,
+    Sampling,
+    ScoredGroup,
+    Trajectory,
+)
 
 
 @dataclass(frozen=True)
@@ -136,80 +138,3 @@ class Method:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state:
             raise ValueError(f"{type(self).__name__} keeps no state, but the checkpoint holds {sorted(state)} for it")
-
-
-def policy_row(trajectory: Trajectory, advantage: float, term: str) -> Row:
-    """A rollout as a training row: every sampled token gets the sequence's advantage and weight 1 in `term`."""
-    mask = (trajectory.source == Source.POLICY).astype(np.float32)
-    return Row(tokens=trajectory.tokens, source=trajectory.source, weights={term: mask}, advantage=mask * np.float32(advantage),
-               behaviour_logp=trajectory.behaviour_logp, version=trajectory.version, group=trajectory.group, prompt_id=trajectory.prompt_id)
-
-
-def expert_row(trajectory: Trajectory, term: str) -> Row:
-    """A demonstration as a training row: every expert token gets weight 1 in `term`."""
-    mask = (trajectory.source == Source.EXPERT).astype(np.float32)
-    return Row(tokens=trajectory.tokens, source=trajectory.source, weights={term: mask}, prompt_id=trajectory.prompt_id)
-
-
-def demonstration(group: ScoredGroup) -> Trajectory:
-    """A prompt's demonstration as a trajectory of the group."""
-    prompt, response = group.prompt.tokens, group.prompt.demonstration
-    source = np.repeat(np.array([Source.PROMPT, Source.EXPERT], np.int8), [len(prompt), len(response)])
-    return Trajectory(group.prompt.id, np.concatenate([prompt, response]).astype(np.int32), source, Finish.STOP, group=group.group)
-
-
-def with_demonstration(group: ScoredGroup, reward: float | None) -> ScoredGroup:
-    """The group with its prompt's demonstration as one more trajectory, last; unchanged where there is none or it has no reward."""
-    if group.prompt.demonstration is None or reward is None:
-        return group
-    return dataclasses.replace(group, trajectories=(*group.trajectories, demonstration(group)), rewards=np.append(np.asarray(group.rewards, np.float64), reward))
-
-
-# name -> "module:Class"; imported on use, so that listing methods costs nothing and one broken file breaks one method
-METHODS: dict[str, str] = {
-    "sft": "tandem.algorithms.sft:SFT",
-    "grpo": "tandem.algorithms.grpo:GRPO",
-    "sft_rl": "tandem.algorithms.sft_rl:SFTThenRL",
-    "static_mix": "tandem.algorithms.static_mix:StaticMix",
-    "rl_with_sft": "tandem.algorithms.rl_with_sft:RLWithSFT",
-    "alternating": "tandem.algorithms.alternating:Alternating",
-    "chord_mu": "tandem.algorithms.chord:ChordMu",
-    "chord_phi": "tandem.algorithms.chord:ChordPhi",
-    "sft_is": "tandem.algorithms.chord:SFTIS",
-    "luffy": "tandem.algorithms.luffy:LUFFY",
-    "srft": "tandem.algorithms.srft:SRFT",
-    "prefix_rft": "tandem.algorithms.prefix_rft:PrefixRFT",
-    "uft": "tandem.algorithms.uft:UFT",
-    "hpt": "tandem.algorithms.hpt:HPT",
-    "visurf": "tandem.algorithms.visurf:ViSurf",
-    "relift": "tandem.algorithms.relift:ReLIFT",
-    "sasr": "tandem.algorithms.sasr:SASR",
-    "ppo": "tandem.algorithms.ppo:PPO",
-    "reft": "tandem.algorithms.reft:ReFT",
-    "ift": "tandem.algorithms.ift:IFT",
-    "carft": "tandem.algorithms.carft:CARFT",
-}
-
-
-def method_class(name: str) -> type[Method]:
-    """The class of a registered method, or of a user's `file.py:Class`. Raises ValueError for anything else."""
-    if name not in METHODS and ":" not in name:
-        from tandem.engine.config import closest
-        raise ValueError(f"unknown method {name!r}{closest(name, METHODS)}; known: {', '.join(METHODS)}, or a path my_method.py:MyMethod")
-    cls = load_object(METHODS.get(name, name), "method")
-    if not (isinstance(cls, type) and issubclass(cls, Method) and dataclasses.is_dataclass(cls)):
-        raise ValueError(f"method {name!r} is {cls!r}; expected a dataclass that inherits tandem.algorithms.base.Method")
-    options = [field for field, kind in cls.__dict__.get("__annotations__", {}).items() if "ClassVar" not in str(kind)]
-    if options and "__dataclass_fields__" not in cls.__dict__:
-        raise ValueError(f"method {name!r}: {cls.__name__} declares {', '.join(options)} but is no dataclass of its own, so they would be ignored; put @dataclass above it")
-    return cls
-
-
-def configured(block: Mapping[str, Any]) -> Method:
-    """The method of a config's `method:` block, `name` and options."""
-    return make_method(block["name"], {key: value for key, value in block.items() if key != "name"})
-
-
-def make_method(name: str, options: Mapping[str, Any]) -> Method:
-    """Build a method from the config's `method:` block; unknown options and values of the wrong type are a ValueError that names the key."""
-    return build(method_class(name), options, "method", f"method {name!r}")

@@ -3,8 +3,8 @@ from dataclasses import dataclass, replace
 
 from turns import Turns
 
-from tandem.algorithms.chord import ChordMu
-from tandem.algorithms.grpo import GRPO
+from tandem.algorithms.hybrid.chord import ChordMu
+from tandem.algorithms.rl.grpo import GRPO
 
 turns = Turns()
 begun = set()

@@ -73,13 +73,14 @@ def matmul_rate(device: torch.device) -> float:
 
 def learner(args, name: str) -> None:
     from tandem.algorithms.base import Term
-    from tandem.algorithms.objectives import NLL
-    from tandem.engine.config import Config, LearnerConfig, ModelConfig
-    from tandem.engine.learner import LearnerRank, build_policy
-    from tandem.engine.packing import pack
-    from tandem.engine.terms import denominators
-    from tandem.engine.types import Row, Source, StepPlan
-    from tandem.engine.zero import ZeroEngine, join
+    from tandem.algorithms.parts.objectives.nll import NLL
+    from tandem.engine.config.schema import Config, LearnerConfig, ModelConfig
+    from tandem.engine.core.types import Row, Source, StepPlan
+    from tandem.engine.learner.local_engine import join
+    from tandem.engine.learner.packing import pack
+    from tandem.engine.learner.rank import LearnerRank, build_policy
+    from tandem.engine.learner.terms import denominators
+    from tandem.engine.learner.zero_engine import ZeroEngine
     gpu = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
         path = str(make_model(name, Path(folder) / "model"))
@@ -116,7 +117,7 @@ def learner(args, name: str) -> None:
 
 def heads(args) -> None:
     """Forward and backward of the head alone, hidden 1536."""
-    from tandem.engine.logprob import token_logprobs
+    from tandem.engine.model.chunked_head import token_logprobs
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vocabulary, hidden, tokens = (151_936, 1536, args.tokens) if device.type == "cuda" else (8192, 256, 512)
     h = torch.randn(tokens, hidden, device=device, dtype=torch.bfloat16).requires_grad_()

@@ -23,7 +23,7 @@ from report import alternate, emit, seconds, spread
 
 
 def ragged(count: int, vocabulary: int) -> list:
-    from tandem.engine.types import Row, Source
+    from tandem.engine.core.types import Row, Source
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(np.log(110), 0.75, count), 20, 400).astype(int)
     weight = lambda n: np.r_[0.0, np.ones(n - 1)].astype(np.float32)
@@ -32,13 +32,13 @@ def ragged(count: int, vocabulary: int) -> list:
 
 def throughput(args, path: str) -> None:
     from tandem.algorithms.base import Term
-    from tandem.algorithms.objectives import NLL
-    from tandem.engine.config import Config, LearnerConfig, ModelConfig
-    from tandem.engine.learner import LearnerRank, build_policy
-    from tandem.engine.packing import pack
-    from tandem.engine.terms import denominators
-    from tandem.engine.types import StepPlan
-    from tandem.engine.zero import LocalEngine
+    from tandem.algorithms.parts.objectives.nll import NLL
+    from tandem.engine.config.schema import Config, LearnerConfig, ModelConfig
+    from tandem.engine.core.types import StepPlan
+    from tandem.engine.learner.local_engine import LocalEngine
+    from tandem.engine.learner.packing import pack
+    from tandem.engine.learner.rank import LearnerRank, build_policy
+    from tandem.engine.learner.terms import denominators
     config = Config(mode="inline", model=ModelConfig(path=path, dtype=args.dtype), learner=LearnerConfig(micro_batch_tokens=args.micro_batch_tokens))
     rank = LearnerRank(config, path, LocalEngine(build_policy(config, path), config.learner))
     model, terms = rank.engine.module.model, (Term("sft", NLL()),)
@@ -91,7 +91,7 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
 
 def one_head(kind: str, vocabulary: int, tokens: int, hidden: int = 576) -> dict:
     """Bytes that forward and backward of one head take at most, seconds, and the largest tensor; run in a fresh process."""
-    from tandem.engine.logprob import token_logprobs
+    from tandem.engine.model.chunked_head import token_logprobs
     h, w = torch.randn(tokens, hidden, requires_grad=True), torch.randn(vocabulary, hidden).mul_(0.02).requires_grad_()
     target = torch.randint(vocabulary, (tokens,))
 

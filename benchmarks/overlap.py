@@ -20,7 +20,7 @@ from report import emit, spread
 from step import HERE, config
 from workloads import WORKLOADS, make_model, write_data
 
-from tandem.engine.telemetry import read_jsonl
+from tandem.engine.core.files import read_jsonl
 
 
 def run(args, folder: Path, staleness: int) -> dict[str, list[float]]:

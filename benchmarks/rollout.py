@@ -26,8 +26,8 @@ HERE = Path(__file__).resolve().parent
 
 def bare(args, path: str) -> None:
     """The child: bare vLLM. Reads one line of JSON prompts a round from stdin, answers with the seconds it took."""
-    from tandem.engine.config import ClusterConfig, Config
-    from tandem.rollout.vllm_backend import engine_arguments, set_environment
+    from tandem.engine.config.schema import ClusterConfig, Config
+    from tandem.rollout.vllm.backend import engine_arguments, set_environment
     config = settings(args, path)
     set_environment(Config(cluster=ClusterConfig(threads=args.threads)))
     from vllm import LLM, SamplingParams
@@ -44,7 +44,14 @@ def bare(args, path: str) -> None:
 
 
 def settings(args, path: str):
-    from tandem.engine.config import ClusterConfig, Config, DataConfig, ModelConfig, RewardConfig, RolloutConfig
+    from tandem.engine.config.schema import (
+        ClusterConfig,
+        Config,
+        DataConfig,
+        ModelConfig,
+        RewardConfig,
+        RolloutConfig,
+    )
     w = WORKLOADS[args.workload]
     return Config(model=ModelConfig(path=path, dtype=args.dtype), data=DataConfig(max_prompt_tokens=512),
                   rollout=RolloutConfig(max_tokens=w.tokens, max_sequences=w.prompts * w.samples, kv_cache_gib=0.5),
@@ -52,7 +59,7 @@ def settings(args, path: str):
 
 
 def against_vllm(args, path: str, prompts: list[np.ndarray], tokenizer) -> None:
-    from tandem.engine.types import GenRequest, Prompt, Sampling
+    from tandem.engine.core.types import GenRequest, Prompt, Sampling
     from tandem.launch import placement
     from tandem.rollout.pool import EnginePool
     from tandem.rollout.rewards.runner import RewardRunner
@@ -112,8 +119,8 @@ def against_generate(args, path: str, prompts: list[np.ndarray]) -> None:
     """The in-process backend; both sides give every token's log-prob."""
     import torch
 
-    from tandem.engine.types import GenRequest, Prompt, Sampling
-    from tandem.rollout.hf_backend import HFBackend
+    from tandem.engine.core.types import GenRequest, Prompt, Sampling
+    from tandem.rollout.backends.hf import HFBackend
     torch.set_num_threads(args.threads)
     w = WORKLOADS[args.workload]
     samples = args.samples or w.samples

@@ -22,7 +22,7 @@ from report import emit, limits, spread
 from turns import Turn
 from workloads import WORKLOADS, make_model, write_data
 
-from tandem.engine.telemetry import read_jsonl
+from tandem.engine.core.files import read_jsonl
 
 HERE = Path(__file__).resolve().parent
 WARM = 2        # steps that do not count (--warm): first allocations, first compilations

@@ -37,13 +37,21 @@ def main() -> None:
     args = parser.parse_args()
 
     from tandem.algorithms.base import Term
-    from tandem.algorithms.objectives import NLL
-    from tandem.engine import weights
-    from tandem.engine.config import ClusterConfig, Config, DataConfig, LearnerConfig, ModelConfig, RolloutConfig, SyncConfig
-    from tandem.engine.packing import pack
-    from tandem.engine.ray_learner import RayLearner
-    from tandem.engine.terms import denominators
-    from tandem.engine.types import GenRequest, Prompt, Row, Sampling, Source, StepPlan
+    from tandem.algorithms.parts.objectives.nll import NLL
+    from tandem.engine.config.schema import (
+        ClusterConfig,
+        Config,
+        DataConfig,
+        LearnerConfig,
+        ModelConfig,
+        RolloutConfig,
+        SyncConfig,
+    )
+    from tandem.engine.core.types import GenRequest, Prompt, Row, Sampling, Source, StepPlan
+    from tandem.engine.learner.packing import pack
+    from tandem.engine.learner.ray import RayLearner
+    from tandem.engine.learner.terms import denominators
+    from tandem.engine.weights import verify as weights
     from tandem.launch import placement
     from tandem.rollout.pool import EnginePool
     torch.set_num_threads(args.threads)

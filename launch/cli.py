@@ -11,10 +11,13 @@ import sys
 import traceback
 from pathlib import Path
 
-from tandem.engine import disk, stop, terminal
-from tandem.engine.config import Config, ConfigError
-from tandem.engine.config_file import override
-from tandem.engine.secrets import redact
+from tandem.engine.config.config_file import override
+from tandem.engine.config.schema import Config
+from tandem.engine.config.secrets import redact
+from tandem.engine.core import stop
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.loop import disk
+from tandem.engine.report import terminal
 
 CONFIG = "YAML file, or tandem:NAME for one of `tandem configs`"
 OVERRIDES = "key=value, any key of the config by its dotted path, e.g. run.steps=20"
@@ -99,7 +102,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     sub = command("plot", plot, "draw the curves of runs into a PNG: one run in detail, several compared")
     sub.add_argument("runs", nargs="+", help="run folders; for a comparison over seeds write NAME=RUN, equal names are averaged")
     sub.add_argument("-o", "--out", required=True, metavar="PNG")
-    from tandem.launch.plan import add_arguments
+    from tandem.launch.estimate import add_arguments
     add_arguments(command("plan", plan, "estimate memory, split, step time and cost of a run on GPUs one does not have yet"))
 
     args, rest = parser.parse_known_args(argv)
@@ -111,7 +114,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def read(args: argparse.Namespace) -> Config:
-    from tandem.engine.config import load
+    from tandem.engine.config.parse import load
     config = load(args.config, args.overrides)
     sys.argv[:] = [redact(word) for word in sys.argv]       # trackers record it
     args.run_folder = Path(config.run.dir) / config.run.name
@@ -130,16 +133,16 @@ def train(args) -> int:
     if args.dry_run:
         return dry_run(config)
     preflight(config)
-    from tandem.engine.run import train
+    from tandem.launch.run.run import train
     return train(config)
 
 
 def dry_run(config: Config) -> int:
     import yaml
 
-    from tandem.engine.config import to_dict
-    from tandem.engine.group_check import check_group_size
+    from tandem.engine.config.parse import to_dict
     from tandem.launch import machine, placement
+    from tandem.launch.run.group_check import check_group_size
     warning = check_group_size(config)
     print(yaml.safe_dump(to_dict(config), sort_keys=False))
     if warning:
@@ -170,19 +173,19 @@ def evaluate(args) -> int:
         args.config, args.overrides = folder / "config.yaml", [override("model.path", folder / "model"), override("run.dir", folder.absolute().parent), override("run.name", f"{folder.name}_eval"), *args.overrides]
     config = read(args)
     preflight(config)
-    from tandem.engine.checks import evaluate_model
+    from tandem.launch.checks import evaluate_model
     return evaluate_model(config)
 
 
 def check_logprobs(args) -> int:
     config = read(args)
     preflight(config)
-    from tandem.engine.checks import check_logprobs
+    from tandem.launch.checks import check_logprobs
     return check_logprobs(config)
 
 
 def configs(args) -> int:
-    from tandem.engine.config_file import PACKAGED, first_comment, packaged
+    from tandem.engine.config.config_file import PACKAGED, first_comment, packaged
     found = packaged()
     width = max(map(len, found), default=0) + len(PACKAGED)
     for name, path in found.items():
@@ -193,7 +196,7 @@ def configs(args) -> int:
 def methods(args) -> int:
     import inspect
 
-    from tandem.algorithms.base import METHODS, method_class
+    from tandem.algorithms.registry import METHODS, method_class
     broken = 0
     for name in METHODS:
         try:
@@ -242,7 +245,7 @@ def plot(args) -> int:
 
 
 def plan(args) -> int:
-    from tandem.launch.plan import describe
+    from tandem.launch.estimate import describe
     print(describe(args))
     return 0
 
@@ -284,7 +287,7 @@ def place(error: BaseException) -> str:
 
 def keep_traceback() -> str:
     """Write the traceback into the folder that this process owned, if there was one, and say where to look."""
-    from tandem.engine.folder_lock import OWNED
+    from tandem.engine.core.folder_lock import OWNED
     if not OWNED or not OWNED[-1].is_dir():
         return "run again with --debug for the traceback"
     run_folder = OWNED[-1]

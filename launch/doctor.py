@@ -16,9 +16,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tandem.engine import disk
-from tandem.engine.config import Config, ConfigError
-from tandem.engine.config_file import UTF8
+from tandem.engine.config.config_file import UTF8
+from tandem.engine.config.schema import Config
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.loop import disk
 from tandem.launch import machine, variables
 from tandem.launch.machine import GIB
 
@@ -161,12 +162,12 @@ def ports(config: Config | None) -> Check:
 
 def of_config(config: Config) -> Iterator[Check]:
     """What the config names: each thing is opened, and what is wrong is told in the words of the part that opened it."""
-    from tandem.engine.data import ExpertSource, PromptSource
-    from tandem.engine.model import load_tokenizer, resolve_model
-    from tandem.launch import placement
     from transformers.utils.logging import disable_progress_bar
 
-    from tandem.engine.group_check import check_group_size
+    from tandem.engine.data.sources import ExpertSource, PromptSource
+    from tandem.engine.model.resolve import load_tokenizer, resolve_model
+    from tandem.launch import placement
+    from tandem.launch.run.group_check import check_group_size
     from tandem.rollout.rewards.answers import check_answers
     disable_progress_bar()
     try:
@@ -220,7 +221,7 @@ def room(config: Config, parameters: int | None) -> Check:
 
 
 def try_rewards(config: Config) -> str:
-    from tandem.engine.rows import open_rows
+    from tandem.engine.data.rows import open_rows
     from tandem.rollout.rewards.check import check
     dataset = config.data.evaluation or config.data.prompts
     if dataset is None:

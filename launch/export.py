@@ -8,11 +8,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from tandem.engine.checkpoint import CheckpointError, Checkpoints, verify
-from tandem.engine.config import ConfigError
-from tandem.engine.folder_lock import owned_from_beside
-from tandem.engine.tiny import complete_folder
-from tandem.engine.weight_files import tensor_shapes
+from tandem.engine.core.errors import CheckpointError, ConfigError
+from tandem.engine.core.folder_lock import owned_from_beside
+from tandem.engine.loop.checkpoint import Checkpoints, verify
+from tandem.engine.model.tiny import complete_folder
+from tandem.engine.model.weight_files import tensor_shapes
 
 
 def export(source: str | Path, out: str | Path) -> Path:

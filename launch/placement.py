@@ -18,14 +18,22 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tandem.engine import stop
-from tandem.engine.config import Config, ConfigError
-from tandem.launch.machine import GIB, MALLOC, available_memory, cpu_count, gpu_count, memory_plan, port_is_free
+from tandem.engine.config.schema import Config
+from tandem.engine.core import stop
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.core.process import MALLOC
+from tandem.launch.machine import (
+    GIB,
+    available_memory,
+    cpu_count,
+    gpu_count,
+    memory_plan,
+    port_is_free,
+)
 from tandem.launch.variables import raise_file_limit, ray_folder, socket_env
 
 
@@ -87,7 +95,7 @@ class Placement:
 def plan(config: Config) -> Plan:
     """The bundles of a config. Replayed rollouts need no engine, rollout-only runs no learner; a colocated pair's place stays whole without one of them."""
     c = config.cluster
-    engines = 0 if config.rollout.backend == "replay" else c.engines
+    engines = config.engine_count
     ranks = 0 if config.run.rollout_only else c.learner_ranks
     # rounded: 0.6 + 0.3 is 0.8999 to Ray, in which both would not fit
     bundle = lambda cpus, gpus: {name: round(float(n), 4) for name, n in (("CPU", cpus), ("GPU", gpus)) if n}
@@ -231,22 +239,6 @@ def worker_env(config: Config, gpus: float) -> dict[str, str]:
     if config.cluster.address is None and "GLOO_SOCKET_IFNAME" not in os.environ:
         env["GLOO_SOCKET_IFNAME"] = "lo"        # one machine: gloo need not find out which address its host name stands for
     return env
-
-
-def pin(config: Config, *, engine: int | None = None, rank: int | None = None) -> None:
-    """With `cluster.pin_cores`: bind this process, that of an engine or of a learner rank, to its own cores; threads and children that start later inherit them.
-
-    To be called once, while the process may still use every core of the run. Threads of Ray's that run already are moved too: some of them start others.
-    """
-    if not config.cluster.pin_cores:
-        return
-    threads, process = config.cluster.threads, engine if engine is not None else plan(config).engines + rank
-    own = sorted(os.sched_getaffinity(0))[process * threads:(process + 1) * threads]
-    if len(own) < threads:
-        raise ConfigError(f"cluster.pin_cores: process {process} of {threads} thread(s) finds {len(own)} core(s) left of {len(os.sched_getaffinity(0))}")
-    for thread in os.listdir("/proc/self/task"):
-        with suppress(ProcessLookupError):      # it has ended since
-            os.sched_setaffinity(int(thread), own)
 
 
 def show(resources: dict[str, float]) -> str:

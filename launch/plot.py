@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tandem.engine.config import ConfigError
-from tandem.engine.telemetry import is_evaluation, read_jsonl
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.core.files import read_jsonl
+from tandem.engine.report.telemetry import is_evaluation
 
 BLUE, ORANGE, GREEN, PINK, SKY, RED, BLACK = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000"
 STYLES = [(BLUE, "-"), (RED, "--"), (GREEN, "-."), (ORANGE, (0, (1, 1))), (PINK, (0, (5, 1, 1, 1))), (SKY, (0, (3, 3))), (BLACK, ":")]

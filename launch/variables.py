@@ -10,7 +10,8 @@ import resource
 import tempfile
 from pathlib import Path
 
-from tandem.engine.config import Config, ConfigError
+from tandem.engine.config.schema import Config
+from tandem.engine.core.errors import ConfigError
 
 # Of launchers of processes: torchrun, torch.distributed operators, MPI, accelerate.
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR",

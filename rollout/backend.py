@@ -6,25 +6,9 @@ The weight calls mirror vLLM's own weight-transfer client (init, start, update, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-from tandem.engine.types import GenRequest, Trajectory
-
-
-class EngineDied(RuntimeError):
-    """An engine cannot serve any more; its requests must be re-issued elsewhere."""
-
-
-class SyncError(RuntimeError):
-    """Weights did not arrive as sent, or log-probs of rollout engine and learner disagree. The run stops: nothing after it could be trusted."""
-
-
-class Installed(NamedTuple):
-    """What an engine says of an update, before it samples again."""
-
-    received: dict[str, str]        # {parameter: digest} of the bytes as they were received
-    version: int                    # see Backend.weight_version
-    held: str                       # see Backend.held_digest
+from tandem.engine.core.types import GenRequest, Installed, Trajectory
 
 
 class Backend(Protocol):

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
-from tandem.engine import stop
-from tandem.engine.config import Config
-from tandem.engine.types import GenRequest, Trajectory
-from tandem.rollout.hf_backend import HFBackend
-from tandem.rollout.replay_backend import ReplayBackend
+from tandem.engine.config.schema import Config
+from tandem.engine.core import stop
+from tandem.engine.core.types import GenRequest, Trajectory
+from tandem.rollout.backends.hf import HFBackend
+from tandem.rollout.backends.replay import ReplayBackend
 
 
 class LocalPool:

@@ -30,8 +30,8 @@ def survivors() -> list[psutil.Process]:
 @pytest.fixture(scope="session", autouse=True)
 def no_process_left():
     yield
-    if "tandem.engine.templates" in sys.modules:      # what renders chat templates is kept for the next dataset
-        sys.modules["tandem.engine.templates"].WORKER.stop()
+    if "tandem.engine.data.templates" in sys.modules:      # what renders chat templates is kept for the next dataset
+        sys.modules["tandem.engine.data.templates"].WORKER.stop()
     end = time.monotonic() + 20
     while (left := survivors()) and time.monotonic() < end:
         time.sleep(0.5)

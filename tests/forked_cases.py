@@ -19,10 +19,12 @@ from pathlib import Path
 
 import yaml
 
-from tandem.engine import run, telemetry
-from tandem.engine.learner import InlineLearner, LearnerRank
+from tandem.engine.learner.inline import InlineLearner
+from tandem.engine.learner.rank import LearnerRank
+from tandem.engine.report import telemetry
 from tandem.launch import cli
-from tandem.rollout.hf_backend import HFBackend
+from tandem.launch.run import run
+from tandem.rollout.backends.hf import HFBackend
 from tandem.rollout.local import LocalPool
 from tandem.rollout.rewards.api import RewardFunction
 

@@ -6,15 +6,18 @@ from functools import cache
 import numpy as np
 import torch
 
-from tandem.algorithms.base import Batch, Term, make_method
-from tandem.algorithms.critic import ValueLoss
-from tandem.algorithms.inspect import group, trajectory
-from tandem.algorithms.objectives import NLL, KLToReference, PPOClip
-from tandem.algorithms.reductions import Reduction
-from tandem.engine.learner import build_policy
-from tandem.engine.packing import pack
-from tandem.engine.terms import denominators
-from tandem.engine.types import Row, Source, StepPlan
+from tandem.algorithms.base import Batch, Term
+from tandem.algorithms.parts.critic import ValueLoss
+from tandem.algorithms.parts.objectives.entropy import KLToReference
+from tandem.algorithms.parts.objectives.nll import NLL
+from tandem.algorithms.parts.objectives.policy import PPOClip
+from tandem.algorithms.parts.reductions import Reduction
+from tandem.algorithms.registry import make_method
+from tandem.engine.core.types import Row, Source, StepPlan
+from tandem.engine.learner.inspect import group, trajectory
+from tandem.engine.learner.packing import pack
+from tandem.engine.learner.rank import build_policy
+from tandem.engine.learner.terms import denominators
 
 TEMPERATURE = 0.8
 TERMS = (Term("policy", PPOClip(), Reduction("token_mean")), Term("sft", NLL("phi"), Reduction("seq_mean_token_mean"), 0.3),

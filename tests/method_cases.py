@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from tandem.algorithms.base import Batch, Budget, demonstration
-from tandem.algorithms.inspect import group, inspect, trajectory
-from tandem.engine.loop import carried
-from tandem.engine.types import Finish, Prompt, Sampling, ScoredGroup, Source, Trajectory
+from tandem.algorithms.base import Batch, Budget
+from tandem.algorithms.rows import demonstration
+from tandem.engine.core.types import Finish, Prompt, Sampling, ScoredGroup, Source, Trajectory
+from tandem.engine.learner.inspect import group, inspect, trajectory
+from tandem.engine.loop.train import carried
 
 # Two demonstrations of three and two tokens, ids 5 6 3 and 7 3.
 EXPERTS = (trajectory([1, 2], [5, 6, 3], expert=True, prompt_id="e0"), trajectory([1], [7, 3], expert=True, prompt_id="e1"))

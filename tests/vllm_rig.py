@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from tandem.engine.config import Config, DataConfig, RolloutConfig, SyncConfig
-from tandem.engine.types import GenRequest, Prompt, Sampling, Source
+from tandem.engine.config.schema import Config, DataConfig, RolloutConfig, SyncConfig
+from tandem.engine.core.types import GenRequest, Prompt, Sampling, Source
 
 CONFIG = Config(data=DataConfig(max_prompt_tokens=400), rollout=RolloutConfig(max_tokens=600, kv_cache_gib=0.25), sync=SyncConfig(timeout=30.0, bucket_mib=1))
 EOS = 2
@@ -22,7 +22,7 @@ class Rig:
     def __init__(self, folder, config=CONFIG):
         from transformers import AutoModelForCausalLM
 
-        from tandem.rollout.vllm_backend import VllmBackend
+        from tandem.rollout.vllm.backend import VllmBackend
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, config.model.dtype)).eval()
@@ -35,7 +35,8 @@ class Rig:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(120)
 
     def connect(self, skip=(), transport="shm", bucket_bytes=1 << 20):
-        from tandem.rollout.vllm_transfer import CpuSender, CpuTrainerInit, DigestingSource, PoolClient, Sender
+        from tandem.engine.weights.sender import CpuSender, DigestingSource, PoolClient, Sender
+        from tandem.engine.weights.wire import CpuTrainerInit
         rig = self
 
         class DirectClient(PoolClient):
@@ -98,7 +99,7 @@ class Rig:
 def parameters(model, skip=()):
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
-    from tandem.engine.checkpoint_form import CheckpointForm
+    from tandem.engine.model.checkpoint_form import CheckpointForm
     named = [(n, p.detach()) for n, p in model.named_parameters() if n not in skip]
     form = CheckpointForm(model, [(n, p.dtype, tuple(p.shape)) for n, p in named])
 

@@ -5,9 +5,10 @@ from typing import ClassVar
 
 from method_cases import batch, half
 
-from tandem.algorithms.base import Method, Term, expert_row
-from tandem.algorithms.inspect import inspect
-from tandem.algorithms.objectives import NLL
+from tandem.algorithms.base import Method, Term
+from tandem.algorithms.parts.objectives.nll import NLL
+from tandem.algorithms.rows import expert_row
+from tandem.engine.learner.inspect import inspect
 
 
 @dataclass

@@ -5,9 +5,10 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from tandem.algorithms.base import Method, Term, expert_row
-from tandem.algorithms.policy import PolicyLoss
-from tandem.algorithms.schedules import Schedule
+from tandem.algorithms.base import Method, Term
+from tandem.algorithms.parts.policy import PolicyLoss
+from tandem.algorithms.parts.schedules import Schedule
+from tandem.algorithms.rows import expert_row
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tandem.engine.config import ConfigError
+from tandem.engine.core.errors import ConfigError
 from tandem.rollout.rewards.api import ground_truth
 from tandem.rollout.rewards.values import describe
 

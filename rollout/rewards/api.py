@@ -20,10 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from tandem.engine.config import ConfigError, RewardConfig, closest, coerce
-from tandem.engine.foreign import message
-from tandem.engine.loading import load_object
-from tandem.engine.types import RewardError
+from tandem.engine.config.parse import coerce
+from tandem.engine.config.schema import RewardConfig
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.core.foreign import message
+from tandem.engine.core.loading import load_object
+from tandem.engine.core.text import closest
+from tandem.engine.core.types import RewardError
 from tandem.rollout.rewards import values
 from tandem.rollout.rewards.values import describe
 

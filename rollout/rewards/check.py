@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from tandem.engine.config import ConfigError, RewardConfig
-from tandem.engine.types import RewardError
+from tandem.engine.config.schema import RewardConfig
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.core.types import RewardError
 from tandem.rollout.rewards.api import Call, ground_truth
 from tandem.rollout.rewards.runner import RewardRunner
 

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 
-from tandem.engine.config import ConfigError
+from tandem.engine.core.errors import ConfigError
 
 NAMES = frozenset("""
     PATH HOME USER LOGNAME SHELL TERM TZ LANG LANGUAGE TMPDIR TEMP TMP

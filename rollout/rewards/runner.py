@@ -28,11 +28,12 @@ from typing import Any
 
 import numpy as np
 
-from tandem.engine import stop
-from tandem.engine.config import ConfigError, RewardConfig
-from tandem.engine.loading import UserCode
-from tandem.engine.paths import process_kept, shown_code
-from tandem.engine.types import Prompt, RewardError, RewardOutcome
+from tandem.engine.config.paths import process_kept, shown_code
+from tandem.engine.config.schema import RewardConfig
+from tandem.engine.core import stop
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.core.loading import UserCode
+from tandem.engine.core.types import Prompt, RewardError, RewardOutcome
 from tandem.rollout.rewards import values
 from tandem.rollout.rewards.api import Call, Reply, Signature, load_functions
 from tandem.rollout.rewards.environment import hint, worker_environment

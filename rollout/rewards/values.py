@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tandem.engine.foreign import message
+from tandem.engine.core.foreign import message
 
 
 @dataclass(frozen=True)

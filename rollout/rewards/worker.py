@@ -14,9 +14,9 @@ import sys
 import traceback
 from multiprocessing.connection import Connection
 
-from tandem.engine.config import ConfigError
-from tandem.engine.foreign import message
-from tandem.engine.loading import install, user_code
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.core.foreign import message
+from tandem.engine.core.loading import install, user_code
 from tandem.rollout.rewards.api import Reply, load_functions
 from tandem.rollout.rewards.guard import Guard
 

@@ -22,13 +22,22 @@ import numpy as np
 import pytest
 import torch
 
-from tandem.engine.config import Config, DataConfig, ModelConfig, RolloutConfig
-from tandem.engine.digest import digest
-from tandem.engine.loading import load_object
-from tandem.engine.telemetry import rollout_record, write_line
-from tandem.engine.tiny import make_tiny
-from tandem.engine.types import Finish, GenRequest, Prompt, Sampling, ScoredGroup, Source, Trajectory
-from tandem.rollout.backend import EngineDied, SyncError
+from tandem.engine.config.schema import Config, DataConfig, ModelConfig, RolloutConfig
+from tandem.engine.core.errors import EngineDied, SyncError
+from tandem.engine.core.loading import load_object
+from tandem.engine.core.types import (
+    Finish,
+    GenRequest,
+    Prompt,
+    Sampling,
+    ScoredGroup,
+    Source,
+    Trajectory,
+)
+from tandem.engine.model.tiny import make_tiny
+from tandem.engine.report.lines import write_line
+from tandem.engine.report.rollouts import rollout_record
+from tandem.engine.weights.digest import digest
 
 GAP = 1e-4          # fp32: what rounding may do to a log-prob
 EOS = 2
@@ -126,8 +135,8 @@ def settings(folder: str, **rollout) -> Config:
 
 def start(kind: str, folder: str, config: Config, scratch, loop: Loop, closing: list):
     from transformers import AutoModelForCausalLM
-    cls = {"hf": "tandem.rollout.hf_backend:HFBackend", "replay": "tandem.rollout.replay_backend:ReplayBackend",
-           "vllm": "tandem.rollout.vllm_backend:VllmBackend"}.get(kind, kind)
+    cls = {"hf": "tandem.rollout.backends.hf:HFBackend", "replay": "tandem.rollout.backends.replay:ReplayBackend",
+           "vllm": "tandem.rollout.vllm.backend:VllmBackend"}.get(kind, kind)
     backend = loop(load_object(cls, "backend").start(folder, config, 0, str(scratch)))
     closing.append(lambda: loop(backend.close()))
 
@@ -146,7 +155,8 @@ def sender_of(backend, loop: Loop, named: dict[str, torch.Tensor], closing: list
 
     from vllm.distributed.weight_transfer.base import ParamMeta
 
-    from tandem.rollout.vllm_transfer import CpuSender, CpuTrainerInit
+    from tandem.engine.weights.sender import CpuSender
+    from tandem.engine.weights.wire import CpuTrainerInit
 
     class Client:
         timeout, installed = 100.0, None

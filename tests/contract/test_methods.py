@@ -5,11 +5,22 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from method_cases import BUDGET, EXPERTS, aligned, batch, drive, forced, ids, look, rollouts, without_rollouts
+from method_cases import (
+    BUDGET,
+    EXPERTS,
+    aligned,
+    batch,
+    drive,
+    forced,
+    ids,
+    look,
+    rollouts,
+    without_rollouts,
+)
 
-from tandem.algorithms.base import METHODS, make_method
-from tandem.algorithms.inspect import group, trajectory
-from tandem.engine.types import Finish, Source
+from tandem.algorithms.registry import METHODS, make_method
+from tandem.engine.core.types import Finish, Source
+from tandem.engine.learner.inspect import group, trajectory
 
 # Options that make much happen within a few steps; every method is also tested with none.
 LIVELY = {

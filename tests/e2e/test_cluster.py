@@ -84,8 +84,9 @@ def test_a_run_with_two_ranks_survives_the_death_of_its_engine(tmp_path):
     for r in rollouts:
         sampled = np.array(r["version"])[np.array(r["source"]) == 1]
         assert (sampled >= 0).all() and (r["step"] - sampled <= 1).all(), "a token older than the staleness bound was trained on"
-    from tandem.launch.export import export
     from transformers import AutoModelForCausalLM
+
+    from tandem.launch.export import export
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").num_parameters() > 600_000
     exported = export(tmp_path / "run" / "checkpoints" / "step_6", tmp_path / "exported")
     for path in (tmp_path / "run" / "model").iterdir():

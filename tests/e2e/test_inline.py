@@ -1,8 +1,8 @@
 """Whole runs in one process: the same loop, producer, learner, sync and checkpoints that a cluster run uses, with in-process leaves."""
 import json
 import pickle
-import sys
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,8 +10,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tandem.engine.config import load
-from tandem.engine.run import train
+from tandem.engine.config.parse import load
+from tandem.launch.run.run import train
 
 BASE = {
     "mode": "inline",
@@ -54,7 +54,7 @@ def test_four_steps_equal_two_resumed_for_two_more_to_the_bit(tmp_path, method, 
     whole = tmp_path / "a" / "run"
 
     stopped = config(tmp_path / "b", method, *overrides)
-    script = (f"import sys; sys.argv = ['x']\nfrom tandem.engine import loop, run\nfrom tandem.engine.config import load\n"
+    script = (f"import sys; sys.argv = ['x']\nfrom tandem.engine.loop import train as loop; from tandem.launch.run import run\nfrom tandem.engine.config.parse import load\n"
               f"keep = run.Run.checkpoint\n"
               f"def checkpoint_then_die(self):\n    keep(self)\n    import os\n    os._exit(9)\n"
               f"run.Run.checkpoint = checkpoint_then_die\n"
@@ -166,7 +166,7 @@ def test_every_set_of_moments_has_its_own_warm_up(tmp_path):
 def test_a_step_without_rollouts_leaves_what_goes_by_the_reward_where_it_was(tmp_path):
     """SFT and RL take turns, mu = 0.9 - reward: the peak until a reward is known, then the last known one's, also right after an SFT step and a resume there."""
     method = tmp_path / "mine.py"
-    method.write_text("from dataclasses import dataclass\nfrom tandem.algorithms.alternating import Alternating\nfrom tandem.algorithms.schedules import Schedule\n"
+    method.write_text("from dataclasses import dataclass\nfrom tandem.algorithms.staged.alternating import Alternating\nfrom tandem.algorithms.parts.schedules import Schedule\n"
                       "@dataclass\nclass Mine(Alternating):\n    mu = Schedule('reward_gap', peak=0.9)\n"
                       "    def rows(self, batch):\n        self.now = self.mu(batch.step, batch.signals)\n        return super().rows(batch)\n"
                       "    def metrics(self, step):\n        return {'mu': self.now}\n")
@@ -180,10 +180,10 @@ def test_a_step_without_rollouts_leaves_what_goes_by_the_reward_where_it_was(tmp
 
 def test_a_breakpoint_in_a_method_gets_the_terminal(tmp_path):
     method = tmp_path / "mine.py"
-    method.write_text("from dataclasses import dataclass\nfrom tandem.algorithms.grpo import GRPO\n@dataclass\nclass Mine(GRPO):\n"
+    method.write_text("from dataclasses import dataclass\nfrom tandem.algorithms.rl.grpo import GRPO\n@dataclass\nclass Mine(GRPO):\n"
                       "    def rows(self, batch):\n        breakpoint()\n        return super().rows(batch)\n")
     config(tmp_path, {"name": f"{method}:Mine"})
-    script = f"from tandem.engine.run import train; from tandem.engine.config import load; train(load({str(tmp_path / 'config.yaml')!r}, ['run.dir={tmp_path}', 'run.steps=1']))"
+    script = f"from tandem.launch.run.run import train; from tandem.engine.config.parse import load; train(load({str(tmp_path / 'config.yaml')!r}, ['run.dir={tmp_path}', 'run.steps=1']))"
     out = subprocess.run([sys.executable, "-c", script], input="p 'batch of', len(batch.groups)\nc\n", capture_output=True, text=True, timeout=200)
     assert out.returncode == 0 and "('batch of', 3)" in out.stdout, out.stdout + out.stderr
     assert "mine.py" in out.stdout
@@ -191,7 +191,7 @@ def test_a_breakpoint_in_a_method_gets_the_terminal(tmp_path):
 
 def test_inline_imports_no_heavy_stack(tmp_path):
     config(tmp_path, {"name": "grpo"})
-    script = (f"import sys; from tandem.engine.run import train; from tandem.engine.config import load; train(load({str(tmp_path / 'config.yaml')!r}, ['run.dir={tmp_path}', 'run.steps=1']))\n"
+    script = (f"import sys; from tandem.launch.run.run import train; from tandem.engine.config.parse import load; train(load({str(tmp_path / 'config.yaml')!r}, ['run.dir={tmp_path}', 'run.steps=1']))\n"
               "print('heavy:', sorted({m.split('.')[0] for m in sys.modules} & {'ray', 'vllm', 'deepspeed'}))")
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
     assert "heavy: []" in out.stdout, out.stdout + out.stderr
@@ -200,9 +200,9 @@ def test_inline_imports_no_heavy_stack(tmp_path):
 def test_a_bad_row_never_reaches_training(tmp_path):
     """A gradient that is not finite leaves the weights alone, is counted, its rows are kept, and the run ends after max_skipped_steps."""
     method = tmp_path / "mine.py"
-    method.write_text("import numpy as np\nfrom dataclasses import dataclass, replace\nfrom tandem.algorithms.grpo import GRPO\n@dataclass\nclass Mine(GRPO):\n"
+    method.write_text("import numpy as np\nfrom dataclasses import dataclass, replace\nfrom tandem.algorithms.rl.grpo import GRPO\n@dataclass\nclass Mine(GRPO):\n"
                       "    def rows(self, batch):\n        rows = super().rows(batch)\n        return [replace(rows[0], advantage=rows[0].weights['policy'] * np.float32(3e38)), *rows[1:]]\n")
-    from tandem.engine.loop import NotFinite
+    from tandem.engine.core.errors import NotFinite
     with pytest.raises(NotFinite, match="2 steps in a row"):
         train(config(tmp_path, {"name": f"{method}:Mine"}, "learner.max_skipped_steps=1", "run.fake_reward=true"))
     saved = pickle.loads((tmp_path / "run" / "bad_steps" / "step_0.pkl").read_bytes())

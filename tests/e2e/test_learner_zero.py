@@ -4,17 +4,29 @@ import socket
 import subprocess
 import sys
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from learner_cases import CLIP, METHOD, SEEDS, TERMS, equal, hook_plan, make_plan, make_policy, make_rows, only, plain_gradient, weights
+from learner_cases import (
+    CLIP,
+    METHOD,
+    SEEDS,
+    TERMS,
+    equal,
+    hook_plan,
+    make_plan,
+    make_policy,
+    make_rows,
+    only,
+    plain_gradient,
+    weights,
+)
 
-from tandem.engine.config import Config, LearnerConfig, ModelConfig
-from tandem.engine.learner import LearnerRank
-from tandem.engine.zero import LocalEngine
+from tandem.engine.config.schema import Config, LearnerConfig, ModelConfig
+from tandem.engine.learner.local_engine import LocalEngine
+from tandem.engine.learner.rank import LearnerRank
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(240)]
 STAGES = (0, 1, 2, 3)
@@ -22,7 +34,7 @@ STAGES = (0, 1, 2, 3)
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory):
-    from tandem.engine.tiny import make_tiny
+    from tandem.engine.model.tiny import make_tiny
     return str(make_tiny(tmp_path_factory.mktemp("model") / "tiny", hidden=32, layers=2))
 
 
@@ -169,8 +181,8 @@ def test_offload_that_drops_micro_batches_is_refused(tmp_path):
     """Section 0.2 of the methods dossier. The released DeepSpeed bug, made again: gradients reach the offloaded optimizer for the first micro-batch only."""
     code = """
 import sys
-from tandem.engine import zero
-from tandem.engine.config import ConfigError
+from tandem.engine.learner import zero_engine as zero
+from tandem.engine.core.errors import ConfigError
 zero.join(0, 1, "127.0.0.1", int(sys.argv[1]), 60.0)
 zero.check_offload(2)
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as Z

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tandem.algorithms.base import METHODS, method_class
-from tandem.engine.config import load
-from tandem.engine.run import train
+from tandem.algorithms.registry import METHODS, method_class
+from tandem.engine.config.parse import load
+from tandem.launch.run.run import train
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "methods"
 REWARD = Path(__file__).parent / "short_reward.py"

@@ -6,8 +6,8 @@ import pytest
 import torch
 import transformers
 
-from tandem.engine.tiny import make_tokenizer
-from tandem.engine.weight_files import tensor_shapes
+from tandem.engine.model.tiny import make_tokenizer
+from tandem.engine.model.weight_files import tensor_shapes
 from tandem.launch import cli
 
 CONFIG = """

@@ -4,9 +4,16 @@ import time
 
 import psutil
 import pytest
-
 from learner_cases import METHOD, make_plan, make_rows
-from tandem.engine.config import ClusterConfig, Config, ConfigError, LearnerConfig, ModelConfig, RolloutConfig
+
+from tandem.engine.config.schema import (
+    ClusterConfig,
+    Config,
+    LearnerConfig,
+    ModelConfig,
+    RolloutConfig,
+)
+from tandem.engine.core.errors import ConfigError
 from tandem.launch import placement
 
 pytestmark = pytest.mark.stack
@@ -36,9 +43,10 @@ def config(**cluster) -> Config:
 
 def test_learner_ranks_of_two_nodes_train_together(two_nodes, in_tmp):
     import ray
-    from tandem.engine.learner import InlineLearner
-    from tandem.engine.model import resolve_model
-    from tandem.engine.ray_learner import RayLearner
+
+    from tandem.engine.learner.inline import InlineLearner
+    from tandem.engine.learner.ray import RayLearner
+    from tandem.engine.model.resolve import resolve_model
     cfg, said = config(address=two_nodes), []
     model_path = resolve_model(cfg.model)
     places = placement.start(cfg, in_tmp / "run", said.append)
@@ -60,7 +68,7 @@ def test_learner_ranks_of_two_nodes_train_together(two_nodes, in_tmp):
 
 def actors_of(cfg: Config, places, run_dir) -> tuple[list, list]:
     """The actors of all engines and learner ranks, made as a run makes them, but not started: where they are shows without vLLM and DeepSpeed."""
-    from tandem.engine import ray_learner
+    from tandem.engine.learner import ray as ray_learner
     from tandem.rollout.pool import EnginePool
     pool = EnginePool(cfg, "unused", places, run_dir)
     return [pool.actor(i, stale=False) for i in range(cfg.cluster.engines)], ray_learner.actors(cfg, "unused", places, run_dir)
@@ -109,6 +117,7 @@ def test_local_ray_gives_engines_and_ranks_their_places_and_ends(in_tmp):
         @ray.remote
         def probe():
             import os
+
             import ray
             return ray.get_runtime_context().get_assigned_resources(), os.environ["OMP_NUM_THREADS"], os.environ["DS_ACCELERATOR"]
 

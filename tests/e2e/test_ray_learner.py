@@ -7,20 +7,27 @@ import numpy as np
 import pytest
 from learner_cases import CLIP, METHOD, TEMPERATURE, make_plan, make_rows
 
-from tandem.engine import weights
-from tandem.engine.config import ClusterConfig, Config, DataConfig, LearnerConfig, ModelConfig, RolloutConfig, SyncConfig
-from tandem.engine.learner import LearnerRank, build_policy
-from tandem.engine.method_checks import MethodError
-from tandem.engine.types import GenRequest, Prompt, Row, Sampling, Source
-from tandem.engine.zero import LocalEngine
-from tandem.rollout.backend import SyncError
+from tandem.engine.config.schema import (
+    ClusterConfig,
+    Config,
+    DataConfig,
+    LearnerConfig,
+    ModelConfig,
+    RolloutConfig,
+    SyncConfig,
+)
+from tandem.engine.core.errors import MethodError, SyncError
+from tandem.engine.core.types import GenRequest, Prompt, Row, Sampling, Source
+from tandem.engine.learner.local_engine import LocalEngine
+from tandem.engine.learner.rank import LearnerRank, build_policy
+from tandem.engine.weights import verify as weights
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory):
-    from tandem.engine.tiny import make_tiny
+    from tandem.engine.model.tiny import make_tiny
     return str(make_tiny(tmp_path_factory.mktemp("model") / "tiny", hidden=64, layers=2))
 
 
@@ -37,7 +44,7 @@ def sampled_gap(pool, learner, seed):
 
 
 def test_two_ranks_and_an_engine(model_path, tmp_path):
-    from tandem.engine.ray_learner import LearnerFailed, RayLearner
+    from tandem.engine.learner.ray import LearnerFailed, RayLearner
     from tandem.launch import placement
     from tandem.rollout.pool import EnginePool
     config = Config(method=METHOD, model=ModelConfig(path=model_path), data=DataConfig(max_prompt_tokens=16), rollout=RolloutConfig(max_tokens=16, kv_cache_gib=0.25, max_sequences=8),

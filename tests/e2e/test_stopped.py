@@ -7,8 +7,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tandem.engine.config import load
-from tandem.engine.run import train
+from tandem.engine.config.parse import load
+from tandem.launch.run.run import train
 
 CONFIG = {
     "mode": "inline",

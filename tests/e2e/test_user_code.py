@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tandem.engine import loading
+from tandem.engine.core import loading
 
 DOCS = Path(__file__).parents[2] / "docs" / "examples"
 
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import {neighbour}
 from tandem.algorithms.base import Method, Term
-from tandem.algorithms.objectives import RolloutCorrection
+from tandem.algorithms.parts.objectives.correction import RolloutCorrection
 
 FACTOR = 2.0
 
@@ -92,8 +92,8 @@ class Objective:
 DRIVER = '''
 import json, os, pickle, shutil, sys
 from ray import cloudpickle
-from tandem.algorithms.base import configured
-from tandem.engine.loading import user_code
+from tandem.algorithms.registry import configured
+from tandem.engine.core.loading import user_code
 
 os.chdir("project")
 sent = {}
@@ -108,8 +108,8 @@ shutil.rmtree("project")
 '''
 ACTOR = '''
 import json, pickle, sys, traceback
-from tandem.algorithms.base import configured
-from tandem.engine.loading import install
+from tandem.algorithms.registry import configured
+from tandem.engine.core.loading import install
 
 with open(sys.argv[1], "rb") as file:
     code, sent = pickle.load(file)
@@ -176,7 +176,7 @@ def test_objectives_of_every_kind_run_where_no_file_of_theirs_is(computed, spec,
 def test_a_module_has_one_name_in_every_process(tmp_path):
     """What is pickled in a checkpoint is found by the next start of the run."""
     write(tmp_path / "state.py", "class State:\n    def __init__(self): self.seen = 3\n")
-    load = f"from tandem.engine.loading import load_object; State = load_object({str(tmp_path / 'state.py')!r} + ':State', 'method');"
+    load = f"from tandem.engine.core.loading import load_object; State = load_object({str(tmp_path / 'state.py')!r} + ':State', 'method');"
     first = python(load + "import pickle; print(pickle.dumps(State()).hex())", cwd=tmp_path)
     again = python(load + "import pickle, sys; print(pickle.loads(bytes.fromhex(sys.argv[1])).seen)", first.stdout.strip(), cwd=tmp_path)
     assert again.stdout == "3\n", first.stderr + again.stderr
@@ -204,7 +204,7 @@ def test_installed_packages_stay_where_they_are(tmp_path):
     """Sources of torch would be megabytes, and without their compiled part of no use."""
     write(tmp_path / "mine.py", "import json\nimport numpy\nimport torch.nn.functional\nfrom tandem.algorithms.base import Method\n\nclass Mine: pass\n")
     loading.load_object(f"{tmp_path}/mine.py:Mine", "method")
-    from tandem.engine.loading import user_code
+    from tandem.engine.core.loading import user_code
     mine = loading.module_name(tmp_path / "mine.py")
     sources = user_code().sources
     assert mine in sources
@@ -213,8 +213,8 @@ def test_installed_packages_stay_where_they_are(tmp_path):
 
 RUN = '''
 import os, shutil, sys
-from tandem.engine.config import load
-from tandem.engine.run import train
+from tandem.engine.config.parse import load
+from tandem.launch.run.run import train
 
 config = load("config.yaml", sys.argv[1:])
 shutil.rmtree("methods")
@@ -251,9 +251,9 @@ def test_the_documented_example_trains_on_the_real_stack_without_its_file(tmp_pa
 @pytest.mark.parametrize("held, said", [(threading.Lock(), "lock"), ((i for i in range(3)), "generator")])
 def test_an_objective_that_cannot_be_sent_is_named(held, said):
     from tandem.algorithms.base import Term
-    from tandem.engine.config import ConfigError
-    from tandem.engine.ray_learner import check_sendable
-    from tandem.engine.types import StepPlan
+    from tandem.engine.core.errors import ConfigError
+    from tandem.engine.core.types import StepPlan
+    from tandem.engine.learner.ray import check_sendable
     good = Term("good", lambda tokens: (tokens.logp, {}))
     bad = Term("bad", lambda tokens: (tokens.logp, {"held": held}))
     plan = StepPlan(0, (good, bad), {}, (), learning_rate=1.0, temperature=1.0)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from vllm_rig import EOS, running
 
-from tandem.engine.tiny import make_tiny
-from tandem.engine.types import Finish, Source
-from tandem.rollout.backend import EngineDied, SyncError
+from tandem.engine.core.errors import EngineDied, SyncError
+from tandem.engine.core.types import Finish, Source
+from tandem.engine.model.tiny import make_tiny
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(300)]
 
@@ -44,7 +44,7 @@ def test_same_seed_same_samples_other_group_other_samples(rig):
 
 
 def test_prefixes_are_forced_and_not_sampled(rig):
-    from tandem.engine.types import Trajectory
+    from tandem.engine.core.types import Trajectory
     prefixes = (np.array([30, 31, 32], np.int32), np.zeros(0, np.int32), np.arange(40, 64).astype(np.int32))
     a, b, c = rig.generate(PROMPT, samples=3, prefixes=prefixes)
     assert isinstance(a, Trajectory) and a.response[:3].tolist() == [30, 31, 32] and len(a.response) <= 24

@@ -7,9 +7,9 @@ import pytest
 import torch
 from vllm_rig import CONFIG, running
 
-from tandem.engine.config import ModelConfig
-from tandem.engine.first_sync import FirstSync
-from tandem.rollout.backend import SyncError
+from tandem.engine.config.schema import ModelConfig
+from tandem.engine.core.errors import SyncError
+from tandem.engine.loop.first_sync import FirstSync
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(300)]
 
@@ -20,7 +20,7 @@ def make_model(folder, experts: int, kind: str):
     """A small Qwen3-MoE or Mixtral with the tokenizer of tandem:tiny. `experts`: width of one; the CPU kernel pads it to a multiple of 32."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Qwen3MoeConfig
 
-    from tandem.engine.tiny import make_tiny
+    from tandem.engine.model.tiny import make_tiny
     tokenizer = AutoTokenizer.from_pretrained(make_tiny(folder / "tiny", hidden=64, layers=1))
     torch.manual_seed(0)
     common = dict(vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=2, num_attention_heads=2, head_dim=64, num_key_value_heads=2,

@@ -6,13 +6,26 @@ import sys
 from pathlib import Path
 
 import torch
-from learner_cases import CLIP, METHOD, SEEDS, TERMS, budget_of, hook_plan, make_plan, make_policy, make_rows, only, poison, weights
+from learner_cases import (
+    CLIP,
+    METHOD,
+    SEEDS,
+    TERMS,
+    budget_of,
+    hook_plan,
+    make_plan,
+    make_policy,
+    make_rows,
+    only,
+    poison,
+    weights,
+)
 from safetensors.torch import load_file
 
-from tandem.engine import zero
-from tandem.engine.config import Config, LearnerConfig, ModelConfig
-from tandem.engine.learner import LearnerRank
-from tandem.engine.ray_learner import share
+from tandem.engine.config.schema import Config, LearnerConfig, ModelConfig
+from tandem.engine.learner import zero_engine as zero
+from tandem.engine.learner.rank import LearnerRank
+from tandem.engine.learner.ray import share
 
 
 class Probe(torch.optim.AdamW):

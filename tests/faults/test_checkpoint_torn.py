@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tandem.engine.checkpoint import MANIFEST, Checkpoints
+from tandem.engine.loop.checkpoint import MANIFEST, Checkpoints
 
 # Kills itself with SIGKILL at its n-th file system call, for n = 1, 2, ... until a child lives to the end; after each death the parent looks what is left.
 KILLER = """
 import json, os, shutil, signal, sys
 from pathlib import Path
-from tandem.engine.checkpoint import Checkpoints
+from tandem.engine.loop.checkpoint import Checkpoints
 
 WATCHED = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir", "shutil.rmtree"}
 
@@ -129,7 +129,7 @@ def test_every_checkpoint_damaged_means_none(tmp_path):
 
 WRITER = """
 import resource, signal, sys
-from tandem.engine.checkpoint import Checkpoints
+from tandem.engine.loop.checkpoint import Checkpoints
 if sys.argv[2] == "limit":
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from forked_cases import run_cases
 
-from tandem.engine.disk import checkpoint_bytes, disk_fault, in_words, probe
+from tandem.engine.loop.disk import checkpoint_bytes, disk_fault, in_words, probe
 
 FILLING = f"{Path(__file__).parent / 'filling_reward.py'}:score"
 DISK = 40 << 20

@@ -12,11 +12,11 @@ import psutil
 import pytest
 import torch
 
-from tandem.engine.config import ClusterConfig, Config, DataConfig, RolloutConfig, SyncConfig
-from tandem.engine.tiny import make_tiny
-from tandem.engine.types import Finish, GenRequest, Prompt, Sampling, Source
-from tandem.rollout.backend import EngineDied, SyncError
-from tandem.rollout.pool import EnginePool, RolloutPoolExhausted
+from tandem.engine.config.schema import ClusterConfig, Config, DataConfig, RolloutConfig, SyncConfig
+from tandem.engine.core.errors import EngineDied, RolloutPoolExhausted, SyncError
+from tandem.engine.core.types import Finish, GenRequest, Prompt, Sampling, Source
+from tandem.engine.model.tiny import make_tiny
+from tandem.rollout.pool import EnginePool
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(120)]
 
@@ -48,7 +48,7 @@ class Rig:
     def connect(self):
         from vllm.distributed.weight_transfer.base import ModuleSource
 
-        from tandem.rollout.vllm_transfer import trainer_engine
+        from tandem.engine.weights.sender import trainer_engine
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
@@ -175,7 +175,7 @@ def test_a_dead_engine_is_found_before_the_others_begin_an_update(rig):
     """Else every engine that lives would be left in the middle of an update and have to be restarted as well. Plain actors: only who is called counts."""
     import ray
 
-    from tandem.rollout.vllm_transfer import PoolClient
+    from tandem.engine.weights.sender import PoolClient
 
     @ray.remote(num_cpus=0)
     class Engine:

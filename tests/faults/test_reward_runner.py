@@ -8,8 +8,9 @@ import time
 import numpy as np
 import pytest
 
-from tandem.engine.config import ConfigError, RewardConfig
-from tandem.engine.types import Prompt
+from tandem.engine.config.schema import RewardConfig
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.core.types import Prompt
 from tandem.rollout.rewards import runner as runner_module
 from tandem.rollout.rewards.runner import RewardFailure, RewardRunner
 
@@ -194,7 +195,7 @@ def test_too_many_failures_stop_the_run(start):
 
 
 def test_workers_stay_light_and_do_not_run_the_main_script(start):
-    import torch    # noqa: F401  it is loaded here, as it is in a run
+    import torch  # noqa: F401  it is loaded here, as it is in a run
     assert [o.value for o in outcomes(start(MISBEHAVE), "torch", "main")] == [0.0, 0.0]
 
 
@@ -230,8 +231,8 @@ def test_mathematics_that_never_ends_is_a_timeout_and_not_a_zero():
 DRIVER = """
 import os, sys, time
 import numpy as np
-from tandem.engine.config import RewardConfig
-from tandem.engine.types import Prompt
+from tandem.engine.config.schema import RewardConfig
+from tandem.engine.core.types import Prompt
 from tandem.rollout.rewards.runner import RewardRunner
 print('started', flush=True)
 runner = RewardRunner(RewardConfig(functions=(sys.argv[1],), timeout=1000.0, workers=2))

@@ -5,8 +5,9 @@ import signal
 import numpy as np
 import pytest
 
-from tandem.engine.config import ConfigError, RewardConfig
-from tandem.engine.types import Prompt
+from tandem.engine.config.schema import RewardConfig
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.core.types import Prompt
 from tandem.rollout.rewards import limits
 from tandem.rollout.rewards.log import BoundedLog
 from tandem.rollout.rewards.runner import RewardRunner

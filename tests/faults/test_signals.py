@@ -11,7 +11,7 @@ import pytest
 import yaml
 from forked_cases import CONFIG, run_cases
 
-from tandem.engine import stop
+from tandem.engine.core import stop
 
 BEFORE = ["config", "prepare", "start", "learner start", "first sync"]
 # where the signal comes, and the steps done in the checkpoint that must be there afterwards
@@ -133,7 +133,7 @@ def test_the_others_are_handled_too(name):
 
 
 def test_a_signal_that_nohup_ignores_stays_ignored():
-    code = ("import os, signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\nfrom tandem.engine import stop\n"
+    code = ("import os, signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\nfrom tandem.engine.core import stop\n"
             "with stop.handled():\n    os.kill(os.getpid(), signal.SIGHUP)\n    print(repr(stop.requested()))\n")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert done.stdout == "''\n", done
@@ -154,7 +154,7 @@ def test_a_signal_while_a_cpp_module_is_imported_does_not_abort_the_process(tmp_
 
 
 def test_an_exception_lost_in_a_finalizer_is_raised_again():
-    code = ("import os, signal\nfrom tandem.engine import stop\n"
+    code = ("import os, signal\nfrom tandem.engine.core import stop\n"
             "class Finalizer:\n    def __del__(self):\n        os.kill(os.getpid(), signal.SIGTERM)\n"
             "with stop.handled():\n    try:\n        Finalizer()\n        signal.pause()\n"
             "    except stop.Stopped as signal_name:\n        print(signal_name)\n")
@@ -164,7 +164,7 @@ def test_an_exception_lost_in_a_finalizer_is_raised_again():
 
 def test_ray_gets_no_say():
     """Ray leaves by SystemExit in a handler that it puts in the place of ours."""
-    code = ("import os, signal, sys\nfrom tandem.engine import stop\n"
+    code = ("import os, signal, sys\nfrom tandem.engine.core import stop\n"
             "def ray_init():\n"
             "    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))\n"
             "    if sys.argv[1] == 'during':\n        os.kill(os.getpid(), signal.SIGTERM)\n"

@@ -5,14 +5,13 @@ import os
 import pty
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
 from forked_cases import CONFIG, TERMINALS, fill, run_cases
 
-from tandem.engine.display import Display
-from tandem.engine.terminal import Screen
+from tandem.engine.report.display import Display
+from tandem.engine.report.terminal import Screen
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,9 @@ from decimal import Decimal
 import numpy as np
 import pytest
 
-from tandem.engine.config import ConfigError, load
-from tandem.engine.types import RewardError
+from tandem.engine.config.parse import load
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.core.types import RewardError
 from tandem.rollout.rewards.answers import check_answers
 from tandem.rollout.rewards.api import Call, load_function
 from tandem.rollout.rewards.builtin import exact
@@ -120,7 +121,7 @@ def test_the_first_rows_are_named_and_the_others_counted():
 
 @pytest.mark.parametrize("allowed", [False, True])
 def test_a_run_refuses_rows_without_answers_unless_told_otherwise(tmp_path, allowed):
-    from tandem.engine.run import train
+    from tandem.launch.run.run import train
     rows = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(7)] + [{"prompt": "7+7=", "answer": None}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "c.yaml").write_text(json.dumps({

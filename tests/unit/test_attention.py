@@ -2,9 +2,9 @@
 import pytest
 import torch
 
-from tandem.engine.attention import NAME, SHORT, attend
-from tandem.engine.config import ModelConfig
-from tandem.engine.model import load_policy
+from tandem.engine.config.schema import ModelConfig
+from tandem.engine.model.attention import NAME, SHORT, attend
+from tandem.engine.model.load import load_policy
 
 
 def inputs(length, dtype, grad=True):
@@ -40,7 +40,7 @@ def test_everything_else_is_left_alone(length, grad):
 
 
 def test_a_bfloat16_model_uses_it_and_a_float32_model_does_not(tmp_path):
-    from tandem.engine.tiny import make_tiny
+    from tandem.engine.model.tiny import make_tiny
     path = str(make_tiny(tmp_path / "tiny", hidden=32, layers=2))
     assert load_policy(ModelConfig(path=path, dtype="bfloat16")).model.config._attn_implementation == NAME
     assert load_policy(ModelConfig(path=path)).model.config._attn_implementation == "sdpa"

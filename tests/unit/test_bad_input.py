@@ -18,7 +18,7 @@ CONFIG = {
     "reward": {"functions": ["exact"]},
     "run": {"steps": 2, "checkpoint_every": 1, "save_model": False},
 }
-METHOD = "from dataclasses import dataclass\nfrom tandem.algorithms.sft import SFT\n\n@dataclass\nclass Mine(SFT):\n"
+METHOD = "from dataclasses import dataclass\nfrom tandem.algorithms.sft.sft import SFT\n\n@dataclass\nclass Mine(SFT):\n"
 
 
 @pytest.fixture
@@ -165,8 +165,8 @@ def test_picture_with_no_place(folder, capsys):
 
 
 def test_a_method_whose_options_would_be_ignored_is_refused(tmp_path):
-    from tandem.algorithms.base import method_class
+    from tandem.algorithms.registry import method_class
     file = tmp_path / "mine.py"
-    file.write_text("from tandem.algorithms.grpo import GRPO\nclass Mine(GRPO):\n    weight: float = 0.5\n")
+    file.write_text("from tandem.algorithms.rl.grpo import GRPO\nclass Mine(GRPO):\n    weight: float = 0.5\n")
     with pytest.raises(ValueError, match="weight.*@dataclass"):
         method_class(f"{file}:Mine")

@@ -7,10 +7,10 @@ import time
 import pytest
 import torch
 
-from tandem.engine.config import ClusterConfig, Config, SyncConfig
-from tandem.rollout.backend import SyncError
-from tandem.rollout.channels import SLOTS, Gloo, Memory, open_store
-from tandem.rollout.vllm_backend import transport
+from tandem.engine.config.schema import ClusterConfig, Config, SyncConfig
+from tandem.engine.core.errors import SyncError
+from tandem.engine.weights.channels import SLOTS, Gloo, Memory, open_store
+from tandem.rollout.vllm.backend import transport
 
 SIZES = [5000, 1, 70_000, 70_000, 123, 70_000]
 

@@ -7,8 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from tandem.engine.checkpoint import CheckpointError, Checkpoints, RunState, rng_state, set_rng_state
-from tandem.engine.types import Finish, GenRequest, Prompt, RewardOutcome, Sampling, ScoredGroup, Trajectory
+from tandem.engine.core.errors import CheckpointError
+from tandem.engine.core.types import (
+    Finish,
+    GenRequest,
+    Prompt,
+    RewardOutcome,
+    Sampling,
+    ScoredGroup,
+    Trajectory,
+)
+from tandem.engine.loop.checkpoint import Checkpoints, RunState, rng_state, set_rng_state
 
 
 def put(checkpoints: Checkpoints, step: int, content: str = "") -> None:

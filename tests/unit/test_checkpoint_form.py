@@ -3,7 +3,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tandem.engine.checkpoint_form import CheckpointForm
+from tandem.engine.model.checkpoint_form import CheckpointForm
 
 SMALL = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=16)
 

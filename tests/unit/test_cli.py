@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tandem.algorithms.base import METHODS, method_class
+from tandem.algorithms.registry import METHODS, method_class
+from tandem.engine.config.parse import load
+from tandem.engine.core.errors import ConfigError
 from tandem.launch import cli, machine, placement
-from tandem.engine.config import ConfigError, load
 
 CONFIG = {
     "mode": "inline",
@@ -128,7 +129,7 @@ def test_the_readmes_own_reward_and_method_train(config, in_tmp, capsys):
 
 
 def test_failure_leaves_a_traceback_in_the_run_folder(config, in_tmp, capsys):
-    (in_tmp / "broken.py").write_text("from dataclasses import dataclass\nfrom tandem.algorithms.sft import SFT\n\n@dataclass\nclass Broken(SFT):\n"
+    (in_tmp / "broken.py").write_text("from dataclasses import dataclass\nfrom tandem.algorithms.sft.sft import SFT\n\n@dataclass\nclass Broken(SFT):\n"
                                       "    def rows(self, batch):\n        raise RuntimeError('rows went wrong')\n")
     assert cli.main(["train", config, "method.name=broken.py:Broken"]) == 1
     err = capsys.readouterr().err

@@ -5,9 +5,11 @@ import math
 import pytest
 import yaml
 
-from tandem.algorithms.base import configured
-from tandem.algorithms.schedules import Schedule
-from tandem.engine.config import Config, ConfigError, load, to_dict
+from tandem.algorithms.parts.schedules import Schedule
+from tandem.algorithms.registry import configured
+from tandem.engine.config.parse import load, to_dict
+from tandem.engine.config.schema import Config
+from tandem.engine.core.errors import ConfigError
 
 GOOD = {
     "mode": "inline",

@@ -2,7 +2,7 @@
 import pytest
 import transformers
 
-from tandem.engine.context import context_length, rollout_context
+from tandem.engine.model.context import context_length, rollout_context
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1000}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 512,

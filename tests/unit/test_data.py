@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tandem.engine.config import ConfigError, DataConfig, DatasetConfig, ModelConfig, load
-from tandem.engine.data import ExpertSource, PromptSource
-from tandem.engine.tiny import make_tiny
-from tandem.engine.types import Finish, Source
+from tandem.engine.config.parse import load
+from tandem.engine.config.schema import DataConfig, DatasetConfig, ModelConfig
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.core.types import Finish, Source
+from tandem.engine.data.sources import ExpertSource, PromptSource
+from tandem.engine.model.tiny import make_tiny
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ROWS = [{"prompt": f"{i}+{i}=", "answer": str(2 * i), "response": str(2 * i)} for i in range(7)]
@@ -178,7 +180,7 @@ def test_bad_rows_are_found_before_the_run_and_named(rows, words, tmp_path, toke
 
 
 def test_rows_far_behind_are_checked_before_the_run(tmp_path, tokenizer, model, monkeypatch):
-    monkeypatch.setattr("tandem.engine.data.TOKENISED_ROWS", 2)
+    monkeypatch.setattr("tandem.engine.data.sources.TOKENISED_ROWS", 2)
     data = DataConfig(max_prompt_tokens=8, shuffle=False)
     with pytest.raises(ConfigError, match=":4: .*response.* is empty"):
         experts(jsonl(tmp_path, [*ROWS[:3], {"prompt": "x", "response": ""}]), tokenizer, model, data=data)

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from tandem.engine.config import ConfigError, DataConfig, DatasetConfig, ModelConfig
-from tandem.engine.data import ExpertSource
-from tandem.engine.rows import open_rows
-from tandem.engine.tiny import make_tiny
+from tandem.engine.config.schema import DataConfig, DatasetConfig, ModelConfig
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.data.rows import open_rows
+from tandem.engine.data.sources import ExpertSource
+from tandem.engine.model.tiny import make_tiny
 
 ROWS = [{"prompt": f"{i}+{i}=", "response": str(2 * i)} for i in range(4)]
 CHAT = {"prompt": [{"role": "user", "content": "2+2="}], "response": "4"}
@@ -145,8 +146,8 @@ def test_a_row_that_cannot_be_decoded_is_named(tmp_path, monkeypatch):
 
 def test_rows_far_behind_are_counted_together_and_found(tmp_path, monkeypatch):
     from transformers import AutoTokenizer
-    monkeypatch.setattr("tandem.engine.data.TOKENISED_ROWS", 1)
-    monkeypatch.setattr("tandem.engine.data.BATCH_CHARACTERS", 600)
+    monkeypatch.setattr("tandem.engine.data.sources.TOKENISED_ROWS", 1)
+    monkeypatch.setattr("tandem.engine.data.sources.BATCH_CHARACTERS", 600)
     model = ModelConfig(path=str(make_tiny(tmp_path / "tiny", hidden=32, layers=1)))
     tokenizer = AutoTokenizer.from_pretrained(model.path)
     long = [3, 50, 90, 70, 3, 200, 99, 5]       # of é: more bytes than tokens

@@ -4,8 +4,8 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tandem.engine.decoding import response_text
-from tandem.engine.types import Finish
+from tandem.engine.core.types import Finish
+from tandem.engine.data.decoding import response_text
 
 SPECIALS = ["<eos>", "<|im_end|>", "<bos>", "<think>", "</think>", "<answer>", "</answer>", "<pad>"]
 

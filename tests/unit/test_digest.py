@@ -1,11 +1,11 @@
-"""engine/digest.py: equal bytes give equal text everywhere; the faults that a weight transfer can have change it."""
+"""engine/weights/digest.py: equal bytes give equal text everywhere; the faults that a weight transfer can have change it."""
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from tandem.engine.digest import BLOCK, FEWEST, combine, digest
+from tandem.engine.weights.digest import BLOCK, FEWEST, combine, digest
 
 SIZE = 2 * FEWEST * BLOCK + 7    # rows for the matmul, whatever the dtype, and a rest
 
@@ -25,7 +25,7 @@ def test_layout_and_alignment_do_not_matter(dtype):
 
 
 def test_another_process_agrees():
-    code = ("import torch; from tandem.engine.digest import digest; "
+    code = ("import torch; from tandem.engine.weights.digest import digest; "
             f"print(digest(torch.randn({SIZE}, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)))")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout.strip() == digest(sample(torch.bfloat16))
 

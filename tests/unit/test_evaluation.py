@@ -6,10 +6,10 @@ from concurrent.futures import Future
 import numpy as np
 import pytest
 
-from tandem.algorithms.inspect import trajectory
-from tandem.engine.evaluation import EvalResult, evaluate, standard_error
-from tandem.engine.types import Prompt, RewardError, RewardOutcome, Sampling
-from tandem.rollout.backend import EngineDied
+from tandem.engine.core.errors import EngineDied
+from tandem.engine.core.types import EvalResult, Prompt, RewardError, RewardOutcome, Sampling
+from tandem.engine.learner.inspect import trajectory
+from tandem.engine.loop.evaluation import evaluate, standard_error
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.core_model_loading import WeightRenaming
 
-from tandem.engine.config import Config, ConfigError, ModelConfig
-from tandem.engine.export import find_origin, write_weights
-from tandem.engine.learner import LearnerRank
-from tandem.engine.model import hf_parameters, load_policy, load_tokenizer
-from tandem.engine.tiny import make_tiny
-from tandem.engine.weight_files import tensor_shapes
+from tandem.engine.config.schema import Config, ModelConfig
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.learner.rank import LearnerRank
+from tandem.engine.model.export import find_origin, write_weights
+from tandem.engine.model.load import load_policy
+from tandem.engine.model.policy import hf_parameters
+from tandem.engine.model.resolve import load_tokenizer
+from tandem.engine.model.tiny import make_tiny
+from tandem.engine.model.weight_files import tensor_shapes
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tandem.engine.checkpoint import MANIFEST, seal
+from tandem.engine.loop.checkpoint import MANIFEST, seal
 from tandem.launch import cli
 
 CONFIG = """
@@ -62,8 +62,9 @@ def test_an_earlier_checkpoint_holds_an_earlier_model(run, in_tmp, capsys):
     early, late = (load_file(folder / "model.safetensors") for folder in (in_tmp / "out", run / "model"))
     assert early.keys() == late.keys()
     assert any(not torch.equal(early[name], late[name]) for name in early)
-    from tandem.engine.config import ModelConfig
-    from tandem.engine.model import load_policy, load_tokenizer
+    from tandem.engine.config.schema import ModelConfig
+    from tandem.engine.model.load import load_policy
+    from tandem.engine.model.resolve import load_tokenizer
     load_policy(ModelConfig(path=str(in_tmp / "out")))
     assert load_tokenizer(ModelConfig(path=str(in_tmp / "out"))).chat_template
 

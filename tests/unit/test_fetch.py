@@ -3,7 +3,8 @@ import zipfile
 
 import pytest
 
-from tandem.engine.config import ConfigError, DataConfig, DatasetConfig, ModelConfig
+from tandem.engine.config.schema import DataConfig, DatasetConfig, ModelConfig
+from tandem.engine.core.errors import ConfigError
 from tandem.launch import fetch
 
 
@@ -32,7 +33,7 @@ def test_smollm2_answers_and_its_demonstrations_fit(tmp_path):
     """Downloads 93 MB. The model answers a sum and stops; a demonstration ends with the token at which it stops."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from tandem.engine.data import ExpertSource
+    from tandem.engine.data.sources import ExpertSource
     folder = fetch.fetch_smollm2(tmp_path / "smollm2")
     assert fetch.fetch_smollm2(folder) == folder                    # complete: nothing to do
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)

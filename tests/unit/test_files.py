@@ -4,9 +4,18 @@ import os
 
 import pytest
 
-from tandem.engine.config import Config, ConfigError
-from tandem.engine.files import TornFile, cut_jsonl, end_last_line, read_json, read_jsonl, scan_jsonl, write_atomic
-from tandem.engine.telemetry import Telemetry
+from tandem.engine.config.schema import Config
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.core.files import (
+    TornFile,
+    cut_jsonl,
+    end_last_line,
+    read_json,
+    read_jsonl,
+    scan_jsonl,
+    write_atomic,
+)
+from tandem.engine.report.telemetry import Telemetry
 
 BAD_LINES = [b"\0" * 8, b"garbage", b'{"step":1', b'{"step":1}{"step":2}', b"\xff\xfe", b"[1, 2]", b"7", b"", b"[" * 100_000]
 

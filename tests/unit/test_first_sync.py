@@ -2,9 +2,9 @@
 import numpy as np
 import pytest
 
-from tandem.engine.config import Config, DataConfig, ModelConfig, RolloutConfig, SyncConfig
-from tandem.engine.first_sync import TOKENS, FirstSync, longest, probe_tokens
-from tandem.rollout.backend import SyncError
+from tandem.engine.config.schema import Config, DataConfig, ModelConfig, RolloutConfig, SyncConfig
+from tandem.engine.core.errors import SyncError
+from tandem.engine.loop.first_sync import TOKENS, FirstSync, longest, probe_tokens
 
 BASE = np.linspace(-9.0, -1.0, TOKENS - 1).astype(np.float32)
 

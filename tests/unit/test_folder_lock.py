@@ -8,15 +8,15 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from tandem.engine import folder_lock
-from tandem.engine.errors import ConfigError
-from tandem.engine.folder_lock import LOCK, FolderTaken, Owner, owned, owned_from_beside
+from tandem.engine.core import folder_lock
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.core.folder_lock import LOCK, FolderTaken, Owner, owned, owned_from_beside
 
 RACER = """
 import sys
 from pathlib import Path
-from tandem.engine.errors import ConfigError
-from tandem.engine.folder_lock import owned
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.core.folder_lock import owned
 print("ready", flush=True)
 sys.stdin.readline()
 try:

@@ -6,13 +6,22 @@ import json
 import numpy as np
 import pytest
 
-from tandem.engine.config import Config, ConfigError
-from tandem.engine.data import row_id
-from tandem.engine.foreign import COLUMN_CHARACTERS, MESSAGE_CHARACTERS, message, text_of
-from tandem.engine.lines import plain_columns, write_line
-from tandem.engine.telemetry import Telemetry, read_jsonl
-from tandem.engine.types import Finish, Prompt, RewardError, RewardOutcome, ScoredGroup, Trajectory
-from tandem.rollout.replay_backend import RecordedPrompts
+from tandem.engine.config.schema import Config
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.core.files import read_jsonl
+from tandem.engine.core.foreign import COLUMN_CHARACTERS, MESSAGE_CHARACTERS, message, text_of
+from tandem.engine.core.types import (
+    Finish,
+    Prompt,
+    RewardError,
+    RewardOutcome,
+    ScoredGroup,
+    Trajectory,
+)
+from tandem.engine.data.sources import row_id
+from tandem.engine.report.lines import plain_columns, write_line
+from tandem.engine.report.telemetry import Telemetry
+from tandem.rollout.backends.replay import RecordedPrompts
 
 
 class Mute:

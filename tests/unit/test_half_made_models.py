@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tandem.engine.config import load
-from tandem.engine.tiny import make_tiny
+from tandem.engine.config.parse import load
+from tandem.engine.model.tiny import make_tiny
 from tandem.launch import cli, doctor
 
 CONFIG = """

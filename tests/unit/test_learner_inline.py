@@ -7,16 +7,31 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from learner_cases import METHOD, TEMPERATURE, TERMS, equal, make_plan, make_policy, make_rows, only, plain_gradient, poison, siblings, weights
+from learner_cases import (
+    METHOD,
+    TEMPERATURE,
+    TERMS,
+    equal,
+    make_plan,
+    make_policy,
+    make_rows,
+    only,
+    plain_gradient,
+    poison,
+    siblings,
+    weights,
+)
 
-from tandem.algorithms.objectives import PPOClip
-from tandem.engine.config import Config, ConfigError, LearnerConfig, ModelConfig
-from tandem.engine.learner import LearnerRank
-from tandem.engine.zero import LocalEngine
+from tandem.algorithms.parts.objectives.policy import PPOClip
+from tandem.engine.config.schema import Config, LearnerConfig, ModelConfig
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.learner.local_engine import LocalEngine
+from tandem.engine.learner.rank import LearnerRank
+
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory):
-    from tandem.engine.tiny import make_tiny
+    from tandem.engine.model.tiny import make_tiny
     return str(make_tiny(tmp_path_factory.mktemp("model") / "tiny", hidden=32, layers=2))
 
 
@@ -89,7 +104,7 @@ def test_rows_behind_one_copy_of_their_prompt_give_the_same_gradient_and_streams
 @pytest.mark.slow
 def test_compiled_layers_give_the_same_gradient(model_path):
     """Several shapes, gradient checkpointing, and a pass without gradient."""
-    from tandem.engine.learner import build_policy
+    from tandem.engine.learner.rank import build_policy
     results = []
     for compiled in (False, True):
         config = Config(model=ModelConfig(path=model_path), method=METHOD,
@@ -110,7 +125,7 @@ def test_activations_that_wait_on_the_cpu_give_the_same_gradient(model_path):
     saved = []
     hook = torch.autograd.graph.save_on_cpu
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tandem.engine.learner.save_on_cpu", lambda pin_memory: saved.append(pin_memory) or hook(pin_memory))
+        patch.setattr("tandem.engine.learner.rank.save_on_cpu", lambda pin_memory: saved.append(pin_memory) or hook(pin_memory))
         for rank in (plain, offloaded):
             rank.step(make_plan(make_rows()))
     assert saved and not any(saved)         # nothing to pin without a GPU
@@ -127,7 +142,7 @@ def test_compile_without_a_compiler_is_an_error_that_says_so(model_path, monkeyp
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     config = Config(model=ModelConfig(path=model_path), method=METHOD, learner=LearnerConfig(compile=True))
-    from tandem.engine.learner import build_policy
+    from tandem.engine.learner.rank import build_policy
     with pytest.raises(ConfigError, match="learner.compile is true.*C.. compiler"):
         build_policy(config, model_path)
 
@@ -171,7 +186,7 @@ def test_values_are_those_of_the_states_in_which_the_tokens_were_chosen(model_pa
 
 
 def test_a_new_critic_says_zero(model_path):
-    from tandem.engine.learner import build_policy
+    from tandem.engine.learner.rank import build_policy
     config = Config(model=ModelConfig(path=model_path), method=METHOD)
     rank, rows = LearnerRank(config, model_path, LocalEngine(build_policy(config, model_path), config.learner)), make_rows()
     assert all(not v[row.trained].any() for v, row in zip(rank.streams(rows, 1.0)["value"], rows))
@@ -307,7 +322,7 @@ def test_export_is_a_hugging_face_folder_with_the_trained_weights(model_path, tm
 
 def test_freed_memory_is_kept_for_the_next_buffer():
     """New pages are a page fault each: 40 MB are many of them, unless the pages of the buffer before are taken again."""
-    script = ("import numpy, resource; from tandem.launch.machine import keep_freed_memory\n"
+    script = ("import numpy, resource; from tandem.engine.core.process import keep_freed_memory\n"
               "def fill():\n    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n    numpy.empty(5_000_000).fill(1.0)\n"
               "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
               "fill(); without = fill(); keep_freed_memory(); fill(); print(without, fill())")

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tandem.engine.loading import load_object
+from tandem.engine.core.loading import load_object
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,8 @@ import sys
 import __main__
 from dataclasses import dataclass
 from tandem.algorithms.base import Method
-from tandem.engine.config import ConfigError, load
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.config.parse import load
 
 del __main__.__file__       # a notebook has none
 

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from tandem.engine.config import Config, ConfigError, ModelConfig, RolloutConfig
-from tandem.engine.telemetry import rollout_record, write_line
-from tandem.engine.tiny import make_tiny
-from tandem.engine.types import GenRequest, Prompt, Sampling, ScoredGroup, Source
-from tandem.rollout.backend import EngineDied, SyncError
-from tandem.rollout.hf_decoding import Sample, decode, draw
+from tandem.engine.config.schema import Config, ModelConfig, RolloutConfig
+from tandem.engine.core.errors import ConfigError, EngineDied, SyncError
+from tandem.engine.core.types import GenRequest, Prompt, Sampling, ScoredGroup, Source
+from tandem.engine.model.tiny import make_tiny
+from tandem.engine.report.lines import write_line
+from tandem.engine.report.rollouts import rollout_record
+from tandem.rollout.backends.hf_decoding import Sample, decode, draw
+from tandem.rollout.backends.replay import RecordedPrompts
 from tandem.rollout.local import LocalPool
-from tandem.rollout.replay_backend import RecordedPrompts
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tandem.engine.logprob import token_logprobs
+from tandem.engine.model.chunked_head import token_logprobs
 
 
 def inputs(n=13, hidden=6, vocabulary=37, dtype=torch.float32, seed=0):

@@ -7,11 +7,15 @@ import torch
 import transformers
 
 from tandem.algorithms.base import Term
-from tandem.algorithms.objectives import NLL
-from tandem.engine.config import ConfigError, ModelConfig
-from tandem.engine.model import Policy, can_share, hf_parameters, load_policy, load_tokenizer, resolve_model, self_check
-from tandem.engine.packing import pack
-from tandem.engine.types import Row, Source
+from tandem.algorithms.parts.objectives.nll import NLL
+from tandem.engine.config.schema import ModelConfig
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.core.types import Row, Source
+from tandem.engine.learner.packing import pack
+from tandem.engine.model.load import load_policy
+from tandem.engine.model.policy import Policy, hf_parameters
+from tandem.engine.model.resolve import load_tokenizer, resolve_model
+from tandem.engine.model.self_check import can_share, self_check
 
 SIZES = dict(vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
              max_position_embeddings=256)
@@ -160,7 +164,7 @@ def test_no_trained_token_still_runs_backward():
 @pytest.fixture
 def folder(tmp_path):
     """A tied model with its tokenizer, saved as a Hugging Face folder."""
-    from tandem.engine.tiny import make_tiny
+    from tandem.engine.model.tiny import make_tiny
     return make_tiny(tmp_path / "model", hidden=32, layers=1)
 
 

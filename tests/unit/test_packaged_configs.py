@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tandem.engine.config import ConfigError, load
-from tandem.engine.config_file import packaged
+from tandem.engine.config.config_file import packaged
+from tandem.engine.config.parse import load
+from tandem.engine.core.errors import ConfigError
 from tandem.launch import cli
 
 ROOT = Path(__file__).parent.parent.parent

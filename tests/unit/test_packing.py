@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from tandem.algorithms.base import Term
-from tandem.algorithms.objectives import NLL
-from tandem.algorithms.reductions import Reduction
-from tandem.engine.model import tree_mask
-from tandem.engine.packing import cost, pack
-from tandem.engine.types import Row, Source
+from tandem.algorithms.parts.objectives.nll import NLL
+from tandem.algorithms.parts.reductions import Reduction
+from tandem.engine.core.types import Row, Source
+from tandem.engine.learner.packing import cost, pack
+from tandem.engine.model.policy import tree_mask
 
 TERMS = [Term("a", NLL()), Term("b", NLL(), Reduction("seq_mean_token_mean"))]
 

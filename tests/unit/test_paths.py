@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tandem.engine import run, tiny
-from tandem.engine.config import ConfigError, load, to_dict
-from tandem.engine.model import resolve_model
-from tandem.engine.config import ModelConfig
-from tandem.engine.telemetry import read_jsonl
+from tandem.engine.config.parse import load, to_dict
+from tandem.engine.config.schema import ModelConfig
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.core.files import read_jsonl
+from tandem.engine.model import tiny
+from tandem.engine.model.resolve import resolve_model
 from tandem.launch import cli
+from tandem.launch.run import run
 
 REWARD = """
 import os, sys
@@ -26,7 +28,7 @@ import os, sys
 os.chdir("/")
 sys.argv[:] = ["changed"]
 from dataclasses import dataclass
-from tandem.algorithms.grpo import GRPO
+from tandem.algorithms.rl.grpo import GRPO
 @dataclass
 class Mine(GRPO):
     def rows(self, batch):
@@ -114,9 +116,10 @@ def test_a_run_does_not_notice_what_users_code_does_to_the_process(project):
 
 
 def test_worker_and_inline_rewards_get_the_same_rows(project):
-    from tandem.engine.types import Prompt
-    from tandem.rollout.rewards.runner import RewardRunner
     import numpy as np
+
+    from tandem.engine.core.types import Prompt
+    from tandem.rollout.rewards.runner import RewardRunner
     prompt = Prompt("p", np.zeros(1, np.int32), "p", {"answer": "1", "meta": {"seen": []}})
     tiny.make_tiny("models/m", hidden=32, layers=1, heads=1)
     config = load("c.yaml").reward

@@ -1,12 +1,25 @@
-"""launch/plan.py: its predictions of small steps against measured ones, sums by hand, and what must hold for any plan."""
+"""launch/estimate.py: its predictions of small steps against measured ones, sums by hand, and what must hold for any plan."""
 import argparse
 import json
 from pathlib import Path
 
 import pytest
 
-from tandem.engine.config import ConfigError
-from tandem.launch.plan import DEVICES, MODELS, Shape, Work, add_arguments, best_plan, cpu, describe, inline_seconds, learn_seconds, learner_bytes, plans
+from tandem.engine.core.errors import ConfigError
+from tandem.launch.estimate import (
+    DEVICES,
+    MODELS,
+    Shape,
+    Work,
+    add_arguments,
+    best_plan,
+    cpu,
+    describe,
+    inline_seconds,
+    learn_seconds,
+    learner_bytes,
+    plans,
+)
 
 MEASURED = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "step.jsonl"
 SHAPES = {"w1": Shape(134.5e6, 30, 576, 192, 49152), "w4": Shape(3.3e6, 4, 256, 256, 512)}

@@ -3,12 +3,11 @@ import threading
 import time
 from concurrent.futures import Future
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 
-from tandem.engine.config import Config, RolloutConfig
-from tandem.engine.types import GenRequest, Prompt, Sampling
+from tandem.engine.config.schema import Config, RolloutConfig
+from tandem.engine.core.types import GenRequest, Prompt, Sampling
 from tandem.rollout.pool import EnginePool, Slot
 
 

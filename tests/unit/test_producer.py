@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from tandem.algorithms.base import Budget, Demand, Method
-from tandem.algorithms.inspect import trajectory
-from tandem.engine.producer import Producer, RolloutsExhausted
-from tandem.engine.types import Finish, Prompt, RewardError, RewardOutcome, Sampling
-from tandem.rollout.backend import EngineDied
+from tandem.engine.core.errors import EngineDied, RolloutsExhausted
+from tandem.engine.core.types import Finish, Prompt, RewardError, RewardOutcome, Sampling
+from tandem.engine.learner.inspect import trajectory
+from tandem.engine.loop.producer import Producer
 
 
 class Prompts:

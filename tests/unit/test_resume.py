@@ -7,13 +7,15 @@ import pytest
 import torch
 import yaml
 
-from tandem.engine import resume
-from tandem.engine.config import Config, ConfigError, LearnerConfig, load, to_dict
-from tandem.engine.content import contents, model_digest
-from tandem.engine.data import PromptSource
-from tandem.engine.model import load_tokenizer, resolve_model
-from tandem.engine.resume import Facts
-from tandem.engine.zero import adamw, follow
+from tandem.engine.config.parse import load, to_dict
+from tandem.engine.config.schema import Config, LearnerConfig
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.data.sources import PromptSource
+from tandem.engine.learner.local_engine import adamw, follow
+from tandem.engine.model.resolve import load_tokenizer, resolve_model
+from tandem.launch.run import resume
+from tandem.launch.run.content import contents, model_digest
+from tandem.launch.run.resume import Facts
 
 CONFIG = {
     "mode": "inline",

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tandem.engine.config import RewardConfig
-from tandem.engine.types import Prompt
+from tandem.engine.config.schema import RewardConfig
+from tandem.engine.core.types import Prompt
 from tandem.rollout.rewards.runner import RewardRunner
 from tandem.rollout.rewards.values import Failure, of_group, of_sample, of_verl, weighted_sum
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tandem.engine.config import ConfigError, RewardConfig
-from tandem.engine.types import Prompt
+from tandem.engine.config.schema import RewardConfig
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.core.types import Prompt
 from tandem.rollout.rewards.check import check
 from tandem.rollout.rewards.runner import RewardFailure, RewardRunner
 

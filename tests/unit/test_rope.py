@@ -3,9 +3,12 @@ import pytest
 import torch
 import transformers
 
-from tandem.engine.config import ConfigError, ModelConfig
-from tandem.engine.model import Policy, can_share, load_policy, self_check
-from tandem.engine.rope import follow_engines, separate_rows
+from tandem.engine.config.schema import ModelConfig
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.model.load import load_policy
+from tandem.engine.model.policy import Policy
+from tandem.engine.model.rope import follow_engines, separate_rows
+from tandem.engine.model.self_check import can_share, self_check
 
 SIZES = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tandem.engine import folder_lock
-from tandem.engine.errors import ConfigError
-from tandem.engine.folder_lock import LOCK, owned
-from tandem.engine.names import name_fault
+from tandem.engine.config.names import name_fault
+from tandem.engine.core import folder_lock
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.core.folder_lock import LOCK, owned
 from tandem.launch import cli
 
 CONFIG = {
@@ -63,7 +63,7 @@ def files(place: Path) -> dict[str, bytes]:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from tandem.engine.folder_lock import owned
+from tandem.engine.core.folder_lock import owned
 with owned(Path(sys.argv[1])):
     print("owned", flush=True)
     time.sleep(600)

@@ -3,10 +3,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from tandem.engine.config import Config, RolloutConfig
-from tandem.engine.learner import Delivery
-from tandem.engine.run import Run
-from tandem.rollout.backend import EngineDied, Installed
+from tandem.engine.config.schema import Config, RolloutConfig
+from tandem.engine.core.errors import EngineDied
+from tandem.engine.core.types import Delivery, Installed
+from tandem.launch.run.components import Run
 
 
 class Rig:

@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tandem.engine import run, secrets
-from tandem.engine.config import ConfigError, load, to_dict
-from tandem.engine.model import resolve_model
-from tandem.engine.config import ModelConfig
+from tandem.engine.config import secrets
+from tandem.engine.config.parse import load, to_dict
+from tandem.engine.config.schema import ModelConfig
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.model.resolve import resolve_model
 from tandem.launch import cli
+from tandem.launch.run import run
 
 CONFIG = {
     "mode": "inline", "model": {"path": "tandem:tiny"}, "method": {"name": "grpo"},
@@ -171,7 +173,7 @@ def test_a_run_with_a_reference_uses_it_and_resumes(project):
 def test_workers_get_the_value(project):
     import numpy as np
 
-    from tandem.engine.types import Prompt
+    from tandem.engine.core.types import Prompt
     from tandem.rollout.rewards.runner import RewardRunner
     runner = RewardRunner(load("c.yaml", [key("${JUDGE_KEY}")]).reward)
     prompt = Prompt("p", np.zeros(1, np.int32), "p", {"answer": "1"})

@@ -7,7 +7,10 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from tandem.engine.config import ClusterConfig, Config, ConfigError, RunConfig, load
+from tandem.engine.config.parse import load
+from tandem.engine.config.schema import ClusterConfig, Config, RunConfig
+from tandem.engine.core import process as core_process
+from tandem.engine.core.errors import ConfigError
 from tandem.launch import machine, placement
 
 TREE = {"model": {"path": "tandem:tiny"}, "data": {"prompts": {"path": "task:sort"}}, "method": {"name": "grpo"}, "reward": {"functions": ["exact"]},
@@ -69,16 +72,20 @@ def test_more_pinned_threads_than_cores_are_refused_before_anything_starts(tree)
         placement.preflight(load(tree, ["cluster.pin_cores=true", f"cluster.threads={cores}"]))
 
 
-@pytest.mark.parametrize("who, own", [({"engine": 0}, [2, 3]), ({"engine": 1}, [5, 7]), ({"rank": 0}, [8, 9])])
-def test_processes_are_numbered_over_the_cores_there_are(monkeypatch, who, own):
-    """Engines first. The cores of a container may have gaps."""
+@pytest.mark.parametrize("process, own", [(0, [2, 3]), (1, [5, 7]), (2, [8, 9])])
+def test_processes_are_numbered_over_the_cores_there_are(monkeypatch, process, own):
+    """The cores of a container may have gaps."""
     moved = {}
-    monkeypatch.setattr(placement, "os", SimpleNamespace(sched_getaffinity=lambda pid: {9, 2, 3, 5, 7, 8}, listdir=lambda path: ["11", "12"],
-                                                         sched_setaffinity=lambda thread, cores: moved.update({thread: cores})))
-    placement.pin(Config(cluster=ClusterConfig(engines=2, threads=2, pin_cores=True)), **who)
+    monkeypatch.setattr(
+        core_process,
+        "os",
+        SimpleNamespace(
+            sched_getaffinity=lambda pid: {9, 2, 3, 5, 7, 8},
+            listdir=lambda path: ["11", "12"],
+            sched_setaffinity=lambda thread, cores: moved.update({thread: cores}),
+        ),
+    )
+    core_process.pin_cores(threads=2, process=process)
     assert moved == {11: own, 12: own}
     with pytest.raises(ConfigError, match="finds 0 core"):
-        placement.pin(Config(cluster=ClusterConfig(engines=2, threads=2, pin_cores=True)), rank=1)
-    moved.clear()
-    placement.pin(Config(), **who)
-    assert not moved
+        core_process.pin_cores(threads=2, process=3)

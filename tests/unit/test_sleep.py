@@ -10,13 +10,18 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from tandem.engine import loop
-from tandem.engine.config import ClusterConfig, Config, LearnerConfig, RolloutConfig, SyncConfig
-from tandem.engine.learner import Delivery
-from tandem.engine.run import Run
-from tandem.engine.types import GenRequest, Prompt, Sampling, StepReport
-from tandem.rollout.backend import EngineDied, Installed, SyncError
-from tandem.rollout.vllm_backend import VllmBackend, engine_arguments
+from tandem.engine.config.schema import (
+    ClusterConfig,
+    Config,
+    LearnerConfig,
+    RolloutConfig,
+    SyncConfig,
+)
+from tandem.engine.core.errors import EngineDied, SyncError
+from tandem.engine.core.types import Delivery, GenRequest, Installed, Prompt, Sampling, StepReport
+from tandem.engine.loop import train as loop
+from tandem.launch.run.components import Run
+from tandem.rollout.vllm.backend import VllmBackend, engine_arguments
 
 CONFIG = Config(rollout=RolloutConfig(sleep=True), cluster=ClusterConfig(colocate=True, engine_gpus=0.5, learner_gpus=0.5))
 

@@ -10,11 +10,16 @@ import numpy as np
 import pytest
 from method_cases import EXPERTS, batch, rollouts
 
-from tandem.algorithms.base import Demand, Method, Term, expert_row, make_method
-from tandem.algorithms.objectives import NLL, KLToReference, PPOClip
-from tandem.engine.config import Config, LearnerConfig, RolloutConfig, load
-from tandem.engine.loop import step_temperature, update, with_streams
-from tandem.engine.types import StepReport
+from tandem.algorithms.base import Demand, Method, Term
+from tandem.algorithms.parts.objectives.entropy import KLToReference
+from tandem.algorithms.parts.objectives.nll import NLL
+from tandem.algorithms.parts.objectives.policy import PPOClip
+from tandem.algorithms.registry import make_method
+from tandem.algorithms.rows import expert_row
+from tandem.engine.config.parse import load
+from tandem.engine.config.schema import Config, LearnerConfig, RolloutConfig
+from tandem.engine.core.types import StepReport
+from tandem.engine.loop.train import step_temperature, update, with_streams
 
 
 class Recorder:
@@ -138,13 +143,13 @@ def test_the_update_has_the_temperature_of_the_scores(prompts, expected):
 
 def test_before_the_first_update_the_ratio_is_one_and_the_kl_zero(tmp_path):
     """A whole run of a method of its own; rollouts would be sampled at 0.7."""
-    from tandem.engine.run import train
+    from tandem.launch.run.run import train
 
     source = (
         "from dataclasses import dataclass, replace\n"
         "from typing import ClassVar\n"
-        "from tandem.algorithms.base import Method, Term, expert_row\n"
-        "from tandem.algorithms.objectives import NLL, KLToReference, PPOClip\n\n\n"
+        "from tandem.algorithms.base import Method, Term; from tandem.algorithms.rows import expert_row\n"
+        "from tandem.algorithms.parts.objectives.nll import NLL; from tandem.algorithms.parts.objectives.entropy import KLToReference; from tandem.algorithms.parts.objectives.policy import PPOClip\n\n\n"
     )
     import inspect
 

@@ -3,9 +3,10 @@ import re
 
 import pytest
 
-from tandem.engine.config import ConfigError, DatasetConfig
-from tandem.engine.tasks import UNLIMITED, GeneratedRows
-from tandem.engine.tiny import complete_folder, make_tiny
+from tandem.engine.config.schema import DatasetConfig
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.data.tasks import UNLIMITED, GeneratedRows
+from tandem.engine.model.tiny import complete_folder, make_tiny
 
 SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 

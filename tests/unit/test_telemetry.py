@@ -9,11 +9,21 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from tandem.engine import telemetry
-from tandem.engine.config import Config, ConfigError, RunConfig
-from tandem.engine.display import Display, clock, number, rate, sparkline
-from tandem.engine.telemetry import Telemetry, read_jsonl, read_rollouts, redirect_output
-from tandem.engine.types import Finish, Prompt, RewardError, RewardOutcome, ScoredGroup, Trajectory
+from tandem.engine.config.schema import Config, RunConfig
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.core.files import read_jsonl
+from tandem.engine.core.types import (
+    Finish,
+    Prompt,
+    RewardError,
+    RewardOutcome,
+    ScoredGroup,
+    Trajectory,
+)
+from tandem.engine.report import telemetry
+from tandem.engine.report.display import Display, clock, number, rate, sparkline
+from tandem.engine.report.rollouts import read_rollouts
+from tandem.engine.report.telemetry import Telemetry
 
 NAN = float("nan")
 
@@ -118,7 +128,7 @@ def test_rollouts_read_back_as_they_were(tmp_path):
 
 def test_redirected_output_goes_to_the_file_down_to_child_processes(tmp_path):
     code = ("import os, sys\n"
-            "from tandem.engine.telemetry import redirect_output\n"
+            "from tandem.engine.core.process import redirect_output\n"
             "print('before')\n"
             "with redirect_output(sys.argv[1]) as to:\n"
             "    print('python'); os.write(1, b'fd 1\\n'); os.write(2, b'fd 2\\n'); os.system('echo child; echo child error >&2')\n"

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from tandem.engine.config import ConfigError, DataConfig, DatasetConfig, ModelConfig
-from tandem.engine.data import ExpertSource, PromptSource
-from tandem.engine.templates import WORKER
-from tandem.engine.tiny import make_tiny
+from tandem.engine.config.schema import DataConfig, DatasetConfig, ModelConfig
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.data.sources import ExpertSource, PromptSource
+from tandem.engine.data.templates import WORKER
+from tandem.engine.model.tiny import make_tiny
 
 TURN = "{{ '<' + m['role'] + '>' + %s + '<eos>' }}"
 LOOP = "{%% for m in messages %%}%s{%% endfor %%}{%% if add_generation_prompt %%}{{ '<assistant>' }}{%% endif %%}"
@@ -192,7 +193,7 @@ LONG = [{"prompt": "1" * n, "response": "2" * m} for n, m in ((3, 3), (40, 3), (
 
 
 def test_overlong_rows_are_refused_left_out_or_cut_and_counted(tmp_path, tokenizer, model, monkeypatch):
-    monkeypatch.setattr("tandem.engine.data.TOKENISED_ROWS", 1)
+    monkeypatch.setattr("tandem.engine.data.sources.TOKENISED_ROWS", 1)
     limits = {"max_prompt_tokens": 16, "max_expert_tokens": 32}
     path = write(tmp_path, *LONG)
     with pytest.raises(ConfigError, match="rows.jsonl:2: .*max_prompt_tokens"):

@@ -8,12 +8,15 @@ import torch
 import transformers
 
 from tandem.algorithms.base import Term
-from tandem.algorithms.objectives import NLL, KLToReference, PPOClip, RolloutCorrection
-from tandem.algorithms.reductions import Reduction
-from tandem.engine.model import Policy, hf_parameters
-from tandem.engine.packing import pack
-from tandem.engine.terms import denominators, evaluate, row_counts, streams
-from tandem.engine.types import Row, Source
+from tandem.algorithms.parts.objectives.correction import RolloutCorrection
+from tandem.algorithms.parts.objectives.entropy import KLToReference
+from tandem.algorithms.parts.objectives.nll import NLL
+from tandem.algorithms.parts.objectives.policy import PPOClip
+from tandem.algorithms.parts.reductions import Reduction
+from tandem.engine.core.types import Row, Source
+from tandem.engine.learner.packing import pack
+from tandem.engine.learner.terms import denominators, evaluate, row_counts, streams
+from tandem.engine.model.policy import Policy, hf_parameters
 
 
 def expert(weight, term="sft"):

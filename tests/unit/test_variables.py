@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tandem.engine import hub
-from tandem.engine.config import ClusterConfig, Config, ConfigError
+from tandem.engine.config.schema import ClusterConfig, Config
+from tandem.engine.core import hub
+from tandem.engine.core.errors import ConfigError
 from tandem.launch import variables
 
 LEFT = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "10.9.9.9",

@@ -6,18 +6,24 @@ import pytest
 import torch
 from learner_cases import METHOD, make_plan, make_rows
 
-from tandem.engine import weights
-from tandem.engine.config import Config, DataConfig, LearnerConfig, ModelConfig, RolloutConfig
-from tandem.engine.learner import InlineLearner
-from tandem.engine.types import GenRequest, Prompt, Row, Sampling, Source
-from tandem.rollout.backend import Installed, SyncError
-from tandem.rollout.hf_backend import HFBackend
+from tandem.engine.config.schema import (
+    Config,
+    DataConfig,
+    LearnerConfig,
+    ModelConfig,
+    RolloutConfig,
+)
+from tandem.engine.core.errors import SyncError
+from tandem.engine.core.types import GenRequest, Installed, Prompt, Row, Sampling, Source
+from tandem.engine.learner.inline import InlineLearner
+from tandem.engine.weights import verify as weights
+from tandem.rollout.backends.hf import HFBackend
 from tandem.rollout.local import LocalPool
 
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory):
-    from tandem.engine.tiny import make_tiny
+    from tandem.engine.model.tiny import make_tiny
     return str(make_tiny(tmp_path_factory.mktemp("model") / "tiny", hidden=32, layers=2))
 
 

@@ -1,9 +1,10 @@
 """What a config file may hold: bombs end at once, and nothing becomes another type without a word."""
 import pytest
 
-from tandem.engine import yaml_reader
-from tandem.engine.config import ConfigError, load
-from tandem.engine.yaml_reader import YamlError, decode, read
+from tandem.engine.config import yaml_reader
+from tandem.engine.config.parse import load
+from tandem.engine.config.yaml_reader import YamlError, decode, read
+from tandem.engine.core.errors import ConfigError
 
 BOMB = "{a: &a [x,x,x,x,x,x,x,x,x,x]" + "".join(
     f", {b}: &{b} [*{a},*{a},*{a},*{a},*{a},*{a},*{a},*{a},*{a},*{a}]"

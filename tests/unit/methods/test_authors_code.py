@@ -8,10 +8,10 @@ import pytest
 import torch
 from method_cases import as_expert, batch, constant, look, rollouts
 
-from tandem.algorithms.base import make_method
-from tandem.algorithms.inspect import group, inspect, trajectory
-from tandem.algorithms.policy import PolicyLoss
-from tandem.engine.types import Finish, Source
+from tandem.algorithms.parts.policy import PolicyLoss
+from tandem.algorithms.registry import make_method
+from tandem.engine.core.types import Finish, Source
+from tandem.engine.learner.inspect import group, inspect, trajectory
 
 LIMIT = 10  # the response limit that the policy sum is divided by
 DEMO = [5, 6, 3]  # three tokens

@@ -6,11 +6,25 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from method_cases import BUDGET, EXPERTS, aligned, as_expert, by_source, constant, drive, forced, ids, look, rollouts, without_rollouts
+from method_cases import (
+    BUDGET,
+    EXPERTS,
+    aligned,
+    as_expert,
+    by_source,
+    constant,
+    drive,
+    forced,
+    ids,
+    look,
+    rollouts,
+    without_rollouts,
+)
 
-from tandem.algorithms.base import METHODS, Batch, make_method
-from tandem.algorithms.inspect import group, trajectory
-from tandem.engine.types import Prompt, Sampling, Source
+from tandem.algorithms.base import Batch
+from tandem.algorithms.registry import METHODS, make_method
+from tandem.engine.core.types import Prompt, Sampling, Source
+from tandem.engine.learner.inspect import group, trajectory
 
 GROUPS = tuple(group([trajectory([1, 2], [20 * i + k for k in range(5, 6 + j)], [-1.0] * (1 + j), prompt_id=f"p{i}") for j in range(3)], r, number=i)
                for i, r in enumerate(([1, 0, 0], [0, 0, 0], [1, 1, 0])))

@@ -3,10 +3,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tandem.algorithms.base import Batch, Budget, make_method
-from tandem.algorithms.critic import Critic, diagnostics, gae
-from tandem.algorithms.inspect import group, inspect, trajectory
-from tandem.engine.types import Finish
+
+from tandem.algorithms.base import Batch, Budget
+from tandem.algorithms.parts.critic import Critic, diagnostics, gae
+from tandem.algorithms.registry import make_method
+from tandem.engine.core.types import Finish
+from tandem.engine.learner.inspect import group, inspect, trajectory
 
 LOGP = -0.5
 

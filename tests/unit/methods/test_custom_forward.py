@@ -5,24 +5,25 @@ import numpy as np
 import pytest
 import torch
 
-from tandem.algorithms.base import Batch, make_method
-from tandem.algorithms.carft import Attraction, PairedForward, similarity
-from tandem.algorithms.ift import MixedForward, PropagatedNLL
-from tandem.algorithms.inspect import group, inspect, trajectory
-from tandem.algorithms.objectives import Tokens
-from tandem.engine.config import Config, LearnerConfig, ModelConfig
-from tandem.engine.learner import LearnerRank, build_policy
-from tandem.engine.packing import pack
-from tandem.engine.terms import denominators
-from tandem.engine.types import Source, StepPlan
-from tandem.engine.zero import LocalEngine
+from tandem.algorithms.base import Batch
+from tandem.algorithms.hybrid.carft import Attraction, PairedForward, similarity
+from tandem.algorithms.parts.objectives.tokens import Tokens
+from tandem.algorithms.registry import make_method
+from tandem.algorithms.sft.ift import MixedForward, PropagatedNLL
+from tandem.engine.config.schema import Config, LearnerConfig, ModelConfig
+from tandem.engine.core.types import Source, StepPlan
+from tandem.engine.learner.inspect import group, inspect, trajectory
+from tandem.engine.learner.local_engine import LocalEngine
+from tandem.engine.learner.packing import pack
+from tandem.engine.learner.rank import LearnerRank, build_policy
+from tandem.engine.learner.terms import denominators
 
 EXPERTS = (trajectory([1, 2], [5, 6, 3], expert=True), trajectory([1], [7, 3], expert=True))
 
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory):
-    from tandem.engine.tiny import make_tiny
+    from tandem.engine.model.tiny import make_tiny
     return str(make_tiny(tmp_path_factory.mktemp("model") / "tiny", hidden=32, layers=2))
 
 
@@ -165,7 +166,7 @@ def test_carft_as_code_adds_up_all_samples_where_one_is_right():
 
 def test_the_head_that_embeds_is_linear_relu_linear():
     """As in the authors' code, by torch's own modules; the embedding is what goes into the ReLU."""
-    from tandem.engine.model import ValueHead
+    from tandem.engine.model.heads import ValueHead
     head, hidden = ValueHead(torch.zeros(7, 5), embedding=6), torch.randn(4, 5)
     with torch.no_grad():
         head.weight.copy_(torch.randn(6))

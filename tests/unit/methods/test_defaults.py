@@ -1,8 +1,8 @@
 """What a method does when nothing is set is what its paper did: the numbers of the methods dossier, sections 1 to 13, (a) and (b)."""
 import pytest
 
-from tandem.algorithms.base import METHODS, make_method
-from tandem.algorithms.schedules import Schedule
+from tandem.algorithms.parts.schedules import Schedule
+from tandem.algorithms.registry import METHODS, make_method
 
 
 def always(x):

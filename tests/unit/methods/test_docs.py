@@ -1,5 +1,6 @@
 """docs/methods.md: its example method is the file beside it and trains, its snippet says what it prints, its tables name what there is."""
 import dataclasses
+import inspect
 import json
 import math
 import re
@@ -10,11 +11,12 @@ import pytest
 import yaml
 from method_cases import EXPERTS, GRPO_LOSS, SFT_LOSS, batch, half, look, ramp
 
-from tandem.algorithms.base import METHODS, Batch, make_method, method_class
-from tandem.algorithms.policy import PRESETS
-from tandem.algorithms.schedules import KINDS
-from tandem.engine.config import load
-from tandem.engine.run import train
+from tandem.algorithms.base import Batch
+from tandem.algorithms.parts.policy import PRESETS
+from tandem.algorithms.parts.schedules import KINDS
+from tandem.algorithms.registry import METHODS, make_method, method_class
+from tandem.engine.config.parse import load
+from tandem.launch.run.run import train
 
 DOCS = Path(__file__).parents[3] / "docs"
 PAGE = (DOCS / "methods.md").read_text()
@@ -70,7 +72,7 @@ def test_tables_name_every_method_kind_and_preset():
 @pytest.mark.parametrize("name", METHODS)
 def test_every_file_says_what_it_does_and_stays_short(name):
     cls = method_class(name)
-    path = Path(__file__).parents[3] / "algorithms" / f"{cls.__module__.split('.')[-1]}.py"
+    path = Path(inspect.getfile(cls))
     text = path.read_text()
     assert len(text.splitlines()) <= 130 and text.startswith('"""') and cls.title and dataclasses.is_dataclass(cls)
     assert "Source:" in text.split('"""')[1] or "arXiv" in text.split('"""')[1]
@@ -78,5 +80,5 @@ def test_every_file_says_what_it_does_and_stays_short(name):
 
 @pytest.mark.parametrize("name", ["sasr", "srft", "prefix_rft", "uft", "visurf"])
 def test_what_is_not_verified_stays_marked(name):
-    assert "UNVERIFIED" in (Path(__file__).parents[3] / "algorithms" / f"{name}.py").read_text().split('"""')[1]
+    assert "UNVERIFIED" in Path(inspect.getfile(method_class(name))).read_text().split('"""')[1]
     assert re.search(rf"^\| `{name}` \|", PAGE.split("**Not verified.**")[1], re.M)

@@ -5,12 +5,24 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from method_cases import BUDGET, as_expert, batch, by_source, constant, half, look, ramp, rollouts, without_rollouts
+from method_cases import (
+    BUDGET,
+    as_expert,
+    batch,
+    by_source,
+    constant,
+    half,
+    look,
+    ramp,
+    rollouts,
+    without_rollouts,
+)
 
-from tandem.algorithms.base import make_method
-from tandem.algorithms.inspect import inspect
-from tandem.algorithms.objectives import EntropyWeightedNLL, SelfReinforce, Tokens
-from tandem.engine.types import Finish, Prompt, Sampling, Source
+from tandem.algorithms.parts.objectives.nll import EntropyWeightedNLL, SelfReinforce
+from tandem.algorithms.parts.objectives.tokens import Tokens
+from tandem.algorithms.registry import make_method
+from tandem.engine.core.types import Finish, Prompt, Sampling, Source
+from tandem.engine.learner.inspect import inspect
 
 DEMO = [5, 6, 3]
 

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from method_cases import BUDGET, GRPO_LOSS, SFT_LOSS, batch, constant, half, ramp, rollouts
 
-from tandem.algorithms.base import make_method
-from tandem.algorithms.inspect import inspect
-from tandem.algorithms.objectives import NLL
-from tandem.algorithms.schedules import Schedule
-from tandem.engine.loop import carried
+from tandem.algorithms.parts.objectives.nll import NLL
+from tandem.algorithms.parts.schedules import Schedule
+from tandem.algorithms.registry import make_method
+from tandem.engine.learner.inspect import inspect
+from tandem.engine.loop.train import carried
 
 
 def test_chord_mixes_two_means_with_their_own_denominators():
@@ -53,7 +53,8 @@ def test_phi_is_p_times_one_minus_p_without_gradient():
 def test_phi_is_symmetric_and_zero_at_the_ends():
     """Section 1(g)."""
     import torch
-    from tandem.algorithms.objectives import Tokens
+
+    from tandem.algorithms.parts.objectives.tokens import Tokens
     p = torch.tensor([1e-30, 0.2, 0.8, 1.0])
     logp = p.log().requires_grad_()
     zeros = torch.zeros(4, dtype=torch.int64)

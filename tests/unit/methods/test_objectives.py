@@ -10,12 +10,14 @@ import pytest
 import torch
 from method_cases import aligned, batch, by_source, ids, look, rollouts
 
-from tandem.algorithms.advantages import ESTIMATORS
-from tandem.algorithms.base import make_method
-from tandem.algorithms.inspect import inspect
-from tandem.algorithms.objectives import CISPO, GSPO, KLToReference, PPOClip, Tokens
-from tandem.algorithms.policy import PolicyLoss
-from tandem.engine.types import Source
+from tandem.algorithms.parts.advantages import ESTIMATORS
+from tandem.algorithms.parts.objectives.entropy import KLToReference
+from tandem.algorithms.parts.objectives.policy import CISPO, GSPO, PPOClip
+from tandem.algorithms.parts.objectives.tokens import Tokens
+from tandem.algorithms.parts.policy import PolicyLoss
+from tandem.algorithms.registry import make_method
+from tandem.engine.core.types import Source
+from tandem.engine.learner.inspect import inspect
 
 RATIOS, ADVANTAGES = [0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 1.27, 1.29, 2.9, 3.1], [-1.5, 0.7]
 

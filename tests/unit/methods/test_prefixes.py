@@ -4,11 +4,22 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from method_cases import BUDGET, aligned, batch, by_source, constant, forced, half, look, ramp, rollouts
+from method_cases import (
+    BUDGET,
+    aligned,
+    batch,
+    by_source,
+    constant,
+    forced,
+    half,
+    look,
+    ramp,
+    rollouts,
+)
 
-from tandem.algorithms.base import make_method
-from tandem.algorithms.inspect import inspect
-from tandem.engine.types import Prompt, Sampling, Source
+from tandem.algorithms.registry import make_method
+from tandem.engine.core.types import Prompt, Sampling, Source
+from tandem.engine.learner.inspect import inspect
 
 
 def prompt(tokens=20):

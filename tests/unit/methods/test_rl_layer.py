@@ -9,14 +9,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from method_cases import A, GRPO_LOSS, SFT_LOSS, batch, constant, look, ramp, rollouts
+from method_cases import GRPO_LOSS, SFT_LOSS, A, batch, constant, look, ramp, rollouts
 
-from tandem.algorithms.advantages import ESTIMATORS
-from tandem.algorithms.base import make_method
-from tandem.algorithms.inspect import group, inspect, trajectory
-from tandem.algorithms.objectives import NLL, ExpertRatio, Tokens
-from tandem.algorithms.policy import PRESETS, PolicyLoss
-from tandem.engine.types import Finish
+from tandem.algorithms.parts.advantages import ESTIMATORS
+from tandem.algorithms.parts.objectives.nll import NLL, ExpertRatio
+from tandem.algorithms.parts.objectives.tokens import Tokens
+from tandem.algorithms.parts.policy import PRESETS, PolicyLoss
+from tandem.algorithms.registry import make_method
+from tandem.engine.core.types import Finish
+from tandem.engine.learner.inspect import group, inspect, trajectory
 
 
 def grpo(**policy):
@@ -32,10 +33,11 @@ def test_sft_is_the_token_mean_over_all_demonstrations():
 def test_sft_has_the_gradient_of_transformers_token_mean():
     """Section 13(g). Two accumulated batches, padded, through transformers' own loss with its count of all labels; ours packed, through the chunked head."""
     import transformers
+
     from tandem.algorithms.base import Batch
-    from tandem.engine.model import Policy
-    from tandem.engine.packing import pack
-    from tandem.engine.terms import denominators, evaluate, streams
+    from tandem.engine.learner.packing import pack
+    from tandem.engine.learner.terms import denominators, evaluate, streams
+    from tandem.engine.model.policy import Policy
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64, tie_word_embeddings=True))

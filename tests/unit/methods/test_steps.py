@@ -3,10 +3,23 @@ import math
 
 import numpy as np
 import pytest
-from method_cases import A, BUDGET, EXPERTS, GRPO_LOSS, SFT_LOSS, aligned, batch, by_source, constant, drive, look, rollouts
+from method_cases import (
+    BUDGET,
+    EXPERTS,
+    GRPO_LOSS,
+    SFT_LOSS,
+    A,
+    aligned,
+    batch,
+    by_source,
+    constant,
+    drive,
+    look,
+    rollouts,
+)
 
-from tandem.algorithms.base import make_method
-from tandem.engine.types import Source
+from tandem.algorithms.registry import make_method
+from tandem.engine.core.types import Source
 
 DEMO = [5, 6, 3]
 

@@ -8,17 +8,18 @@ import pytest
 import torch
 from wrong_cases import Right, wrong
 
-from tandem.algorithms.base import Demand, make_method
-from tandem.algorithms.schedules import Schedule
-from tandem.engine.method_checks import (
-    MethodError,
+from tandem.algorithms.base import Demand
+from tandem.algorithms.checks.method import (
     check_accept,
     check_demand,
     check_metrics,
     check_request,
     checked_state,
 )
-from tandem.engine.types import GenRequest, Prompt, Sampling
+from tandem.algorithms.parts.schedules import Schedule
+from tandem.algorithms.registry import make_method
+from tandem.engine.core.errors import MethodError
+from tandem.engine.core.types import GenRequest, Prompt, Sampling
 
 
 @pytest.mark.parametrize(
@@ -128,8 +129,9 @@ def test_an_annotation_that_is_not_there_when_options_are_read(tmp_path):
 RUN = """
 from dataclasses import dataclass, replace
 from typing import ClassVar
-from tandem.algorithms.base import Method, Term, expert_row
-from tandem.algorithms.objectives import NLL
+from tandem.algorithms.base import Method, Term
+from tandem.algorithms.rows import expert_row
+from tandem.algorithms.parts.objectives.nll import NLL
 
 class Column:
     def __call__(self, tokens):

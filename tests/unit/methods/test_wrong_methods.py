@@ -12,18 +12,20 @@ import torch
 from method_cases import batch, half
 from wrong_cases import Right, look, with_objective, with_row, with_terms, with_weights, wrong
 
-from tandem.algorithms.base import Term, expert_row
-from tandem.algorithms.critic import diagnostics
-from tandem.algorithms.objectives import NLL, PPOClip
-from tandem.algorithms.reductions import Reduction
-from tandem.algorithms.schedules import Schedule
-from tandem.engine.config import Config, ModelConfig
-from tandem.engine.learner import InlineLearner
-from tandem.engine.method_checks import MethodError
-from tandem.engine.packing import pack
-from tandem.engine.terms import denominators
-from tandem.engine.tiny import make_tiny
-from tandem.engine.types import StepPlan
+from tandem.algorithms.base import Term
+from tandem.algorithms.parts.critic import diagnostics
+from tandem.algorithms.parts.objectives.nll import NLL
+from tandem.algorithms.parts.objectives.policy import PPOClip
+from tandem.algorithms.parts.reductions import Reduction
+from tandem.algorithms.parts.schedules import Schedule
+from tandem.algorithms.rows import expert_row
+from tandem.engine.config.schema import Config, ModelConfig
+from tandem.engine.core.errors import MethodError
+from tandem.engine.core.types import StepPlan
+from tandem.engine.learner.inline import InlineLearner
+from tandem.engine.learner.packing import pack
+from tandem.engine.learner.terms import denominators
+from tandem.engine.model.tiny import make_tiny
 
 
 def test_right_is_right():

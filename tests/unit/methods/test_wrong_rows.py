@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from wrong_cases import look, with_row, with_weights, wrong
 
-from tandem.engine.method_checks import MethodError
+from tandem.engine.core.errors import MethodError
 
 
 def whole(row, value=1.0, dtype=np.float32):

@@ -1,0 +1,163 @@
+"""Checks of what an objective returns, made where it is called: in the learner, and in `inspect`.
+
+Nothing here makes a GPU wait for the host in the normal case: shapes and types are known without
+its numbers, which are asked for only where something is already known to be missing.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from tandem.algorithms.base import Term
+from tandem.algorithms.checks.method import GIVEN_STREAMS, kind
+from tandem.algorithms.parts.objectives.tokens import Tokens
+from tandem.engine.core.errors import MethodError
+from tandem.engine.core.types import MicroBatch
+
+ON_REQUEST = ("entropy", "value")  # a term that does not name them in `needs` does not see them
+SCORED = ("ref_logp", "old_value")  # the same once another term asked: else rows bring their own
+
+
+def asked_for(term: Term, terms: Sequence[Term], tokens: Tokens) -> Tokens:
+    """The tokens with the streams that the term may see. Raises MethodError if one is absent.
+
+    What is made on request only is hidden from a term that did not ask. Else it would see it in
+    some runs (another term asked, or learner.entropy is on) and not in others, or on some rows and
+    not on others.
+    """
+    for need in term.needs:
+        if need not in tokens.extra and getattr(tokens, need, None) is None:
+            raise MethodError(
+                f"term {term.name!r} needs {need!r}, which this step does not have "
+                "(see docs/methods.md on streams)"
+            )
+    requested = [name for name in SCORED if any(name in other.needs for other in terms)]
+    hidden = {name: None for name in (*ON_REQUEST, *requested) if name not in term.needs}
+    return replace(tokens, **hidden)
+
+
+def check_vocabulary(micro: MicroBatch, size: int) -> None:
+    """Raise MethodError for a token that the model does not have: on a GPU the lookup would end
+    the process, and name nothing. Looked at on the host."""
+    largest = max(int(micro.tokens.max(initial=0)), int(micro.target.max(initial=0)))
+    if largest >= size:
+        raise MethodError(
+            f"a row has the token {largest}, expected ids below {size}, the model's vocabulary"
+        )
+
+
+def checked_losses(term: Term, tokens: Tokens) -> tuple[torch.Tensor, Mapping]:
+    """(loss [n], metrics) of the term's objective on its n tokens. Raises MethodError if it
+    returns anything else."""
+    where, n = f"term {term.name!r}: its objective", len(tokens.logp)
+    result = called(where, term, tokens)
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise MethodError(
+            f"{where} returned {kind(result)}, expected a pair: loss [n], {{name: [n]}} "
+            "(an empty mapping reports nothing)"
+        )
+    loss, metrics = result
+    check_tensor(f"{where}: its loss", loss, n)
+    if not torch.is_floating_point(loss):
+        raise MethodError(
+            f"{where}: its loss has dtype {loss.dtype}, expected a floating-point one"
+        )
+    if loss.device != tokens.logp.device:
+        raise MethodError(
+            f"{where}: its loss is on the device {loss.device}, expected {tokens.logp.device}, "
+            "that of tokens.logp; make tensors with device=tokens.logp.device"
+        )
+    check_attached(where, term, tokens, loss)
+    if not isinstance(metrics, Mapping):
+        raise MethodError(
+            f"{where}: its metrics are {kind(metrics)}, expected a mapping {{name: [n]}} "
+            "(an empty one reports nothing)"
+        )
+    for name, metric in metrics.items():
+        check_metric(f"{where}: metric {name!r}", metric, n)
+    return loss, metrics
+
+
+def called(where: str, term: Term, tokens: Tokens):
+    """What the objective returns. An error that an absent stream (None) causes says so."""
+    try:
+        return term.objective(tokens)
+    except (TypeError, AttributeError, KeyError) as error:
+        absent = [name for name in Tokens.__dataclass_fields__ if getattr(tokens, name) is None]
+        if not absent:
+            raise
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise MethodError(
+            f"{where} raised {type(error).__name__}: {error}\n"
+            f"at {frame.filename}:{frame.lineno}, in {frame.name}. "
+            f"Streams it does not have here: {', '.join(absent)}; the term must name in `needs` "
+            "what it reads of entropy, value, old_value, ref_logp and old_logp (tokens.old needs "
+            "no asking), and rows must bring their advantage and returns"
+        ) from error
+
+
+def check_attached(where: str, term: Term, tokens: Tokens, loss: torch.Tensor) -> None:
+    """A loss without a graph trains nothing. Where it is 0 everywhere there is nothing to train."""
+    inputs = [tokens.logp, tokens.entropy, tokens.value, *tokens.extra.values()]
+    attached = any(one is not None and one.requires_grad for one in inputs)
+    if loss.requires_grad or not attached or not torch.is_grad_enabled():
+        return
+    if term.coefficient != 0 and bool(loss.any()):
+        raise MethodError(
+            f"{where}: its loss carries no gradient, so it would train nothing: it must be "
+            "computed from tokens.logp (or entropy, value) without detach(), item(), numpy() or "
+            "torch.no_grad() on the way"
+        )
+
+
+def check_given(term: Term, micro: MicroBatch, tokens: Tokens, loss: torch.Tensor) -> None:
+    """Rows without an advantage (or returns) beside rows that have one are NaN there: fine for an
+    objective that does not look at them, else its loss is NaN."""
+    mine = np.flatnonzero(micro.weights[term.name])
+    for name in GIVEN_STREAMS:
+        if name not in micro.streams:
+            continue
+        missing = np.isnan(micro.streams[name][mine])
+        if not missing.any():
+            continue
+        at = torch.as_tensor(missing, device=loss.device)
+        if bool((at & loss.isnan() & tokens.logp.isfinite()).any()):
+            raise MethodError(
+                f"term {term.name!r}: its objective is NaN on tokens whose row has no {name}, "
+                f"while other rows of the term have one; set Row.{name} in all of them, or give "
+                "these rows a term of their own"
+            )
+
+
+def check_metric(where: str, metric, n: int) -> None:
+    """A metric is [n], or {part: [m]}, all parts of one length."""
+    if not isinstance(metric, Mapping):
+        check_tensor(where, metric, n)
+        return
+    length = None
+    for name, values in metric.items():
+        if length is None:
+            length = len(values) if isinstance(values, torch.Tensor) and values.dim() else 0
+        check_tensor(f"{where}: {name!r}", values, length)
+
+
+def check_tensor(where: str, found, n: int) -> None:
+    """Raise MethodError if `found` is no real tensor of shape [n]. Another shape would broadcast to
+    the tokens, and the result would depend on the micro-batch."""
+    if not isinstance(found, torch.Tensor):
+        raise MethodError(
+            f"{where} is {kind(found)}, expected a torch tensor of shape [{n}], "
+            "one number per token"
+        )
+    if found.shape != (n,):
+        raise MethodError(
+            f"{where} has shape {list(found.shape)}, expected [{n}]: one number per token, "
+            "not summed, averaged or unsqueezed"
+        )
+    if found.is_complex():
+        raise MethodError(f"{where} has dtype {found.dtype}, expected real numbers")

@@ -1,0 +1,295 @@
+"""Checks of what a method hands over: demand, terms, metrics, state. A wrong method stops the run
+in its first step; it never trains wrongly without a word.
+
+Every check raises MethodError, which names the method and, where there is one, the term. Rows are
+checked in algorithms/checks/rows.py, what an objective returns where it is called, in engine/learner/terms.py.
+"""
+from __future__ import annotations
+
+import pickle
+import reprlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from numbers import Integral
+
+import numpy as np
+
+from tandem.algorithms.base import Demand, Method, Term
+from tandem.algorithms.parts.objectives.tokens import Tokens
+from tandem.engine.core.errors import MethodError
+from tandem.engine.core.text import closest
+from tandem.engine.core.types import GenRequest
+
+KNOWN_STREAMS = (*Tokens.__dataclass_fields__, "old")
+CRITIC_STREAMS = ("value", "old_value")
+LINE_KEYS = ("step", "seconds")  # of every line of metrics.jsonl
+GIVEN_STREAMS = ("advantage", "returns")  # a method fills them in itself, in rows or credit
+
+
+def title(method: Method) -> str:
+    return f"method {type(method).__name__}"
+
+
+@contextmanager
+def naming(method: Method) -> Iterator[None]:
+    """Put the method's name before a MethodError of code that does not know it, the learner's."""
+    try:
+        yield
+    except MethodError as error:
+        raise MethodError(f"{title(method)}, {error}") from error
+
+
+# -- before the rollouts ------------------------------------------------------------------------
+
+
+def check_demand(method: Method, demand: Demand) -> Demand:
+    """The demand, if it is one that can be met."""
+    where = f"{title(method)}: demand()"
+    if not isinstance(demand, Demand):
+        raise MethodError(f"{where} returned {kind(demand)}, expected a Demand{no_return(demand)}")
+    for name in ("prompts", "experts"):
+        count = getattr(demand, name)
+        if not isinstance(count, Integral) or count < 0:
+            raise MethodError(f"{where} asks for {name}={count!r}, expected a whole number >= 0")
+    if demand.experts and not (method.uses_experts or method.aligned):
+        raise MethodError(
+            f"{where} asks for {demand.experts} demonstrations, but the method's uses_experts is "
+            "False, so none are read; write `uses_experts: ClassVar[bool] = True` in its class"
+        )
+    if demand.prompts and not method.uses_rollouts:
+        raise MethodError(
+            f"{where} asks for rollouts of {demand.prompts} prompts, but the method's "
+            "uses_rollouts is False, so there are none; leave uses_rollouts at True in its class"
+        )
+    check_learning_rate(where, demand.learning_rate)
+    return demand
+
+
+def check_learning_rate(where: str, rate) -> None:
+    """None stands for the config's. NaN or infinity would ruin the weights without a word."""
+    if rate is None:
+        return
+    number = real(rate)
+    if number is None or not 0 <= number < float("inf"):
+        raise MethodError(
+            f"{where} asks for learning_rate={short(rate)}, expected a finite number >= 0, or None "
+            "for that of the config; a Schedule becomes a number with schedule(step, signals)"
+        )
+
+
+def check_request(method: Method, request: GenRequest) -> GenRequest:
+    """The rollout request, if it is one that can be met."""
+    where = f"{title(method)}: request()"
+    if not isinstance(request, GenRequest):
+        raise MethodError(
+            f"{where} returned {kind(request)}, expected a GenRequest{no_return(request)}"
+        )
+    samples, prefixes = request.samples, request.prefixes
+    if not isinstance(samples, Integral) or samples < 0:
+        raise MethodError(f"{where} asks for samples={samples!r}, expected a whole number >= 0")
+    if len(prefixes) not in (0, samples):
+        raise MethodError(
+            f"{where} gives {len(prefixes)} prefixes for {samples} samples; expected one for each "
+            "sample (an empty one forces nothing), or () for none"
+        )
+    return request
+
+
+def check_accept(method: Method, accepted: bool) -> bool:
+    """The answer of `accept`. None would redraw every group until the prompts are used up."""
+    where = f"{title(method)}: accept()"
+    if accepted is None or isinstance(accepted, str):
+        raise MethodError(
+            f"{where} returned {short(accepted)}, expected True or False{no_return(accepted)}"
+        )
+    try:
+        return bool(accepted)
+    except (ValueError, RuntimeError):  # an array or tensor of several
+        raise MethodError(
+            f"{where} returned {kind(accepted)} of several values, expected True or False: "
+            "write .any() or .all() behind it"
+        ) from None
+
+
+# -- terms --------------------------------------------------------------------------------------
+
+
+def check_terms(method: Method, terms: Sequence[Term]) -> list[Term]:
+    """The terms as a list, if the learner can evaluate every one of them."""
+    where = f"{title(method)}: terms()"
+    check_list(where, terms, Term)
+    seen = set()
+    found = []
+    for term in terms:
+        check_term(f"{where}: term {term.name!r}", term, method)
+        if term.name in seen:
+            raise MethodError(
+                f"{where} returned two terms named {term.name!r}: each needs a name "
+                "of its own, since it is the key into Row.weights"
+            )
+        seen.add(term.name)
+        found.append(replace(term, coefficient=real(term.coefficient)))
+    return found
+
+
+def check_term(where: str, term: Term, method: Method) -> None:
+    if not isinstance(term.name, str) or not term.name:
+        raise MethodError(f"{where}: its name must be a word, the key into Row.weights")
+    for name in ("objective", "correction"):
+        part = getattr(term, name)
+        if isinstance(part, type):
+            raise MethodError(
+                f"{where}: its {name} is the class {part.__name__}, expected an "
+                f"object of it: write {part.__name__}(), with brackets"
+            )
+        if not callable(part) and (name == "objective" or part is not None):
+            raise MethodError(f"{where}: its {name} is {kind(part)}, expected something callable")
+    for name in ("row_scale", "denominator"):
+        if isinstance(term.reduction, type) or not hasattr(term.reduction, name):
+            raise MethodError(
+                f"{where}: its reduction is {term.reduction!r}, expected a Reduction, "
+                "e.g. Reduction('token_mean')"
+            )
+    check_coefficient(where, term.coefficient)
+    check_needs(where, term, method)
+
+
+def check_coefficient(where: str, coefficient: float) -> None:
+    number = real(coefficient)
+    if number is None:
+        raise MethodError(
+            f"{where}: its coefficient is {short(coefficient)}, expected a number; a "
+            "Schedule becomes one with schedule(batch.step, batch.signals)"
+        )
+    if not np.isfinite(number):
+        raise MethodError(f"{where}: its coefficient is {number}, expected a finite number")
+    if getattr(coefficient, "requires_grad", False):
+        raise MethodError(
+            f"{where}: its coefficient is a tensor with a gradient, which no optimizer follows; "
+            "write coefficient.item() for its present value"
+        )
+
+
+def check_needs(where: str, term: Term, method: Method) -> None:
+    """Streams that this run has. With a forward of the method's own any name may be one."""
+    if isinstance(term.needs, str):
+        raise MethodError(
+            f"{where}: its needs is the text {term.needs!r}, expected a set of "
+            f"names: frozenset({{{term.needs!r}}})"
+        )
+    if not isinstance(term.needs, Collection):
+        raise MethodError(
+            f"{where}: its needs is {kind(term.needs)}, expected a set of names; frozenset() "
+            "for none"
+        )
+    for need in term.needs:
+        if need not in KNOWN_STREAMS and method.forward is None:
+            raise MethodError(
+                f"{where}: it needs {need!r}, which is no stream"
+                f"{closest(str(need), KNOWN_STREAMS)}; known: {', '.join(KNOWN_STREAMS)}"
+            )
+        own_value = need == "value" and method.forward is not None
+        if need in CRITIC_STREAMS and not method.critic and not own_value:
+            raise MethodError(
+                f"{where}: it needs {need!r}, which a critic gives, but the method "
+                "has none; set method.policy.advantage=gae (preset ppo), or give "
+                "the class `critic = True`"
+            )
+
+
+# -- after the update ---------------------------------------------------------------------------
+
+
+def check_metrics(method: Method, metrics: Mapping[str, float]) -> dict[str, float]:
+    """What `metrics` reports, if it is numbers by name."""
+    where = f"{title(method)}: metrics()"
+    if not isinstance(metrics, Mapping):
+        raise MethodError(
+            f"{where} returned {kind(metrics)}, expected {{name: number}}{no_return(metrics)}"
+        )
+    found = {}
+    for name, value in metrics.items():
+        number = real(value)
+        if number is None:
+            raise MethodError(f"{where}: {name!r} is {short(value)}, expected a number")
+        name = str(name)
+        if name in LINE_KEYS or name.startswith("eval/"):
+            raise MethodError(
+                f"{where} reports {name!r}, a name that metrics.jsonl has for something else "
+                f"(also: {', '.join(LINE_KEYS)}, eval/...); choose another, e.g. 'my/{name}'"
+            )
+        found[name] = number
+    return found
+
+
+def checked_state(method: Method) -> Mapping:
+    """What the method's state_dict returns, if it can be saved: without `return` a resume would
+    start its state over, and what cannot be pickled would end the run at its first checkpoint."""
+    where = f"{title(method)}: state_dict()"
+    state = method.state_dict()
+    if not isinstance(state, Mapping):
+        raise MethodError(f"{where} returned {kind(state)}, expected a mapping{no_return(state)}")
+    for name, value in state.items():
+        try:
+            pickle.dumps(value)
+        except Exception as error:
+            raise MethodError(
+                f"{where}: {name!r} is {kind(value)} that cannot be pickled "
+                f"({type(error).__name__}: {error}), so no checkpoint could hold it; return what "
+                "it is made from: numbers, text, lists, mappings, arrays, tensors"
+            ) from error
+    return state
+
+
+# -- words --------------------------------------------------------------------------------------
+
+
+def check_list(where: str, found, item: type) -> None:
+    """`found` is a list or tuple of `item`. A generator is used up by the first look at it."""
+    if isinstance(found, item):
+        raise MethodError(f"{where} returned one {item.__name__}, expected a list: [...]")
+    if not isinstance(found, (list, tuple)):
+        raise MethodError(
+            f"{where} returned {kind(found)}, expected a list of {item.__name__}{no_return(found)}"
+        )
+    for number, one in enumerate(found):
+        if isinstance(one, type) or not isinstance(one, item):
+            raise MethodError(
+                f"{where} returned a list whose entry {number} is {kind(one)}, "
+                f"expected {item.__name__}"
+            )
+
+
+def real(value) -> float | None:
+    """The one number that `value` is; None for text, for several numbers, and for what no float
+    can hold."""
+    if isinstance(value, (str, bytes)):
+        return None
+    try:
+        if hasattr(value, "item"):  # of numpy or torch
+            value = value.item()
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None
+
+
+def short(found) -> str:
+    """How Python writes it, cut to fit on a screen."""
+    return reprlib.repr(found)
+
+
+def kind(found) -> str:
+    if found is None:
+        return "None"
+    if isinstance(found, type):
+        return f"the class {found.__name__}"
+    return f"a {type(found).__name__}"
+
+
+def no_return(found) -> str:
+    if found is None:
+        return ": does it end without `return`?"
+    if isinstance(found, Iterator):
+        return ": it is used up by the first look at it, write list(...) around it"
+    return ""

@@ -1,0 +1,199 @@
+"""Checks of the rows that a method hands over, in `rows` and again in `credit`.
+
+Every check raises MethodError, which names the method, the row and the array.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from numbers import Integral
+
+import numpy as np
+
+from tandem.algorithms.base import Batch, Method, Term
+from tandem.algorithms.checks.method import GIVEN_STREAMS, check_list, kind, title
+from tandem.engine.core.errors import CarrierError, MethodError
+from tandem.engine.core.text import closest
+from tandem.engine.core.types import Row
+
+# {array of a Row: the kinds of numpy dtype it may have}
+ROW_ARRAYS = {
+    "tokens": "iu",
+    "source": "iu",
+    "version": "iu",
+    "advantage": "fiub",
+    "behaviour_logp": "fiub",
+    "old_logp": "fiub",
+    "ref_logp": "fiub",
+    "old_value": "fiub",
+    "returns": "fiub",
+}
+WEIGHT_KINDS = "fiub"
+KIND_NAMES = {"iu": "integers", "fiub": "real numbers"}
+
+
+def ask_rows(method: Method, batch: Batch) -> Sequence[Row]:
+    """What the method's `rows` returns."""
+    with naming_rows(method, "rows()"):
+        return method.rows(batch)
+
+
+def ask_credit(
+    method: Method, rows: Sequence[Row], batch: Batch, terms: Sequence[Term]
+) -> list[Row]:
+    """The rows that `credit` returned, checked again: it may have changed arrays in place.
+
+    It gets a list of its own, so that what it does to that list is not lost on the comparison.
+    """
+    with naming_rows(method, "credit()"):
+        found = method.credit(list(rows), batch)
+    return check_credit(method, rows, found, terms)
+
+
+@contextmanager
+def naming_rows(method: Method, function: str) -> Iterator[None]:
+    """Say which method made a Row that cannot be one, and where in its file."""
+    try:
+        yield
+    except CarrierError as error:
+        place = place_of(error, getattr(type(method), function.removesuffix("()")))
+        raise MethodError(f"{title(method)}: {function}: {error}{place}") from error
+
+
+def place_of(error: Exception, function) -> str:
+    """The line of the function's file that an error came through, the last one."""
+    file = getattr(getattr(function, "__code__", None), "co_filename", None)
+    frames = [one for one in traceback.extract_tb(error.__traceback__) if one.filename == file]
+    if not frames:
+        return ""
+    return f" (made at {frames[-1].filename}:{frames[-1].lineno})"
+
+
+def check_rows(method: Method, rows: Sequence[Row], terms: Sequence[Term]) -> list[Row]:
+    """The rows as a list, if the packer can take every one of them."""
+    where = f"{title(method)}: rows()"
+    check_list(where, rows, Row)
+    for number, row in enumerate(rows):
+        check_row(label(where, number, row), row, terms)
+    if rows and not any(row.weights for row in rows):
+        names = ", ".join(term.name for term in terms) or "none"
+        raise MethodError(
+            f"{where}: none of its {len(rows)} rows has weights for a term, so nothing would be "
+            f"trained; give them Row.weights {{term: one number per token}}, terms: {names}"
+        )
+    return list(rows)
+
+
+def check_credit(
+    method: Method, before: Sequence[Row], rows: Sequence[Row], terms: Sequence[Term]
+) -> list[Row]:
+    """The rows that `credit` returned, if they are as many as it was given."""
+    where = f"{title(method)}: credit()"
+    check_list(where, rows, Row)
+    if len(rows) != len(before):
+        raise MethodError(
+            f"{where} returned {len(rows)} rows for {len(before)}; expected one for "
+            "each, in the same order. To drop a row give it weights of 0"
+        )
+    for number, row in enumerate(rows):
+        check_row(label(where, number, row), row, terms)
+    for term in terms:
+        for need in GIVEN_STREAMS:
+            if need in term.needs:
+                check_given(method, rows, term, need)
+    return list(rows)
+
+
+def check_row(where: str, row: Row, terms: Sequence[Term]) -> None:
+    length = len(row.tokens)
+    for name, kinds in ROW_ARRAYS.items():
+        array = getattr(row, name)
+        if array is not None:
+            check_array(f"{where}: {name}", array, length, kinds)
+    if (row.tokens < 0).any():
+        raise MethodError(f"{where}: a token is {row.tokens.min()}, expected ids of the vocabulary")
+    if not isinstance(row.group, Integral):
+        raise MethodError(
+            f"{where}: group is {row.group!r}, expected the whole number of its group "
+            "(batch.groups[i].group), or -1 for a row of none"
+        )
+    check_weights(where, row, terms)
+    if row.advantage is not None:
+        check_numbers(
+            f"{where}: advantage",
+            np.where(row.trained, row.advantage, 0),
+            "which is trained; expected finite numbers (0: the token counts, but is not pushed)",
+        )
+
+
+def check_weights(where: str, row: Row, terms: Sequence[Term]) -> None:
+    names = [term.name for term in terms]
+    for name, weight in row.weights.items():
+        here = f"{where}: weights[{name!r}]"
+        check_array(here, weight, len(row.tokens), WEIGHT_KINDS)
+        check_numbers(
+            here, weight, "expected finite numbers (0: the token is not part of the term)"
+        )
+        if weight[0] != 0:
+            raise MethodError(
+                f"{here} is {weight[0]} at token 0, expected 0: the first token has no log-prob, "
+                "so it cannot be trained"
+            )
+        if name not in names:
+            raise MethodError(
+                f"{where}: it has weights for {name!r}, which is no term of this step"
+                f"{closest(str(name), names)}; terms: {', '.join(names) or 'none'}"
+            )
+
+
+def check_array(where: str, array: np.ndarray, length: int, kinds: str) -> None:
+    if not isinstance(array, np.ndarray):
+        raise MethodError(
+            f"{where} is {kind(array)}, expected a numpy array of shape ({length},): "
+            "one number per token of the row"
+        )
+    if array.shape != (length,):
+        raise MethodError(
+            f"{where} has shape {array.shape}, expected ({length},): one number per "
+            "token of the row"
+        )
+    if array.dtype.kind not in kinds:
+        raise MethodError(f"{where} has dtype {array.dtype}, expected {KIND_NAMES[kinds]}")
+
+
+def check_numbers(where: str, values: np.ndarray, expected: str) -> None:
+    """All are finite in float32, which is what the learner gets."""
+    with np.errstate(over="ignore"):
+        bad = ~np.isfinite(values.astype(np.float32, copy=False))
+    if not bad.any():
+        return
+    place = int(np.flatnonzero(bad)[0])
+    found = f"{values[place]} at token {place}"
+    if np.isfinite(values[place]):
+        found += ", more than float32 holds"
+    raise MethodError(f"{where} is {found}, {expected}")
+
+
+def check_given(method: Method, rows: Sequence[Row], term: Term, need: str) -> None:
+    """Every row of the term has the stream that its objective needs and the method gives."""
+    for number, row in enumerate(rows):
+        weight = row.weights.get(term.name)
+        if weight is None or not weight.any():
+            continue
+        stream = getattr(row, need)
+        if stream is None or not np.isfinite(stream[weight != 0]).all():
+            where = label(title(method), number, row)
+            raise MethodError(
+                f"{where}: term {term.name!r} needs {need!r}, which the row lacks on "
+                f"some of the term's tokens; set Row.{need} in rows() or credit()"
+            )
+
+
+def has_tokens(row: Row, term: str) -> bool:
+    return term in row.weights and bool(np.any(row.weights[term] != 0))
+
+
+def label(where: str, number: int, row: Row) -> str:
+    return f"{where}: row {number} (prompt {row.prompt_id!r})"

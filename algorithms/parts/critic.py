@@ -1,0 +1,243 @@
+"""A critic for the RL half of a method:
+
+GAE advantages from a value head, with the KL to the reference in the reward. `policy: {advantage:
+gae, critic: {...}}`
+
+    r_t   = -kl (log pi_old(y_t) - log pi_ref(y_t)) + 1[t = T] R
+          kl: beta
+    delta = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   returns_t = A_t + V_t
+                                         V_{T+1} = 0
+    L    += coefficient RED{ 1/2 max( (V - ret)^2, (clamp(V, V_old - clip, V_old + clip) - ret)^2 )
+         }     A is whitened after returns are taken
+
+Sources: GAE arXiv 1506.02438 eq. 16; PPO arXiv 1707.06347; whitening, value clip and the KL in the
+reward as in the code of ReFT (arXiv 2401.08967) and verl. V_t is the value of the state in which
+y_t is chosen: the head reads the hidden state that predicts y_t. The steps of an episode are the
+row's trained tokens, so a tool's output between two of them is skipped: V_{t+1} is the value at the
+next token of our own. V and log pi_old are those from before the update. A response cut at
+max_tokens ends with V_{T+1} = 0, as in ReFT's code, or with `bootstrap: true` with the critic's
+value of the state it was cut in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from tandem.algorithms.base import Batch, Term
+from tandem.algorithms.parts.advantages import whiten
+from tandem.algorithms.parts.objectives.tokens import Tokens
+from tandem.algorithms.parts.reductions import Reduction
+from tandem.algorithms.parts.schedules import Schedule
+from tandem.engine.core.types import Finish, Row, Source, Trajectory
+
+
+@dataclass(frozen=True)
+class ValueLoss:
+    """1/2 max( (V - ret)^2, (clamp(V, V_old - clip, V_old + clip) - ret)^2 ); clip None: the first
+    alone.
+    """
+
+    clip: float | None = 0.2
+
+    def __call__(self, tokens: Tokens):
+        loss, value = (tokens.value - tokens.returns) ** 2, tokens.value.detach()
+        metrics = {"value": value, "error": loss.detach()}
+        if self.clip is not None:
+            near = tokens.old_value + (tokens.value - tokens.old_value).clamp(-self.clip, self.clip)
+            loss = torch.maximum(loss, (near - tokens.returns) ** 2)
+            metrics["clip_fraction"] = ((value - tokens.old_value).abs() > self.clip).float()
+        return 0.5 * loss, metrics
+
+
+@dataclass
+class Critic:
+    """Options of `critic:`. coefficient and clip as in PPO's own experiments (its Table 5; ReFT has
+    5), lam = 1 as is usual for language models.
+    """
+
+    gamma: float = 1.0
+    lam: float = 1.0
+    # beta of the KL in the reward; anything but 0 loads a frozen reference model
+    kl: Schedule | float = 0.0
+    coefficient: float = 1.0  # of the value loss, next to the policy's
+    clip: float | None = 0.2  # of the value
+    whiten: bool = True
+    bootstrap: bool = False
+
+    def __post_init__(self):
+        for name in ("gamma", "lam"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(
+                    f"method.policy.critic.{name} is {getattr(self, name)}, must be in [0, 1]"
+                )
+        if self.coefficient <= 0:
+            raise ValueError(
+                f"method.policy.critic.coefficient is {self.coefficient}, must be > 0: a "
+                "critic that is not trained says 0 for ever"
+            )
+        self.kl = Schedule.parse(self.kl)
+
+    def row(self, row: Row, trajectory: Trajectory) -> Row:
+        """The row with the value term's weights.
+
+        To ask for the value of the state a response was cut in, it gets one more token, which
+        `credit` removes: the value there does not depend on the token, and nothing is trained on
+        it.
+        """
+        mask = row.weights["policy"]
+        row = replace(row, weights={**row.weights, "value": mask.copy()})
+        if self.bootstrap and trajectory.finish == Finish.LENGTH and mask.any():
+            return lengthened(row)
+        return row
+
+    def terms(self, reduction: Reduction, coefficient: float) -> list[Term]:
+        needs = {"value", "old_value", "returns"}
+        if not self.kl.off:
+            needs |= {"old_logp", "ref_logp"}
+        return [
+            Term(
+                "value",
+                ValueLoss(self.clip),
+                reduction,
+                coefficient * self.coefficient,
+                needs=frozenset(needs),
+            )
+        ]
+
+    def credit(self, rows: Sequence[Row], batch: Batch) -> list[Row]:
+        """Replace the rewards, which the rows carry as their advantage until here, by advantages
+        and returns per token.
+        """
+        rows = list(rows)
+        beta = self.kl(batch.step, batch.signals)
+        episodes: dict[int, Episode] = {}
+        for i, row in enumerate(rows):
+            if "value" not in row.weights or not row.weights["value"].any():
+                continue
+            rows[i], episodes[i] = self.episode(row, beta)
+        advantages = [episode.advantages for episode in episodes.values()]
+        if self.whiten:
+            advantages = whiten(advantages, [np.ones(len(a)) for a in advantages])
+        for (i, episode), advantage in zip(episodes.items(), advantages, strict=True):
+            rows[i] = replace(
+                rows[i],
+                advantage=on_steps(advantage, episode.steps, rows[i]),
+                returns=on_steps(episode.returns, episode.steps, rows[i]),
+            )
+        return rows
+
+    def episode(self, row: Row, beta: float) -> tuple[Row, Episode]:
+        """The row without the token that `row` added, and its episode."""
+        steps = np.flatnonzero(row.weights["value"])
+        last = 0.0
+        if row.source[steps[-1]] == Source.TOOL:
+            last = float(row.old_value[steps[-1]])
+            steps = steps[:-1]
+            row = shortened(row)
+        rewards = np.zeros(len(steps))
+        if beta:  # the policy answers for what it sampled itself only
+            log_ratio = row.old_logp[steps] - row.ref_logp[steps]
+            rewards -= beta * np.where(row.source[steps] == Source.POLICY, log_ratio, 0.0)
+        rewards[-1] += row.advantage[steps[-1]]
+        advantages, returns = gae(rewards, row.old_value[steps], last, self.gamma, self.lam)
+        return row, Episode(steps, advantages, returns)
+
+
+@dataclass(frozen=True, eq=False)
+class Episode:
+    """The trained tokens of one row, as steps of an episode of n steps."""
+
+    steps: np.ndarray  # int64 [n]: positions in the row
+    advantages: np.ndarray  # float64 [n]
+    returns: np.ndarray  # float64 [n]
+
+
+def gae(
+    rewards: np.ndarray, values: np.ndarray, last: float, gamma: float, lam: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """(advantages, returns), float64 [n], of one episode; `last` is the value of the state after
+    its last step.
+    """
+    advantages = np.zeros(len(rewards))
+    following_advantage, following_value = 0.0, last
+    for t in reversed(range(len(rewards))):
+        delta = rewards[t] + gamma * following_value - values[t]
+        following_advantage = delta + gamma * lam * following_advantage
+        advantages[t] = following_advantage
+        following_value = float(values[t])
+    return advantages, advantages + values
+
+
+def on_steps(values: np.ndarray, steps: np.ndarray, row: Row) -> np.ndarray:
+    """float32 [T]: `values` at `steps`, 0 elsewhere."""
+    out = np.zeros(len(row.tokens), np.float32)
+    out[steps] = values
+    return out
+
+
+def lengthened(row: Row) -> Row:
+    """The row with one more token, whose value is asked for and which trains nothing else."""
+    added = {
+        "tokens": 0,
+        "source": Source.TOOL,
+        "advantage": 0,
+        "behaviour_logp": np.nan,
+        "version": -1,
+    }
+    streams = {}
+    for name, value in added.items():
+        stream = getattr(row, name)
+        streams[name] = None if stream is None else np.append(stream, stream.dtype.type(value))
+    weights = {}
+    for term, weight in row.weights.items():
+        weights[term] = np.append(weight, weight.dtype.type(term == "value"))
+    return replace(row, weights=weights, **streams)
+
+
+def shortened(row: Row) -> Row:
+    """The row without its last token."""
+    names = (
+        "tokens",
+        "source",
+        "advantage",
+        "behaviour_logp",
+        "old_logp",
+        "ref_logp",
+        "old_value",
+        "version",
+    )
+    streams = {}
+    for name in names:
+        stream = getattr(row, name)
+        streams[name] = None if stream is None else stream[:-1]
+    weights = {term: weight[:-1] for term, weight in row.weights.items()}
+    return replace(row, weights=weights, **streams)
+
+
+def diagnostics(rows: Sequence[Row]) -> dict[str, float]:
+    """How good the critic was on this batch, before the update: the share of the returns' variance
+    that it explains; and the KL to the reference per response.
+    """
+    # a method of one's own may have returns alone
+    rows = [row for row in rows if "value" in row.weights]
+    rows = [row for row in rows if row.returns is not None and row.old_value is not None]
+    if not rows:
+        return {}
+    steps = [row.weights["value"] != 0 for row in rows]
+    returns = np.concatenate([row.returns[at] for row, at in zip(rows, steps, strict=True)])
+    values = np.concatenate([row.old_value[at] for row, at in zip(rows, steps, strict=True)])
+    unexplained = np.var(returns - values) / max(np.var(returns), 1e-8)
+    found = {
+        "critic/explained_variance": float(1.0 - unexplained),
+        "critic/return": float(returns.mean()),
+    }
+    if all(row.ref_logp is not None and row.old_logp is not None for row in rows):
+        kl = []
+        for row, at in zip(rows, steps, strict=True):
+            kl.append((row.old_logp[at] - row.ref_logp[at]).sum())
+        found["critic/kl"] = float(np.mean(kl))
+    return found

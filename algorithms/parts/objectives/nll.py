@@ -1,0 +1,120 @@
+"""Objectives on demonstrations: negative log-likelihood and its weighted forms."""
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from tandem.algorithms.parts.objectives.tokens import Tokens, segment_mean
+from tandem.engine.core.types import Source
+
+
+@dataclass(frozen=True)
+class NLL:
+    """Negative log-likelihood times a detached function of p = exp(logp).
+
+    weight  w(p)                    source
+    one     1                       SFT
+    p       p                       SFT-IS, CHORD's rejected variant (arXiv 2508.11408), also DFT (arXiv 2508.05629)
+    phi     p (1 - p)               CHORD-phi, arXiv 2508.11408 sec. 4.2
+    The weight carries no gradient: the paper's formula is silent, both public codes detach.
+    """
+
+    weight: str = "one"
+
+    def __call__(self, tokens: Tokens):
+        p = tokens.logp.detach().exp()
+        w = {"one": torch.ones_like(p), "p": p, "phi": p * (1.0 - p)}[self.weight]
+        return -w * tokens.logp, {"p": p}
+
+
+@dataclass(frozen=True)
+class ExpertRatio:
+    """-A f(p) on expert tokens whose behaviour probability is taken as 1, so that the ratio is p itself; no clip. The gradient goes through f.
+
+    f(p) = p/(p + gamma)    LUFFY's shaping, arXiv 2504.14945 eq. 8: weight A gamma p/(p + gamma)^2 on grad log pi, largest at p = gamma
+    f(p) = p                gamma None: plain importance sampling, weight A p
+    """
+
+    gamma: float | None = 0.1
+
+    def __call__(self, tokens: Tokens):
+        p = tokens.logp.exp()
+        return -tokens.advantage * (p if self.gamma is None else p / (p + self.gamma)), {"p": p.detach()}
+
+
+@dataclass(frozen=True)
+class BySource:
+    """One term, one denominator, two objectives: `expert` on expert tokens, `rollout` on all others. Metrics of either are named by it: expert/p."""
+
+    rollout: object
+    expert: object
+
+    def __call__(self, tokens: Tokens):
+        loss = torch.zeros_like(tokens.logp)
+        is_expert, metrics = tokens.source == int(Source.EXPERT), {}
+        for objective, name, chosen in ((self.rollout, "rollout", ~is_expert), (self.expert, "expert", is_expert)):
+            index = chosen.nonzero().squeeze(-1)
+            if len(index):
+                part, metrics[name] = objective(tokens.take(index))
+                loss = loss.index_add(0, index, part)
+                metrics[f"{name}_share"] = chosen.float()
+        return loss, metrics
+
+
+@dataclass(frozen=True)
+class EntropyWeightedNLL:
+    """-sg[scale exp(sign H)] log p, H the mean token entropy of the row (level `sequence`) or the token's own (`token`). SRFT, arXiv 2506.19767 eq. 7."""
+
+    scale: float = 0.5
+    sign: float = -1.0
+    level: str = "sequence"
+
+    def __call__(self, tokens: Tokens):
+        weight = entropy_weight(tokens, self.scale, self.sign, self.level)
+        return -weight * tokens.logp, {"weight": weight}
+
+
+@dataclass(frozen=True)
+class SelfReinforce:
+    """-sg[scale exp(H)] log p on samples with A > 0, +log p on the others: no baseline, no clip. SRFT, arXiv 2506.19767 eq. 10."""
+
+    scale: float = 0.1
+    level: str = "sequence"
+
+    def __call__(self, tokens: Tokens):
+        weight = entropy_weight(tokens, self.scale, 1.0, self.level)
+        right = tokens.advantage > 0
+        return torch.where(right, -weight, torch.ones_like(weight)) * tokens.logp, {"weight": weight, "right": right.float()}
+
+
+def entropy_weight(tokens: Tokens, scale: float, sign: float, level: str) -> torch.Tensor:
+    h = tokens.entropy.detach()
+    return scale * torch.exp(sign * (segment_mean(h, tokens.segment) if level == "sequence" else h))
+
+
+@dataclass(frozen=True)
+class PrefixSelected:
+    """`objective`, but of each row's PREFIX tokens only the share `keep` with the highest entropy is pushed; the others count, with advantage 0.
+
+    Prefix-RFT, arXiv 2507.01679: entropy-based clipping. ceil(keep * tokens) per row, so that the choice does not depend on the micro-batch.
+    """
+
+    objective: object
+    keep: float = 0.2
+
+    def __call__(self, tokens: Tokens):
+        prefix = tokens.source == int(Source.PREFIX)
+        index = prefix.nonzero().squeeze(-1)
+        advantage = tokens.advantage
+        if len(index):
+            segment = tokens.segment[index]
+            order = index[torch.argsort(tokens.entropy[index], descending=True, stable=True)]
+            order = order[torch.argsort(tokens.segment[order], stable=True)]        # by row, within a row by falling entropy
+            count = torch.bincount(segment, minlength=int(segment.max()) + 1)
+            start = torch.cumsum(count, 0) - count
+            place = torch.arange(len(order), device=order.device) - start[tokens.segment[order]]
+            dropped = order[place >= torch.ceil(self.keep * count - 1e-6)[tokens.segment[order]]]
+            advantage = advantage.index_fill(0, dropped, 0.0)
+        loss, metrics = self.objective(replace(tokens, advantage=advantage))
+        return loss, {**metrics, "prefix_share": prefix.float()}

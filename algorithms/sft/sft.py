@@ -1,0 +1,27 @@
+"""SFT: supervised fine-tuning on expert demonstrations.
+
+    L = - TOK_demo{ log p_t }          the mean over all expert tokens of the global batch, not a mean of means
+
+Source: the standard objective; on what goes wrong when the denominator is taken per micro-batch, see the audit arXiv 2604.23747.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tandem.algorithms.base import Batch, Method, Term
+from tandem.algorithms.parts.objectives.nll import NLL
+from tandem.algorithms.rows import expert_row
+
+
+@dataclass
+class SFT(Method):
+    title: ClassVar[str] = "supervised fine-tuning on demonstrations"
+    uses_experts: ClassVar[bool] = True
+    uses_rollouts: ClassVar[bool] = False
+
+    def rows(self, batch: Batch):
+        return [expert_row(t, "sft") for t in batch.experts]
+
+    def terms(self, batch: Batch):
+        return [Term("sft", NLL())]

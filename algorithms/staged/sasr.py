@@ -1,0 +1,88 @@
+"""SASR: after a warm-up of SFT, every step is SFT or GRPO by a draw whose probability follows the SFT gradient's norm.
+
+    L_t = I_t L_SFT + (1 - I_t) L_GRPO,    I_t ~ Bernoulli(p_t),    p_t = G_last / (G_last + gamma G_warm)
+    G_last: norm of the SFT gradient at the most recent SFT step;  G_warm: at the end of the warm-up
+
+Source: arXiv 2505.13026: a per-step switch, probabilistic, driven by gradient norms; warm-up loss is the NLL summed over tokens (`sft_reduction:
+seq_mean_token_sum`; the default, a token mean, keeps the learning rate of SFT).
+UNVERIFIED: the formula of p_t, gamma, the warm-up's length, and how the paper's split of samples by the group's median enters the loss (here: not at all); no
+code is public. The norm is the global one before clipping. The draw depends on (run seed, step) alone, so that all ranks and a resumed run draw the same.
+p_t freezes while no SFT step is drawn. The two kinds of step share their optimizer moments. `probability` puts any schedule in p_t's place.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+
+from tandem.algorithms.base import Batch, Demand, Method, Term
+from tandem.algorithms.parts.objectives.nll import NLL
+from tandem.algorithms.parts.policy import PolicyLoss
+from tandem.algorithms.parts.reductions import Reduction
+from tandem.algorithms.parts.schedules import Schedule
+from tandem.algorithms.rows import expert_row
+
+
+@dataclass
+class SASR(Method):
+    title: ClassVar[str] = "each step SFT or GRPO, drawn by the SFT gradient's norm"
+    paper: ClassVar[str] = "2505.13026"
+    uses_experts: ClassVar[bool] = True
+
+    warmup: int = 100                   # SFT steps
+    gamma: float = 1.0
+    probability: Schedule | float | None = None
+    sft_reduction: str = "token_mean"
+    sft_learning_rate: float | None = None
+    policy: PolicyLoss | dict | str = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.warmup < 1:
+            raise ValueError(f"warmup is {self.warmup}, must be at least 1: the switch compares with the gradient norm at its end")
+        if self.probability is None:
+            self.probability = Schedule("saturating", peak=1.0, signal="sft_norm_ratio", threshold=self.gamma)
+        self.probability, self.policy = Schedule.parse(self.probability), PolicyLoss.parse(self.policy)
+        Reduction(self.sft_reduction)
+        self.g_warm = self.g_last = 0.0
+        self.next_p, self.signals = 1.0, {}
+
+    def p(self, step: int, signals: Mapping[str, float]) -> float:
+        """The chance that `step` is an SFT step."""
+        return 1.0 if step < self.warmup else self.probability(step, {**signals, **self.norm_ratio()})
+
+    def norm_ratio(self) -> dict[str, float]:
+        return {"sft_norm_ratio": self.g_last / self.g_warm} if self.g_warm > 0 else {}
+
+    def demand(self, step, budget, signals):
+        if np.random.default_rng([budget.seed, step]).random() < self.p(step, signals):
+            return Demand(experts=budget.experts, kind="sft", learning_rate=self.sft_learning_rate)
+        return Demand(prompts=budget.prompts, kind="rl")
+
+    def accept(self, group):
+        return self.policy.accept(group)
+
+    def rows(self, batch: Batch):
+        self.signals = batch.signals
+        return self.policy.rows(batch.groups) + [expert_row(t, "expert") for t in batch.experts]
+
+    def terms(self, batch: Batch) -> list[Term]:
+        return [*self.policy.terms(batch), Term("expert", NLL(), Reduction(self.sft_reduction))]
+
+    def observe(self, step: int, metrics: Mapping[str, float]) -> None:
+        if "loss/expert" in metrics and math.isfinite(metrics.get("grad_norm", math.nan)):
+            self.g_last = float(metrics["grad_norm"])
+            if step < self.warmup:
+                self.g_warm = self.g_last
+        self.next_p = self.p(step + 1, {**self.signals, **metrics})       # an SFT step has no reward: what was known of it before
+
+    def metrics(self, step):
+        return {"sft_probability": self.next_p, **self.norm_ratio()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"g_warm": self.g_warm, "g_last": self.g_last}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.g_warm, self.g_last = state["g_warm"], state["g_last"]

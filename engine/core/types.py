@@ -1,0 +1,281 @@
+"""The carriers: every arrow between two stages of a training step is one of these frozen dataclasses.
+
+    PromptSource -Prompt-> Producer -GenRequest-> rollout pool -Trajectory-> reward runner -ScoredGroup-+
+    ExpertSource -Trajectory (source EXPERT)------------------------------------------------------------+
+                                                                                                        v
+                            Method.rows -Row-> packer -StepPlan-> learner -StepReport-> telemetry
+
+Invariants:
+  * A sequence is flat: no padding and no prompt/response halves. All streams of a sequence have its length `T`.
+  * A stream value at position t belongs to token t, so log-prob t is log pi(token_t | token_<t); position 0 has none.
+  * Text stops at the reward. Nothing is re-tokenised after `Trajectory`.
+  * Only a weight version and numbers travel back from the learner to the rollout side.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tandem.engine.core.errors import CarrierError
+
+
+class Source(IntEnum):
+    """Where a token came from."""
+
+    PROMPT = 0   # given by the dataset, never trained
+    POLICY = 1   # sampled from our own policy by a rollout engine
+    EXPERT = 2   # written by the expert, in a demonstration
+    PREFIX = 3   # expert tokens that a rollout was made to start from (Prefix-RFT)
+    HINT = 4     # expert tokens shown to the whole group (UFT)
+    TOOL = 5     # returned by an environment, never trained
+
+
+class Finish(StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"       # end-of-sequence token (it belongs to the response)
+    LENGTH = "length"   # cut at max_tokens: there is no end-of-sequence token
+    ABORT = "abort"     # the engine gave up; never trained on
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """One dataset row, tokenised once."""
+
+    id: str
+    tokens: np.ndarray                                  # int32 [T_prompt]
+    content: Any                                        # str or chat messages, as rewards see it
+    columns: Mapping[str, Any] = field(default_factory=dict)    # the dataset row, unchanged
+    demonstration: np.ndarray | None = None             # int32 [T_demo] response ids with end-of-sequence, if the row has one
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample. The behaviour policy is the temperature-scaled distribution; the learner divides its logits by the same temperature."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    min_tokens: int = 0
+    seed: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class GenRequest:
+    """Ask for `samples` continuations of one prompt; all of them go to the same engine."""
+
+    group: int                                          # ordinal, unique in a run, also after resume
+    prompt: Prompt
+    samples: int
+    sampling: Sampling
+    prefixes: tuple[np.ndarray, ...] = ()               # forced first response ids per sample; () = none has any
+    prefix_source: Source = Source.PREFIX
+    attempt: int = 0                                    # how often this group was re-issued after an engine died
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """One sequence: prompt and response in one, with what is known about each token."""
+
+    prompt_id: str
+    tokens: np.ndarray                                  # int32 [T]
+    source: np.ndarray                                  # int8 [T], values of Source
+    finish: Finish
+    behaviour_logp: np.ndarray | None = None            # float32 [T], NaN where no rollout engine sampled the token
+    version: np.ndarray | None = None                   # int32 [T], weight version that sampled the token, -1 elsewhere
+    group: int = -1
+
+    def __post_init__(self):
+        check_lengths("Trajectory", len(self.tokens), source=self.source, behaviour_logp=self.behaviour_logp, version=self.version)
+
+    @property
+    def response(self) -> np.ndarray:
+        """int32: every token that is not part of the prompt."""
+        return self.tokens[self.source != Source.PROMPT]
+
+
+@dataclass(frozen=True)
+class RewardError:
+    """A reward that could not be had; never a silent zero."""
+
+    kind: str           # timeout | exception | not_finite | arity | crash
+    message: str
+    function: str
+
+
+@dataclass(frozen=True)
+class RewardOutcome:
+    """What the reward functions said about one trajectory."""
+
+    value: float | None                                 # weighted sum, None when `error` is set
+    parts: Mapping[str, float] = field(default_factory=dict)
+    error: RewardError | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredGroup:
+    """All trajectories of one prompt with their rewards, ready for a method."""
+
+    group: int
+    prompt: Prompt
+    trajectories: tuple[Trajectory, ...]
+    rewards: np.ndarray                                 # float32 [n], finite
+    outcomes: tuple[RewardOutcome, ...] = ()
+    texts: tuple[str, ...] = ()
+    demonstration_reward: float | None = None           # of prompt.demonstration, if the method asked for it to be scored
+
+    def __post_init__(self):
+        check_lengths("ScoredGroup", len(self.trajectories), rewards=self.rewards)
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One training sequence, as a method hands it to the packer.
+
+    `weights[term][t]` is the factor on token t's loss in that term; zero means the token is not part of the term and is not
+    counted in its denominator. A token that must be counted but not pushed gets advantage 0 instead.
+    """
+
+    tokens: np.ndarray                                  # int32 [T]
+    source: np.ndarray                                  # int8 [T]
+    weights: Mapping[str, np.ndarray]                   # {term: float32 [T]}
+    advantage: np.ndarray | None = None                 # float32 [T]
+    behaviour_logp: np.ndarray | None = None            # float32 [T], NaN where absent
+    old_logp: np.ndarray | None = None                  # float32 [T]; None: the learner's own log-prob of this very forward
+    ref_logp: np.ndarray | None = None                  # float32 [T]
+    old_value: np.ndarray | None = None                 # float32 [T] the critic's value of the state in which token t was chosen, before the update
+    returns: np.ndarray | None = None                   # float32 [T] what that value should have been
+    version: np.ndarray | None = None                   # int32 [T]
+    group: int = -1
+    prompt_id: str = ""
+
+    def __post_init__(self):
+        if not isinstance(self.weights, Mapping):
+            raise CarrierError(f"Row.weights is {self.weights!r}, expected a mapping {{term: one number per token}}")
+        named = {f"weights[{name!r}]": weight for name, weight in self.weights.items()}
+        check_lengths("Row", length("Row.tokens", self.tokens), source=self.source, advantage=self.advantage, behaviour_logp=self.behaviour_logp,
+                      old_logp=self.old_logp, ref_logp=self.ref_logp, old_value=self.old_value, returns=self.returns, version=self.version, **named)
+        for name, weight in named.items():
+            if weight is None or len(weight) == 0:
+                raise CarrierError(f"Row.{name} is {weight!r}, expected one number per token of a row that has at least two tokens")
+            if np.any(weight[0] != 0):
+                raise CarrierError(f"Row.{name}[0] is {weight[0]}, must be 0: the first token has no log-prob, so it cannot be trained")
+
+    @property
+    def trained(self) -> np.ndarray:
+        """bool [T]: tokens that some term uses."""
+        mask = np.zeros(len(self.tokens), bool)
+        for weight in self.weights.values():
+            mask |= weight != 0
+        return mask
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """What one rank runs in one forward: rows packed into `B` bins of length `L`, and the streams of the `n` trained tokens.
+
+    The hidden state at flat position `index[i]` of the bins predicts trained token i. The last trained token of a row, and what follows it, predicts nothing and
+    is not in the bins. Where rows share a prompt, all of them are predicted from the one copy of it, and each row's own tokens are a block that sees this copy and itself.
+    """
+
+    tokens: np.ndarray                                  # int64 [B, L], padded with 0
+    positions: np.ndarray                               # int64 [B, L], position in the row; padding is a row of its own
+    index: np.ndarray                                   # int64 [n]
+    target: np.ndarray                                  # int64 [n] token ids
+    weights: Mapping[str, np.ndarray]                   # {term: float32 [n]}
+    scale: Mapping[str, np.ndarray]                     # {term: float32 [n]} reduction factor of the row, before the division by Z
+    segment: np.ndarray                                 # int64 [n] row number within this micro-batch, 0-based
+    group: np.ndarray                                   # int64 [n]
+    source: np.ndarray                                  # int8 [n]
+    streams: Mapping[str, np.ndarray]                   # float32 [n]: advantage, behaviour_logp, old_logp, ref_logp, old_value, returns, where present (NaN: absent for that token)
+    fresh: np.ndarray                                   # bool [n]: sampled by the rollout engine with the learner's present weights
+    rows: tuple[int, ...]                               # positions in the step's row list
+    real_tokens: int                                    # all tokens of the rows, prompts counted with each
+    tree: np.ndarray | None = None                      # int64 [2, B, L]: block of each token, and block of its prompt; None: no row shares its prompt
+
+
+@dataclass(frozen=True, eq=False)
+class StepPlan:
+    """One optimizer step, complete: every rank gets its own list of micro-batches, all ranks equally many."""
+
+    step: int
+    terms: tuple[Any, ...]                              # algorithms.base.Term
+    denominators: Mapping[str, float]                   # {term: Z}, counted over the whole global batch
+    micro_batches: tuple[tuple[MicroBatch, ...], ...]   # [rank][k]
+    learning_rate: float
+    optimizer: str = "main"                             # which set of optimizer moments this step uses
+    temperature: float = 1.0
+    entropy: bool = False                               # whether the head also computes token entropies
+    forward: Any = None                                 # Method.forward, in the place of Policy.forward
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What the learner says of one optimizer step; every number is over the whole global batch."""
+
+    metrics: Mapping[str, float]                        # loss/TERM, grad_norm, gap/max, gap/mean, entropy, ...
+    skipped: bool = False                               # non-finite gradient: the weights were left alone
+    seconds: float = 0.0
+
+
+def check_lengths(owner: str, expected: int, **streams) -> None:
+    """Raise CarrierError naming the stream whose length is not the expected one; streams that are None are absent and fine."""
+    for name, stream in streams.items():
+        if stream is None:
+            continue
+        found = length(f"{owner}.{name}", stream)
+        if found != expected:
+            raise CarrierError(f"{owner}.{name} has {found} entries, expected {expected} (one per entry of the sequence)")
+
+
+def length(name: str, stream) -> int:
+    try:
+        return len(stream)
+    except TypeError:       # a number, or an array of no dimension
+        raise CarrierError(f"{name} is {stream!r}, expected an array with one entry per entry of the sequence") from None
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    seconds: float
+    bytes: int
+    version: int
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What the learner sent and what each rollout engine says of it, for `weights.sync` to compare."""
+
+    sent: dict[str, str]                # {parameter: digest}
+    installed: list[Installed]          # one per engine
+    bytes: int
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    accuracy: float  # mean of the verifier, in its own unit
+    reward: float  # mean of the weighted sum
+    length: float  # mean response tokens
+    samples: int
+    errors: int
+    standard_error: float  # of the accuracy, over problems; NaN with fewer than two of them
+    problems: int = 0  # with a scored sample; 0 in what runs before this was counted have recorded
+
+    def describe(self) -> str:
+        """What the numbers stand on, in words."""
+        counts = [f"{self.problems} problems, {self.samples} samples"]
+        if self.errors:
+            counts.append(f"{self.errors} without a reward")
+        return ", ".join(counts)
+
+
+class Installed(NamedTuple):
+    """What an engine says of an update, before it samples again."""
+
+    received: dict[str, str]        # {parameter: digest} of the bytes as they were received
+    version: int                    # see Backend.weight_version
+    held: str                       # see Backend.held_digest

@@ -1,0 +1,208 @@
+"""Prompts to roll out and expert demonstrations, tokenised, in an order that depends on (seed, epoch) alone.
+
+Invariants:
+  * Nothing is cut, skipped or repaired that the config does not ask for: a row that cannot be used is a
+    ConfigError that names it, before the run starts wherever the rows have an end.
+  * Two sources with equal arguments and equal `state_dict` go on identically.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from tandem.engine.config.schema import DataConfig, DatasetConfig, ModelConfig
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.core.foreign import ID_CHARACTERS, message, text_of
+from tandem.engine.core.types import Finish, Prompt, Source, Trajectory
+from tandem.engine.data.cursor import Cursor
+from tandem.engine.data.encoding import Encoder
+from tandem.engine.data.lengths import TooLong
+from tandem.engine.data.rows import open_rows
+from tandem.engine.data.samples import Sample
+from tandem.engine.data.tasks import UNLIMITED, is_generated
+
+TOKENISED_ROWS = 2_000      # rows that are tokenised before the run; of later ones those that need it
+BATCH_CHARACTERS = 1_000_000    # of rows whose tokens are counted at once
+UNLIMITED_ROWS = 32         # the same for generated rows without end
+MOST_DROPPED = 1_000        # rows without end that are too long, one after the other
+
+
+class RowError(ConfigError):
+    """A row that could not be checked before the run is wrong."""
+
+
+class RowSource:
+    """An endless sequence of the rows of a dataset. `len` is the rows of one epoch, and `source[i]` the
+    i-th of them.
+
+    Raises ConfigError on construction for anything wrong with the dataset, and from `take` RowError for
+    generated rows without end. `dropped` and `truncated` count rows that were too long (data.overlong).
+    """
+
+    def __init__(self, dataset: DatasetConfig, data: DataConfig, tokenizer, model: ModelConfig,
+                 seed: int):
+        self.dataset = dataset
+        self.data = data
+        wanted = dataset
+        if isinstance(self, ExpertSource) and dataset.response is None:
+            wanted = replace(dataset, response="response")      # the name it has in generated rows
+        self.encoder = Encoder(wanted, data, tokenizer, model)
+        held_out = dataset is data.evaluation
+        if is_generated(dataset.path) and held_out != (dataset.split == "test"):
+            use = "evaluation" if held_out else "training"
+            raise ConfigError(f"{dataset.path} with split {dataset.split!r} for {use}: generated data needs "
+                              "split: test in data.evaluation and split: train elsewhere, so that no "
+                              "evaluation problem is trained on")
+        self.rows = open_rows(dataset)
+        length = len(self.rows)
+        if dataset.limit is not None:
+            length = min(length, dataset.limit)
+        if length < 1:
+            raise ConfigError(f"{dataset.path}: limit is {dataset.limit}, which leaves no rows")
+        self.endless = length == UNLIMITED
+        if self.endless and (held_out or isinstance(self, ExpertSource)):
+            raise ConfigError(f"{dataset.path}: options.size is not set; demonstrations and evaluation need "
+                              "a fixed number of problems")
+        self.dropped = 0
+        self.first_dropped = ""
+        left_out = self.check(UNLIMITED_ROWS if self.endless else length)
+        if len(left_out) == length:
+            raise ConfigError(f"{dataset.path}: all {length} rows are too long and left out "
+                              f"(data.overlong=drop); the first: {self.first_dropped}")
+        self.truncated = self.encoder.truncated
+        shuffle = data.shuffle and not self.endless     # rows without end come at random anyway
+        self.cursor = Cursor(length, seed, shuffle, [] if self.endless else left_out)
+
+    def check(self, count: int) -> list[int]:
+        """Read the first rows, all if they have an end. Tokenise the first of them, those that may be
+        too long, and every row that looks like none before. Returns the numbers of rows to leave out."""
+        left_out: list[int] = []
+        doubtful: list[tuple[int, Sample]] = []     # too many characters to tell
+        characters = 0
+        for number in range(count):
+            sample = self.encoder.read(self.rows[number], self.rows.label(number))
+            size = sum(map(len, sample.texts))
+            if number < TOKENISED_ROWS or size > BATCH_CHARACTERS or not self.encoder.knows(sample):
+                self.try_row(number, sample, left_out)
+            elif not self.encoder.surely_fits(sample):
+                doubtful.append((number, sample))
+                characters += size
+            if characters > BATCH_CHARACTERS:
+                self.try_rows(doubtful, left_out)
+                doubtful = []
+                characters = 0
+        self.try_rows(doubtful, left_out)
+        return sorted(left_out)
+
+    def try_rows(self, rows: list[tuple[int, Sample]], left_out: list[int]) -> None:
+        fitting = self.encoder.fitting([sample for _, sample in rows]) if rows else []
+        for (number, sample), fits in zip(rows, fitting, strict=True):
+            if not fits:
+                self.try_row(number, sample, left_out)
+
+    def try_row(self, number: int, sample: Sample, left_out: list[int]) -> None:
+        try:
+            self.encoder.encode(sample, self.rows.label(number))
+        except TooLong as error:
+            self.drop(error)
+            left_out.append(number)
+
+    def drop(self, error: TooLong) -> None:
+        """Count a row that is left out. Raises the error again if the config does not allow it."""
+        if self.data.overlong != "drop":
+            raise error
+        self.dropped += 1
+        self.first_dropped = self.first_dropped or str(error)
+
+    def describe(self) -> str | None:
+        """A line about the rows that are too long; None if there are none."""
+        parts = []
+        if self.dropped:
+            parts.append(f"{self.dropped} left out (the first: {self.first_dropped})")
+        if self.truncated:
+            parts.append(f"{self.truncated} prompts cut to their last {self.data.max_prompt_tokens} tokens")
+        if not parts:
+            return None
+        rows = "the first" if self.endless else f"{self.cursor.length + self.dropped}"
+        return f"{self.dataset.path}: of {rows} rows, {', '.join(parts)} (data.overlong={self.data.overlong})"
+
+    def facts(self) -> dict[str, Any]:
+        """For the events of a run."""
+        return {"path": self.dataset.path, "rows": None if self.endless else len(self),
+                "dropped": self.dropped, "truncated": self.truncated,
+                "template_date": self.encoder.template.clock}
+
+    def __len__(self) -> int:
+        return self.cursor.length
+
+    def take(self, n: int) -> list[Any]:
+        """The next n rows. If one is wrong, none of them counts as taken."""
+        epoch, index = self.cursor.epoch, self.cursor.index
+        try:
+            return [self.next() for _ in range(n)]
+        except ConfigError as error:
+            self.cursor.epoch, self.cursor.index = epoch, index
+            raise RowError(str(error)) from None
+
+    def next(self) -> Any:
+        for _ in range(MOST_DROPPED):
+            try:
+                return self.make(self.cursor.next())
+            except TooLong as error:
+                self.drop(error)
+        raise ConfigError(f"{self.dataset.path}: {MOST_DROPPED} rows in a row are too long; the first: "
+                          f"{self.first_dropped}")
+
+    def __getitem__(self, place: int) -> Any:
+        return self.make(self.cursor[place])
+
+    def make(self, number: int) -> Any:
+        """What the row of this number is for the run."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self.cursor.state_dict(), "template_date": self.encoder.template.clock}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.cursor.load_state_dict(state, self.dataset.path)
+        self.encoder.template.clock = state.get("template_date", self.encoder.template.clock)
+
+
+class PromptSource(RowSource):
+    """Prompts. With `dataset.response` set, each carries the row's demonstration (the response's ids)."""
+
+    def make(self, number: int) -> Prompt:
+        row, label = self.rows[number], self.rows.label(number)
+        encoded = self.encoder.encode(self.encoder.read(row, label), label)
+        return Prompt(row_id(row, label), encoded.tokens, encoded.content, row, encoded.response)
+
+
+class ExpertSource(RowSource):
+    """Demonstrations: trajectories whose response tokens are EXPERT."""
+
+    def make(self, number: int) -> Trajectory:
+        row, label = self.rows[number], self.rows.label(number)
+        encoded = self.encoder.encode(self.encoder.read(row, label), label)
+        kinds = np.array([Source.PROMPT, Source.EXPERT], np.int8)
+        source = np.repeat(kinds, [len(encoded.tokens), len(encoded.response)])
+        tokens = np.concatenate([encoded.tokens, encoded.response])
+        return Trajectory(row_id(row, label), tokens, source, Finish.STOP)
+
+
+def recorded_date(cursors: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The date that the templates of a run tell, from the cursors of its checkpoint."""
+    for state in cursors.values():
+        if "template_date" in state:
+            return state["template_date"]
+    return None
+
+
+def row_id(row: Mapping[str, Any], label: str) -> str:
+    """The row's own id, or its label where it has none, or one that is too long for a name."""
+    if row.get("id") is None:
+        return message(label)
+    name = text_of(row["id"])
+    return message(name if len(name) <= ID_CHARACTERS else label)

@@ -1,0 +1,369 @@
+"""A method's full objective on hand-made rows and given per-token numbers: no model, Ray or GPU.
+
+    from tandem.engine.learner.inspect import group, inspect, trajectory
+    g = group([trajectory(prompt=[1], response=[5, 6]), trajectory(prompt=[1], response=[7])],
+              rewards=[1.0, 0.0])
+    out = inspect(make_method("grpo", {}), Batch(0, (g,), ()),
+                  logp=lambda row: np.full(len(row.tokens), -0.5))
+    out.loss, out.terms["policy"], out.gradients[0]
+
+It takes the path that training takes: the method's rows, terms and credit, the packer, the global
+denominators and `terms.evaluate`. Only the numbers that a model would give (log-probs, entropies,
+values) come from the caller. Unit tests, notebooks and comparisons with authors' code stand on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from tandem.algorithms.base import Batch, Method
+from tandem.algorithms.checks.method import check_terms, naming
+from tandem.algorithms.checks.rows import ask_credit, ask_rows, check_rows
+from tandem.algorithms.parts.objectives.tokens import Tokens
+from tandem.engine.core.types import (
+    Finish,
+    MicroBatch,
+    Prompt,
+    Row,
+    ScoredGroup,
+    Source,
+    Trajectory,
+)
+from tandem.engine.learner.packing import pack
+from tandem.engine.learner.terms import denominators, evaluate, means, streams
+
+PerRow = Callable[[Row], np.ndarray]
+NO_EXTRA: Mapping[str, PerRow] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class Inspection:
+    """What an objective said.
+
+    `gradients[i]` is d loss / d logp of row i, float32 [T], zero on tokens that are not trained.
+    """
+
+    loss: float
+    terms: dict[str, float]  # value of each term, before its coefficient
+    coefficients: dict[str, float]
+    denominators: dict[str, float]
+    gradients: list[np.ndarray]
+    value_gradients: list[np.ndarray]  # d loss / d value, the same way
+    # TERM/METRIC, mean over the term's tokens; TERM/PART/METRIC over those of a part, e.g.
+    # policy/expert/p
+    metrics: dict[str, float]
+    rows: list[Row]
+
+
+def inspect(
+    method: Method,
+    batch: Batch,
+    logp: PerRow,
+    entropy: PerRow | None = None,
+    old: PerRow | None = None,
+    reference: PerRow | None = None,
+    value: PerRow | None = None,
+    old_value: PerRow | None = None,
+    extra: Mapping[str, PerRow] = NO_EXTRA,
+    micro_batch_tokens: int = 1 << 20,
+    ranks: int = 1,
+) -> Inspection:
+    """Evaluate `method` on `batch`.
+
+    logp, entropy, old, reference, value and old_value map a row to float [T]; all but logp, entropy
+    and value become the row's streams. For a term that needs old log-probs or values and is given
+    none, the present ones are the old ones, as before a first update; the present value is 0 if not
+    given, as of a new critic. `extra` are the streams that a custom forward would give, 0 if not
+    given. Raises ValueError for input that does not fit.
+    """
+    check(method, batch, micro_batch_tokens, ranks)
+    rows, terms = ask_rows(method, batch), method.terms(batch)
+    terms = check_terms(method, terms)
+    rows = check_rows(method, rows, terms)
+    needs = {need: term.name for term in terms for need in term.needs}
+    if value is None and "value" in needs:
+        value = zeros
+    if entropy is None and "entropy" in needs and rows:
+        raise not_given("entropy", "entropy", needs)
+    rows = with_stream(rows, "old_logp", "old", old, logp, needs)
+    rows = with_stream(rows, "old_value", "old_value", old_value, value, needs)
+    rows = with_stream(rows, "ref_logp", "reference", reference, None, needs)
+    rows = ask_credit(method, rows, batch, terms)
+    with naming(method):
+        z = denominators(terms, rows)
+    unknown = needs.keys() - set(Tokens.__dataclass_fields__)
+    given = Given(rows, logp, entropy, value, {**dict.fromkeys(unknown, zeros), **extra})
+    total, sums = torch.zeros(()), {}
+    for micro_batches in pack(rows, terms, ranks, micro_batch_tokens, batch.step):
+        for micro in micro_batches:
+            with naming(method):
+                loss, parts = evaluate(terms, z, micro, streams(micro, *given.of(micro)))
+            total = total + loss
+            for key, part in parts.items():
+                sums[key] = sums.get(key, 0.0) + float(part)
+    if total.requires_grad:
+        total.backward()
+    return Inspection(
+        loss=total.item(),
+        terms={term.name: sums.get(f"loss/{term.name}", 0.0) for term in terms},
+        coefficients={term.name: term.coefficient for term in terms},
+        denominators=z,
+        gradients=gradients_of(given.logp),
+        value_gradients=gradients_of(given.value or []),
+        metrics=means(sums),
+        rows=rows,
+    )
+
+
+def zeros(row: Row) -> np.ndarray:
+    return np.zeros(len(row.tokens))
+
+
+def not_given(stream: str, argument: str, needs: Mapping[str, str]) -> ValueError:
+    return ValueError(
+        f"term {needs[stream]!r} needs {stream!r}, which inspect was not given: pass {argument}=, "
+        "a function from a row to float [T]"
+    )
+
+
+def with_stream(
+    rows: Sequence[Row],
+    name: str,
+    argument: str,
+    given: PerRow | None,
+    present: PerRow | None,
+    needs: Mapping[str, str],
+) -> list[Row]:
+    """The rows with the stream `name`: as given, or, where a term needs it, the present numbers."""
+    per_row = given
+    if per_row is None and name in needs:
+        per_row = present
+        if per_row is None and rows:
+            raise not_given(name, argument, needs)
+    if per_row is None:
+        return list(rows)
+    return [replace(row, **{name: numbers(argument, per_row, row, absent=True)}) for row in rows]
+
+
+class Given:
+    """The caller's numbers as leaves of the graph: one tensor [T] per row."""
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        logp: PerRow,
+        entropy: PerRow | None,
+        value: PerRow | None,
+        extra: Mapping[str, PerRow],
+    ):
+        self.rows = rows
+        self.logp = self.leaves("logp", logp)
+        self.entropy = None if entropy is None else self.leaves("entropy", entropy)
+        self.value = None if value is None else self.leaves("value", value)
+        self.extra = {name: self.leaves(f"extra[{name!r}]", f) for name, f in extra.items()}
+
+    def leaves(self, name: str, per_row: PerRow) -> list[torch.Tensor]:
+        found = [numbers(name, per_row, row) for row in self.rows]
+        return [torch.tensor(values, requires_grad=True) for values in found]
+
+    def of(self, micro: MicroBatch) -> tuple:
+        """logp, entropy, value [n] of the micro-batch's trained tokens (None where not given), and
+        {name: [n]} of the extra streams.
+        """
+        return (
+            self.gather(micro, self.logp),
+            None if self.entropy is None else self.gather(micro, self.entropy),
+            None if self.value is None else self.gather(micro, self.value),
+            {name: self.gather(micro, leaves) for name, leaves in self.extra.items()},
+        )
+
+    def gather(self, micro: MicroBatch, leaves: Sequence[torch.Tensor]) -> torch.Tensor:
+        parts = [leaves[i][torch.as_tensor(self.rows[i].trained)] for i in micro.rows]
+        return torch.cat(parts) if parts else torch.zeros(0, requires_grad=True)
+
+
+def gradients_of(leaves: Sequence[torch.Tensor]) -> list[np.ndarray]:
+    """float32 [T] per row, 0 where nothing depends on it."""
+    found = []
+    for leaf in leaves:
+        grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        found.append(grad.numpy())
+    return found
+
+
+def numbers(name: str, per_row: PerRow, row: Row, absent: bool = False) -> np.ndarray:
+    """float32 [T]: what the caller's function says of a row.
+
+    NaN is no number where the row is trained, unless the stream may be `absent` there.
+    """
+    if not callable(per_row):
+        raise ValueError(
+            f"inspect: {name} is {type(per_row).__name__}, expected a function from a row to float "
+            "[T], e.g. lambda row: np.full(len(row.tokens), -0.5)"
+        )
+    try:
+        found = np.asarray(per_row(row), np.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"inspect: {name} of {describe(row)} cannot be read as float [T]: {error}"
+        ) from error
+    if found.shape != row.tokens.shape:
+        raise ValueError(
+            f"inspect: {name} of {describe(row)} has shape {found.shape}, expected "
+            f"{row.tokens.shape}: one number per token, those of the prompt too (they are not read)"
+        )
+    missing = np.flatnonzero(np.isnan(found) & row.trained)
+    if not absent and len(missing):
+        raise ValueError(
+            f"inspect: {name} of {describe(row)} is NaN at token {missing[0]}, which is trained; "
+            "only others may be NaN"
+        )
+    return found
+
+
+def describe(row: Row) -> str:
+    tokens = ", ".join(map(str, row.tokens[:8]))
+    more = ", ..." if len(row.tokens) > 8 else ""
+    return f"the row with tokens [{tokens}{more}] of prompt {row.prompt_id!r}"
+
+
+def check(method: Method, batch: Batch, micro_batch_tokens: int, ranks: int) -> None:
+    """Raise ValueError for what would otherwise be left out of the loss silently, or fail far from
+    its cause.
+    """
+    if not isinstance(method, Method):
+        raise ValueError(
+            f"inspect: method is {method!r}, expected a Method, e.g. make_method('grpo', {{}})"
+        )
+    check_tuple("groups", batch.groups, ScoredGroup)
+    check_tuple("experts", batch.experts, Trajectory)
+    ordinals = [group.group for group in batch.groups]
+    if len(set(ordinals)) < len(ordinals):
+        raise ValueError(
+            f"inspect: the groups have numbers {ordinals}; each needs one of its own: "
+            "group(..., number=i)"
+        )
+    for i, expert in enumerate(batch.experts):
+        if not (expert.source == Source.EXPERT).any():
+            raise ValueError(
+                f"inspect: Batch.experts[{i}] has no token of the expert, so nothing of it would "
+                "be trained; make it with trajectory(..., expert=True)"
+            )
+    if micro_batch_tokens < 1 or ranks < 1:
+        raise ValueError(
+            f"inspect: micro_batch_tokens is {micro_batch_tokens} and ranks is {ranks}; both must "
+            "be at least 1"
+        )
+
+
+def check_tuple(name: str, found, kind: type) -> None:
+    if isinstance(found, kind) or not all(isinstance(item, kind) for item in found):
+        raise ValueError(
+            f"inspect: Batch.{name} must be a tuple of {kind.__name__}, found "
+            f"{type(found).__name__}; a tuple of one is written (x,)"
+        )
+
+
+def trajectory(
+    prompt: Sequence[int],
+    response: Sequence[int],
+    behaviour_logp: Sequence[float] | None = None,
+    expert: bool = False,
+    version: int = 0,
+    finish: Finish = Finish.STOP,
+    prompt_id: str = "p",
+    group: int = 0,
+) -> Trajectory:
+    """A hand-made sequence: prompt ids (one at least: the first token has no log-prob), response
+    ids, and for rollouts the engine's log-prob of each response token (0 if not given).
+    """
+    n, m = len(prompt), len(response)
+    if n == 0:
+        raise ValueError(
+            "trajectory: the prompt is empty, expected at least one token: the first of a sequence "
+            "has no log-prob, so it cannot be trained"
+        )
+    if behaviour_logp is not None and len(behaviour_logp) != m:
+        raise ValueError(
+            f"trajectory: behaviour_logp has {len(behaviour_logp)} entries, expected {m}: one per "
+            "token of the response, none for the prompt"
+        )
+    source = np.full(n + m, Source.EXPERT if expert else Source.POLICY, np.int8)
+    source[:n] = Source.PROMPT
+    logp = np.full(n + m, np.nan, np.float32)
+    versions = np.full(n + m, -1, np.int32)
+    if not expert:
+        logp[n:] = 0.0 if behaviour_logp is None else behaviour_logp
+        versions[n:] = version
+    return Trajectory(
+        prompt_id=prompt_id,
+        tokens=np.array([*prompt, *response], np.int32),
+        source=source,
+        finish=finish,
+        behaviour_logp=logp,
+        version=versions,
+        group=-1 if expert else group,
+    )
+
+
+def group(
+    trajectories: Sequence[Trajectory],
+    rewards: Sequence[float],
+    demonstration: Sequence[int] | None = None,
+    number: int = 0,
+    demonstration_reward: float | None = None,
+) -> ScoredGroup:
+    """Hand-made rollouts of one prompt with their rewards; response ids of the prompt's
+    demonstration, and its reward for methods that score it (LUFFY, SRFT, ViSurf: without one it
+    takes no part, as where its reward function fails).
+
+    `number` tells the groups of a batch apart.
+    """
+    if not trajectories:
+        raise ValueError(
+            "group: no trajectories, expected at least one; a prompt that nothing was sampled for "
+            "is no group"
+        )
+    prompts = [t.tokens[t.source == Source.PROMPT].tolist() for t in trajectories]
+    for i, prompt in enumerate(prompts):
+        if prompt != prompts[0]:
+            raise ValueError(
+                f"group: trajectory {i} continues prompt {prompt}, trajectory 0 prompt "
+                f"{prompts[0]}; a group is of one prompt"
+            )
+        if (trajectories[i].source == Source.EXPERT).any():
+            raise ValueError(
+                f"group: trajectory {i} is a demonstration; give its response as "
+                "demonstration=[...] here, or the whole of it in Batch.experts"
+            )
+    values = np.array(rewards, np.float32)
+    if values.shape != (len(trajectories),) or not np.isfinite(values).all():
+        raise ValueError(
+            f"group: rewards are {values.tolist()}, expected one finite number for each of the "
+            f"{len(trajectories)} trajectories"
+        )
+    if demonstration is not None:
+        if len(demonstration) == 0:
+            raise ValueError(
+                "group: the demonstration is empty, expected at least one token, or None for a "
+                "prompt that has none"
+            )
+        demonstration = np.array(demonstration, np.int32)
+    prompt = Prompt(
+        id=trajectories[0].prompt_id,
+        tokens=np.array(prompts[0], np.int32),
+        content="",
+        columns={},
+        demonstration=demonstration,
+    )
+    return ScoredGroup(
+        group=number,
+        prompt=prompt,
+        trajectories=tuple(replace(t, group=number) for t in trajectories),
+        rewards=values,
+        demonstration_reward=demonstration_reward,
+    )

@@ -1,0 +1,232 @@
+"""The policy as the Hugging Face folder that was loaded, with the trained weights in it.
+
+Tensors have the names and the layout of the checkpoint (transformers 5 holds the experts of a layer in
+one tensor; most checkpoints do not). Buffers that belong to the checkpoint are written as they are,
+and so are its tensors that this model does not use. Config, tokenizer, generation config and remote
+code are the files of the source, byte for byte but for the dtype in config.json.
+
+Not through `save_pretrained`: it writes the library's own config and tokenizer formats, refuses some
+generation configs, wants the whole model in memory and imports DeepSpeed where it is installed.
+"""
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from tandem.engine.config.schema import ModelConfig
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.model.weight_files import SAFE, SAFE_INDEX, read_tensors, tensor_shapes
+
+SHARD_BYTES = 5 * 10**9     # a model that is larger is written in several files; also what rank 0 holds at most
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+                   "chat_template.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.spm", "*.vocab", "*.bpe",
+                   "additional_chat_templates/*.jinja")
+MODEL_FILES = ("config.json", "generation_config.json", "*.py")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoint a model was loaded from, as far as its weights go."""
+
+    folder: Path
+    names: frozenset[str]       # of all its tensors
+    unused: tuple[str, ...]     # of those that the model does not hold (speculative heads, vision parts)
+
+
+def find_origin(model: nn.Module, path: str) -> Origin:
+    """Compare the checkpoint at `path` with what an export of `model` would write: names and shapes, no data.
+
+    Raises ConfigError if a tensor that the model holds would not be written back as it was.
+    """
+    folder = local_folder(path)
+    shapes = tensor_shapes(folder)
+    named = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.state_dict().items()}
+    written = {name: tuple(tensor.shape) for name, tensor in checkpoint_layout(model, named, shapes.keys()).items()}
+    used = used_names(model, shapes.keys())
+    for name in sorted(used):
+        if written.get(name) != shapes[name]:
+            raise ConfigError(f"model {path!r} could not be exported after training: its tensor {name!r} of shape {list(shapes[name])} would be "
+                              f"written as {describe(written.get(name))}; save the model once with transformers' save_pretrained and train that")
+    return Origin(folder, frozenset(shapes), tuple(sorted(shapes.keys() - used)))
+
+
+def describe(shape: tuple[int, ...] | None) -> str:
+    return "nothing of that name" if shape is None else f"shape {list(shape)}"
+
+
+def local_folder(path: str) -> Path:
+    """A model folder, or where the hub's files of a model were put when it was loaded."""
+    if Path(path).is_dir():
+        return Path(path).absolute()
+    from transformers.utils import cached_file
+    return Path(cached_file(path, "config.json")).absolute().parent
+
+
+def checkpoint_layout(model: nn.Module, state: dict[str, torch.Tensor], names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """`state`, which has the model's own names, with the names and layout of the checkpoint it was loaded from, which has `names`."""
+    from transformers.core_model_loading import revert_weight_conversion
+    known, prefix = frozenset(names), f"{model.base_model_prefix}."
+    reverted = revert_weight_conversion(model, state)
+    return {with_prefix_of(name, prefix, known): tensor for name, tensor in reverted.items()}
+
+
+def with_prefix_of(name: str, prefix: str, known: frozenset[str]) -> str:
+    """Checkpoints of the bare decoder lack the prefix that its model with a head has (GPT-2's `transformer.`), or the other way round."""
+    if name not in known:
+        if name.removeprefix(prefix) in known:
+            return name.removeprefix(prefix)
+        if prefix + name in known:
+            return prefix + name
+    return name
+
+
+def used_names(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Those of a checkpoint's names that are loaded into the model, by transformers' own rules."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    state, prefix = model.state_dict(), model.base_model_prefix
+    conversions = getattr(model, "_weight_conversions", None) or []
+    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
+    converters = [one for one in conversions if isinstance(one, WeightConverter)]
+    used = set()
+    for name in names:
+        renamed, _ = rename_source_key(name, renamings, converters, prefix, state)
+        plain, _ = rename_source_key(name, [], [], prefix, state)
+        if renamed in state or plain in state:
+            used.add(name)
+    return used
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What belongs to a checkpoint beside the parameters, e.g. the router's bias of DeepSeek-V3."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
+
+
+def write_weights(folder: Path, model: nn.Module, origin: Origin, parameters: Iterable[tuple[str, torch.Tensor]],
+                  shard_bytes: int = SHARD_BYTES) -> None:
+    """Write the parameters (name, full tensor, valid until the next is asked for), the buffers and the unused tensors of the checkpoint.
+
+    At most `shard_bytes` and one layer are held in memory.
+    """
+    own = chain(with_aliases(model, origin, parameters), persistent_buffers(model).items())
+    foreign = read_tensors(origin.folder, origin.unused)
+    stream = chain(((name, tensor, True) for name, tensor in own), ((name, tensor, False) for name, tensor in foreign))
+    shards = []
+    for part in by_layers(stream, shard_bytes):
+        state = checkpoint_layout(model, {name: tensor for name, tensor, mine in part if mine}, origin.names)
+        state |= {name: tensor for name, tensor, mine in part if not mine}
+        path = folder / f"shard-{len(shards)}.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})
+        shards.append((path, {name: tensor.nbytes for name, tensor in state.items()}))
+    name_shards(folder, shards)
+
+
+def with_aliases(model: nn.Module, origin: Origin, parameters: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tied weights a second time where the checkpoint has them under both names."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    aliases = {first: others for first, *others in names.values()}
+    for name, tensor in parameters:
+        yield name, tensor
+        for alias in aliases[name]:
+            if alias in origin.names:
+                yield alias, tensor
+
+
+def by_layers(stream: Iterable[tuple[str, torch.Tensor, bool]], limit: int) -> Iterator[list[tuple[str, torch.Tensor, bool]]]:
+    """Copies on the CPU, in lists of whole layers: a list ends with the layer that makes it larger than `limit` bytes.
+
+    Whole, because one tensor of the checkpoint may come from several of the layer's, or the other way round.
+    """
+    part, size, layer = [], 0, None
+    for name, tensor, mine in stream:
+        if size >= limit and layer_of(name) != layer:
+            yield part
+            part, size = [], 0
+        part.append((name, tensor.detach().to("cpu", copy=True), mine))
+        size += tensor.nbytes
+        layer = layer_of(name)
+    yield part
+
+
+def layer_of(name: str) -> str:
+    """The name up to its first number: `model.layers.3.mlp.up_proj.weight` -> `model.layers.3.`"""
+    match = re.match(r".*?\.\d+\.", name)
+    return name if match is None else match[0]
+
+
+def name_shards(folder: Path, shards: list[tuple[Path, dict[str, int]]]) -> None:
+    """Give the files the names that loaders look for: one file, or several and their index."""
+    if len(shards) == 1:
+        shards[0][0].rename(folder / SAFE)
+        return
+    places, total = {}, 0
+    for number, (path, sizes) in enumerate(shards, start=1):
+        final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        path.rename(folder / final)
+        places |= dict.fromkeys(sizes, final)
+        total += sum(sizes.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    (folder / SAFE_INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def read_files(model: ModelConfig) -> dict[str, bytes]:
+    """{name: content} of the files beside the weights, of the model and of its tokenizer; read at the start, so that a later change of the source does not matter."""
+    from tandem.engine.model.resolve import load_tokenizer
+    source = model.tokenizer or model.path
+    if not Path(source).is_dir():
+        load_tokenizer(model)       # brings the hub's files here
+    found = matching_files(tokenizer_folder(source), (*TOKENIZER_FILES, "*.py"))
+    return found | matching_files(local_folder(model.path), MODEL_FILES)
+
+
+def tokenizer_folder(source: str) -> Path:
+    if Path(source).is_dir():
+        return Path(source)
+    from transformers.utils import cached_file
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        if found := cached_file(source, name, _raise_exceptions_for_missing_entries=False):
+            return Path(found).parent
+    return local_folder(source)
+
+
+def matching_files(folder: Path, patterns: Sequence[str]) -> dict[str, bytes]:
+    found = {}
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            if path.is_file():
+                found[path.relative_to(folder).as_posix()] = path.read_bytes()
+    return found
+
+
+def write_files(folder: Path, files: dict[str, bytes], dtype: str) -> None:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(with_dtype(content, dtype) if name == "config.json" else content)
+
+
+def with_dtype(content: bytes, dtype: str) -> bytes:
+    """config.json with the dtype that the weights have now."""
+    tree = json.loads(content)
+    set_dtype(tree, dtype)
+    if "dtype" not in tree and "torch_dtype" not in tree:
+        tree["dtype"] = dtype
+    return (json.dumps(tree, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def set_dtype(tree: dict, dtype: str) -> None:
+    for key, value in tree.items():
+        if key in ("dtype", "torch_dtype"):
+            tree[key] = dtype
+        elif isinstance(value, dict):
+            set_dtype(value, dtype)

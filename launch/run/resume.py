@@ -1,0 +1,253 @@
+"""Whether a run may go on with a config that is not the one its checkpoint was written with.
+
+The manifest of a checkpoint has the config and digests of what was read. Values are compared by meaning: paths by where they
+lead, data, models and code by content, a method with its defaults filled in. Of what differs
+
+    FREE keys       are allowed and told: they change how fast, where and how long the run computes, or what it reports
+    FIXED keys      are refused: the checkpoint does not fit
+    all others      are refused unless run.resume_changes names them, or a section around them: the run would not be the one
+                    that was begun
+"""
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tandem.algorithms.registry import configured
+from tandem.engine.config.parse import to_dict
+from tandem.engine.config.paths import OBJECT_IN_FILE
+from tandem.engine.config.schema import Config, DatasetConfig
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.core.text import brief
+from tandem.engine.loop.checkpoint import manifest_facts
+from tandem.launch.run.content import code_digests
+
+FIXED = ("mode", "method.name", "model.dtype", "learner.zero_stage", "learner.offload_optimizer", "cluster.learner_ranks")
+UNTOLD = ("run.name", "run.dir", "run.resume", "run.resume_changes", "run.beside_files")
+FREE = (*UNTOLD, "run.steps", "run.token_budget", "run.checkpoint_every", "run.keep_checkpoints", "run.save_model", "run.wandb",
+        "run.tensorboard", "run.rollout_only", "eval", "data.evaluation", "sync", "cluster", "model.trust_remote_code",
+        "reward.workers", "reward.timeout", "reward.max_error_rate", "reward.memory_gib", "reward.check_answers", "rollout.request_timeout", "rollout.max_restarts",
+        "rollout.max_sequences", "rollout.max_model_len", "rollout.gpu_memory_utilization", "rollout.kv_cache_gib",
+        "rollout.prefix_caching", "rollout.sleep", "learner.max_skipped_steps", "learner.gradient_checkpointing",
+        "learner.offload_activations")
+PATHS = ("model.path", "model.tokenizer", "data.prompts.path", "data.experts.path", "rollout.record")
+DATASET = ("path", "split", "limit", "options")
+READ = {        # what a digest of content stands for
+    "model.path": ("model.path",),
+    "model.tokenizer": ("model.tokenizer",),
+    "rollout.record": ("rollout.record",),
+    "data.prompts": tuple(f"data.prompts.{name}" for name in DATASET),
+    "data.experts": tuple(f"data.experts.{name}" for name in DATASET),
+}
+ABSENT = object()
+
+
+@dataclass
+class Facts:
+    """What a part of a run was started with, as it stands in its checkpoints' manifests."""
+
+    config: dict[str, Any]                                      # nested, without secrets
+    content: dict[str, str] = field(default_factory=dict)       # digests by config key
+    code: dict[str, str] = field(default_factory=dict)          # {FILE.py:NAME: digest of the file}
+
+
+def facts_of(config: Config, content: Mapping[str, str] = {}) -> Facts:
+    tree = to_dict(config)
+    return Facts(tree, dict(content), code_digests([tree["method"], tree["reward"]["functions"]]))
+
+
+def facts_before(checkpoint: Path, run_folder: Path) -> Facts:
+    """Those of a checkpoint; of a version that did not write them, what config.yaml says. Raises ConfigError."""
+    found = manifest_facts(checkpoint)
+    if found is not None and isinstance(found.get("config"), dict):
+        return Facts(found["config"], found.get("content") or {}, found.get("code") or {})
+    path = run_folder / "config.yaml"
+    try:
+        tree = yaml.safe_load(path.read_bytes())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"run.resume: {checkpoint} does not say what config it was written with (an older version wrote it), and {path} "
+                          f"cannot be read: {error}; put the run's config there") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"run.resume: {checkpoint} does not say what config it was written with (an older version wrote it), and {path} "
+                          "is damaged, no mapping of sections; put the run's config there")
+    return Facts(tree)
+
+
+def check_fixed(config: Config, before: Facts, done: int) -> None:
+    """Raise ConfigError for what no key allows. Cheap: before anything is opened."""
+    if done > config.run.steps:
+        raise ConfigError(f"run.steps is {config.run.steps}, but the checkpoint to resume from has done {done}; raise run.steps")
+    old, new = comparable(before, facts_of(config))
+    changed = [line(key, old, new) for key in FIXED if differs(old.get(key, ABSENT), new.get(key, ABSENT))]
+    if changed:
+        raise ConfigError("run.resume: the checkpoint does not fit this config (former value -> value now):\n" + "\n".join(changed)
+                          + "\nresume with the former values, or start a new run under another run.name")
+
+
+def check_changes(config: Config, before: Facts, now: Facts) -> list[str]:
+    """Raise ConfigError that lists all that differs and is not allowed. Returns lines about what differs and is."""
+    old, new = comparable(before, now)
+    refused, told = [], []
+    for key in read_otherwise(old, new, before, now):
+        (told if allowed(key, config.run.resume_changes) else refused).append((key, f"  {key}: the content differs{read_from(key, old, new)}"))
+        drop(READ[key], old, new)
+    for key in sorted(old.keys() | new.keys()):
+        if allowed(key, UNTOLD) or not differs(old.get(key, ABSENT), new.get(key, ABSENT)):
+            continue
+        free = allowed(key, FREE) or allowed(key, config.run.resume_changes)
+        (told if free else refused).append((key, line(key, old, new)))
+    if refused:
+        keys = ", ".join(key for key, _ in refused)
+        raise ConfigError("run.resume: this config is not the one the checkpoint was written with (former value -> value now):\n"
+                          + "\n".join(text for _, text in refused)
+                          + f"\nresume with the former values, or allow the change with 'run.resume_changes=[{keys}]', or start a new run "
+                          "under another run.name")
+    return notes(config, before, now, [text.strip() for _, text in told], old, new)
+
+
+def notes(config: Config, before: Facts, now: Facts, told: list[str], old: dict, new: dict) -> list[str]:
+    found = [f"resumed with a change: {text}" for text in told]
+    if config.learner.schedule != "constant" and old.get("run.steps") != new.get("run.steps"):
+        found.append(f"warning: learner.schedule is {config.learner.schedule}, so the learning rate of the steps to come is that of a run "
+                     f"of {config.run.steps} steps, not {old.get('run.steps')}")
+    for spec, digest in now.code.items():
+        if before.code.get(spec, digest) != digest:
+            found.append(f"warning: {spec.rpartition(':')[0]} was edited since the checkpoint was written")
+    return found
+
+
+def comparable(before: Facts, now: Facts) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both configs as {dotted key: value}, brought to one spelling."""
+    moved = moved_code(before.code, now.code)
+    old = spelled(completed(before.config, to_dict(Config())))
+    new = spelled(renamed(now.config, moved))
+    return old, new
+
+
+def spelled(tree: dict[str, Any]) -> dict[str, Any]:
+    """{dotted key: value} of a whole config."""
+    tree = {**tree, "method": method_options(tree["method"])}
+    found = flat(tree)
+    for key in PATHS:
+        if isinstance(found.get(key), str) and os.path.exists(found[key]):
+            found[key] = os.path.realpath(found[key])
+    if found["rollout.backend"] == "auto":
+        found["rollout.backend"] = "vllm" if found["mode"] == "cluster" else "hf"
+    if not found["reward.weights"]:
+        found["reward.weights"] = [1.0] * len(found["reward.functions"] or [])
+    return found
+
+
+def method_options(block: dict[str, Any]) -> dict[str, Any]:
+    """The options with their defaults, as far as they are plain; as they stand if the method cannot be made any more."""
+    try:
+        return {"name": block["name"], **plain(configured(block))}
+    except Exception:       # code of a user's that has gone, or another version's options
+        return dict(block)
+
+
+def plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name.rstrip("_"): plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
+
+
+def completed(tree: Any, default: Any) -> Any:
+    """A config of another version with the defaults of this one where it has no such key."""
+    if not isinstance(default, dict) or not isinstance(tree, dict):
+        return tree
+    found = {**tree}
+    for key, value in default.items():
+        found[key] = completed(tree[key], value) if key in tree else value
+    for key in ("prompts", "experts", "evaluation"):
+        if isinstance(found.get(key), dict) and "path" in found[key]:
+            found[key] = {**dataclasses.asdict(DatasetConfig()), **found[key]}
+    return found
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            found.update(flat(value, f"{prefix}{key}."))
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def moved_code(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]:
+    """{FILE.py:NAME now: before} for code that only lies elsewhere now."""
+    found = {}
+    for spec, digest in new.items():
+        for other, former in old.items():
+            if spec not in old and former == digest and other.rpartition(":")[2] == spec.rpartition(":")[2]:
+                found[spec] = other
+    return found
+
+
+def renamed(value: Any, names: Mapping[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {names.get(key, key): renamed(entry, names) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [renamed(entry, names) for entry in value]
+    return names.get(value, value) if isinstance(value, str) and OBJECT_IN_FILE.fullmatch(value) else value
+
+
+def read_otherwise(old: dict, new: dict, before: Facts, now: Facts) -> list[str]:
+    """Keys of what has another content now. Where the content is the same, how it is named no longer counts."""
+    changed = []
+    for key in READ:
+        if key in before.content and key in now.content:
+            if before.content[key] != now.content[key]:
+                changed.append(key)
+            else:
+                drop(READ[key], old, new)
+    return changed
+
+
+def read_from(key: str, old: dict, new: dict) -> str:
+    name = READ[key][0]
+    former, present = old.get(name), new.get(name)
+    if differs(former, present):
+        return f" ({brief(former)} -> {brief(present)})"
+    return f" ({brief(present)} was edited, or its options, limit or split changed)"
+
+
+def drop(keys: Iterable[str], *trees: dict[str, Any]) -> None:
+    for tree in trees:
+        for key in list(tree):
+            if allowed(key, keys):
+                del tree[key]
+
+
+def allowed(key: str, keys: Iterable[str]) -> bool:
+    """Whether `keys` names the key or a section around it."""
+    return any(key == other or key.startswith(f"{other}.") for other in keys)
+
+
+def differs(old: Any, new: Any) -> bool:
+    """None and an empty section say the same as no key."""
+    nothing = (ABSENT, None)
+    if isinstance(old, (list, tuple)) and isinstance(new, (list, tuple)):
+        return list(old) != list(new)
+    if any(old is one for one in nothing) or old == {}:
+        return not (any(new is one for one in nothing) or new == {})
+    return bool(old != new)
+
+
+def line(key: str, old: dict, new: dict) -> str:
+    return f"  {key}: {value_text(old.get(key, ABSENT))} -> {value_text(new.get(key, ABSENT))}"
+
+
+def value_text(value: Any) -> str:
+    return "not set" if value is ABSENT or value is None else brief(value)

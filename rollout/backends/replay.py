@@ -1,0 +1,158 @@
+"""Recorded rollouts instead of an engine: for runs that only train, e.g. to compare methods on the very same samples.
+
+`rollout.record` is the rollouts.jsonl of another run. A request is answered with the recorded group of the same ordinal if that is of the same prompt, else
+with the prompt's first group that was not served yet (groups that the recorded run filtered out leave gaps in its ordinals). Tokens, sources, log-probs
+and versions are served as recorded, whatever the request's sampling and prefixes; the ordinal becomes the request's. A group may have fewer
+samples than were asked for: samples whose reward failed are not in the file.
+
+Weight updates are taken and digested, so that the sync's checks pass, and change nothing.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tandem.engine.config.schema import Config
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.core.types import GenRequest, Installed, Prompt, Trajectory
+from tandem.engine.report.rollouts import read_rollouts
+from tandem.engine.weights.digest import combine, digest
+
+
+class Record:
+    """A rollouts.jsonl in memory: {group ordinal: its trajectories}, {group ordinal: its prompt}, in the order of the file."""
+
+    def __init__(self, path: str | Path):
+        check_record(path)
+        self.path, self.groups, self.prompts = str(path), {}, {}
+        for _, prompt, trajectory in read_rollouts(path):
+            self.groups.setdefault(trajectory.group, []).append(trajectory)
+            self.prompts.setdefault(trajectory.group, prompt)
+
+
+def check_record(path: str | Path) -> None:
+    """Read the first rollout. Raises ConfigError if there is none."""
+    if not Path(path).is_file():
+        raise ConfigError(f"rollout.record is {str(path)!r}: there is no such file; give the rollouts.jsonl of a run")
+    try:
+        first = next(read_rollouts(path), None)
+    except ConfigError as error:
+        raise ConfigError(f"rollout.record: no rollout: {error}") from None
+    except (KeyError, ValueError, TypeError) as error:
+        raise ConfigError(f"rollout.record is {str(path)!r}: its first line is no rollout ({error!r}); give the rollouts.jsonl of a run") from None
+    if first is None:
+        raise ConfigError(f"rollout.record is {str(path)!r}: the file holds no rollouts")
+
+
+def refuse_cut_columns(path: str | Path) -> None:
+    """Raise ConfigError if a column is not whole in the record: a reward would judge by a part of it."""
+    for line, prompt, _ in read_rollouts(path):
+        if line.get("cut"):
+            raise ConfigError(f"rollout.record is {str(path)!r}: of prompt {prompt.id!r} the columns {', '.join(line['cut'])} were too long to be recorded whole; "
+                              "set data.prompts to the recorded run's, from which the rewards then have them")
+
+
+class RecordedPrompts:
+    """The recorded prompts in the recorded order, as a prompt source: for a train-only run that does not name data.prompts."""
+
+    def __init__(self, path: str | Path):
+        refuse_cut_columns(path)
+        self.prompts, self.position = list(Record(path).prompts.values()), 0
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def take(self, n: int) -> list[Prompt]:
+        """The next n prompts. Raises ConfigError when there are no more: a record is not started over."""
+        if self.position + n > len(self.prompts):
+            raise ConfigError(f"rollout.record holds {len(self.prompts)} groups, and all of them were used; lower run.steps or record more rollouts")
+        self.position += n
+        return self.prompts[self.position - n:self.position]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.position = state["position"]
+
+
+class ReplayBackend:
+    """See rollout.backend.Backend. `samples` of a request is an upper bound here, see above."""
+
+    busy_seconds = 0.0
+    generated_tokens = 0
+
+    def __init__(self, model_path: str, config: Config, seed: int):
+        self.record = Record(config.rollout.record)
+        self.unserved: dict[str, list[int]] = {}            # recorded ordinals of each prompt
+        for group, prompt in self.record.prompts.items():
+            self.unserved.setdefault(prompt.id, []).append(group)
+        self.served: dict[int, int] = {}                    # request's ordinal: recorded ordinal; a request may come again
+        self.version, self.received = 0, {}
+        self.before_update = lambda: None
+
+    @classmethod
+    async def start(cls, model_path: str, config: Config, seed: int, log_dir: str | None = None) -> ReplayBackend:
+        """Read `rollout.record`; no model is loaded. Raises ConfigError if the file is missing or empty."""
+        return cls(model_path, config, seed)
+
+    async def generate(self, request: GenRequest) -> tuple[Trajectory, ...]:
+        return self.generate_all([request])[0]
+
+    async def abort(self, request: GenRequest) -> None:
+        """Nothing is running between calls."""
+
+    def generate_all(self, requests: Sequence[GenRequest]) -> list[tuple[Trajectory, ...]]:
+        """The recorded samples of every request, in order. Raises ConfigError for a request with no record, or with a record that does not fit it."""
+        return [self.serve(request) for request in requests]
+
+    def serve(self, request: GenRequest) -> tuple[Trajectory, ...]:
+        prompt = request.prompt
+        if request.group not in self.served:
+            choice = self.unserved.get(prompt.id, [])
+            if not choice:
+                raise ConfigError(f"rollout.record {self.record.path} has no rollouts {'left ' if prompt.id in self.unserved else ''}for prompt {prompt.id!r} "
+                                  f"(group {request.group}); it holds {len(self.record.groups)} groups of {len(self.unserved)} prompts. Use the recorded run's "
+                                  "data.prompts, run.seed and rollout.prompts_per_step, no data.evaluation, and no more steps than were recorded")
+            self.served[request.group] = choice.pop(choice.index(request.group) if request.group in choice else 0)
+        recorded = self.served[request.group]
+        trajectories = self.record.groups[recorded]
+        if len(trajectories) > request.samples:
+            raise ConfigError(f"rollout.record {self.record.path} has {len(trajectories)} samples in group {recorded}, but {request.samples} were asked for; "
+                              "set rollout.samples_per_prompt to that of the recorded run")
+        if not np.array_equal(self.record.prompts[recorded].tokens, prompt.tokens):
+            raise ConfigError(f"rollout.record {self.record.path}: prompt {prompt.id!r} has other token ids there than in data.prompts; "
+                              "the rollouts were recorded with another tokenizer, chat template, system prompt or dataset")
+        return tuple(replace(trajectory, group=request.group) for trajectory in trajectories)
+
+    async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Nothing to join."""
+
+    async def start_weight_update(self) -> None:
+        self.before_update()
+        self.received = {}
+
+    async def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.received.update({name: digest(tensor) for name, tensor in update_info["named"]})
+
+    async def finish_weight_update(self, version: int) -> Installed:
+        self.version = version
+        return Installed(dict(self.received), version, await self.held_digest())
+
+    async def weight_version(self) -> int:
+        """The version of the last update; served tokens keep their recorded versions."""
+        return self.version
+
+    async def held_digest(self) -> str:
+        """Over what was last received: there are no weights to compute with."""
+        return combine(self.received)
+
+    async def health(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
