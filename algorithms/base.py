@@ -1,8 +1,11 @@
-"""What a method is: which rows a step trains on (`rows`), with which objectives and coefficients (`terms`), and a little state.
+"""What a method is: which rows a step trains on (`rows`), with which objectives and coefficients
+(`terms`), and a little state.
 
-A method is a dataclass that inherits `Method`; its fields are the keys allowed under `method:` in a config. It never sees the learner:
-rows and terms are all it hands over. A user's method is a file of its own, named by path: `method: {name: my_method.py:MyMethod}`.
+A method is a dataclass that inherits `Method`; its fields are the keys allowed under `method:` in a
+config. It never sees the learner: rows and terms are all it hands over. A user's method is a file
+of its own, named by path: `method: {name: my_method.py:MyMethod}`.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,8 +28,9 @@ from tandem.engine.core.types import (
 class Term:
     """One summand of the loss: `coefficient * sum_rows sum_t weight * scale * objective / Z`.
 
-    `name` is the key into `Row.weights`. `needs` names the streams the objective cannot do without (entropy, value) or that the loop has to fill in
-    before `Method.credit` (old_logp, ref_logp, old_value). Any other name is one of the extra streams of a custom forward.
+    `name` is the key into `Row.weights`. `needs` names the streams the objective cannot do without
+    (entropy, value) or that the loop has to fill in before `Method.credit` (old_logp, ref_logp,
+    old_value). Any other name is one of the extra streams of a custom forward.
     """
 
     name: str
@@ -35,30 +39,35 @@ class Term:
     coefficient: float = 1.0
     correction: RolloutCorrection | None = None
     needs: frozenset[str] = frozenset()
-    together: bool = False              # all rows of a group stand in one micro-batch
+    together: bool = False  # all rows of a group stand in one micro-batch
 
 
 @dataclass(frozen=True)
 class Budget:
     """What the config allows per step; a method may ask for less."""
 
-    prompts: int        # prompts to roll out
-    samples: int        # rollouts per prompt
-    experts: int        # demonstrations
-    steps: int          # optimizer steps of the whole run
-    seed: int = 0       # of the run, for draws that a method makes itself
+    prompts: int  # prompts to roll out
+    samples: int  # rollouts per prompt
+    experts: int  # demonstrations
+    steps: int  # optimizer steps of the whole run
+    seed: int = 0  # of the run, for draws that a method makes itself
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What one step needs. `optimizer` names the set of moments (a new name starts from zero); `learning_rate` None: the config's."""
+    """What one step needs.
+
+    `optimizer` names the set of moments (a new name starts from zero); `learning_rate` None: the
+    config's.
+    """
 
     prompts: int = 0
     experts: int = 0
-    kind: str = "mixed"                     # mixed | rl | sft, for reports
+    kind: str = "mixed"  # mixed | rl | sft, for reports
     learning_rate: float | None = None
     optimizer: str = "main"
-    set_reference: bool = False             # the weights this step starts from are the reference from now on
+    # the weights this step starts from are the reference from now on
+    set_reference: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,44 +77,74 @@ class Batch:
     step: int
     groups: tuple[ScoredGroup, ...]
     experts: tuple[Trajectory, ...]
-    signals: Mapping[str, float] = field(default_factory=dict)     # each metric as last measured, in the step before if it did
-    off_policy: bool = False                                       # rollouts may be older than the learner: correct for it
+    # each metric as last measured, in the step before if it did
+    signals: Mapping[str, float] = field(default_factory=dict)
+    # rollouts may be older than the learner: correct for it
+    off_policy: bool = False
 
 
 @dataclass
 class Method:
-    """Base of all methods. Subclasses are dataclasses and override `rows` and `terms`, and `demand` where not every step is alike."""
+    """Base of all methods.
 
-    title: ClassVar[str] = ""               # one line for `tandem methods`
-    paper: ClassVar[str] = ""               # arXiv id, or "" where the method has no single paper
-    uses_experts: ClassVar[bool] = False    # a config without `data.experts` is then an error
-    uses_rollouts: ClassVar[bool] = True    # a config without rewards is then an error
+    Subclasses are dataclasses and override `rows` and `terms`, and `demand` where not every step is
+    alike.
+    """
 
-    aligned: ClassVar[bool] = False                 # demonstrations come with their prompts: `experts` of the step's prompts are drawn from data.experts
-    scores_demonstrations: ClassVar[bool] = False   # the reward functions also score each prompt's demonstration
-    needs_groups: ClassVar[bool] = True             # False: rollouts train something without an advantage too (UFT's hints), so one sample per prompt is a warning only
-    policy: ClassVar[Any] = None                    # the RL half, algorithms.policy.PolicyLoss, where the method has one (then a field, set in __post_init__)
+    title: ClassVar[str] = ""  # one line for `tandem methods`
+    paper: ClassVar[str] = ""  # arXiv id, or "" where the method has no single paper
+    uses_experts: ClassVar[bool] = False  # a config without `data.experts` is then an error
+    uses_rollouts: ClassVar[bool] = True  # a config without rewards is then an error
 
-    # Experimental, for methods whose log-probs are not those of the tokens' own context, or that need more than log-probs (IFT, CARFT): what the learner calls
-    # in the place of Policy.forward in every step, a picklable callable
-    #   forward(policy, tokens, positions, index, target, temperature, chunk, entropy, tags) -> (logp [n], entropy [n] | None, value [n] | None, {name: [n]})
-    # with the arguments of Policy.forward and tags {segment, group, source: [n]}; the extra streams are `tokens.extra` of every objective.
-    # A row's last trained token is a target, but not among the tokens (see MicroBatch): behind its position another row begins.
-    # It runs on the policy's modules (trunk, head, critic), all of them in the same order on every rank, and every parameter takes part, if only times zero:
-    # ZeRO-3 would keep the last step's gradient of one that does not. Log-probs from before the update remain the ordinary ones.
+    # demonstrations come with their prompts: `experts` of the step's prompts are drawn from
+    # data.experts
+    aligned: ClassVar[bool] = False
+    # the reward functions also score each prompt's demonstration
+    scores_demonstrations: ClassVar[bool] = False
+    # False: rollouts train something without an advantage too (UFT's hints), so one sample per
+    # prompt is a warning only
+    needs_groups: ClassVar[bool] = True
+    # the RL half, algorithms.policy.PolicyLoss, where the method has one (then a field, set in
+    # __post_init__)
+    policy: ClassVar[Any] = None
+
+    # Experimental, for methods whose log-probs are not those of the tokens' own context, or that
+    # need more than log-probs (IFT, CARFT): what the learner calls in the place of Policy.forward
+    # in every step, a picklable callable
+    #   forward(policy, tokens, positions, index, target, temperature, chunk, entropy, tags) ->
+    #   (logp [n], entropy [n] | None, value [n] | None, {name: [n]})
+    # with the arguments of Policy.forward and tags {segment, group, source: [n]}; the extra streams
+    # are `tokens.extra` of every objective. A row's last trained token is a target, but not among
+    # the tokens (see MicroBatch): behind its position another row begins. It runs on the policy's
+    # modules (trunk, head, critic), all of them in the same order on every rank, and every
+    # parameter takes part, if only times zero: ZeRO-3 would keep the last step's gradient of one
+    # that does not. Log-probs from before the update remain the ordinary ones.
     forward: ClassVar[Callable | None] = None
-    embedding: ClassVar[int] = 0                    # dimensions of the critic's hidden layer, 0: a linear critic
+    # dimensions of the critic's hidden layer, 0: a linear critic
+    embedding: ClassVar[int] = 0
 
     def demand(self, step: int, budget: Budget, signals: Mapping[str, float]) -> Demand:
-        """What step `step` needs. Called when its rollouts are requested, up to `staleness` steps ahead."""
-        return Demand(prompts=budget.prompts if self.uses_rollouts else 0, experts=budget.experts if self.uses_experts else 0)
+        """What step `step` needs.
 
-    def request(self, group: int, prompt: Prompt, sampling: Sampling, step: int, budget: Budget) -> GenRequest:
-        """The rollout request for one prompt; override to force a response prefix (Prefix-RFT, UFT)."""
+        Called when its rollouts are requested, up to `staleness` steps ahead.
+        """
+        return Demand(
+            prompts=budget.prompts if self.uses_rollouts else 0,
+            experts=budget.experts if self.uses_experts else 0,
+        )
+
+    def request(
+        self, group: int, prompt: Prompt, sampling: Sampling, step: int, budget: Budget
+    ) -> GenRequest:
+        """The rollout request for one prompt; override to force a response prefix (Prefix-RFT,
+        UFT).
+        """
         return GenRequest(group=group, prompt=prompt, samples=budget.samples, sampling=sampling)
 
     def accept(self, group: ScoredGroup) -> bool:
-        """Whether a scored group counts towards the batch; False draws another prompt in its place (DAPO's dynamic sampling)."""
+        """Whether a scored group counts towards the batch; False draws another prompt in its place
+        (DAPO's dynamic sampling).
+        """
         return True
 
     def rows(self, batch: Batch) -> list[Row]:
@@ -120,12 +159,17 @@ class Method:
         return self.policy is not None and self.policy.advantage == "gae"
 
     def credit(self, rows: Sequence[Row], batch: Batch) -> Sequence[Row]:
-        """From rewards to advantages, where that takes more than rewards: called with the rows of `rows`, after the loop has filled in the streams that
-        terms need: old_logp and old_value (one forward of the learner, before the update), ref_logp (of the reference). Returns rows in the same order."""
+        """From rewards to advantages, where that takes more than rewards: called with the rows of
+        `rows`, after the loop has filled in the streams that terms need: old_logp and old_value
+        (one forward of the learner, before the update), ref_logp (of the reference). Returns rows
+        in the same order.
+        """
         return self.policy.credit(rows, batch) if self.critic else rows
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Called after every optimizer step with its metrics (grad_norm, entropy, loss/TERM, reward/mean, ...), for methods that react to them."""
+        """Called after every optimizer step with its metrics (grad_norm, entropy, loss/TERM,
+        reward/mean, ...), for methods that react to them.
+        """
 
     def metrics(self, step: int) -> dict[str, float]:
         """Numbers of the method's own for the step's report, e.g. mu."""
@@ -137,4 +181,7 @@ class Method:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state:
-            raise ValueError(f"{type(self).__name__} keeps no state, but the checkpoint holds {sorted(state)} for it")
+            raise ValueError(
+                f"{type(self).__name__} keeps no state, but the checkpoint holds "
+                f"{sorted(state)} for it"
+            )

@@ -1,4 +1,5 @@
 """Methods by name, and a method built from the options of a config."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -9,7 +10,8 @@ from tandem.algorithms.base import Method
 from tandem.engine.config.options import build
 from tandem.engine.core.loading import load_object
 
-# name -> "module:Class"; imported on use, so that listing methods costs nothing and one broken file breaks one method
+# name -> "module:Class"; imported on use, so that listing methods costs nothing and one broken file
+# breaks one method
 METHODS: dict[str, str] = {
     "sft": "tandem.algorithms.sft.sft:SFT",
     "grpo": "tandem.algorithms.rl.grpo:GRPO",
@@ -36,16 +38,33 @@ METHODS: dict[str, str] = {
 
 
 def method_class(name: str) -> type[Method]:
-    """The class of a registered method, or of a user's `file.py:Class`. Raises ValueError for anything else."""
+    """The class of a registered method, or of a user's `file.py:Class`.
+
+    Raises ValueError for anything else.
+    """
     if name not in METHODS and ":" not in name:
         from tandem.engine.core.text import closest
-        raise ValueError(f"unknown method {name!r}{closest(name, METHODS)}; known: {', '.join(METHODS)}, or a path my_method.py:MyMethod")
+
+        raise ValueError(
+            f"unknown method {name!r}{closest(name, METHODS)}; known: {', '.join(METHODS)}, "
+            "or a path my_method.py:MyMethod"
+        )
     cls = load_object(METHODS.get(name, name), "method")
     if not (isinstance(cls, type) and issubclass(cls, Method) and dataclasses.is_dataclass(cls)):
-        raise ValueError(f"method {name!r} is {cls!r}; expected a dataclass that inherits tandem.algorithms.base.Method")
-    options = [field for field, kind in cls.__dict__.get("__annotations__", {}).items() if "ClassVar" not in str(kind)]
+        raise ValueError(
+            f"method {name!r} is {cls!r}; expected a dataclass that inherits "
+            "tandem.algorithms.base.Method"
+        )
+    options = [
+        field
+        for field, kind in cls.__dict__.get("__annotations__", {}).items()
+        if "ClassVar" not in str(kind)
+    ]
     if options and "__dataclass_fields__" not in cls.__dict__:
-        raise ValueError(f"method {name!r}: {cls.__name__} declares {', '.join(options)} but is no dataclass of its own, so they would be ignored; put @dataclass above it")
+        raise ValueError(
+            f"method {name!r}: {cls.__name__} declares {', '.join(options)} but is no "
+            "dataclass of its own, so they would be ignored; put @dataclass above it"
+        )
     return cls
 
 
@@ -55,5 +74,7 @@ def configured(block: Mapping[str, Any]) -> Method:
 
 
 def make_method(name: str, options: Mapping[str, Any]) -> Method:
-    """Build a method from the config's `method:` block; unknown options and values of the wrong type are a ValueError that names the key."""
+    """Build a method from the config's `method:` block; unknown options and values of the wrong
+    type are a ValueError that names the key.
+    """
     return build(method_class(name), options, "method", f"method {name!r}")

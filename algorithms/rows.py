@@ -1,4 +1,5 @@
 """Row makers: from trajectories and demonstrations to the rows that are trained on."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -15,27 +16,56 @@ from tandem.engine.core.types import (
 
 
 def policy_row(trajectory: Trajectory, advantage: float, term: str) -> Row:
-    """A rollout as a training row: every sampled token gets the sequence's advantage and weight 1 in `term`."""
+    """A rollout as a training row: every sampled token gets the sequence's advantage and weight 1
+    in `term`.
+    """
     mask = (trajectory.source == Source.POLICY).astype(np.float32)
-    return Row(tokens=trajectory.tokens, source=trajectory.source, weights={term: mask}, advantage=mask * np.float32(advantage),
-               behaviour_logp=trajectory.behaviour_logp, version=trajectory.version, group=trajectory.group, prompt_id=trajectory.prompt_id)
+    return Row(
+        tokens=trajectory.tokens,
+        source=trajectory.source,
+        weights={term: mask},
+        advantage=mask * np.float32(advantage),
+        behaviour_logp=trajectory.behaviour_logp,
+        version=trajectory.version,
+        group=trajectory.group,
+        prompt_id=trajectory.prompt_id,
+    )
 
 
 def expert_row(trajectory: Trajectory, term: str) -> Row:
     """A demonstration as a training row: every expert token gets weight 1 in `term`."""
     mask = (trajectory.source == Source.EXPERT).astype(np.float32)
-    return Row(tokens=trajectory.tokens, source=trajectory.source, weights={term: mask}, prompt_id=trajectory.prompt_id)
+    return Row(
+        tokens=trajectory.tokens,
+        source=trajectory.source,
+        weights={term: mask},
+        prompt_id=trajectory.prompt_id,
+    )
 
 
 def demonstration(group: ScoredGroup) -> Trajectory:
     """A prompt's demonstration as a trajectory of the group."""
     prompt, response = group.prompt.tokens, group.prompt.demonstration
-    source = np.repeat(np.array([Source.PROMPT, Source.EXPERT], np.int8), [len(prompt), len(response)])
-    return Trajectory(group.prompt.id, np.concatenate([prompt, response]).astype(np.int32), source, Finish.STOP, group=group.group)
+    source = np.repeat(
+        np.array([Source.PROMPT, Source.EXPERT], np.int8), [len(prompt), len(response)]
+    )
+    return Trajectory(
+        group.prompt.id,
+        np.concatenate([prompt, response]).astype(np.int32),
+        source,
+        Finish.STOP,
+        group=group.group,
+    )
 
 
 def with_demonstration(group: ScoredGroup, reward: float | None) -> ScoredGroup:
-    """The group with its prompt's demonstration as one more trajectory, last; unchanged where there is none or it has no reward."""
+    """The group with its prompt's demonstration as one more trajectory, last; unchanged where there
+    is none or it has no reward.
+    """
     if group.prompt.demonstration is None or reward is None:
         return group
-    return dataclasses.replace(group, trajectories=(*group.trajectories, demonstration(group)), rewards=np.append(np.asarray(group.rewards, np.float64), reward))
+    return dataclasses.replace(
+        group,
+        trajectories=(*group.trajectories, demonstration(group)),
+        rewards=np.append(np.asarray(group.rewards, np.float64), reward),
+    )

@@ -1,4 +1,7 @@
-"""GRPO and CHORD with responses that may not end early and steps that wait for their turn: methods of one's own, named by their path, as any user could write them."""
+"""GRPO and CHORD with responses that may not end early and steps that wait for their turn: methods
+of one's own, named by their path, as any user could write them.
+"""
+
 from dataclasses import dataclass, replace
 
 from turns import Turns
@@ -15,7 +18,9 @@ def forced(request, step: int):
     if step not in begun:
         begun.add(step)
         turns.arrive()
-    return replace(request, sampling=replace(request.sampling, min_tokens=request.sampling.max_tokens))
+    return replace(
+        request, sampling=replace(request.sampling, min_tokens=request.sampling.max_tokens)
+    )
 
 
 @dataclass

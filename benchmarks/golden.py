@@ -1,12 +1,14 @@
 """Golden runs: what the shipped method configs compute, to the bit, before and after a change.
 
-    python benchmarks/golden.py record OUT.json            # three inline steps of every configs/methods/*.yaml
-    python benchmarks/golden.py record OUT.json --cluster  # and two replayed steps on two DeepSpeed ranks
+    python benchmarks/golden.py record OUT.json            # three inline steps of every
+                                                           configs/methods/*.yaml
+    python benchmarks/golden.py record OUT.json --cluster  # and two replayed steps on two DeepSpeed
+                                            ranks
     python benchmarks/golden.py compare OLD.json NEW.json
 
-Every run goes through the command line, so that a checkout before a change and one after it can be asked
-the same. Recorded are the digest of the saved weights and every metric that does not measure time or
-memory. Figures are those of one machine: record both sides on the same one.
+Every run goes through the command line, so that a checkout before a change and one after it can be
+asked the same. Recorded are the digest of the saved weights and every metric that does not measure
+time or memory. Figures are those of one machine: record both sides on the same one.
 """
 
 from __future__ import annotations

@@ -1,8 +1,11 @@
-"""Taking turns: several training processes stay up and step one after the other, so that a busy minute on a shared machine hits all of them alike.
+"""Taking turns: several training processes stay up and step one after the other, so that a busy
+minute on a shared machine hits all of them alike.
 
-A process calls `arrive()` where a step begins and waits there until `grant` of the driver lets it go; a step lasts from there to its next arrival.
-Files in the folder named by BENCH_TURNS are all there is between them: the peer's Python has nothing in common with ours.
+A process calls `arrive()` where a step begins and waits there until `grant` of the driver lets it
+go; a step lasts from there to its next arrival. Files in the folder named by BENCH_TURNS are all
+there is between them: the peer's Python has nothing in common with ours.
 """
+
 from __future__ import annotations
 
 import os
@@ -11,7 +14,10 @@ from pathlib import Path
 
 
 class Turns:
-    """The side of a process; does nothing where BENCH_TURNS is not set. Raises SystemExit when told to stop, so that the process leaves through its clean-up."""
+    """The side of a process; does nothing where BENCH_TURNS is not set.
+
+    Raises SystemExit when told to stop, so that the process leaves through its clean-up.
+    """
 
     def __init__(self):
         place = os.environ.get("BENCH_TURNS")
@@ -28,7 +34,8 @@ class Turns:
         while not (self.place / f"go.{self.number}").exists():
             if (self.place / "stop").exists():
                 raise SystemExit(0)
-            time.sleep(0.05)        # five waiting processes that looked every 2 ms cost the one whose turn it was a tenth
+            # five waiting processes that looked every 2 ms cost the one whose turn it was a tenth
+            time.sleep(0.05)
         self.number, self.granted = self.number + 1, time.perf_counter()
 
 
@@ -43,7 +50,10 @@ class Turn:
         end = time.monotonic() + timeout
         while not (self.place / f"here.{number}").exists():
             if self.process.poll() is not None or time.monotonic() > end:
-                raise RuntimeError(f"{self.place.name} did not come to step {number} (exit status {self.process.poll()}):\n{(self.place / 'out.txt').read_text()[-3000:]}")
+                raise RuntimeError(
+                    f"{self.place.name} did not come to step {number} (exit status "
+                    f"{self.process.poll()}):\n{(self.place / 'out.txt').read_text()[-3000:]}"
+                )
             time.sleep(0.005)
 
     def grant(self, number: int) -> None:

@@ -1,8 +1,10 @@
-"""`tandem export`: the model of a run or of one checkpoint as a plain Hugging Face folder (safetensors, config, tokenizer).
+"""`tandem export`: the model of a run or of one checkpoint as a plain Hugging Face folder
+(safetensors, config, tokenizer).
 
 Every checkpoint holds that folder already, so nothing is started: it is compared with the
 checkpoint's manifest and copied.
 """
+
 from __future__ import annotations
 
 import shutil
@@ -16,7 +18,10 @@ from tandem.engine.model.weight_files import tensor_shapes
 
 
 def export(source: str | Path, out: str | Path) -> Path:
-    """Write `out`, complete or not at all. `source`: a run folder (its saved model, else its newest complete checkpoint) or a checkpoint folder.
+    """Write `out`, complete or not at all.
+
+    `source`: a run folder (its saved model, else its newest complete checkpoint) or a checkpoint
+    folder.
 
     Raises ConfigError.
     """
@@ -38,13 +43,18 @@ def check_target(out: Path) -> None:
 
 
 def saved_model(source: Path) -> Path:
-    """The Hugging Face folder in a run or checkpoint folder. Raises ConfigError if there is none, or it is damaged."""
+    """The Hugging Face folder in a run or checkpoint folder.
+
+    Raises ConfigError if there is none, or it is damaged.
+    """
     if (source / "config.yaml").is_file() or (source / "checkpoints").is_dir():
         if (source / "model" / "config.json").is_file():
             return source / "model"
         found = Checkpoints(source / "checkpoints", keep=1).latest()
         if found is None:
-            raise ConfigError(f"run folder {source} holds neither a saved model nor a complete checkpoint")
+            raise ConfigError(
+                f"run folder {source} holds neither a saved model nor a complete checkpoint"
+            )
         checkpoint = found[1]
     elif (source / "learner").is_dir():
         checkpoint = source
@@ -53,8 +63,14 @@ def saved_model(source: Path) -> Path:
         except CheckpointError as error:
             raise ConfigError(f"{error}; export another checkpoint of the run") from None
     else:
-        raise ConfigError(f"{source} is neither a run folder (config.yaml, checkpoints/) nor a checkpoint (learner/)")
+        raise ConfigError(
+            f"{source} is neither a run folder (config.yaml, checkpoints/) nor a checkpoint "
+            "(learner/)"
+        )
     if not (checkpoint / "model" / "config.json").is_file():
-        raise ConfigError(f"checkpoint {checkpoint} has no model/ folder: an older version of Tandem wrote it. Resume the run from it "
-                          "(run.resume=true with run.steps one higher): the checkpoint at its end has one")
+        raise ConfigError(
+            f"checkpoint {checkpoint} has no model/ folder: an older version of Tandem wrote "
+            "it. Resume the run from it "
+            "(run.resume=true with run.steps one higher): the checkpoint at its end has one"
+        )
     return checkpoint / "model"

@@ -1,7 +1,10 @@
-"""Pictures of runs, from their metrics.jsonl: one run in detail, or several methods compared with mean and spread over seeds.
+"""Pictures of runs, from their metrics.jsonl: one run in detail, or several methods compared with
+mean and spread over seeds.
 
-Colours are Okabe and Ito's, which colour-blind readers tell apart; lines of a comparison differ in dash as well.
+Colours are Okabe and Ito's, which colour-blind readers tell apart; lines of a comparison differ in
+dash as well.
 """
+
 from __future__ import annotations
 
 import sys
@@ -14,12 +17,29 @@ from tandem.engine.core.errors import ConfigError
 from tandem.engine.core.files import read_jsonl
 from tandem.engine.report.telemetry import is_evaluation
 
-BLUE, ORANGE, GREEN, PINK, SKY, RED, BLACK = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000"
-STYLES = [(BLUE, "-"), (RED, "--"), (GREEN, "-."), (ORANGE, (0, (1, 1))), (PINK, (0, (5, 1, 1, 1))), (SKY, (0, (3, 3))), (BLACK, ":")]
+BLUE, ORANGE, GREEN, PINK, SKY, RED, BLACK = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#D55E00",
+    "#000000",
+)
+STYLES = [
+    (BLUE, "-"),
+    (RED, "--"),
+    (GREEN, "-."),
+    (ORANGE, (0, (1, 1))),
+    (PINK, (0, (5, 1, 1, 1))),
+    (SKY, (0, (3, 3))),
+    (BLACK, ":"),
+]
 
 
 def plot_run(run_dir: str | Path, out_png: str | Path, title: str | None = None) -> None:
-    """Held-out accuracy with one standard error over steps, minutes on a second axis on top; below it training reward and, if the method has one, mu.
+    """Held-out accuracy with one standard error over steps, minutes on a second axis on top; below
+    it training reward and, if the method has one, mu.
 
     Raises ConfigError if there is nothing to plot or matplotlib is missing.
     """
@@ -27,60 +47,101 @@ def plot_run(run_dir: str | Path, out_png: str | Path, title: str | None = None)
     steps, evaluations = read_metrics(run_dir)
     reward, mu = series(steps, "reward/mean"), series(steps, "mu")
     below = len(reward[0]) > 0 or len(mu[0]) > 0
-    fig, axes = plt.subplots(1 + below, 1, figsize=(7.2, 5.4 if below else 3.8), sharex=True, height_ratios=(3, 2)[:1 + below], squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(
+        1 + below,
+        1,
+        figsize=(7.2, 5.4 if below else 3.8),
+        sharex=True,
+        height_ratios=(3, 2)[: 1 + below],
+        squeeze=False,
+        layout="constrained",
+    )
     top, bottom = axes[0, 0], axes[-1, 0]
-    draw_accuracy(top, *series(evaluations, "eval/accuracy"), *series(evaluations, "eval/standard_error"))
+    draw_accuracy(
+        top, *series(evaluations, "eval/accuracy"), *series(evaluations, "eval/standard_error")
+    )
     minutes_axis(top, steps, evaluations)
     fig.suptitle(title or Path(run_dir).name, x=0.02, ha="left", weight="bold")
     bottom.set_xlabel("optimizer step")
     if below:
         bottom.plot(*reward, color=GREEN, linewidth=0.8, alpha=0.35)
-        handles = bottom.plot(reward[0], smooth(reward[1]), color=GREEN, label="mean reward of rollouts")
+        handles = bottom.plot(
+            reward[0], smooth(reward[1]), color=GREEN, label="mean reward of rollouts"
+        )
         bottom.set_ylabel("training reward")
         if len(mu[0]):
             twin = bottom.twinx()
-            handles += twin.plot(*mu, color=RED, linestyle="--", label="mu: weight of the demonstrations")
+            handles += twin.plot(
+                *mu, color=RED, linestyle="--", label="mu: weight of the demonstrations"
+            )
             twin.set_ylim(-0.03, 1.03)
             if len(reward[1]) and 0 <= reward[1].min() and reward[1].max() <= 1:
                 bottom.set_ylim(-0.03, 1.03)
             twin.set_ylabel("mu")
             twin.spines["right"].set_visible(True)
             twin.grid(False)
-        bottom.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+        bottom.legend(
+            handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False
+        )
     fig.savefig(out_png, dpi=150)
     plt.close(fig)
 
 
-def draw_accuracy(ax, x: np.ndarray, accuracy: np.ndarray, error_x: np.ndarray, error: np.ndarray) -> None:
+def draw_accuracy(
+    ax, x: np.ndarray, accuracy: np.ndarray, error_x: np.ndarray, error: np.ndarray
+) -> None:
     """The curve with its first and last value written beside it."""
     ax.set_ylabel("held-out accuracy")
     if not len(x):
-        ax.text(0.5, 0.5, "no evaluations in this run", transform=ax.transAxes, ha="center", color="0.4")
+        ax.text(
+            0.5, 0.5, "no evaluations in this run", transform=ax.transAxes, ha="center", color="0.4"
+        )
         return
     ax.plot(x, accuracy, color=BLUE, marker="o", markersize=4)
     if len(error_x) == len(x):
         ax.fill_between(x, accuracy - error, accuracy + error, color=BLUE, alpha=0.2, linewidth=0)
-    for i, align in ((0, "left"), (-1, "right"))[:len(x)]:
-        ax.annotate(f"{accuracy[i]:.1%}", (x[i], accuracy[i]), xytext=(0, 9), textcoords="offset points", ha=align, color=BLUE, weight="bold")
+    for i, align in ((0, "left"), (-1, "right"))[: len(x)]:
+        ax.annotate(
+            f"{accuracy[i]:.1%}",
+            (x[i], accuracy[i]),
+            xytext=(0, 9),
+            textcoords="offset points",
+            ha=align,
+            color=BLUE,
+            weight="bold",
+        )
     ax.set_ylim(*limits(accuracy))
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
 
 
-def plot_runs(runs: Mapping[str, Sequence[str | Path]], out_png: str | Path, title: str = "") -> None:
-    """Held-out accuracy over steps of several methods: {label: run folders, one per seed}. The line is the mean, the band the smallest and largest seed.
+def plot_runs(
+    runs: Mapping[str, Sequence[str | Path]], out_png: str | Path, title: str = ""
+) -> None:
+    """Held-out accuracy over steps of several methods: {label: run folders, one per seed}.
 
-    Only steps that every seed of a label evaluated are shown. Raises ConfigError as `plot_run` does.
+    The line is the mean, the band the smallest and largest seed.
+
+    Only steps that every seed of a label evaluated are shown. Raises ConfigError as `plot_run`
+    does.
     """
     plt = pyplot()
     fig, ax = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
     if not 0 < len(runs) <= len(STYLES):
-        raise ConfigError(f"plot: {len(runs)} methods to compare, expected 1 to {len(STYLES)}: more lines cannot be told apart; make two pictures")
+        raise ConfigError(
+            f"plot: {len(runs)} methods to compare, expected 1 to {len(STYLES)}: more lines "
+            "cannot be told apart; make two pictures"
+        )
     everything = []
     for (label, folders), (color, dash) in zip(runs.items(), STYLES):
-        curves = [dict(zip(*series(read_metrics(folder)[1], "eval/accuracy"))) for folder in folders]
+        curves = [
+            dict(zip(*series(read_metrics(folder)[1], "eval/accuracy"))) for folder in folders
+        ]
         x = sorted(set.intersection(*(set(curve) for curve in curves)))
         if not x:
-            raise ConfigError(f"plot: the runs of {label!r} ({', '.join(map(str, folders))}) have no evaluated step in common; evaluate them at the same steps")
+            raise ConfigError(
+                f"plot: the runs of {label!r} ({', '.join(map(str, folders))}) have no "
+                "evaluated step in common; evaluate them at the same steps"
+            )
         values = np.array([[curve[step] for step in x] for curve in curves])
         mean = values.mean(0)
         everything += list(values.ravel())
@@ -101,11 +162,23 @@ def pyplot():
     try:
         import matplotlib
     except ImportError:
-        raise ConfigError("plots need matplotlib, which is not installed: pip install 'tandem-rl[track]'") from None
+        raise ConfigError(
+            "plots need matplotlib, which is not installed: pip install 'tandem-rl[track]'"
+        ) from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    plt.rcParams.update({"font.size": 11, "axes.spines.right": False, "axes.spines.top": False, "axes.grid": True, "grid.color": "0.9", "axes.axisbelow": True,
-                         "lines.linewidth": 2.0})
+
+    plt.rcParams.update(
+        {
+            "font.size": 11,
+            "axes.spines.right": False,
+            "axes.spines.top": False,
+            "axes.grid": True,
+            "grid.color": "0.9",
+            "axes.axisbelow": True,
+            "lines.linewidth": 2.0,
+        }
+    )
     return plt
 
 
@@ -118,8 +191,13 @@ def read_metrics(run_dir: str | Path) -> tuple[list[dict], list[dict]]:
     path = Path(run_dir) / "metrics.jsonl"
     lines = list(read_jsonl(path, warn))
     if not lines:
-        raise ConfigError(f"plot: {path} {'has no complete line' if path.exists() else 'does not exist'}; give the folder of a run")
-    return [line for line in lines if not is_evaluation(line)], [line for line in lines if is_evaluation(line)]
+        raise ConfigError(
+            f"plot: {path} {'has no complete line' if path.exists() else 'does not exist'}; "
+            "give the folder of a run"
+        )
+    return [line for line in lines if not is_evaluation(line)], [
+        line for line in lines if is_evaluation(line)
+    ]
 
 
 def series(lines: Sequence[Mapping], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -132,7 +210,7 @@ def series(lines: Sequence[Mapping], key: str) -> tuple[np.ndarray, np.ndarray]:
 def smooth(values: np.ndarray) -> np.ndarray:
     """Mean over the last twentieth of the run, at least 5 values."""
     n = max(5, len(values) // 20)
-    return np.array([values[max(0, i + 1 - n):i + 1].mean() for i in range(len(values))])
+    return np.array([values[max(0, i + 1 - n) : i + 1].mean() for i in range(len(values))])
 
 
 def limits(values: Sequence[float]) -> tuple[float, float]:
@@ -141,13 +219,20 @@ def limits(values: Sequence[float]) -> tuple[float, float]:
 
 
 def minutes_axis(ax, steps: Sequence[Mapping], evaluations: Sequence[Mapping]) -> None:
-    """Elapsed minutes on top of a step axis; evaluations and start-up take time too, so minutes are not proportional to steps."""
+    """Elapsed minutes on top of a step axis; evaluations and start-up take time too, so minutes are
+    not proportional to steps.
+    """
     marks = sorted({(line["step"], line["seconds"] / 60) for line in [*steps, *evaluations]})
     if len(marks) < 2:
         return
     from matplotlib import ticker
+
     x, minutes = np.array(marks).T
-    top = ax.secondary_xaxis("top", functions=(lambda v: np.interp(v, x, minutes), lambda m: np.interp(m, minutes, x)))
+    top = ax.secondary_xaxis(
+        "top", functions=(lambda v: np.interp(v, x, minutes), lambda m: np.interp(m, minutes, x))
+    )
     first, last = minutes[0], minutes[-1]
-    top.set_xticks([tick for tick in ticker.MaxNLocator(6).tick_values(first, last) if first <= tick <= last])
+    top.set_xticks(
+        [tick for tick in ticker.MaxNLocator(6).tick_values(first, last) if first <= tick <= last]
+    )
     top.set_xlabel("minutes since the start")

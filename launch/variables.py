@@ -1,8 +1,10 @@
-"""Environment variables and limits that other programs left to this one, before a run starts its own processes.
+"""Environment variables and limits that other programs left to this one, before a run starts its
+own processes.
 
-A run starts its engines and learner itself. What torchrun, accelerate, MPI, an operator or a Ray job
-set for theirs would send them to a master that is not there, or change what they compute.
+A run starts its engines and learner itself. What torchrun, accelerate, MPI, an operator or a Ray
+job set for theirs would send them to a master that is not there, or change what they compute.
 """
+
 from __future__ import annotations
 
 import os
@@ -14,16 +16,36 @@ from tandem.engine.config.schema import Config
 from tandem.engine.core.errors import ConfigError
 
 # Of launchers of processes: torchrun, torch.distributed operators, MPI, accelerate.
-LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "MASTER_ADDR",
-             "MASTER_PORT", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE",
-             "CROSS_RANK", "CROSS_SIZE", "PMI_RANK", "PMI_SIZE")
-LAUNCHER_PREFIXES = ("TORCHELASTIC_", "ACCELERATE_", "FSDP_", "OMPI_COMM_WORLD_",
-                     "MV2_COMM_WORLD_", "PMIX_")
+LAUNCHERS = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "NODE_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "GROUP_RANK",
+    "GROUP_WORLD_SIZE",
+    "ROLE_RANK",
+    "ROLE_WORLD_SIZE",
+    "CROSS_RANK",
+    "CROSS_SIZE",
+    "PMI_RANK",
+    "PMI_SIZE",
+)
+LAUNCHER_PREFIXES = (
+    "TORCHELASTIC_",
+    "ACCELERATE_",
+    "FSDP_",
+    "OMPI_COMM_WORLD_",
+    "MV2_COMM_WORLD_",
+    "PMIX_",
+)
 # Where another cluster is; with cluster.address these are the user's to set.
 ADDRESSES = ("RAY_ADDRESS", "RAY_NAMESPACE", "VLLM_HOST_IP", "VLLM_PORT")
 ADDRESS_PREFIXES = ("VLLM_DP_",)
 
-SOCKET_PATH = 107       # bytes of a Unix socket's path that Linux takes
+SOCKET_PATH = 107  # bytes of a Unix socket's path that Linux takes
 RAY_SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 VLLM_SOCKET = "/01234567-0123-0123-0123-0123456789ab"
 
@@ -60,8 +82,11 @@ def short_folder(inside: str) -> str:
             tried.append(f"{folder} cannot be written")
         else:
             return folder
-    raise ConfigError("no folder for the sockets of Ray and vLLM: " + "; ".join(tried)
-                      + "; set TMPDIR to a short one that can be written")
+    raise ConfigError(
+        "no folder for the sockets of Ray and vLLM: "
+        + "; ".join(tried)
+        + "; set TMPDIR to a short one that can be written"
+    )
 
 
 def ray_folder() -> str:

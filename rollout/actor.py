@@ -1,4 +1,5 @@
 """The Ray actor that holds one rollout engine."""
+
 from __future__ import annotations
 
 import os
@@ -14,28 +15,46 @@ from tandem.engine.core.types import GenRequest, Installed, Trajectory
 
 
 class EngineActor:
-    """One engine in a Ray actor; the methods are those of rollout.backend.Backend, and a few for the pool."""
+    """One engine in a Ray actor; the methods are those of rollout.backend.Backend, and a few for
+    the pool.
+    """
 
-    def __init__(self, index: int, config: Config, model_path: str, run_dir: str, stale: bool, code: UserCode):
+    def __init__(
+        self, index: int, config: Config, model_path: str, run_dir: str, stale: bool, code: UserCode
+    ):
         from tandem.engine.core.loading import install
         from tandem.engine.core.process import pin_cores, redirect_output
+
         install(code)
         if config.cluster.pin_cores:
             pin_cores(config.cluster.threads, index)
-        redirect_output(log_path(run_dir, index))       # before vLLM is imported, so that nothing of it reaches the user's terminal
+        # before vLLM is imported, so that nothing of it reaches the user's terminal
+        redirect_output(log_path(run_dir, index))
         self.index, self.config, self.model_path, self.stale = index, config, model_path, stale
         self.backend = None
 
     async def start(self) -> dict[str, float]:
         """Returns seconds spent by phase."""
         from tandem.rollout.vllm.backend import VllmBackend
-        self.backend = await VllmBackend.start(self.model_path, self.config, self.config.run.seed + self.index)
-        print("engine up: " + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.backend.start_seconds.items()), flush=True)
+
+        self.backend = await VllmBackend.start(
+            self.model_path, self.config, self.config.run.seed + self.index
+        )
+        print(
+            "engine up: "
+            + ", ".join(
+                f"{phase} {seconds:.1f}" for phase, seconds in self.backend.start_seconds.items()
+            ),
+            flush=True,
+        )
         return self.backend.start_seconds
 
     async def generate(self, request: GenRequest) -> tuple[Trajectory, ...]:
         if self.stale:
-            raise SyncError(f"engine {self.index} was restarted and still has the weights of {self.model_path}; sync weights before it serves")
+            raise SyncError(
+                f"engine {self.index} was restarted and still has the weights of "
+                f"{self.model_path}; sync weights before it serves"
+            )
         return await self.backend.generate(request)
 
     async def logprobs(self, tokens: np.ndarray) -> np.ndarray:
@@ -83,6 +102,7 @@ class EngineActor:
     async def process_ids(self) -> list[int]:
         """The actor's process and vLLM's."""
         import multiprocessing
+
         return [os.getpid(), *(p.pid for p in multiprocessing.active_children())]
 
 

@@ -1,8 +1,11 @@
-"""The rollout pool of mode=inline: one backend in this process, no threads, so that `breakpoint()` works and runs are reproducible.
+"""The rollout pool of mode=inline: one backend in this process, no threads, so that `breakpoint()`
+works and runs are reproducible.
 
-Requests wait until a result is asked for; then all that wait are generated together. They are also generated before weights change, so a request is
-always sampled with the weights that were live when it was submitted, as on a cluster.
+Requests wait until a result is asked for; then all that wait are generated together. They are also
+generated before weights change, so a request is always sampled with the weights that were live when
+it was submitted, as on a cluster.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -35,7 +38,9 @@ class LocalPool:
         return [self.backend]
 
     def submit(self, request: GenRequest) -> Future[tuple[Trajectory, ...]]:
-        """A future that computes when its result or exception is asked for; it must be asked in the thread that submits."""
+        """A future that computes when its result or exception is asked for; it must be asked in the
+        thread that submits.
+        """
         future = LazyFuture(self)
         self.waiting.append((request, future))
         return future
@@ -61,7 +66,11 @@ class LocalPool:
 
     def stats(self) -> dict[str, float]:
         """Sums since the start."""
-        return {"busy_seconds": self.backend.busy_seconds, "generated_tokens": float(self.backend.generated_tokens), "engines": 1.0}
+        return {
+            "busy_seconds": self.backend.busy_seconds,
+            "generated_tokens": float(self.backend.generated_tokens),
+            "engines": 1.0,
+        }
 
     def close(self) -> None:
         for _, future in self.waiting:

@@ -1,4 +1,7 @@
-"""For all tests: one OpenMP thread per process, no network, and no process that outlives the session."""
+"""For all tests: one OpenMP thread per process, no network, and no process that outlives the
+session.
+"""
+
 import os
 import sys
 import time
@@ -15,12 +18,21 @@ import pytest
 
 
 def survivors() -> list[psutil.Process]:
-    """Processes other than this one that inherited this session's mark. Python's own resource tracker ends with this process."""
+    """Processes other than this one that inherited this session's mark.
+
+    Python's own resource tracker ends with this process.
+    """
     found = []
     for process in psutil.process_iter():
         try:
-            marked = process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE and process.environ().get("TANDEM_TEST_SESSION") == MARK
-            if marked and not {"resource_tracker", "forkserver"} & set(" ".join(process.cmdline()).replace(".", " ").split()):
+            marked = (
+                process.pid != os.getpid()
+                and process.status() != psutil.STATUS_ZOMBIE
+                and process.environ().get("TANDEM_TEST_SESSION") == MARK
+            )
+            if marked and not {"resource_tracker", "forkserver"} & set(
+                " ".join(process.cmdline()).replace(".", " ").split()
+            ):
                 found.append(process)
         except psutil.Error:
             continue
@@ -30,7 +42,8 @@ def survivors() -> list[psutil.Process]:
 @pytest.fixture(scope="session", autouse=True)
 def no_process_left():
     yield
-    if "tandem.engine.data.templates" in sys.modules:      # what renders chat templates is kept for the next dataset
+    # what renders chat templates is kept for the next dataset
+    if "tandem.engine.data.templates" in sys.modules:
         sys.modules["tandem.engine.data.templates"].WORKER.stop()
     end = time.monotonic() + 20
     while (left := survivors()) and time.monotonic() < end:

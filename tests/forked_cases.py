@@ -1,10 +1,14 @@
-"""Not a test: a process that imports everything once and forks one child per case, which runs a `tandem` command.
+"""Not a test: a process that imports everything once and forks one child per case, which runs a
+`tandem` command.
 
-Tests call `run_cases`, which starts this file in a process of its own. A case is {"words": what follows `tandem` on the command line} and may have
-    "at", "signals"     a name of POINTS and the names of the signals that the child sends itself there
+Tests call `run_cases`, which starts this file in a process of its own. A case is {"words": what
+follows `tandem` on the command line} and may have
+    "at", "signals"     a name of POINTS and the names of the signals that the child sends itself
+                        there
     "shell"             a command that is run before
     "terminal"          a name of TERMINALS: what its standard output is
 """
+
 import contextlib
 import functools
 import gc
@@ -47,13 +51,19 @@ def run_cases(folder: Path, cases: dict[str, dict]) -> dict[str, dict]:
     """{case: {code, out, err}}; all run in `folder`, one after the other."""
     (folder / "c.yaml").write_text(yaml.safe_dump(CONFIG))
     (folder / "cases.json").write_text(json.dumps(cases))
-    done = subprocess.run([sys.executable, __file__, str(folder)], cwd=folder, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(
+        [sys.executable, __file__, str(folder)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "found.json").read_text())
 
 
-# where the signal comes: as this function is called for the n-th time. An evaluation generates once and scores 2 samples, a step
-# generates once and scores 6, a checkpoint saves and exports once.
+# where the signal comes: as this function is called for the n-th time. An evaluation generates once
+# and scores 2 samples, a step generates once and scores 6, a checkpoint saves and exports once.
 POINTS = {
     "config": (cli, "preflight", 1),
     "prepare": (run.Run, "prepare", 1),
@@ -91,7 +101,12 @@ def arm(point: str, numbers: list[int]) -> None:
             for number in numbers:
                 os.kill(os.getpid(), number)
         return original(*args, **options)
-    setattr(owner, name, staticmethod(stand_in) if isinstance(raw, (classmethod, staticmethod)) else stand_in)
+
+    setattr(
+        owner,
+        name,
+        staticmethod(stand_in) if isinstance(raw, (classmethod, staticmethod)) else stand_in,
+    )
 
 
 def closed_pipe() -> None:
@@ -172,14 +187,16 @@ def child(case: dict, folder: Path) -> None:
     code = cli.main()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    os._exit(code)      # the interpreter's own end would look at every module: seconds for all cases
+    # the interpreter's own end would look at every module: seconds for all cases
+    os._exit(code)
 
 
 def main() -> None:
     root = Path(sys.argv[1])
     cases = json.loads((root / "cases.json").read_text())
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        cli.main(["train", "c.yaml", "run.name=warm", "run.steps=1"])       # what is imported late is imported once
+        # what is imported late is imported once
+        cli.main(["train", "c.yaml", "run.name=warm", "run.steps=1"])
     gc.freeze()
     found = {}
     for number, (name, case) in enumerate(cases.items()):
@@ -189,7 +206,11 @@ def main() -> None:
         if process == 0:
             child(case, folder)
         code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        found[name] = {"code": code, "out": (folder / "out").read_text(), "err": (folder / "err").read_text()}
+        found[name] = {
+            "code": code,
+            "out": (folder / "out").read_text(),
+            "err": (folder / "err").read_text(),
+        }
     (root / "found.json").write_text(json.dumps(found))
 
 

@@ -1,4 +1,7 @@
-"""Hand-made batches for tests of the methods, and a loop that drives a method for some steps as the engine would, without a model."""
+"""Hand-made batches for tests of the methods, and a loop that drives a method for some steps as the
+engine would, without a model.
+"""
+
 import math
 from dataclasses import replace
 
@@ -11,31 +14,63 @@ from tandem.engine.learner.inspect import group, inspect, trajectory
 from tandem.engine.loop.train import carried
 
 # Two demonstrations of three and two tokens, ids 5 6 3 and 7 3.
-EXPERTS = (trajectory([1, 2], [5, 6, 3], expert=True, prompt_id="e0"), trajectory([1], [7, 3], expert=True, prompt_id="e1"))
-SFT_LOSS = (0.3 + 0.4 + 0.5 + 0.2 + 0.3) / 5                # of EXPERTS under `ramp`: five tokens at positions 2, 3, 4 and 1, 2
-A = 0.5 / (math.sqrt(0.5) + 1e-6)                           # GRPO's advantage of rewards 1, 0: mean 1/2, unbiased std sqrt(1/2)
-GRPO_LOSS = -(3 * A - A) / 4                                # of `rollouts()`: three tokens with A, one with -A
+EXPERTS = (
+    trajectory([1, 2], [5, 6, 3], expert=True, prompt_id="e0"),
+    trajectory([1], [7, 3], expert=True, prompt_id="e1"),
+)
+# of EXPERTS under `ramp`: five tokens at positions 2, 3, 4 and 1, 2
+SFT_LOSS = (0.3 + 0.4 + 0.5 + 0.2 + 0.3) / 5
+# GRPO's advantage of rewards 1, 0: mean 1/2, unbiased std sqrt(1/2)
+A = 0.5 / (math.sqrt(0.5) + 1e-6)
+# of `rollouts()`: three tokens with A, one with -A
+GRPO_LOSS = -(3 * A - A) / 4
 
 
-def rollouts(rewards=(1.0, 0.0), behaviour=-1.0, demo=None, demo_reward=None, number=0, finish=Finish.STOP) -> ScoredGroup:
-    """Two rollouts of prompt [1], of three tokens and of one, and the prompt's demonstration if there is one."""
-    g = group([trajectory([1], [5, 6, 7], [behaviour] * 3, finish=finish), trajectory([1], [8], [behaviour], finish=finish)], rewards, demo, number)
+def rollouts(
+    rewards=(1.0, 0.0), behaviour=-1.0, demo=None, demo_reward=None, number=0, finish=Finish.STOP
+) -> ScoredGroup:
+    """Two rollouts of prompt [1], of three tokens and of one, and the prompt's demonstration if
+    there is one.
+    """
+    g = group(
+        [
+            trajectory([1], [5, 6, 7], [behaviour] * 3, finish=finish),
+            trajectory([1], [8], [behaviour], finish=finish),
+        ],
+        rewards,
+        demo,
+        number,
+    )
     return replace(g, demonstration_reward=demo_reward)
 
 
 def aligned(rewards, demonstration_reward, number=0, prefix=False) -> ScoredGroup:
-    """Four rollouts of 1 to 4 tokens and a demonstration 9 8 7 3; with `prefix` the last one was made to start from 9 8."""
-    g = group([trajectory([1], range(5, 6 + k), [-1.0] * (k + 1)) for k in range(4)], rewards, demonstration=[9, 8, 7, 3], number=number)
+    """Four rollouts of 1 to 4 tokens and a demonstration 9 8 7 3; with `prefix` the last one was
+    made to start from 9 8.
+    """
+    g = group(
+        [trajectory([1], range(5, 6 + k), [-1.0] * (k + 1)) for k in range(4)],
+        rewards,
+        demonstration=[9, 8, 7, 3],
+        number=number,
+    )
     if prefix:
-        g = replace(g, trajectories=(*g.trajectories[:-1], forced(g.trajectories[-1], [9, 8], [5, 6])))
+        g = replace(
+            g, trajectories=(*g.trajectories[:-1], forced(g.trajectories[-1], [9, 8], [5, 6]))
+        )
     return replace(g, demonstration_reward=demonstration_reward)
 
 
 def forced(t: Trajectory, given, continuation, source=Source.PREFIX) -> Trajectory:
     """Prompt [1], then `given` expert tokens, then a continuation by the policy."""
     n, m = len(given), len(continuation)
-    return replace(t, tokens=np.array([1, *given, *continuation], np.int32), source=np.array([0] + [source] * n + [Source.POLICY] * m, np.int8),
-                   behaviour_logp=np.array([np.nan] * (1 + n) + [-1.0] * m, np.float32), version=np.array([-1] * (1 + n) + [0] * m, np.int32))
+    return replace(
+        t,
+        tokens=np.array([1, *given, *continuation], np.int32),
+        source=np.array([0] + [source] * n + [Source.POLICY] * m, np.int8),
+        behaviour_logp=np.array([np.nan] * (1 + n) + [-1.0] * m, np.float32),
+        version=np.array([-1] * (1 + n) + [0] * m, np.int32),
+    )
 
 
 def batch(groups=None, experts=EXPERTS, step=0, **more) -> Batch:
@@ -56,11 +91,20 @@ def half(row):
 
 
 def ids(row):
-    """A log-prob for every token that depends on the token and its place alone, whatever the row is called."""
+    """A log-prob for every token that depends on the token and its place alone, whatever the row is
+    called.
+    """
     return -0.05 * (1 + row.tokens % 7) - 0.01 * np.arange(len(row.tokens), dtype=np.float32)
 
 
-def look(method, b, logp=ramp, entropy=lambda row: 0.1 * np.arange(len(row.tokens), dtype=np.float32), reference=lambda row: ids(row) - 0.05, **more):
+def look(
+    method,
+    b,
+    logp=ramp,
+    entropy=lambda row: 0.1 * np.arange(len(row.tokens), dtype=np.float32),
+    reference=lambda row: ids(row) - 0.05,
+    **more,
+):
     """inspect, with the streams that any method may ask for."""
     return inspect(method, b, logp, entropy=entropy, reference=reference, **more)
 
@@ -74,19 +118,47 @@ BUDGET = Budget(prompts=4, samples=4, experts=3, steps=100, seed=7)
 
 
 def drive(method, steps, signals=None, budget=BUDGET, staleness=0, tickets=None):
-    """What a run does, on random numbers that depend on the step alone: [(demand, rows, loss, gradients, metrics)] and what a checkpoint would hold."""
+    """What a run does, on random numbers that depend on the step alone:
+
+    [(demand, rows, loss, gradients, metrics)] and what a checkpoint would hold.
+    """
     signals, tickets, record = dict(signals or {}), dict(tickets or {}), []
     for step in steps:
         for ahead in range(step, min(step + staleness, budget.steps - 1) + 1):
             if ahead not in tickets:
-                assert method.demand(ahead, budget, signals) == (demand := method.demand(ahead, budget, signals)), "looking ahead must not change the answer"
-                tickets[ahead] = demand, [make_group(method, ahead, i, i < demand.experts and method.aligned, budget) for i in range(demand.prompts)]
+                assert method.demand(ahead, budget, signals) == (
+                    demand := method.demand(ahead, budget, signals)
+                ), "looking ahead must not change the answer"
+                tickets[ahead] = (
+                    demand,
+                    [
+                        make_group(method, ahead, i, i < demand.experts and method.aligned, budget)
+                        for i in range(demand.prompts)
+                    ],
+                )
         demand, groups = tickets.pop(step)
-        experts = tuple(demonstration_of(step, i) for i in range(demand.experts)) if not method.aligned else ()
-        b = Batch(step, tuple(g for g in groups if method.accept(g)), experts, signals, off_policy=staleness > 0)
+        experts = (
+            tuple(demonstration_of(step, i) for i in range(demand.experts))
+            if not method.aligned
+            else ()
+        )
+        b = Batch(
+            step,
+            tuple(g for g in groups if method.accept(g)),
+            experts,
+            signals,
+            off_policy=staleness > 0,
+        )
         out = look(method, b, ids)
-        metrics = {"grad_norm": math.sqrt(sum(float((g ** 2).sum()) for g in out.gradients)), "entropy": 0.3 + 0.01 * step}
-        metrics |= {f"loss/{name}": value for name, value in out.terms.items() if any(name in row.weights for row in out.rows)}
+        metrics = {
+            "grad_norm": math.sqrt(sum(float((g**2).sum()) for g in out.gradients)),
+            "entropy": 0.3 + 0.01 * step,
+        }
+        metrics |= {
+            f"loss/{name}": value
+            for name, value in out.terms.items()
+            if any(name in row.weights for row in out.rows)
+        }
         if groups:
             metrics["reward/mean"] = float(np.mean([g.rewards.mean() for g in groups]))
         method.observe(step, metrics)
@@ -100,22 +172,44 @@ def make_group(method, step, i, has_demonstration, budget) -> ScoredGroup:
     number = step * 100 + i
     rng = np.random.default_rng([1, number])
     response = np.append(rng.integers(4, 20, rng.integers(3, 8)), 3).astype(np.int32)
-    prompt = Prompt(f"p{number}", np.array([1, 2], np.int32), "", {}, response if has_demonstration else None)
+    prompt = Prompt(
+        f"p{number}", np.array([1, 2], np.int32), "", {}, response if has_demonstration else None
+    )
     request = method.request(number, prompt, Sampling(8, seed=number), step, budget)
     ts = []
     for prefix in request.prefixes or [()] * request.samples:
         new = rng.integers(4, 20, rng.integers(1, 6))
-        source = np.repeat(np.array([Source.PROMPT, request.prefix_source, Source.POLICY], np.int8), [2, len(prefix), len(new)])
+        source = np.repeat(
+            np.array([Source.PROMPT, request.prefix_source, Source.POLICY], np.int8),
+            [2, len(prefix), len(new)],
+        )
         sampled = source == Source.POLICY
-        ts.append(Trajectory(prompt.id, np.concatenate([prompt.tokens, prefix, new]).astype(np.int32), source, Finish.STOP,
-                             np.where(sampled, -0.2, np.nan).astype(np.float32), np.where(sampled, step, -1).astype(np.int32), number))
+        ts.append(
+            Trajectory(
+                prompt.id,
+                np.concatenate([prompt.tokens, prefix, new]).astype(np.int32),
+                source,
+                Finish.STOP,
+                np.where(sampled, -0.2, np.nan).astype(np.float32),
+                np.where(sampled, step, -1).astype(np.int32),
+                number,
+            )
+        )
     rewards = (rng.random(len(ts)) < 0.3).astype(np.float32) * (rng.random() < 0.6)
-    return ScoredGroup(number, prompt, tuple(ts), rewards, demonstration_reward=1.0 if has_demonstration and method.scores_demonstrations else None)
+    return ScoredGroup(
+        number,
+        prompt,
+        tuple(ts),
+        rewards,
+        demonstration_reward=1.0 if has_demonstration and method.scores_demonstrations else None,
+    )
 
 
 def demonstration_of(step, i) -> Trajectory:
     rng = np.random.default_rng([2, step, i])
-    return trajectory([1, 2], [*rng.integers(4, 20, rng.integers(2, 7)), 3], expert=True, prompt_id=f"d{step}.{i}")
+    return trajectory(
+        [1, 2], [*rng.integers(4, 20, rng.integers(2, 7)), 3], expert=True, prompt_id=f"d{step}.{i}"
+    )
 
 
 def without_rollouts(demo, reward, number=0) -> ScoredGroup:

@@ -2,8 +2,10 @@
 in its first step; it never trains wrongly without a word.
 
 Every check raises MethodError, which names the method and, where there is one, the term. Rows are
-checked in algorithms/checks/rows.py, what an objective returns where it is called, in engine/learner/terms.py.
+checked in algorithms/checks/rows.py, what an objective returns where it is called, in
+engine/learner/terms.py.
 """
+
 from __future__ import annotations
 
 import pickle
@@ -40,7 +42,7 @@ def naming(method: Method) -> Iterator[None]:
         raise MethodError(f"{title(method)}, {error}") from error
 
 
-# -- before the rollouts ------------------------------------------------------------------------
+# -- before the rollouts
 
 
 def check_demand(method: Method, demand: Demand) -> Demand:
@@ -112,7 +114,7 @@ def check_accept(method: Method, accepted: bool) -> bool:
         ) from None
 
 
-# -- terms --------------------------------------------------------------------------------------
+# -- terms
 
 
 def check_terms(method: Method, terms: Sequence[Term]) -> list[Term]:
@@ -198,7 +200,7 @@ def check_needs(where: str, term: Term, method: Method) -> None:
             )
 
 
-# -- after the update ---------------------------------------------------------------------------
+# -- after the update
 
 
 def check_metrics(method: Method, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -242,7 +244,7 @@ def checked_state(method: Method) -> Mapping:
     return state
 
 
-# -- words --------------------------------------------------------------------------------------
+# -- words
 
 
 def check_list(where: str, found, item: type) -> None:

@@ -1,17 +1,27 @@
-"""HPT: per prompt, RL where the model succeeds often enough, SFT on the demonstration where it does not.
+"""HPT: per prompt, RL where the model succeeds often enough, SFT on the demonstration where it does
+not.
 
-    L = mean_q L(q),    L(q) = L_RL(q) if P(q) > gate else L_SFT(q),    P(q) = share of right rollouts
-    L_RL  = -(1/n) sum_i sum_t CLIP(rho, A_i),   A = (R - mean)/std        L_SFT = - (1/|y*|) sum_t log p_t
+    L = mean_q L(q),    L(q) = L_RL(q) if P(q) > gate else L_SFT(q),    P(q) = share of right
+                        rollouts
+    L_RL  = -(1/n) sum_i sum_t CLIP(rho, A_i),   A = (R - mean)/std        L_SFT = - (1/|y*|) sum_t
+                                                 log p_t
 
-Source: arXiv 2509.04419. gate 0 (SFT only where all rollouts fail) for Qwen, 2/8 for Llama. A prompt without a demonstration keeps its rollouts.
-The mean over prompts is this file's reading of the paper, which writes the loss of one prompt: each half weighs as much as its share of the prompts.
-Paper and code: as=code has no std, no clip, the policy sum divided by the response limit (give it as `policy: {reduction_length: 8192}`), SFT as a token mean
-that weighs 1 whatever its share, and an entropy bonus of 0.001 on the mean entropy, of demonstrations as well. The code takes its means per micro-batch, adds
-them up, and averages over GPUs, so that on G GPUs with K micro-batches SFT weighs G K times as much against RL as on one GPU with one. Here there is one
-global mean; `policy: {code_gpus: G, code_micro_batches: K}` gives that ratio (algorithms/parts/policy.py). The published script has G = 8, and bins of 32,768
-tokens for 64 rows a GPU: K is about 4 at 2,000 tokens a row. Both are 1 unless given, as on one GPU. The code also skips steps whose gradient norm is above 80; learner.max_skipped_steps knows non-finite ones only.
-The gate looks at the step's own rollouts and keeps nothing. With dynamic sampling, prompts that go to SFT are kept.
+Source: arXiv 2509.04419. gate 0 (SFT only where all rollouts fail) for Qwen, 2/8 for Llama. A
+prompt without a demonstration keeps its rollouts. The mean over prompts is this file's reading of
+the paper, which writes the loss of one prompt: each half weighs as much as its share of the
+prompts. Paper and code: as=code has no std, no clip, the policy sum divided by the response limit
+(give it as `policy: {reduction_length: 8192}`), SFT as a token mean that weighs 1 whatever its
+share, and an entropy bonus of 0.001 on the mean entropy, of demonstrations as well. The code takes
+its means per micro-batch, adds them up, and averages over GPUs, so that on G GPUs with K
+micro-batches SFT weighs G K times as much against RL as on one GPU with one. Here there is one
+global mean; `policy: {code_gpus: G, code_micro_batches: K}` gives that ratio
+(algorithms/parts/policy.py). The published script has G = 8, and bins of 32,768 tokens for 64 rows
+a GPU: K is about 4 at 2,000 tokens a row. Both are 1 unless given, as on one GPU. The code also
+skips steps whose gradient norm is above 80; learner.max_skipped_steps knows non-finite ones only.
+The gate looks at the step's own rollouts and keeps nothing. With dynamic sampling, prompts that go
+to SFT are kept.
 """
+
 from __future__ import annotations
 
 import math
@@ -35,12 +45,16 @@ class HPT(Method):
     aligned: ClassVar[bool] = True
 
     as_: str = "paper"
-    gate: float = 0.0                           # share of right rollouts up to which a prompt goes to SFT; below 0: never
-    sft_coefficient: Schedule | float = 1.0     # the authors use 0.3 for Qwen2.5-Math-1.5B
+    # share of right rollouts up to which a prompt goes to SFT; below 0: never
+    gate: float = 0.0
+    sft_coefficient: Schedule | float = 1.0  # the authors use 0.3 for Qwen2.5-Math-1.5B
     policy: PolicyLoss | dict | str = field(default_factory=dict)
 
     def __post_init__(self):
-        self.policy = PolicyLoss.parse(self.policy, **variant(self.as_, {"reduction": "seq_mean_token_sum"}, {"preset": "luffy_code"}))
+        self.policy = PolicyLoss.parse(
+            self.policy,
+            **variant(self.as_, {"reduction": "seq_mean_token_sum"}, {"preset": "luffy_code"}),
+        )
         self.sft_coefficient = Schedule.parse(self.sft_coefficient)
         self.sft_share = 0.0
 
@@ -52,7 +66,9 @@ class HPT(Method):
     def gated(self, group: ScoredGroup) -> bool:
         """Integer counts, so that a gate of k/n holds exactly k right answers."""
         right = int((group.rewards > 0).sum())
-        return group.prompt.demonstration is not None and right <= math.floor(self.gate * len(group.rewards) + 1e-9)
+        return group.prompt.demonstration is not None and right <= math.floor(
+            self.gate * len(group.rewards) + 1e-9
+        )
 
     def accept(self, group):
         return self.gated(group) or self.policy.accept(group)
@@ -66,9 +82,16 @@ class HPT(Method):
 
     def terms(self, batch: Batch) -> list[Term]:
         self.sft_share = sum(map(self.gated, batch.groups)) / max(1, len(batch.groups))
-        reduction, rl, sft = variant(self.as_, ("seq_mean_token_mean", 1.0 - self.sft_share, self.sft_share), ("token_mean", 1.0, self.policy.mean_weight))
+        reduction, rl, sft = variant(
+            self.as_,
+            ("seq_mean_token_mean", 1.0 - self.sft_share, self.sft_share),
+            ("token_mean", 1.0, self.policy.mean_weight),
+        )
         coefficient = sft * self.sft_coefficient(batch.step, batch.signals)
-        return [*self.policy.terms(batch, rl), Term("sft", NLL(), Reduction(reduction), coefficient)]
+        return [
+            *self.policy.terms(batch, rl),
+            Term("sft", NLL(), Reduction(reduction), coefficient),
+        ]
 
     def metrics(self, step):
         return {"sft_share": self.sft_share}

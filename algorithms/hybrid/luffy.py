@@ -1,17 +1,24 @@
-"""LUFFY: the demonstration joins its prompt's group of rollouts, with a shaped importance ratio instead of a clip.
+"""LUFFY: the demonstration joins its prompt's group of rollouts, with a shaped importance ratio
+instead of a clip.
 
     J = (1/Z) [ sum_{i on} sum_t CLIP(rho_it, A_i) + sum_{j demo} sum_t f(p_jt) A_j ],     f(p) = p/(p + gamma), gamma = 0.1
-    A over rollouts and demonstration together; the demonstration's reward comes from the verifier; Z = all tokens of both
+    A over rollouts and demonstration together; the demonstration's reward comes from the verifier;
+    Z = all tokens of both
 
-Source: arXiv 2504.14945. The behaviour probability of expert tokens is taken as 1, so that the ratio is p and the gradient goes through f: a token weighs
-A gamma p/(p + gamma)^2. A prompt with a demonstration gets samples - 1 rollouts, so a group keeps its size. When every rollout is right the
-demonstration's advantage is 0: its influence fades without a schedule. Dynamic sampling, if switched on, judges the group with its demonstration.
-Paper and code: both train without the division by std (the paper's text, against its formula), with an entropy bonus over the tokens of both sources: 0.01 in
-the paper, 0.001 in the code. as=code also drops the clip and divides the sum by a constant, the response limit (8192 there), not by tokens or rows:
-give it as `policy: {reduction_length: 8192}`; the entropy bonus stays a mean over tokens. How the two weigh against each other depends on the GPUs and
-micro-batches of the authors' machine: `code_gpus` and `code_micro_batches`, see algorithms/parts/policy.py.
-Watch policy/expert/p, the mean probability of demonstration tokens.
+Source: arXiv 2504.14945. The behaviour probability of expert tokens is taken as 1, so that the
+ratio is p and the gradient goes through f: a token weighs A gamma p/(p + gamma)^2. A prompt with a
+demonstration gets samples - 1 rollouts, so a group keeps its size. When every rollout is right the
+demonstration's advantage is 0: its influence fades without a schedule. Dynamic sampling, if
+switched on, judges the group with its demonstration. Paper and code: both train without the
+division by std (the paper's text, against its formula), with an entropy bonus over the tokens of
+both sources: 0.01 in the paper, 0.001 in the code. as=code also drops the clip and divides the sum
+by a constant, the response limit (8192 there), not by tokens or rows: give it as `policy:
+{reduction_length: 8192}`; the entropy bonus stays a mean over tokens. How the two weigh against
+each other depends on the GPUs and micro-batches of the authors' machine: `code_gpus` and
+`code_micro_batches`, see algorithms/parts/policy.py. Watch policy/expert/p, the mean probability of
+demonstration tokens.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
@@ -32,12 +39,17 @@ class LUFFY(Method):
     aligned: ClassVar[bool] = True
     scores_demonstrations: ClassVar[bool] = True
 
-    as_: str = "paper"                  # paper | code
-    gamma: float | None = 0.1           # None: plain ratio p, the ablation without shaping
+    as_: str = "paper"  # paper | code
+    gamma: float | None = 0.1  # None: plain ratio p, the ablation without shaping
     policy: PolicyLoss | dict | str = field(default_factory=dict)
 
     def __post_init__(self):
-        self.policy = PolicyLoss.parse(self.policy, **variant(self.as_, {"advantage": "dr_grpo", "entropy_bonus": 0.01}, {"preset": "luffy_code"}))
+        self.policy = PolicyLoss.parse(
+            self.policy,
+            **variant(
+                self.as_, {"advantage": "dr_grpo", "entropy_bonus": 0.01}, {"preset": "luffy_code"}
+            ),
+        )
 
     def request(self, group, prompt, sampling, step, budget):
         samples = budget.samples if prompt.demonstration is None else max(1, budget.samples - 1)
@@ -47,12 +59,17 @@ class LUFFY(Method):
         return self.policy.accept(with_demonstration(group, group.demonstration_reward))
 
     def rows(self, batch: Batch) -> list[Row]:
-        rows = self.policy.rows([with_demonstration(g, g.demonstration_reward) for g in batch.groups])
+        rows = self.policy.rows(
+            [with_demonstration(g, g.demonstration_reward) for g in batch.groups]
+        )
         for row in rows:
             if "entropy" in row.weights:
-                row.weights["entropy"][:] = row.weights["policy"]      # over expert tokens as well
+                row.weights["entropy"][:] = row.weights["policy"]  # over expert tokens as well
         return rows
 
     def terms(self, batch: Batch) -> list[Term]:
         first, *others = self.policy.terms(batch)
-        return [replace(first, objective=BySource(first.objective, ExpertRatio(self.gamma))), *others]
+        return [
+            replace(first, objective=BySource(first.objective, ExpertRatio(self.gamma))),
+            *others,
+        ]

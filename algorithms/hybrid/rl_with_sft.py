@@ -2,11 +2,15 @@
 
     L = L_GRPO + c L_SFT
 
-Source: a baseline of LUFFY (arXiv 2504.14945, table 1: 40.1 against 45.5 for RL alone) with c = 1. There the SFT term is a token mean while the policy term
-is a sum over tokens divided by 8192, which hides a ratio that grows with the batch; here both are token means unless `policy` says otherwise:
-theirs is `policy: {preset: luffy_code, reduction_length: 8192}`. Their SFT mean is per micro-batch, added up and averaged over GPUs, so that the ratio also
-grows with both (and their entropy bonus covers demonstrations, here rollouts only): `code_gpus` and `code_micro_batches` of `policy` stand for the machine (algorithms/parts/policy.py), 1 and 1 unless given.
+Source: a baseline of LUFFY (arXiv 2504.14945, table 1: 40.1 against 45.5 for RL alone) with c = 1.
+There the SFT term is a token mean while the policy term is a sum over tokens divided by 8192, which
+hides a ratio that grows with the batch; here both are token means unless `policy` says otherwise:
+theirs is `policy: {preset: luffy_code, reduction_length: 8192}`. Their SFT mean is per micro-batch,
+added up and averaged over GPUs, so that the ratio also grows with both (and their entropy bonus
+covers demonstrations, here rollouts only): `code_gpus` and `code_micro_batches` of `policy` stand
+for the machine (algorithms/parts/policy.py), 1 and 1 unless given.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -29,7 +33,10 @@ class RLWithSFT(Method):
     policy: PolicyLoss | dict | str = field(default_factory=dict)
 
     def __post_init__(self):
-        self.coefficient, self.policy = Schedule.parse(self.coefficient), PolicyLoss.parse(self.policy)
+        self.coefficient, self.policy = (
+            Schedule.parse(self.coefficient),
+            PolicyLoss.parse(self.policy),
+        )
 
     def accept(self, group):
         return self.policy.accept(group)

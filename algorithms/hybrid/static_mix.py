@@ -1,9 +1,13 @@
-"""Static mix: RL and SFT losses in fixed proportion, the simplest hybrid and a control for every schedule.
+"""Static mix:
+
+RL and SFT losses in fixed proportion, the simplest hybrid and a control for every schedule.
 
     L = (1 - mu) L_GRPO + mu L_SFT,    mu constant
 
-Source: the ablation of CHORD, arXiv 2508.11408, where mu in {0.02, 0.1, 0.5} did no better than RL alone; default 0.1.
+Source: the ablation of CHORD, arXiv 2508.11408, where mu in {0.02, 0.1, 0.5} did no better than RL
+alone; default 0.1.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass

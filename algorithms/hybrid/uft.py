@@ -1,14 +1,19 @@
-"""UFT: rollouts start from a hint of the demonstration that shrinks over training, and the hint itself is learnt with a small weight.
+"""UFT: rollouts start from a hint of the demonstration that shrinks over training, and the hint
+itself is learnt with a small weight.
 
     L = L_GRPO(continuation) + beta RED{ k3(pi || pi_ref) } + beta TOK_hint{ -log p_t },        beta = 0.001
-    hint = the first l of n_seg = min(5, tokens) segments,  l ~ Binomial(n_seg, p(t)),  boundaries at round(k/n_seg |y*|)
+    hint = the first l of n_seg = min(5, tokens) segments,  l ~ Binomial(n_seg, p(t)),  boundaries
+                                            at round(k/n_seg |y*|)
     p(t) = p_low + (p_high - p_low)(1 + cos(pi (t + 1)/T))/2 for t < T, 0 afterwards;   p_low 0.05, p_high 0.95, T = 300
 
-Source: arXiv 2505.16984; schedule, segments and coefficients as in the authors' code. UNVERIFIED: the paper's typography of the objective (its beta is on
-the sum over hint tokens, the code's on their mean), and whether the paper cuts hints by tokens or by segments as the code does.
-All rollouts of a prompt share the hint, so its loss is computed once per prompt, over all prompts of the step. One token at least is left to the model.
-The draw depends on (run seed, group). Training rewards are inflated by hints; evaluation has none. `p` is any schedule, read at t + 1.
+Source: arXiv 2505.16984; schedule, segments and coefficients as in the authors' code. UNVERIFIED:
+the paper's typography of the objective (its beta is on the sum over hint tokens, the code's on
+their mean), and whether the paper cuts hints by tokens or by segments as the code does. All
+rollouts of a prompt share the hint, so its loss is computed once per prompt, over all prompts of
+the step. One token at least is left to the model. The draw depends on (run seed, group). Training
+rewards are inflated by hints; evaluation has none. `p` is any schedule, read at t + 1.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -30,24 +35,31 @@ class UFT(Method):
     paper: ClassVar[str] = "2505.16984"
     uses_experts: ClassVar[bool] = True
     aligned: ClassVar[bool] = True
-    needs_groups: ClassVar[bool] = False        # the hint is learnt with any number of samples
+    needs_groups: ClassVar[bool] = False  # the hint is learnt with any number of samples
 
-    p: Schedule | float | None = None   # None: the cosine above
-    hint_steps: int = 300               # T: no hints from this step on
+    p: Schedule | float | None = None  # None: the cosine above
+    hint_steps: int = 300  # T: no hints from this step on
     segments: int = 5
     hint_coefficient: Schedule | float = 0.001
     policy: PolicyLoss | dict | str = field(default_factory=dict)
 
     def __post_init__(self):
-        self.p = Schedule("cosine", peak=0.95, valley=0.05, decay=self.hint_steps) if self.p is None else Schedule.parse(self.p)
+        self.p = (
+            Schedule("cosine", peak=0.95, valley=0.05, decay=self.hint_steps)
+            if self.p is None
+            else Schedule.parse(self.p)
+        )
         self.hint_coefficient = Schedule.parse(self.hint_coefficient)
         if not all(0.0 <= p <= 1.0 for p in (self.p.peak, self.p.valley)) or self.segments < 1:
-            raise ValueError(f"p is {self.p} and segments is {self.segments}; p is a probability, and there must be at least one segment")
+            raise ValueError(
+                f"p is {self.p} and segments is {self.segments}; p is a probability, and "
+                "there must be at least one segment"
+            )
         self.policy = PolicyLoss.parse(self.policy, kl=0.001)
         self.signals = {}
 
     def demand(self, step, budget, signals):
-        self.signals = signals      # what the hints of this step's requests go by
+        self.signals = signals  # what the hints of this step's requests go by
         return super().demand(step, budget, signals)
 
     def probability(self, step: int) -> float:
@@ -62,10 +74,17 @@ class UFT(Method):
         request = super().request(group, prompt, sampling, step, budget)
         if prompt.demonstration is None:
             return request
-        length = min(self.hint_length(step, len(prompt.demonstration), [budget.seed, group]), sampling.max_tokens - 1)
+        length = min(
+            self.hint_length(step, len(prompt.demonstration), [budget.seed, group]),
+            sampling.max_tokens - 1,
+        )
         if length <= 0:
             return request
-        return replace(request, prefixes=(prompt.demonstration[:length],) * budget.samples, prefix_source=Source.HINT)
+        return replace(
+            request,
+            prefixes=(prompt.demonstration[:length],) * budget.samples,
+            prefix_source=Source.HINT,
+        )
 
     def accept(self, group):
         return self.policy.accept(group)
@@ -80,7 +99,10 @@ class UFT(Method):
         return rows
 
     def terms(self, batch: Batch) -> list[Term]:
-        return [*self.policy.terms(batch), Term("hint", NLL(), coefficient=self.hint_coefficient(batch.step, batch.signals))]
+        return [
+            *self.policy.terms(batch),
+            Term("hint", NLL(), coefficient=self.hint_coefficient(batch.step, batch.signals)),
+        ]
 
     def metrics(self, step):
         return {"hint_p": self.probability(step)}

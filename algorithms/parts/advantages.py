@@ -1,9 +1,11 @@
 """Advantage estimators: from the rewards of a batch to one advantage per sample.
 
-Each takes `rewards`, a list with one float [n] per group (all samples of a prompt), and `lengths`, their trained tokens, and returns a list of float32
-[n]. The group estimators treat every group alone; the whitening ones need the batch. Adding a constant to all rewards of a group changes nothing in the
-group estimators, and a group whose rewards are all equal gets zeros.
+Each takes `rewards`, a list with one float [n] per group (all samples of a prompt), and `lengths`,
+their trained tokens, and returns a list of float32 [n]. The group estimators treat every group
+alone; the whitening ones need the batch. Adding a constant to all rewards of a group changes
+nothing in the group estimators, and a group whose rewards are all equal gets zeros.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -14,12 +16,17 @@ Groups = Sequence[np.ndarray]
 
 
 def grpo(rewards, lengths=None, epsilon: float = 1e-6) -> list[np.ndarray]:
-    """(R - mean) / (std + epsilon), unbiased std; a group of one gets 0. GRPO, arXiv 2402.03300 sec. 4.1.2; epsilon as in verl."""
+    """(R - mean) / (std + epsilon), unbiased std; a group of one gets 0.
+
+    GRPO, arXiv 2402.03300 sec. 4.1.2; epsilon as in verl.
+    """
     return each_group(rewards, lambda r: (r - r.mean()) / (r.std(ddof=1) + epsilon))
 
 
 def dr_grpo(rewards, lengths=None) -> list[np.ndarray]:
-    """R - mean: no division by the spread, which favours prompts that are nearly solved or nearly hopeless. Dr.GRPO, arXiv 2503.20783."""
+    """R - mean: no division by the spread, which favours prompts that are nearly solved or nearly
+    hopeless. Dr.GRPO, arXiv 2503.20783.
+    """
     return each_group(rewards, lambda r: r - r.mean())
 
 
@@ -29,12 +36,18 @@ def rloo(rewards, lengths=None) -> list[np.ndarray]:
 
 
 def reinforce_pp(rewards, lengths) -> list[np.ndarray]:
-    """R whitened over all trained tokens of the batch. REINFORCE++, arXiv 2501.03262, with discount 1 and without the KL in the reward."""
+    """R whitened over all trained tokens of the batch.
+
+    REINFORCE++, arXiv 2501.03262, with discount 1 and without the KL in the reward.
+    """
     return whiten([np.asarray(r, np.float64) for r in rewards], lengths)
 
 
 def reinforce_pp_baseline(rewards, lengths) -> list[np.ndarray]:
-    """R - mean of the group, then whitened over all trained tokens of the batch. REINFORCE++ with baseline, arXiv 2501.03262."""
+    """R - mean of the group, then whitened over all trained tokens of the batch.
+
+    REINFORCE++ with baseline, arXiv 2501.03262.
+    """
     return whiten([np.asarray(r, np.float64) - np.mean(r) for r in rewards], lengths)
 
 
@@ -44,25 +57,36 @@ def raw(rewards, lengths=None) -> list[np.ndarray]:
 
 
 def gae(rewards, lengths=None) -> list[np.ndarray]:
-    """R itself, from which algorithms/parts/critic.py makes advantages per token once the values are known."""
+    """R itself, from which algorithms/parts/critic.py makes advantages per token once the values
+    are known.
+    """
     return raw(rewards)
 
 
 ESTIMATORS: dict[str, Callable[..., list[np.ndarray]]] = {
-    f.__name__: f for f in (grpo, dr_grpo, rloo, reinforce_pp, reinforce_pp_baseline, raw, gae)}
+    f.__name__: f for f in (grpo, dr_grpo, rloo, reinforce_pp, reinforce_pp_baseline, raw, gae)
+}
 
 
-GROUP_RELATIVE = ("grpo", "dr_grpo", "rloo", "reinforce_pp_baseline")       # compare the samples of a prompt: alone, each has advantage 0
+# compare the samples of a prompt: alone, each has advantage 0
+GROUP_RELATIVE = ("grpo", "dr_grpo", "rloo", "reinforce_pp_baseline")
 
 
 def each_group(rewards: Groups, estimate: Callable[[np.ndarray], np.ndarray]) -> list[np.ndarray]:
-    """A group of one, or without spread, has nothing to be compared with: exactly 0, where rounding in mean and std would leave a rest."""
+    """A group of one, or without spread, has nothing to be compared with: exactly 0, where rounding
+    in mean and std would leave a rest.
+    """
     arrays = [np.asarray(r, np.float64) for r in rewards]
-    return [(estimate(r) if len(r) > 1 and np.ptp(r) > 0 else np.zeros(len(r))).astype(np.float32) for r in arrays]
+    return [
+        (estimate(r) if len(r) > 1 and np.ptp(r) > 0 else np.zeros(len(r))).astype(np.float32)
+        for r in arrays
+    ]
 
 
 def whiten(values: Sequence[np.ndarray], lengths: Groups) -> list[np.ndarray]:
-    """Subtract the mean and divide by the (unbiased) standard deviation that the values have over tokens, a sample counting as often as it has tokens."""
+    """Subtract the mean and divide by the (unbiased) standard deviation that the values have over
+    tokens, a sample counting as often as it has tokens.
+    """
     if not values:
         return []
     v, n = np.concatenate(values), np.concatenate([np.asarray(x, np.float64) for x in lengths])

@@ -1,29 +1,41 @@
-"""The RL half of a method: which advantage, token objective, reduction and regularisers, and what is done about rollouts that are off-policy.
+"""The RL half of a method: which advantage, token objective, reduction and regularisers, and what
+is done about rollouts that are off-policy.
 
     L = RED{ objective(rho_t, A_i) } + kl RED{ k3(pi || pi_ref) } - entropy_bonus RED{ h_t }
 
-`policy:` in a config is a preset name, or a mapping of the fields below. Every hybrid takes the same options, over defaults of its own; `preset: NAME`
-starts from that preset instead of the method's defaults.
+`policy:` in a config is a preset name, or a mapping of the fields below. Every hybrid takes the
+same options, over defaults of its own; `preset: NAME` starts from that preset instead of the
+method's defaults.
 
 preset                  source              advantage               objective       reduction
-grpo                    arXiv 2402.03300    (R - mean)/std          clip 0.2/0.2    token_mean; the paper: kl 0.04, seq_mean_token_mean
-dr_grpo                 arXiv 2503.20783    R - mean                clip 0.2/0.2    sum_over_constant, give `reduction_length` (the response limit)
-dapo                    arXiv 2503.14476    (R - mean)/std          clip 0.2/0.28   token_mean; groups without spread are redrawn
-rloo                    arXiv 2402.14740    leave one out           reinforce       seq_mean_token_sum
+grpo                    arXiv 2402.03300    (R - mean)/std          clip 0.2/0.2    token_mean; the
+                        paper: kl 0.04, seq_mean_token_mean
+dr_grpo                 arXiv 2503.20783    R - mean                clip 0.2/0.2
+                        sum_over_constant, give `reduction_length` (the response limit)
+dapo                    arXiv 2503.14476    (R - mean)/std          clip 0.2/0.28   token_mean;
+                        groups without spread are redrawn
+rloo                    arXiv 2402.14740    leave one out           reinforce
+                        seq_mean_token_sum
 reinforce_pp            arXiv 2501.03262    R whitened              clip 0.2/0.2    token_mean
 reinforce_pp_baseline   arXiv 2501.03262    R - mean, whitened      clip 0.2/0.2    token_mean
-gspo                    arXiv 2507.18071    (R - mean)/std          gspo            seq_mean_token_mean
+gspo                    arXiv 2507.18071    (R - mean)/std          gspo
+                        seq_mean_token_mean
 cispo                   arXiv 2506.13585    (R - mean)/std          cispo           token_mean
-ppo                     arXiv 1707.06347    gae                     clip 0.2/0.2    token_mean; a value head, see algorithms/parts/critic.py
-luffy_code              code of LUFFY,      R - mean                ppo, no clip    constant (sum / reduction_length, not divided by rows); entropy bonus 0.001
+ppo                     arXiv 1707.06347    gae                     clip 0.2/0.2    token_mean; a
+                        value head, see algorithms/parts/critic.py
+luffy_code              code of LUFFY,      R - mean                ppo, no clip    constant (sum /
+                        reduction_length, not divided by rows); entropy bonus 0.001
                         ReLIFT and HPT                                              of the mean entropy of all tokens, not of their sum
 
-That code adds up the losses of a GPU's micro-batches and averages over GPUs. So on G GPUs with K micro-batches each (of one
-optimizer step), its sum over tokens weighs 1/G, and what is a token mean there (entropy bonus, KL, the SFT loss of HPT and of
-RL with an SFT loss) weighs K: their ratio depends on the machine. Here a term has one global denominator. To get the ratio of
-a published run, say what it ran on: `code_gpus: G, code_micro_batches: K`. Micro-batches that hold no token of a mean do not
-count for it; where they differ much (few demonstrations), the K of the SFT loss is smaller.
+That code adds up the losses of a GPU's micro-batches and averages over GPUs. So on G GPUs with K
+micro-batches each (of one optimizer step), its sum over tokens weighs 1/G, and what is a token mean
+there (entropy bonus, KL, the SFT loss of HPT and of RL with an SFT loss) weighs K: their ratio
+depends on the machine. Here a term has one global denominator. To get the ratio of a published run,
+say what it ran on: `code_gpus: G, code_micro_batches: K`. Micro-batches that hold no token of a
+mean do not count for it; where they differ much (few demonstrations), the K of the SFT loss is
+smaller.
 """
+
 from __future__ import annotations
 
 import math
@@ -52,13 +64,25 @@ PRESETS: dict[str, dict] = {
     "rloo": {"advantage": "rloo", "objective": "reinforce", "reduction": "seq_mean_token_sum"},
     "reinforce_pp": {"advantage": "reinforce_pp"},
     "reinforce_pp_baseline": {"advantage": "reinforce_pp_baseline"},
-    "gspo": {"objective": "gspo", "clip_low": 3e-4, "clip_high": 4e-4, "reduction": "seq_mean_token_mean"},
+    "gspo": {
+        "objective": "gspo",
+        "clip_low": 3e-4,
+        "clip_high": 4e-4,
+        "reduction": "seq_mean_token_mean",
+    },
     "cispo": {"objective": "cispo"},
     "ppo": {"advantage": "gae"},
-    "luffy_code": {"advantage": "dr_grpo", "clip_low": math.inf, "clip_high": math.inf, "reduction": "constant", "entropy_bonus": 0.001,
-                   "regulariser_reduction": "token_mean"},
+    "luffy_code": {
+        "advantage": "dr_grpo",
+        "clip_low": math.inf,
+        "clip_high": math.inf,
+        "reduction": "constant",
+        "entropy_bonus": 0.001,
+        "regulariser_reduction": "token_mean",
+    },
 }
-TRAINED = (Source.POLICY, Source.PREFIX, Source.EXPERT)     # sources whose tokens belong to the policy term, where a method puts them into a group
+# sources whose tokens belong to the policy term, where a method puts them into a group
+TRAINED = (Source.POLICY, Source.PREFIX, Source.EXPERT)
 
 T = TypeVar("T")
 
@@ -67,54 +91,73 @@ T = TypeVar("T")
 class PolicyLoss:
     """Options of the RL half."""
 
-    advantage: str = "grpo"             # algorithms/parts/advantages.py
-    critic: Critic | dict | None = None     # options of advantage gae: algorithms/parts/critic.py
-    objective: str = "ppo"              # ppo | gspo | cispo | reinforce
+    advantage: str = "grpo"  # algorithms/parts/advantages.py
+    critic: Critic | dict | None = None  # options of advantage gae: algorithms/parts/critic.py
+    objective: str = "ppo"  # ppo | gspo | cispo | reinforce
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float | None = None
     reduction: str = "token_mean"
     reduction_length: int | None = None
-    regulariser_reduction: str | None = None    # of KL and entropy bonus; None: as the policy term
-    code_gpus: int = 1                  # G and K of the docstring, of reduction constant only
+    regulariser_reduction: str | None = None  # of KL and entropy bonus; None: as the policy term
+    code_gpus: int = 1  # G and K of the docstring, of reduction constant only
     code_micro_batches: int = 1
-    kl: Schedule | float = 0.0          # beta; anything but 0 loads a frozen reference model
+    kl: Schedule | float = 0.0  # beta; anything but 0 loads a frozen reference model
     entropy_bonus: Schedule | float = 0.0
-    dynamic_sampling: bool = False      # redraw groups whose rewards are all equal (DAPO)
-    mask_truncated: bool = False        # do not train on responses cut at max_tokens (DAPO's overlong filtering)
-    correction: str = "auto"            # auto (token TIS where rollouts may be stale) | none | token | sequence
-    correction_mode: str = "truncate"   # truncate (TIS) | mask (IcePop, MIS)
+    dynamic_sampling: bool = False  # redraw groups whose rewards are all equal (DAPO)
+    # do not train on responses cut at max_tokens (DAPO's overlong filtering)
+    mask_truncated: bool = False
+    # auto (token TIS where rollouts may be stale) | none | token | sequence
+    correction: str = "auto"
+    correction_mode: str = "truncate"  # truncate (TIS) | mask (IcePop, MIS)
     correction_cap: float = 2.0
-    correction_floor: float | None = None   # of mode mask; None: 1/cap. IcePop's band is floor 0.5, cap 5
+    # of mode mask; None: 1/cap. IcePop's band is floor 0.5, cap 5
+    correction_floor: float | None = None
 
     def __post_init__(self):
         check("advantage", self.advantage, ESTIMATORS)
         check("objective", self.objective, ("ppo", "gspo", "cispo", "reinforce"))
         check("correction", self.correction, ("auto", "none", "token", "sequence"))
         check("correction_mode", self.correction_mode, ("truncate", "mask"))
-        Reduction(self.reduction, self.reduction_length)    # fails here, not in step 1
+        Reduction(self.reduction, self.reduction_length)  # fails here, not in step 1
         self.regulariser()
         for name in ("code_gpus", "code_micro_batches"):
             count = getattr(self, name)
             if count < 1 or (count > 1 and self.reduction != "constant"):
-                raise ValueError(f"method.policy.{name} is {count} with reduction {self.reduction!r}: it is a count, at least 1, and more than 1 "
-                                 "goes with reduction constant only (preset luffy_code), whose authors' code depends on it")
+                raise ValueError(
+                    f"method.policy.{name} is {count} with reduction {self.reduction!r}: it "
+                    "is a count, at least 1, and more than 1 "
+                    "goes with reduction constant only (preset luffy_code), whose authors' "
+                    "code depends on it"
+                )
         self.kl, self.entropy_bonus = Schedule.parse(self.kl), Schedule.parse(self.entropy_bonus)
         if self.critic is not None and self.advantage != "gae":
-            raise ValueError(f"method.policy.critic is given, but method.policy.advantage is {self.advantage!r}, which has no critic; set it to gae (preset ppo)")
-        self.critic = build(Critic, self.critic or {}, "method.policy.critic") if self.advantage == "gae" else None
+            raise ValueError(
+                "method.policy.critic is given, but method.policy.advantage is "
+                f"{self.advantage!r}, which has no critic; set it to gae (preset ppo)"
+            )
+        self.critic = (
+            build(Critic, self.critic or {}, "method.policy.critic")
+            if self.advantage == "gae"
+            else None
+        )
 
     @classmethod
     def parse(cls, value, **defaults) -> PolicyLoss:
-        """A preset name, a mapping of options with an optional `preset`, or a PolicyLoss, which is taken as it is.
+        """A preset name, a mapping of options with an optional `preset`, or a PolicyLoss, which is
+        taken as it is.
 
-        `defaults` are the method's own; they may name a preset themselves. A preset that `value` names takes their place, single options change them.
+        `defaults` are the method's own; they may name a preset themselves. A preset that `value`
+        names takes their place, single options change them.
         """
         if isinstance(value, cls):
             return value
         options = {"preset": value} if isinstance(value, str) else dict(value)
         if "preset" not in options:
-            critic = {**(defaults.get("critic") or {}), **typed(dict, options.get("critic") or {}, "method.policy.critic")}
+            critic = {
+                **(defaults.get("critic") or {}),
+                **typed(dict, options.get("critic") or {}, "method.policy.critic"),
+            }
             options = {**defaults, **options, "critic": critic or None}
         preset = typed(str, options.pop("preset", "grpo"), "method.policy.preset")
         check("preset", preset, PRESETS)
@@ -139,20 +182,37 @@ class PolicyLoss:
         return np.zeros(len(trajectory.tokens), np.float32) if cut else trained(trajectory)
 
     def row(self, trajectory: Trajectory, advantage: float) -> Row:
-        """A row of the policy term. The regularisers that are on get the tokens the policy sampled itself: KL and entropy are expectations under it."""
+        """A row of the policy term.
+
+        The regularisers that are on get the tokens the policy sampled itself: KL and entropy are
+        expectations under it.
+        """
         mask = self.mask(trajectory)
         sampled = mask * (trajectory.source == Source.POLICY)
-        row = Row(tokens=trajectory.tokens, source=trajectory.source, weights={"policy": mask, **{name: sampled.copy() for name in self.regularisers()}},
-                  advantage=mask * np.float32(advantage), behaviour_logp=trajectory.behaviour_logp, version=trajectory.version, group=trajectory.group,
-                  prompt_id=trajectory.prompt_id)
+        row = Row(
+            tokens=trajectory.tokens,
+            source=trajectory.source,
+            weights={"policy": mask, **{name: sampled.copy() for name in self.regularisers()}},
+            advantage=mask * np.float32(advantage),
+            behaviour_logp=trajectory.behaviour_logp,
+            version=trajectory.version,
+            group=trajectory.group,
+            prompt_id=trajectory.prompt_id,
+        )
         return row if self.critic is None else self.critic.row(row, trajectory)
 
     def credit(self, rows: Sequence[Row], batch: Batch) -> Sequence[Row]:
         return rows if self.critic is None else self.critic.credit(rows, batch)
 
     def rows(self, groups: Sequence[ScoredGroup]) -> list[Row]:
-        """Every trajectory of every group as a row, with the advantage that it has within its group."""
-        return [self.row(t, a) for g, advantages in zip(groups, self.advantages(groups)) for t, a in zip(g.trajectories, advantages)]
+        """Every trajectory of every group as a row, with the advantage that it has within its
+        group.
+        """
+        return [
+            self.row(t, a)
+            for g, advantages in zip(groups, self.advantages(groups))
+            for t, a in zip(g.trajectories, advantages)
+        ]
 
     @property
     def mean_weight(self) -> int:
@@ -167,17 +227,35 @@ class PolicyLoss:
         return Reduction(self.regulariser_reduction, length)
 
     def regularisers(self) -> list[str]:
-        return [name for name, coefficient in (("kl", self.kl), ("entropy", self.entropy_bonus)) if not coefficient.off]
+        return [
+            name
+            for name, coefficient in (("kl", self.kl), ("entropy", self.entropy_bonus))
+            if not coefficient.off
+        ]
 
     def token_objective(self):
         if self.objective == "ppo":
             return PPOClip(self.clip_low, self.clip_high, self.dual_clip)
-        return {"gspo": GSPO(self.clip_low, self.clip_high), "cispo": CISPO(self.clip_low, self.clip_high), "reinforce": Reinforce()}[self.objective]
+        return {
+            "gspo": GSPO(self.clip_low, self.clip_high),
+            "cispo": CISPO(self.clip_low, self.clip_high),
+            "reinforce": Reinforce(),
+        }[self.objective]
 
     def terms(self, batch: Batch, coefficient: float = 1.0) -> list[Term]:
         reduction = Reduction(self.reduction, self.reduction_length)
-        level = ("token" if batch.off_policy else "none") if self.correction == "auto" else self.correction
-        correction = None if level == "none" else RolloutCorrection(level, self.correction_mode, self.correction_cap, self.correction_floor)
+        level = (
+            ("token" if batch.off_policy else "none")
+            if self.correction == "auto"
+            else self.correction
+        )
+        correction = (
+            None
+            if level == "none"
+            else RolloutCorrection(
+                level, self.correction_mode, self.correction_cap, self.correction_floor
+            )
+        )
         whole = coefficient / self.code_gpus
         terms = [Term("policy", self.token_objective(), reduction, whole, correction)]
         mean = self.regulariser()
@@ -205,4 +283,6 @@ def variant(as_: str, paper: T, code: T) -> T:
 
 def check(option: str, value, known) -> None:
     if value not in known:
-        raise ValueError(f"method.policy.{option} is {value!r}{closest(value, known)}; known: {', '.join(known)}")
+        raise ValueError(
+            f"method.policy.{option} is {value!r}{closest(value, known)}; known: {', '.join(known)}"
+        )

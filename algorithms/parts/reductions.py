@@ -1,15 +1,18 @@
 """Reductions: how the token losses of a term become one number. Named, never implied.
 
-Each is `sum over tokens of weight * scale(row) * loss / Z`, with Z counted over the whole global batch (all micro-batches, all ranks).
-`scale` depends on the row alone, so that any split of the same rows gives the same gradient. n_i is the number of tokens that row i has
-in the term; only rows with n_i > 0 count.
+Each is `sum over tokens of weight * scale(row) * loss / Z`, with Z counted over the whole global
+batch (all micro-batches, all ranks). `scale` depends on the row alone, so that any split of the
+same rows gives the same gradient. n_i is the number of tokens that row i has in the term; only rows
+with n_i > 0 count.
 
     token_mean               scale 1        Z = sum_i n_i            DAPO, CHORD
     seq_mean_token_mean      scale 1/n_i    Z = rows                 GRPO as published, GSPO
     seq_mean_token_sum       scale 1        Z = rows
     sum_over_constant(L)     scale 1        Z = rows * L             Dr.GRPO (arXiv 2503.20783)
-    constant(L)              scale 1        Z = L                    the code of LUFFY, ReLIFT and HPT: grows with the number of rows
+    constant(L)              scale 1        Z = L                    the code of LUFFY, ReLIFT and
+                             HPT: grows with the number of rows
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -30,15 +33,26 @@ class Reduction:
         if self.name not in NAMES:
             raise ValueError(f"unknown reduction {self.name!r}; known: {', '.join(NAMES)}")
         if (self.length is not None) != self.name.endswith("constant"):
-            raise ValueError(f"reduction {self.name!r} with length={self.length}: a length goes with sum_over_constant and constant, and only with them")
+            raise ValueError(
+                f"reduction {self.name!r} with length={self.length}: a length goes with "
+                "sum_over_constant and constant, and only with them"
+            )
 
     def row_scale(self, n: int) -> float:
         """Factor of a row that has n > 0 tokens in the term."""
         return 1.0 / n if self.name == "seq_mean_token_mean" else 1.0
 
     def denominator(self, counts: np.ndarray) -> float:
-        """Z, from the token count of every row of the global batch (int [rows]). At least 1, so that an empty term is 0, not NaN."""
+        """Z, from the token count of every row of the global batch (int [rows]).
+
+        At least 1, so that an empty term is 0, not NaN.
+        """
         rows = int((counts > 0).sum())
-        z = {"token_mean": int(counts.sum()), "seq_mean_token_mean": rows, "seq_mean_token_sum": rows,
-             "sum_over_constant": rows * (self.length or 0), "constant": self.length or 0}[self.name]
+        z = {
+            "token_mean": int(counts.sum()),
+            "seq_mean_token_mean": rows,
+            "seq_mean_token_sum": rows,
+            "sum_over_constant": rows * (self.length or 0),
+            "constant": self.length or 0,
+        }[self.name]
         return float(max(z, 1))

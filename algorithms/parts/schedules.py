@@ -1,8 +1,11 @@
 """Schedules: a number over time. Any coefficient, prefix length or hint probability can take one.
 
-A schedule is a pure function of the optimizer step (0-based) and of the signals, each metric of the run as it was last measured. The run carries and
-checkpoints those, a schedule has no state, and it is the same on every rank. In a config it is a number or a mapping, e.g. `mu: {kind: cosine, peak: 0.9, valley: 0.05, decay: 200}` or `mu: {kind: reward_gap, peak: 0.5}`.
+A schedule is a pure function of the optimizer step (0-based) and of the signals, each metric of the
+run as it was last measured. The run carries and checkpoints those, a schedule has no state, and it
+is the same on every rank. In a config it is a number or a mapping, e.g. `mu: {kind: cosine, peak:
+0.9, valley: 0.05, decay: 200}` or `mu: {kind: reward_gap, peak: 0.5}`.
 """
+
 from __future__ import annotations
 
 import math
@@ -11,7 +14,13 @@ from dataclasses import dataclass
 
 from tandem.engine.config.options import build
 
-SIGNAL = {"reward_gap": "reward/mean", "gate": "reward/mean", "entropy_exp": "entropy", "saturating": "grad_norm"}     # what a kind reads by default
+# what a kind reads by default
+SIGNAL = {
+    "reward_gap": "reward/mean",
+    "gate": "reward/mean",
+    "entropy_exp": "entropy",
+    "saturating": "grad_norm",
+}
 KINDS = ("constant", "linear", "cosine", "step", "periodic", *SIGNAL)
 NONE: Mapping[str, float] = {}
 
@@ -23,19 +32,24 @@ class Schedule:
     kind         value at step t
     constant     peak
     linear       warm-up 0 -> peak over `warmup` steps, then peak -> valley linearly over `decay` steps, then valley
-    cosine       the same with a half cosine: valley + (peak - valley)(1 + cos(pi (t - warmup)/decay))/2   (CHORD, arXiv 2508.11408, authors' code)
+    cosine       the same with a half cosine: valley + (peak - valley)(1 + cos(pi (t -
+                 warmup)/decay))/2   (CHORD, arXiv 2508.11408, authors' code)
     step         peak while t < decay, then valley                                                        (SFT->RL: 1 -> 0)
-    periodic     peak on every `period`-th step (t % period == 0), valley otherwise                       (alternating SFT/RL)
+    periodic     peak on every `period`-th step (t % period == 0), valley otherwise
+                 (alternating SFT/RL)
 
     kind         value where the signal was s when last measured; peak before it ever was
-    reward_gap   peak - s, kept within [valley, peak]           (CHORD's adaptive mu = max(0, tau - mean reward): peak is tau)
+    reward_gap   peak - s, kept within [valley, peak]           (CHORD's adaptive mu = max(0, tau -
+                 mean reward): peak is tau)
     gate         peak while s <= threshold, then valley         (success gate)
     entropy_exp  peak exp(rate s)                               (SRFT's weights: rate -1 for demonstrations, +1 for own samples)
     saturating   peak s/(s + threshold)                         (SASR's probability of an SFT step)
 
-    `signal` names the metric of metrics.jsonl that is read: by default reward/mean, entropy or grad_norm. A step that does not measure it (one without
-    rollouts has no reward/mean, a skipped one no finite grad_norm) leaves the value where it was. So what decides whether there are rollouts at all, and goes by
-    their reward, needs a peak below 1: at 1 nothing would ever be measured.
+    `signal` names the metric of metrics.jsonl that is read: by default reward/mean, entropy or
+    grad_norm. A step that does not measure it (one without rollouts has no reward/mean, a skipped
+    one no finite grad_norm) leaves the value where it was. So what decides whether there are
+    rollouts at all, and goes by their reward, needs a peak below 1: at 1 nothing would ever be
+    measured.
     """
 
     kind: str = "constant"
@@ -50,12 +64,19 @@ class Schedule:
 
     def __post_init__(self):
         from tandem.engine.core.text import closest
+
         if self.kind not in KINDS:
-            raise ValueError(f"unknown schedule kind {self.kind!r}{closest(self.kind, KINDS)}; known: {', '.join(KINDS)}")
+            raise ValueError(
+                f"unknown schedule kind {self.kind!r}{closest(self.kind, KINDS)}; known: "
+                f"{', '.join(KINDS)}"
+            )
         if self.warmup < 0 or self.decay < 0 or self.period < 1:
             raise ValueError(f"schedule {self}: warmup and decay must be >= 0 and period >= 1")
         if self.signal is not None and self.kind not in SIGNAL:
-            raise ValueError(f"schedule kind {self.kind!r} depends on the step alone, but signal is {self.signal!r}; kinds with a signal: {', '.join(SIGNAL)}")
+            raise ValueError(
+                f"schedule kind {self.kind!r} depends on the step alone, but signal is "
+                f"{self.signal!r}; kinds with a signal: {', '.join(SIGNAL)}"
+            )
         if self.kind == "saturating" and self.threshold < 0:
             raise ValueError(f"schedule {self}: threshold must be >= 0")
 

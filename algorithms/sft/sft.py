@@ -1,9 +1,12 @@
 """SFT: supervised fine-tuning on expert demonstrations.
 
-    L = - TOK_demo{ log p_t }          the mean over all expert tokens of the global batch, not a mean of means
+    L = - TOK_demo{ log p_t }          the mean over all expert tokens of the global batch, not a
+                                       mean of means
 
-Source: the standard objective; on what goes wrong when the denominator is taken per micro-batch, see the audit arXiv 2604.23747.
+Source: the standard objective; on what goes wrong when the denominator is taken per micro-batch,
+see the audit arXiv 2604.23747.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass

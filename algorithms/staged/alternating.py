@@ -2,9 +2,11 @@
 
     L(t) = L_SFT if t % every == 0 else L_GRPO
 
-Source: "uniform" interleaving, the ablation of ReLIFT with an SFT step every 8 steps (arXiv 2506.07527: 49.1 against 52.6 for ReLIFT itself).
-ReLIFT keeps separate optimizer moments for the two kinds of step (`separate_moments: true`).
+Source: "uniform" interleaving, the ablation of ReLIFT with an SFT step every 8 steps (arXiv
+2506.07527: 49.1 against 52.6 for ReLIFT itself). ReLIFT keeps separate optimizer moments for the
+two kinds of step (`separate_moments: true`).
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -38,7 +40,12 @@ class Alternating(Method):
 
     def demand(self, step, budget, signals):
         if step % self.every == 0:
-            return Demand(experts=budget.experts, kind="sft", learning_rate=self.sft_learning_rate, optimizer="sft" if self.separate_moments else "main")
+            return Demand(
+                experts=budget.experts,
+                kind="sft",
+                learning_rate=self.sft_learning_rate,
+                optimizer="sft" if self.separate_moments else "main",
+            )
         return Demand(prompts=budget.prompts, kind="rl")
 
     def accept(self, group):

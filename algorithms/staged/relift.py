@@ -3,14 +3,18 @@
     RL step:   L_GRPO; prompts that no rollout solved go to a buffer, with their demonstrations
     SFT step:  L = - TOK_buf{ log p_t } - alpha TOK_buf{ h_t },     as soon as the buffer holds `buffer` demonstrations; it takes that many
 
-Source: arXiv 2506.07527; buffer 128. The SFT step has optimizer moments of its own.
-Paper and code: the paper's RL is GRPO with std, clip and token mean, alpha 1e-4, and a plain buffer: oldest first. as=code has no std, no clip, divides by the
-response limit (give it as `policy: {reduction_length: 8192}`), an entropy bonus of 0.001 on the mean entropy, alpha 1e-3, puts each step's demonstrations in
-front of the buffer and takes from there (within a step in the step's order; what is left grows old at the end), and calls a
-prompt hardest only if all its rewards are exactly 0, so that a format penalty keeps it out. The authors' later code, on a newer
-verl, appends to the buffer as the paper: `newest_first: false`. The authors clip gradients at 1.0 (SFT) and 0.7 (RL);
-learner.grad_clip is one number for both. With dynamic sampling, hardest prompts are kept: they have no gradient, but feed the buffer.
+Source: arXiv 2506.07527; buffer 128. The SFT step has optimizer moments of its own. Paper and code:
+the paper's RL is GRPO with std, clip and token mean, alpha 1e-4, and a plain buffer: oldest first.
+as=code has no std, no clip, divides by the response limit (give it as `policy: {reduction_length:
+8192}`), an entropy bonus of 0.001 on the mean entropy, alpha 1e-3, puts each step's demonstrations
+in front of the buffer and takes from there (within a step in the step's order; what is left grows
+old at the end), and calls a prompt hardest only if all its rewards are exactly 0, so that a format
+penalty keeps it out. The authors' later code, on a newer verl, appends to the buffer as the paper:
+`newest_first: false`. The authors clip gradients at 1.0 (SFT) and 0.7 (RL); learner.grad_clip is
+one number for both. With dynamic sampling, hardest prompts are kept: they have no gradient, but
+feed the buffer.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -32,23 +36,31 @@ class ReLIFT(Method):
     paper: ClassVar[str] = "2506.07527"
     uses_experts: ClassVar[bool] = True
     aligned: ClassVar[bool] = True
-    needs_groups: ClassVar[bool] = False        # one rollout per prompt still shows which questions to learn from demonstrations
+    # one rollout per prompt still shows which questions to learn from demonstrations
+    needs_groups: ClassVar[bool] = False
 
     as_: str = "paper"
     buffer: int = 128
-    newest_first: bool | None = None        # None: false as paper, true as code
-    alpha: Schedule | float | None = None   # None: 1e-4 as paper, 1e-3 as code
+    newest_first: bool | None = None  # None: false as paper, true as code
+    alpha: Schedule | float | None = None  # None: 1e-4 as paper, 1e-3 as code
     sft_learning_rate: float | None = None
     policy: PolicyLoss | dict | str = field(default_factory=dict)
 
     def __post_init__(self):
         if self.buffer < 1:
             raise ValueError(f"buffer is {self.buffer}, must be at least 1")
-        self.policy = PolicyLoss.parse(self.policy, **variant(self.as_, {}, {"preset": "luffy_code"}))
-        self.alpha = Schedule.parse(variant(self.as_, 1e-4, 1e-3) if self.alpha is None else self.alpha)
-        self.newest_first = variant(self.as_, False, True) if self.newest_first is None else self.newest_first
-        self.waiting: list[Trajectory] = []         # in the order in which they are taken
-        self.planned: set[int] = set()      # SFT steps that were announced and not yet made; with staleness, steps are announced ahead
+        self.policy = PolicyLoss.parse(
+            self.policy, **variant(self.as_, {}, {"preset": "luffy_code"})
+        )
+        self.alpha = Schedule.parse(
+            variant(self.as_, 1e-4, 1e-3) if self.alpha is None else self.alpha
+        )
+        self.newest_first = (
+            variant(self.as_, False, True) if self.newest_first is None else self.newest_first
+        )
+        self.waiting: list[Trajectory] = []  # in the order in which they are taken
+        # SFT steps that were announced and not yet made; with staleness, steps are announced ahead
+        self.planned: set[int] = set()
         self.pushed = self.consumed = 0
 
     def hardest(self, group: ScoredGroup) -> bool:
@@ -72,7 +84,7 @@ class ReLIFT(Method):
             self.pushed += len(found)
             return self.policy.rows(batch.groups)
         self.planned.discard(batch.step)
-        taken, self.waiting = self.waiting[:self.buffer], self.waiting[self.buffer:]
+        taken, self.waiting = self.waiting[: self.buffer], self.waiting[self.buffer :]
         self.consumed += len(taken)
         rows = [expert_row(t, "buffer") for t in taken]
         for row in rows:
@@ -82,14 +94,31 @@ class ReLIFT(Method):
     def terms(self, batch: Batch) -> list[Term]:
         if batch.groups:
             return self.policy.terms(batch)
-        return [Term("buffer", NLL()),
-                Term("buffer_entropy", EntropyBonus(), coefficient=self.alpha(batch.step, batch.signals), needs=frozenset({"entropy"}))]
+        return [
+            Term("buffer", NLL()),
+            Term(
+                "buffer_entropy",
+                EntropyBonus(),
+                coefficient=self.alpha(batch.step, batch.signals),
+                needs=frozenset({"entropy"}),
+            ),
+        ]
 
     def metrics(self, step):
         return {"buffer": float(len(self.waiting)), "demonstrations_used": float(self.consumed)}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"waiting": list(self.waiting), "planned": sorted(self.planned), "pushed": self.pushed, "consumed": self.consumed}
+        return {
+            "waiting": list(self.waiting),
+            "planned": sorted(self.planned),
+            "pushed": self.pushed,
+            "consumed": self.consumed,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.waiting, self.planned, self.pushed, self.consumed = list(state["waiting"]), set(state["planned"]), state["pushed"], state["consumed"]
+        self.waiting, self.planned, self.pushed, self.consumed = (
+            list(state["waiting"]),
+            set(state["planned"]),
+            state["pushed"],
+            state["consumed"],
+        )

@@ -1,14 +1,19 @@
-"""SASR: after a warm-up of SFT, every step is SFT or GRPO by a draw whose probability follows the SFT gradient's norm.
+"""SASR: after a warm-up of SFT, every step is SFT or GRPO by a draw whose probability follows the
+SFT gradient's norm.
 
-    L_t = I_t L_SFT + (1 - I_t) L_GRPO,    I_t ~ Bernoulli(p_t),    p_t = G_last / (G_last + gamma G_warm)
+    L_t = I_t L_SFT + (1 - I_t) L_GRPO,    I_t ~ Bernoulli(p_t),    p_t = G_last / (G_last + gamma
+                                           G_warm)
     G_last: norm of the SFT gradient at the most recent SFT step;  G_warm: at the end of the warm-up
 
-Source: arXiv 2505.13026: a per-step switch, probabilistic, driven by gradient norms; warm-up loss is the NLL summed over tokens (`sft_reduction:
-seq_mean_token_sum`; the default, a token mean, keeps the learning rate of SFT).
-UNVERIFIED: the formula of p_t, gamma, the warm-up's length, and how the paper's split of samples by the group's median enters the loss (here: not at all); no
-code is public. The norm is the global one before clipping. The draw depends on (run seed, step) alone, so that all ranks and a resumed run draw the same.
-p_t freezes while no SFT step is drawn. The two kinds of step share their optimizer moments. `probability` puts any schedule in p_t's place.
+Source: arXiv 2505.13026: a per-step switch, probabilistic, driven by gradient norms; warm-up loss
+is the NLL summed over tokens (`sft_reduction: seq_mean_token_sum`; the default, a token mean, keeps
+the learning rate of SFT). UNVERIFIED: the formula of p_t, gamma, the warm-up's length, and how the
+paper's split of samples by the group's median enters the loss (here: not at all); no code is
+public. The norm is the global one before clipping. The draw depends on (run seed, step) alone, so
+that all ranks and a resumed run draw the same. p_t freezes while no SFT step is drawn. The two
+kinds of step share their optimizer moments. `probability` puts any schedule in p_t's place.
 """
+
 from __future__ import annotations
 
 import math
@@ -32,7 +37,7 @@ class SASR(Method):
     paper: ClassVar[str] = "2505.13026"
     uses_experts: ClassVar[bool] = True
 
-    warmup: int = 100                   # SFT steps
+    warmup: int = 100  # SFT steps
     gamma: float = 1.0
     probability: Schedule | float | None = None
     sft_reduction: str = "token_mean"
@@ -41,17 +46,27 @@ class SASR(Method):
 
     def __post_init__(self):
         if self.warmup < 1:
-            raise ValueError(f"warmup is {self.warmup}, must be at least 1: the switch compares with the gradient norm at its end")
+            raise ValueError(
+                f"warmup is {self.warmup}, must be at least 1: the switch compares with the "
+                "gradient norm at its end"
+            )
         if self.probability is None:
-            self.probability = Schedule("saturating", peak=1.0, signal="sft_norm_ratio", threshold=self.gamma)
-        self.probability, self.policy = Schedule.parse(self.probability), PolicyLoss.parse(self.policy)
+            self.probability = Schedule(
+                "saturating", peak=1.0, signal="sft_norm_ratio", threshold=self.gamma
+            )
+        self.probability, self.policy = (
+            Schedule.parse(self.probability),
+            PolicyLoss.parse(self.policy),
+        )
         Reduction(self.sft_reduction)
         self.g_warm = self.g_last = 0.0
         self.next_p, self.signals = 1.0, {}
 
     def p(self, step: int, signals: Mapping[str, float]) -> float:
         """The chance that `step` is an SFT step."""
-        return 1.0 if step < self.warmup else self.probability(step, {**signals, **self.norm_ratio()})
+        return (
+            1.0 if step < self.warmup else self.probability(step, {**signals, **self.norm_ratio()})
+        )
 
     def norm_ratio(self) -> dict[str, float]:
         return {"sft_norm_ratio": self.g_last / self.g_warm} if self.g_warm > 0 else {}
@@ -76,7 +91,8 @@ class SASR(Method):
             self.g_last = float(metrics["grad_norm"])
             if step < self.warmup:
                 self.g_warm = self.g_last
-        self.next_p = self.p(step + 1, {**self.signals, **metrics})       # an SFT step has no reward: what was known of it before
+        # an SFT step has no reward: what was known of it before
+        self.next_p = self.p(step + 1, {**self.signals, **metrics})
 
     def metrics(self, step):
         return {"sft_probability": self.next_p, **self.norm_ratio()}

@@ -1,10 +1,14 @@
 """SFT->RL: demonstrations first, then GRPO, two stages in one run.
 
-    L(t) = L_SFT  for t < sft_steps,   L_GRPO  afterwards                (mu(t) = 1[t < S] in CHORD's notation)
+    L(t) = L_SFT  for t < sft_steps,   L_GRPO  afterwards                (mu(t) = 1[t < S] in
+                                       CHORD's notation)
 
-The baseline that a hybrid has to beat: tuned, it beat every single-stage hybrid of the audit arXiv 2604.23747. Each stage has its own learning rate
-(they differ by 5x to 50x in published recipes), and the RL stage starts from fresh optimizer moments. A KL term holds it near the end of the first stage.
+The baseline that a hybrid has to beat: tuned, it beat every single-stage hybrid of the audit arXiv
+2604.23747. Each stage has its own learning rate (they differ by 5x to 50x in published recipes),
+and the RL stage starts from fresh optimizer moments. A KL term holds it near the end of the first
+stage.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -23,7 +27,7 @@ class SFTThenRL(Method):
     uses_experts: ClassVar[bool] = True
 
     sft_steps: int = 100
-    sft_learning_rate: float | None = None      # None: learner.learning_rate for both stages
+    sft_learning_rate: float | None = None  # None: learner.learning_rate for both stages
     policy: PolicyLoss | dict | str = field(default_factory=dict)
 
     def __post_init__(self):
@@ -35,8 +39,17 @@ class SFTThenRL(Method):
 
     def demand(self, step, budget, signals):
         if step < self.sft_steps:
-            return Demand(experts=budget.experts, kind="sft", learning_rate=self.sft_learning_rate, optimizer="sft")
-        return Demand(prompts=budget.prompts, kind="rl", set_reference=step == self.sft_steps and self.policy.uses_reference)
+            return Demand(
+                experts=budget.experts,
+                kind="sft",
+                learning_rate=self.sft_learning_rate,
+                optimizer="sft",
+            )
+        return Demand(
+            prompts=budget.prompts,
+            kind="rl",
+            set_reference=step == self.sft_steps and self.policy.uses_reference,
+        )
 
     def accept(self, group):
         return self.policy.accept(group)

@@ -1,7 +1,9 @@
-"""Focal mix: GRPO plus SFT on demonstrations, where an expert token weighs (1 - p)^k: what the model knows already is left alone.
+"""Focal mix: GRPO plus SFT on demonstrations, where an expert token weighs (1 - p)^k: what the
+model knows already is left alone.
 
     L = (1 - mu) L_GRPO - mu TOK_demo{ sg[(1 - p_t)^k] log p_t }
 """
+
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -17,7 +19,8 @@ class FocalNLL:
 
     def __call__(self, tokens):
         p = tokens.logp.detach().exp()
-        return -((1 - p) ** self.k) * tokens.logp, {"p": p}         # a loss per token, and what to report of it
+        # a loss per token, and what to report of it
+        return -((1 - p) ** self.k) * tokens.logp, {"p": p}
 
 
 @dataclass
@@ -25,9 +28,9 @@ class FocalMix(Method):
     title: ClassVar[str] = "GRPO + SFT weighted by (1 - p)^k"
     uses_experts: ClassVar[bool] = True
 
-    mu: Schedule | float = 0.2                                      # a number, or any schedule
+    mu: Schedule | float = 0.2  # a number, or any schedule
     k: float = 2.0
-    policy: PolicyLoss | dict | str = field(default_factory=dict)   # the whole RL family as options
+    policy: PolicyLoss | dict | str = field(default_factory=dict)  # the whole RL family as options
 
     def __post_init__(self):
         self.mu, self.policy = Schedule.parse(self.mu), PolicyLoss.parse(self.policy)

@@ -2,6 +2,7 @@
 
 Nothing is known here of the keys themselves; engine/config/parse.py checks them.
 """
+
 from __future__ import annotations
 
 import os
@@ -43,8 +44,10 @@ def find_config(name: str | Path) -> Path:
         return Path(name).expanduser()
     known = packaged()
     if (wanted := text.removeprefix(PACKAGED)) not in known:
-        raise ConfigError(f"config {text!r}: no such config comes with the package"
-                          f"{closest(wanted, known)}; `tandem configs` lists them")
+        raise ConfigError(
+            f"config {text!r}: no such config comes with the package"
+            f"{closest(wanted, known)}; `tandem configs` lists them"
+        )
     return known[wanted]
 
 
@@ -78,8 +81,10 @@ def read_file(path: Path) -> Document:
     if document.value is None:
         document.value = {}
     if not isinstance(document.value, dict):
-        raise ConfigError(f"config {path}: expected a mapping of sections at the top, "
-                          f"found {type(document.value).__name__}")
+        raise ConfigError(
+            f"config {path}: expected a mapping of sections at the top, "
+            f"found {type(document.value).__name__}"
+        )
     return document
 
 
@@ -104,8 +109,10 @@ def check_bytes(override: str) -> None:
         found = os.fsencode(override)
         encoding = sys.getfilesystemencoding()
         advice = f"; {UTF8}" if encoding != "utf-8" else ""
-        raise ConfigError(f"override {brief(found)}: it holds bytes that are no {encoding}, the "
-                          f"encoding of this locale{advice}") from None
+        raise ConfigError(
+            f"override {brief(found)}: it holds bytes that are no {encoding}, the "
+            f"encoding of this locale{advice}"
+        ) from None
 
 
 def put(document: Document, override: str, path: Path) -> str:
@@ -116,21 +123,25 @@ def put(document: Document, override: str, path: Path) -> str:
         raise ConfigError(f"override {brief(override)}: expected key=value, e.g. run.steps=100")
     parts = tuple(key.split("."))
     if len(parts) > MAX_DEPTH:
-        raise ConfigError(f"override {brief(override)}: the key has {len(parts)} parts, "
-                          f"more than {MAX_DEPTH}")
+        raise ConfigError(
+            f"override {brief(override)}: the key has {len(parts)} parts, more than {MAX_DEPTH}"
+        )
     try:
         given = read(text)
     except YamlError as error:
-        raise ConfigError(f"override {brief(override)}: the value is {error} (in the shell, quotes "
-                          "go around a word with spaces: 'method={name: sft}')") from None
+        raise ConfigError(
+            f"override {brief(override)}: the value is {error} (in the shell, quotes "
+            "go around a word with spaces: 'method={name: sft}')"
+        ) from None
     node = document.value
     for part in parts[:-1]:
         if node.get(part) is None:
             node[part] = {}
         node = node[part]
         if not isinstance(node, dict):
-            raise ConfigError(f"override {brief(override)}: {part!r} is a value in {path}, "
-                              "not a section")
+            raise ConfigError(
+                f"override {brief(override)}: {part!r} is a value in {path}, not a section"
+            )
     node[parts[-1]] = given.value
     document.forget(parts)
     for below, words in given.written.items():

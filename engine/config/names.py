@@ -1,11 +1,27 @@
 """Names that a config may not use."""
+
 from __future__ import annotations
 
 # What Tandem itself gives to a template, or what apply_chat_template takes for its own arguments.
-RESERVED = ("messages", "conversation", "conversations", "tools", "documents", "chat_template",
-            "add_generation_prompt", "continue_final_message", "strftime_now", "tokenize",
-            "padding", "truncation", "max_length", "return_tensors", "return_dict",
-            "return_assistant_tokens_mask", "tokenizer_kwargs")
+RESERVED = (
+    "messages",
+    "conversation",
+    "conversations",
+    "tools",
+    "documents",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "strftime_now",
+    "tokenize",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+)
 
 
 def name_fault(name: str) -> str:

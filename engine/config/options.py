@@ -1,4 +1,7 @@
-"""From a mapping in a config to a dataclass: keys are checked against its fields, values against their annotations, and errors name the key."""
+"""From a mapping in a config to a dataclass: keys are checked against its fields, values against
+their annotations, and errors name the key.
+"""
+
 from __future__ import annotations
 
 import dataclasses
@@ -13,21 +16,35 @@ PLAIN = (int, float, bool, str, dict, list, types.NoneType)
 
 
 def build(cls: type[T], options: Any, key: str, owner: str | None = None) -> T:
-    """`cls(**options)`. Raises ValueError if `options` is no mapping, has a key that is no field of `cls`, or a value that is none of its field's types.
+    """`cls(**options)`.
 
-    `key` is where the options stand in the config, e.g. method.policy; `owner` is what the message about an unknown key calls it instead.
+    Raises ValueError if `options` is no mapping, has a key that is no field of `cls`, or a value
+    that is none of its field's types.
+
+    `key` is where the options stand in the config, e.g. method.policy; `owner` is what the message
+    about an unknown key calls it instead.
     """
     from tandem.engine.core.text import closest
+
     if isinstance(options, cls):
         return options
     if not isinstance(options, Mapping):
         raise ValueError(f"{key}: found {options!r}, expected a mapping of options")
-    known = {f.name.rstrip("_"): f.name for f in dataclasses.fields(cls) if f.init}     # `as` is a word of Python, so its field is `as_`
+    # `as` is a word of Python, so its field is `as_`
+    known = {f.name.rstrip("_"): f.name for f in dataclasses.fields(cls) if f.init}
     for name in options:
         if name not in known:
-            raise ValueError(f"{owner or key} has no option {name!r}{closest(name, known)}; its options: {', '.join(known) or 'none'}")
+            raise ValueError(
+                f"{owner or key} has no option {name!r}{closest(name, known)}; its options: "
+                f"{', '.join(known) or 'none'}"
+            )
     hints = annotations(cls)
-    return cls(**{known[name]: typed(hints[known[name]], value, f"{key}.{name}") for name, value in options.items()})
+    return cls(
+        **{
+            known[name]: typed(hints[known[name]], value, f"{key}.{name}")
+            for name, value in options.items()
+        }
+    )
 
 
 def annotations(cls: type) -> dict[str, Any]:
@@ -44,13 +61,22 @@ def annotations(cls: type) -> dict[str, Any]:
 
 
 def typed(hint: Any, value: Any, key: str) -> Any:
-    """`value` as `hint` wants it, or a ValueError. As everywhere in a config, a number may come as text (`2e-4` is text to YAML 1.1), and an integer as 3.0.
+    """`value` as `hint` wants it, or a ValueError.
 
-    A mapping becomes the dataclass that the hint names, unless the hint names dict too: then the owner of the option makes something of it.
+    As everywhere in a config, a number may come as text (`2e-4` is text to YAML 1.1), and an
+    integer as 3.0.
+
+    A mapping becomes the dataclass that the hint names, unless the hint names dict too: then the
+    owner of the option makes something of it.
     """
     from tandem.engine.config.parse import describe
     from tandem.engine.core.text import closest
-    kinds = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+
+    kinds = (
+        typing.get_args(hint)
+        if typing.get_origin(hint) in (types.UnionType, typing.Union)
+        else (hint,)
+    )
     if any(fits(kind, value) for kind in kinds):
         return value
     for kind in kinds:
@@ -58,12 +84,21 @@ def typed(hint: Any, value: Any, key: str) -> Any:
             return number
         if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
             return build(kind, value, key)
-    words = [word for kind in kinds if typing.get_origin(kind) is Literal for word in typing.get_args(kind)]
+    words = [
+        word
+        for kind in kinds
+        if typing.get_origin(kind) is Literal
+        for word in typing.get_args(kind)
+    ]
     raise ValueError(f"{key}: found {value!r}{closest(value, words)}, expected {describe(hint)}")
 
 
 def fits(kind: Any, value: Any) -> bool:
-    """Whether `value` is a `kind` as it stands. Kinds that no config can hold or that say more than a type (Path, list[int], Any) are their owner's to check."""
+    """Whether `value` is a `kind` as it stands.
+
+    Kinds that no config can hold or that say more than a type (Path, list[int], Any) are their
+    owner's to check.
+    """
     if typing.get_origin(kind) is Literal:
         return any(type(value) is type(word) and value == word for word in typing.get_args(kind))
     if kind in (int, float):

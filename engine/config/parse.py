@@ -1,8 +1,11 @@
-"""The config: a typed tree of frozen dataclasses, read from YAML with dotted overrides on the command line.
+"""The config: a typed tree of frozen dataclasses, read from YAML with dotted overrides on the
+command line.
 
-Every key is listed here, with its meaning and default. Unknown keys and contradictory values are errors that name the key, what was found,
-what was expected and where it was set. Nothing is edited behind the user's back: what `load` returns is what was written, plus defaults.
+Every key is listed here, with its meaning and default. Unknown keys and contradictory values are
+errors that name the key, what was found, what was expected and where it was set. Nothing is edited
+behind the user's back: what `load` returns is what was written, plus defaults.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -30,16 +33,19 @@ def load(path: str | Path, overrides: list[str] = (), redacted: bool = False) ->
     config was written, unless `redacted`: for a config that is only to be looked at.
     """
     from tandem.engine.config.rules import validate
+
     path = find_config(path)
     tree = read_tree(path, overrides)
     origin = tree.overridden
     check_written(tree.written, str(path), origin)
     values = resolve(tree.values)
     if not redacted and (place := find_redacted(values)) is not None:
-        raise ConfigError(f"{dotted(place)}: found {REDACTED}, a secret that was not written down, "
-                          f"set {source(dotted(place), str(path), origin)}; give it again, best as "
-                          "${NAME} with the name of an environment variable")
-    hide(values)        # remembers the secrets in it before anything is logged
+        raise ConfigError(
+            f"{dotted(place)}: found {REDACTED}, a secret that was not written down, "
+            f"set {source(dotted(place), str(path), origin)}; give it again, best as "
+            "${NAME} with the name of an environment variable"
+        )
+    hide(values)  # remembers the secrets in it before anything is logged
     config = resolve_paths(build(Config, values, "", str(path), origin))
     try:
         with process_kept():
@@ -56,19 +62,25 @@ def check_written(written: dict[tuple, str], path: str, origin: set[str]) -> Non
     for keys, text in written.items():
         hint = hint_of(keys)
         meant = None
-        if hint is str or (typing.get_origin(hint) is Literal and type(typing.get_args(hint)[0]) is str):
+        if hint is str or (
+            typing.get_origin(hint) is Literal and type(typing.get_args(hint)[0]) is str
+        ):
             meant = describe(hint)
         elif hint is dict and keys[0] != "method" and text.lower() in ("yes", "no", "on", "off"):
-            meant = "text, or true or false"      # a method's options have types, and are checked
+            meant = "text, or true or false"  # a method's options have types, and are checked
         if meant is not None:
             key = dotted(keys)
             read_as = kind(yaml.safe_load(text))
-            raise ConfigError(f"{key}: found {text[:LONGEST]}, which YAML reads as {read_as}, expected {meant}, "
-                              f"set {source(key, path, origin)}; put text in quotes: '{text[:LONGEST]}'")
+            raise ConfigError(
+                f"{key}: found {text[:LONGEST]}, which YAML reads as {read_as}, expected {meant}, "
+                f"set {source(key, path, origin)}; put text in quotes: '{text[:LONGEST]}'"
+            )
 
 
 def hint_of(keys: tuple) -> Any:
-    """The type of the value at these keys; `dict` inside of free options, None if there is no such key."""
+    """The type of the value at these keys; `dict` inside of free options, None if there is no such
+    key.
+    """
     hint: Any = Config
     for key in keys:
         if dataclasses.is_dataclass(hint):
@@ -85,27 +97,42 @@ def hint_of(keys: tuple) -> Any:
 def build(cls: type, tree: dict, prefix: str, path: str, origin: set[str]):
     """A dataclass from a mapping, checking key names and value types all the way down."""
     if not isinstance(tree, dict):
-        raise ConfigError(f"{prefix.rstrip('.')}: expected a section (a mapping), found {brief(tree)}, set {source(prefix.rstrip('.'), path, origin)}")
+        raise ConfigError(
+            f"{prefix.rstrip('.')}: expected a section (a mapping), found {brief(tree)}, set "
+            f"{source(prefix.rstrip('.'), path, origin)}"
+        )
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in tree.items():
         where = source(prefix + str(key), path, origin)
         if key not in hints:
-            nested = [f"{section}.{key}" for section, hint in hints.items() if dataclasses.is_dataclass(hint) and key in typing.get_type_hints(hint)]
-            raise ConfigError(f"unknown key {brief(prefix + str(key))}{closest(key, nested or hints)}, set {where}; known keys here: {', '.join(hints)}")
+            nested = [
+                f"{section}.{key}"
+                for section, hint in hints.items()
+                if dataclasses.is_dataclass(hint) and key in typing.get_type_hints(hint)
+            ]
+            raise ConfigError(
+                f"unknown key {brief(prefix + str(key))}{closest(key, nested or hints)}, set "
+                f"{where}; known keys here: {', '.join(hints)}"
+            )
         values[key] = coerce(hints[key], value, prefix + key, where, path, origin)
     return cls(**values)
 
 
 def source(key: str, path: str, origin) -> str:
-    """Where a key was set: on the command line if it, a key in it, or a section around it was given there."""
+    """Where a key was set: on the command line if it, a key in it, or a section around it was given
+    there.
+    """
     key = key.partition("[")[0]
     overridden = any(key == o or key.startswith(f"{o}.") or o.startswith(f"{key}.") for o in origin)
     return "on the command line" if overridden else f"in {path}"
 
 
 def coerce(hint, value, key: str, where: str, path: str, origin):
-    """`value` as `hint` wants it, or a ConfigError. YAML's `1e-6` is a string to YAML 1.1, so numbers are read from strings too."""
+    """`value` as `hint` wants it, or a ConfigError.
+
+    YAML's `1e-6` is a string to YAML 1.1, so numbers are read from strings too.
+    """
     wrong = ConfigError(f"{key}: found {brief(value)}, expected {describe(hint)}, set {where}")
     base, args = typing.get_origin(hint), typing.get_args(hint)
     if base in (types.UnionType, typing.Union):
@@ -115,15 +142,22 @@ def coerce(hint, value, key: str, where: str, path: str, origin):
     if dataclasses.is_dataclass(hint):
         return build(hint, value, key + ".", path, origin)
     if base is Literal:
-        if not any(value == arg and isinstance(value, bool) == isinstance(arg, bool) for arg in args):
-            raise ConfigError(f"{key}: found {brief(value)}{closest(value, args)}, expected {describe(hint)}, set {where}")
+        if not any(
+            value == arg and isinstance(value, bool) == isinstance(arg, bool) for arg in args
+        ):
+            raise ConfigError(
+                f"{key}: found {brief(value)}{closest(value, args)}, expected "
+                f"{describe(hint)}, set {where}"
+            )
         return value
     if base is tuple:
         if isinstance(value, str) or not isinstance(value, (list, tuple)):
             raise wrong
         if Ellipsis not in args and len(value) != len(args):
             raise wrong
-        return tuple(coerce(args[0], v, f"{key}[{i}]", where, path, origin) for i, v in enumerate(value))
+        return tuple(
+            coerce(args[0], v, f"{key}[{i}]", where, path, origin) for i, v in enumerate(value)
+        )
     if base is dict:
         if not isinstance(value, dict):
             raise wrong
@@ -132,7 +166,7 @@ def coerce(hint, value, key: str, where: str, path: str, origin):
         if isinstance(value, bool) or value is None:
             raise wrong
         if hint is int and isinstance(value, int) and abs(value) < 1 << 63:
-            return value        # float would round a large one
+            return value  # float would round a large one
         try:
             number = float(value)
         except (TypeError, ValueError, OverflowError):
@@ -156,10 +190,18 @@ def describe(hint) -> str:
     if base is Literal:
         return f"one of {', '.join(map(literal, args))}"
     if base is tuple:
-        return f"a list of {describe(args[0])}" + ("" if Ellipsis in args else f" with {len(args)} entries")
+        return f"a list of {describe(args[0])}" + (
+            "" if Ellipsis in args else f" with {len(args)} entries"
+        )
     if dataclasses.is_dataclass(hint) or dict in (base, hint):
         return "a section"
-    return {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "nothing"}.get(hint, str(hint))
+    return {
+        int: "an integer",
+        float: "a number",
+        str: "text",
+        bool: "true or false",
+        type(None): "nothing",
+    }.get(hint, str(hint))
 
 
 def literal(value) -> str:
@@ -176,5 +218,8 @@ def setting(config: Config, key: str):
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Plain nested dict, for the run folder, trackers and --dry-run: `${NAME}` as such, secrets redacted."""
+    """Plain nested dict, for the run folder, trackers and --dry-run:
+
+    `${NAME}` as such, secrets redacted.
+    """
     return hide(dataclasses.asdict(config))

@@ -4,6 +4,7 @@
 current folder afterwards. What is no path stays: names on a hub, tandem:tiny, task:NAME,
 reasoning_gym:TASK, built-in rewards and methods, package.module:Name.
 """
+
 from __future__ import annotations
 
 import os
@@ -19,8 +20,17 @@ from tandem.engine.config.secrets import Reference
 from tandem.engine.core.errors import ConfigError
 
 DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".arrow", ".txt")
-FILE_BUILDERS = ("json", "csv", "parquet", "arrow", "text", "xml", "webdataset", "imagefolder",
-                 "audiofolder")    # datasets that load_dataset makes of the files in its options
+FILE_BUILDERS = (
+    "json",
+    "csv",
+    "parquet",
+    "arrow",
+    "text",
+    "xml",
+    "webdataset",
+    "imagefolder",
+    "audiofolder",
+)  # datasets that load_dataset makes of the files in its options
 OBJECT_IN_FILE = re.compile(r"(?P<file>.+\.py):(?P<name>[A-Za-z_][\w.]*)", re.DOTALL)
 
 
@@ -39,13 +49,17 @@ def resolve_paths(config):
             datasets[field.name] = dataset(value, f"data.{field.name}")
     return replace(
         config,
-        model=replace(model, path=name_or_path(model.path, "model.path"),
-                      tokenizer=name_or_path(model.tokenizer, "model.tokenizer")),
+        model=replace(
+            model,
+            path=name_or_path(model.path, "model.path"),
+            tokenizer=name_or_path(model.tokenizer, "model.tokenizer"),
+        ),
         data=replace(config.data, **datasets),
         method=code_in(config.method, "method"),
         reward=replace(reward, functions=functions, options=options),
         rollout=replace(config.rollout, record=record and absolute(record, "rollout.record")),
-        run=replace(config.run, dir=absolute(config.run.dir, "run.dir")))
+        run=replace(config.run, dir=absolute(config.run.dir, "run.dir")),
+    )
 
 
 def dataset(value, key: str):
@@ -84,7 +98,7 @@ def name_or_path(text: str | None, key: str, suffixes: tuple[str, ...] = ()) -> 
 def exists(text: str) -> bool:
     try:
         return os.path.exists(text)
-    except ValueError:      # a NUL in it
+    except ValueError:  # a NUL in it
         return False
 
 
@@ -114,8 +128,10 @@ def absolute(text: str, key: str) -> str:
         same = os.path.realpath(short) == os.path.realpath(path)
         return keep_reference(text, short if same else str(path))
     except FileNotFoundError:
-        raise ConfigError(f"{key} is {text!r}, relative to the current folder, which was deleted; "
-                          "change to a folder that exists") from None
+        raise ConfigError(
+            f"{key} is {text!r}, relative to the current folder, which was deleted; "
+            "change to a folder that exists"
+        ) from None
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"{key} is {text!r}: {error}") from None
 
@@ -125,9 +141,11 @@ def check_locale(text: str, key: str) -> None:
     try:
         os.fsencode(text)
     except UnicodeEncodeError:
-        raise ConfigError(f"{key} is {text!r}, which holds characters that a path cannot have in "
-                          f"this locale ({sys.getfilesystemencoding()}); set LC_ALL=C.UTF-8 or "
-                          "PYTHONUTF8=1") from None
+        raise ConfigError(
+            f"{key} is {text!r}, which holds characters that a path cannot have in "
+            f"this locale ({sys.getfilesystemencoding()}); set LC_ALL=C.UTF-8 or "
+            "PYTHONUTF8=1"
+        ) from None
 
 
 def keep_reference(text: str, resolved: str) -> str:
@@ -140,7 +158,7 @@ def shown(path: str | Path) -> str:
     """A path for people and labels: relative to the current folder where it lies in that."""
     try:
         relative = os.path.relpath(path)
-    except FileNotFoundError:       # the current folder was deleted
+    except FileNotFoundError:  # the current folder was deleted
         return str(path)
     if relative.startswith(os.pardir) or os.getcwd() == os.sep:
         return str(path)

@@ -1,12 +1,13 @@
 """Values that come from the environment, and secrets: used in memory, written nowhere.
 
-`${NAME}` in a config's text stands for the environment variable NAME. It becomes a `Reference`: text
-with the variable's value, whose written form is `${NAME}`. `$${` stands for `${`.
+`${NAME}` in a config's text stands for the environment variable NAME. It becomes a `Reference`:
+text with the variable's value, whose written form is `${NAME}`. `$${` stands for `${`.
 
-What is written (config.yaml, environment.json, error.log, trackers) goes through `hide` or `redact`:
-references are written as such; a value whose key looks like that of a secret, and anything that has
-the shape of a well-known token, becomes <redacted>.
+What is written (config.yaml, environment.json, error.log, trackers) goes through `hide` or
+`redact`: references are written as such; a value whose key looks like that of a secret, and
+anything that has the shape of a well-known token, becomes <redacted>.
 """
+
 from __future__ import annotations
 
 import os
@@ -19,30 +20,38 @@ from tandem.engine.core.errors import ConfigError
 from tandem.engine.core.text import brief, closest
 
 REDACTED = "<redacted>"
-SHORTEST = 6        # characters of a secret that is looked for in running text
+SHORTEST = 6  # characters of a secret that is looked for in running text
 REFERENCE = re.compile(r"\$\$\{|\$\{([^{}]*)\}")
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
-WORDS = (r"api[-_]?keys?|access[-_]?keys?|private[-_]?keys?|secret[-_]?keys?|password|passwd|passphrase"
-         r"|secrets?|credentials?|authorization|bearer|(?:auth|access|api|hf|bot|refresh|secret)[-_]?token")
+WORDS = (
+    r"api[-_]?keys?|access[-_]?keys?|private[-_]?keys?|secret[-_]?keys?|password|passwd|passphrase"
+    r"|secrets?|credentials?|authorization|bearer|(?:auth|access|api|hf|bot|refresh|secret)[-_]?token"
+)
 SECRET_KEY = re.compile(rf"(?:.*[-_.])?(?:{WORDS}|token|auth)", re.IGNORECASE)
-NO_SECRET = re.compile(r"(?:.*[-_.])?(?:eos|bos|pad|unk|sep|cls|mask|stop|start|end|special|image)"
-                       r"[-_]token", re.IGNORECASE)
-ASSIGNED = re.compile(rf"""((?:(?:{WORDS})["']?\s*[:=]|\btoken=)\s*["']?(?:bearer\s+)?)"""
-                      r"""([^\s"',}\])]+)""", re.IGNORECASE)
+NO_SECRET = re.compile(
+    r"(?:.*[-_.])?(?:eos|bos|pad|unk|sep|cls|mask|stop|start|end|special|image)"
+    r"[-_]token",
+    re.IGNORECASE,
+)
+ASSIGNED = re.compile(
+    rf"""((?:(?:{WORDS})["']?\s*[:=]|\btoken=)\s*["']?(?:bearer\s+)?)"""
+    r"""([^\s"',}\])]+)""",
+    re.IGNORECASE,
+)
 SHAPES = re.compile(
-    r"\bsk-[A-Za-z0-9_-]{6,}"                                   # OpenAI, Anthropic and others
-    r"|\bhf_[A-Za-z0-9]{8,}"                                    # Hugging Face
-    r"|\bgh[pousr]_[A-Za-z0-9]{16,}|\bgithub_pat_\w{16,}"       # GitHub
-    r"|\bglpat-[A-Za-z0-9_-]{16,}"                              # GitLab
-    r"|\bxox[abeprs]-[A-Za-z0-9-]{8,}"                          # Slack
-    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"                           # Amazon
-    r"|\bAIza[A-Za-z0-9_-]{30,}"                                # Google
-    r"|\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*"      # JSON web tokens
-    r"|(?<=://)[^\s/@:]*:[^\s/@]+(?=@)"                         # user:password@ in an address
+    r"\bsk-[A-Za-z0-9_-]{6,}"  # OpenAI, Anthropic and others
+    r"|\bhf_[A-Za-z0-9]{8,}"  # Hugging Face
+    r"|\bgh[pousr]_[A-Za-z0-9]{16,}|\bgithub_pat_\w{16,}"  # GitHub
+    r"|\bglpat-[A-Za-z0-9_-]{16,}"  # GitLab
+    r"|\bxox[abeprs]-[A-Za-z0-9-]{8,}"  # Slack
+    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"  # Amazon
+    r"|\bAIza[A-Za-z0-9_-]{30,}"  # Google
+    r"|\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*"  # JSON web tokens
+    r"|(?<=://)[^\s/@:]*:[^\s/@]+(?=@)"  # user:password@ in an address
 )
 
-_known: dict[str, str] = {}     # secret value: what is written in its place
+_known: dict[str, str] = {}  # secret value: what is written in its place
 
 
 class Reference(str):
@@ -63,7 +72,8 @@ class Reference(str):
 
 
 def resolve(value: Any, path: tuple = ()) -> Any:
-    """`value` with every `${NAME}` in its texts read from the environment; `path` are the keys to it.
+    """`value` with every `${NAME}` in its texts read from the environment; `path` are the keys to
+    it.
 
     Raises ConfigError that names the key for a variable that is not set, and for a value that was
     redacted when the config was written.
@@ -90,11 +100,15 @@ def variable(match: re.Match, text: str, key: str) -> str:
     name = match[1]
     escape = f"for these very characters write ${match[0]}"
     if not NAME.fullmatch(name):
-        raise ConfigError(f"{key}: found {brief(text)}, expected ${{NAME}} with the name of an "
-                          f"environment variable; {escape}")
+        raise ConfigError(
+            f"{key}: found {brief(text)}, expected ${{NAME}} with the name of an "
+            f"environment variable; {escape}"
+        )
     if name not in os.environ:
-        raise ConfigError(f"{key}: found {brief(text)}, but the environment variable {name} is not "
-                          f"set{closest(name, os.environ)}; set it, or {escape}")
+        raise ConfigError(
+            f"{key}: found {brief(text)}, but the environment variable {name} is not "
+            f"set{closest(name, os.environ)}; set it, or {escape}"
+        )
     remember(os.environ[name], match[0])
     return os.environ[name]
 

@@ -5,11 +5,13 @@ Aliases and merge keys work, and every use of an alias is a copy of its own.
 
 Refused with a `YamlError` that says what was found and where:
   * text that is no UTF-8, several documents, tags, keys that are given twice;
-  * what cannot be read in a moment: large files, deep nesting, aliases that unfold to very much, and
+  * what cannot be read in a moment: large files, deep nesting, aliases that unfold to very much,
+    and
     values that hold themselves;
   * what YAML 1.1 reads as something else than most people mean: dates (2026-11-25), octal numbers
     (010 is 8), base 60 (1:30 is 90).
 """
+
 from __future__ import annotations
 
 import re
@@ -18,16 +20,16 @@ from typing import Any
 
 import yaml
 
-MAX_BYTES = 1 << 20         # of a file or an override
-MAX_DEPTH = 50              # of lists and mappings in each other
-MAX_VALUES = 50_000         # in all, with every alias unfolded
+MAX_BYTES = 1 << 20  # of a file or an override
+MAX_DEPTH = 50  # of lists and mappings in each other
+MAX_VALUES = 50_000  # in all, with every alias unfolded
 PREFIX = "tag:yaml.org,2002:"
 MERGE = PREFIX + "merge"
 QUOTES = "put it in quotes if it is text"
 OCTAL = re.compile(r"[-+]?0[0-7]+")
 BOOLEANS = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
 
-Path = tuple[str | int, ...]    # where a value stands: the keys and list positions down to it
+Path = tuple[str | int, ...]  # where a value stands: the keys and list positions down to it
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -39,7 +41,8 @@ class YamlError(ValueError):
 class Document:
     """What a text says.
 
-    `written` has the text of every number and boolean that stands there without quotes: {path: text}.
+    `written` has the text of every number and boolean that stands there without quotes: {path:
+    text}.
     """
 
     value: Any = None
@@ -47,7 +50,7 @@ class Document:
 
     def forget(self, path: Path) -> None:
         """Drop what was written at `path` and below: another value takes its place."""
-        stale = [other for other in self.written if other[:len(path)] == path]
+        stale = [other for other in self.written if other[: len(path)] == path]
         for other in stale:
             del self.written[other]
 
@@ -55,16 +58,19 @@ class Document:
 def decode(data: bytes) -> str:
     """The text of a file in UTF-8, without its byte order mark. Raises YamlError."""
     if len(data) > MAX_BYTES:
-        raise YamlError(f"has {len(data)} bytes, at most {MAX_BYTES} are read; "
-                        "put data into a data file and name that")
+        raise YamlError(
+            f"has {len(data)} bytes, at most {MAX_BYTES} are read; "
+            "put data into a data file and name that"
+        )
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise YamlError("is UTF-16 text, expected UTF-8; save it as UTF-8")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data[:error.start].count(b"\n") + 1
-        raise YamlError(f"is not UTF-8: byte {data[error.start]:#04x} in line {line}; "
-                        "save it as UTF-8") from None
+        line = data[: error.start].count(b"\n") + 1
+        raise YamlError(
+            f"is not UTF-8: byte {data[error.start]:#04x} in line {line}; save it as UTF-8"
+        ) from None
 
 
 def read(text: str) -> Document:
@@ -72,7 +78,7 @@ def read(text: str) -> Document:
     if len(text) > MAX_BYTES:
         raise YamlError(f"has {len(text)} characters, at most {MAX_BYTES} are read")
     if "\0" in text:
-        line = text[:text.index("\0")].count("\n") + 1
+        line = text[: text.index("\0")].count("\n") + 1
         raise YamlError(f"not a text file: a NUL byte in line {line}")
     try:
         text.encode()
@@ -96,9 +102,11 @@ def check_events(text: str) -> None:
     depth = documents = events = 0
     for event in yaml.parse(text, Loader):
         events += 1
-        if events > 2 * MAX_VALUES:     # a list or mapping has two: its start and its end
-            raise YamlError(f"the document holds more than {MAX_VALUES} values {place(event)}; "
-                            "put data into a data file and name that")
+        if events > 2 * MAX_VALUES:  # a list or mapping has two: its start and its end
+            raise YamlError(
+                f"the document holds more than {MAX_VALUES} values {place(event)}; "
+                "put data into a data file and name that"
+            )
         if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
             depth += 1
         elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
@@ -108,16 +116,18 @@ def check_events(text: str) -> None:
         if depth > MAX_DEPTH:
             raise YamlError(f"nested more than {MAX_DEPTH} deep {place(event)}")
         if documents > 1:
-            raise YamlError(f"a second document {place(event)} (after a line ---), "
-                            "expected one; put it into a file of its own")
+            raise YamlError(
+                f"a second document {place(event)} (after a line ---), "
+                "expected one; put it into a file of its own"
+            )
 
 
 class Measure:
     """Counts a document's values with aliases unfolded, each node once."""
 
     def __init__(self):
-        self.known: dict[int, tuple[int, int]] = {}     # by id of the node: values, depth
-        self.open: set[int] = set()                     # nodes around the present one
+        self.known: dict[int, tuple[int, int]] = {}  # by id of the node: values, depth
+        self.open: set[int] = set()  # nodes around the present one
 
     def of(self, node: yaml.Node, name: str) -> tuple[int, int]:
         """(values, depth) of `node`. Recurses no deeper than the text is nested.
@@ -125,8 +135,10 @@ class Measure:
         An alias stands behind the node it repeats, so that node is known already, or still open.
         """
         if id(node) in self.open:
-            raise YamlError(f"{name} {place(node)} holds itself: an alias (*) or merge (<<) in it "
-                            "names the value that it stands in")
+            raise YamlError(
+                f"{name} {place(node)} holds itself: an alias (*) or merge (<<) in it "
+                "names the value that it stands in"
+            )
         if id(node) in self.known:
             return self.known[id(node)]
         self.open.add(id(node))
@@ -136,8 +148,10 @@ class Measure:
             values += child_values
             depth = max(depth, child_depth + 1)
         if values > MAX_VALUES:
-            raise YamlError(f"{name} {place(node)} holds more than {MAX_VALUES} values, "
-                            "each alias (*) counted with all that it stands for")
+            raise YamlError(
+                f"{name} {place(node)} holds more than {MAX_VALUES} values, "
+                "each alias (*) counted with all that it stands for"
+            )
         if depth > MAX_DEPTH:
             raise YamlError(f"{name} {place(node)} is nested more than {MAX_DEPTH} deep")
         self.open.remove(id(node))
@@ -192,7 +206,7 @@ class Reader:
                 raise YamlError(f"the key {str(name)!r} is given twice, again {place(key)}")
             given.add(str(name))
             if name in result:
-                self.document.forget((*path, name))     # merged before
+                self.document.forget((*path, name))  # merged before
             result[name] = self.value(value, (*path, name))
         return result
 
@@ -203,8 +217,10 @@ class Reader:
         name = self.scalar(node, f"a key {owner}".strip())
         if type(name) in (str, int):
             return name
-        raise YamlError(f"{owner}{place(node)}: the key {node.value!r} is {kind(name)} to YAML, "
-                        "not text; put it in quotes")
+        raise YamlError(
+            f"{owner}{place(node)}: the key {node.value!r} is {kind(name)} to YAML, "
+            "not text; put it in quotes"
+        )
 
     def scalar(self, node: yaml.ScalarNode, name: str) -> Any:
         """Text, number, boolean or None. `name` is what errors call the place."""
@@ -216,16 +232,22 @@ class Reader:
         if tag == "bool" and text.lower() in BOOLEANS:
             return BOOLEANS[text.lower()]
         if tag == "timestamp":
-            raise YamlError(f"{name}: found {text!r} {place(node)}, which YAML reads as a date; "
-                            f"put it in quotes: '{text}'")
+            raise YamlError(
+                f"{name}: found {text!r} {place(node)}, which YAML reads as a date; "
+                f"put it in quotes: '{text}'"
+            )
         if tag not in ("int", "float", "bool"):
             refuse_tag(node, name)
         if ":" in text:
-            raise YamlError(f"{name}: found {text!r} {place(node)}, which YAML reads as a number "
-                            f"in base 60; write the number out, or {QUOTES}")
+            raise YamlError(
+                f"{name}: found {text!r} {place(node)}, which YAML reads as a number "
+                f"in base 60; write the number out, or {QUOTES}"
+            )
         if tag == "int" and OCTAL.fullmatch(text.replace("_", "")):
-            raise YamlError(f"{name}: found {text!r} {place(node)}, which YAML reads as octal; "
-                            f"write the number without the leading 0, or {QUOTES}")
+            raise YamlError(
+                f"{name}: found {text!r} {place(node)}, which YAML reads as octal; "
+                f"write the number without the leading 0, or {QUOTES}"
+            )
         try:
             return self.constructor.yaml_constructors[node.tag](self.constructor, node)
         except (ValueError, LookupError):
@@ -238,8 +260,10 @@ def merged_nodes(node: yaml.Node, path: Path) -> list[yaml.MappingNode]:
     nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
     for merged in nodes:
         if not isinstance(merged, yaml.MappingNode):
-            raise YamlError(f"{dotted(path) or 'the document'} {place(node)}: "
-                            "a merge (<<) names something that is no mapping")
+            raise YamlError(
+                f"{dotted(path) or 'the document'} {place(node)}: "
+                "a merge (<<) names something that is no mapping"
+            )
     return nodes
 
 
@@ -250,8 +274,10 @@ def expect_tag(node: yaml.Node, tag: str, path: Path) -> None:
 
 def refuse_tag(node: yaml.Node, name: str) -> None:
     tag = node.tag.replace(PREFIX, "!!")
-    raise YamlError(f"{name}: found the tag {tag} {place(node)}, expected a plain value; "
-                    "a config holds text, numbers, true and false, null, lists and mappings")
+    raise YamlError(
+        f"{name}: found the tag {tag} {place(node)}, expected a plain value; "
+        "a config holds text, numbers, true and false, null, lists and mappings"
+    )
 
 
 def kind(value: Any) -> str:

@@ -1,4 +1,5 @@
 """Every exception of Tandem's own."""
+
 from __future__ import annotations
 
 
@@ -32,7 +33,10 @@ class EngineDied(RuntimeError):
 
 
 class SyncError(RuntimeError):
-    """Weights did not arrive as sent, or log-probs of rollout engine and learner disagree. The run stops: nothing after it could be trusted."""
+    """Weights did not arrive as sent, or log-probs of rollout engine and learner disagree.
+
+    The run stops: nothing after it could be trusted.
+    """
 
 
 class RolloutPoolExhausted(RuntimeError):

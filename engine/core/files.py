@@ -1,8 +1,10 @@
-"""Small files that outlive a crash: written whole or not at all, and read in whatever state they were left.
+"""Small files that outlive a crash: written whole or not at all, and read in whatever state they
+were left.
 
-A power cut or a full disk leaves files empty, cut, or filled with NUL bytes. So nothing is rewritten in place, and a reader
-of JSONL says which lines it left out.
+A power cut or a full disk leaves files empty, cut, or filled with NUL bytes. So nothing is
+rewritten in place, and a reader of JSONL says which lines it left out.
 """
+
 from __future__ import annotations
 
 import json
@@ -14,7 +16,7 @@ from typing import Any
 
 from tandem.engine.core.errors import ConfigError
 
-SHOWN = 40      # bytes of a bad line that its error shows
+SHOWN = 40  # bytes of a bad line that its error shows
 
 
 class TornFile(ValueError):
@@ -22,7 +24,9 @@ class TornFile(ValueError):
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
-    """Put `content` at `path`: a reader, and a process that starts after a crash, finds the old content or the new, never a part."""
+    """Put `content` at `path`: a reader, and a process that starts after a crash, finds the old
+    content or the new, never a part.
+    """
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -48,7 +52,10 @@ def sync_to_disk(path: Path) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """The value in a JSON file. Raises TornFile if it holds none, FileNotFoundError if there is no file."""
+    """The value in a JSON file.
+
+    Raises TornFile if it holds none, FileNotFoundError if there is no file.
+    """
     data = Path(path).read_bytes()
     try:
         return json.loads(data)
@@ -57,7 +64,9 @@ def read_json(path: str | Path) -> Any:
 
 
 def keep_aside(path: Path) -> Path:
-    """Give a damaged file another name beside its own, so that nothing of it is lost; returns the name."""
+    """Give a damaged file another name beside its own, so that nothing of it is lost; returns the
+    name.
+    """
     number = 1
     while (aside := path.with_name(f"{path.name}.damaged_{number}")).exists():
         number += 1
@@ -67,7 +76,9 @@ def keep_aside(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a JSONL file: its bytes from `start` to `end`, and its object or what is wrong with it."""
+    """One line of a JSONL file: its bytes from `start` to `end`, and its object or what is wrong
+    with it.
+    """
 
     start: int
     end: int
@@ -76,9 +87,11 @@ class Line:
 
 
 def scan_jsonl(path: str | Path, expected: Callable[[dict], bool] = bool) -> Iterator[Line]:
-    """The lines of a file that may not exist; a last line without its newline was torn by a crash and is left out.
+    """The lines of a file that may not exist; a last line without its newline was torn by a crash
+    and is left out.
 
-    A line without an object, or with one that is not `expected`, has a fault that names file and line.
+    A line without an object, or with one that is not `expected`, has a fault that names file and
+    line.
     """
     if not Path(path).exists():
         return
@@ -91,7 +104,15 @@ def scan_jsonl(path: str | Path, expected: Callable[[dict], bool] = bool) -> Ite
             record = parse(data)
             if record is None or not expected(record):
                 shown = repr(data[:SHOWN])[1:]
-                yield Line(start, end, None, f"{path}:{number}: damaged line left out, {len(data)} bytes that begin with {shown}")
+                yield Line(
+                    start,
+                    end,
+                    None,
+                    (
+                        f"{path}:{number}: damaged line left out, {len(data)} bytes that begin "
+                        f"with {shown}"
+                    ),
+                )
             else:
                 yield Line(start, end, record)
 
@@ -104,20 +125,35 @@ def parse(data: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def read_jsonl(path: str | Path, report: Callable[[str], None] | None = None) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file. `report` is told of every damaged line; without it such a line is a ConfigError."""
+def read_jsonl(
+    path: str | Path, report: Callable[[str], None] | None = None
+) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file.
+
+    `report` is told of every damaged line; without it such a line is a ConfigError.
+    """
     for line in scan_jsonl(path):
         if line.record is not None:
             yield line.record
         elif report is not None:
             report(line.fault)
         else:
-            raise ConfigError(line.fault.replace("damaged line left out", "damaged line") + "; expected one JSON object")
+            raise ConfigError(
+                line.fault.replace("damaged line left out", "damaged line")
+                + "; expected one JSON object"
+            )
 
 
-def cut_jsonl(path: Path, expected: Callable[[dict], bool], beyond: Callable[[dict], bool], report: Callable[[str], None]) -> None:
-    """Cut off the first line whose object is `beyond`, and all after it. Damaged lines before that move to FILE.damaged
-    and are reported, a torn last line goes."""
+def cut_jsonl(
+    path: Path,
+    expected: Callable[[dict], bool],
+    beyond: Callable[[dict], bool],
+    report: Callable[[str], None],
+) -> None:
+    """Cut off the first line whose object is `beyond`, and all after it.
+
+    Damaged lines before that move to FILE.damaged and are reported, a torn last line goes.
+    """
     kept, damaged, end = [], [], 0
     for line in scan_jsonl(path, expected):
         if line.record is None:
@@ -135,7 +171,9 @@ def cut_jsonl(path: Path, expected: Callable[[dict], bool], beyond: Callable[[di
 
 
 def move_damaged(path: Path, kept: list[tuple[int, int]], damaged: list[tuple[int, int]]) -> None:
-    """Leave the `kept` parts (first byte, byte behind the last) in a file, and append the `damaged` ones to FILE.damaged."""
+    """Leave the `kept` parts (first byte, byte behind the last) in a file, and append the `damaged`
+    ones to FILE.damaged.
+    """
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(path, "rb") as old, open(tmp, "wb") as new, open(f"{path}.damaged", "ab") as aside:
         for target, parts in ((aside, damaged), (new, kept)):
@@ -148,7 +186,9 @@ def move_damaged(path: Path, kept: list[tuple[int, int]], damaged: list[tuple[in
 
 
 def end_last_line(path: Path) -> None:
-    """Give a file whose last line was torn the newline that it lacks, so that what is appended stands apart from it."""
+    """Give a file whose last line was torn the newline that it lacks, so that what is appended
+    stands apart from it.
+    """
     if not path.exists() or not path.stat().st_size:
         return
     with open(path, "rb+") as file:

@@ -1,13 +1,16 @@
 """One process owns a folder that is written to: a run's, or the target of an export.
 
-`tandem.lock` in the folder (for an export, a hidden file beside it, as it is complete or absent) is locked with flock, which the kernel gives up when the process dies, however it dies, and which
-children do not keep: they get no descriptor across exec, and close theirs after a fork. The file says who the owner is.
+`tandem.lock` in the folder (for an export, a hidden file beside it, as it is complete or absent) is
+locked with flock, which the kernel gives up when the process dies, however it dies, and which
+children do not keep: they get no descriptor across exec, and close theirs after a fork. The file
+says who the owner is.
 
-A disk that several machines share may not carry flock from one to the other, or not have it. So the owner also touches the
-file every few seconds. Whoever finds an owner on another machine (or has no flock) watches for that: a file that stays as it
-is for STALE_SECONDS has no owner any more. Without flock, two starts at the same moment are told apart by whose record is
-left after a pause.
+A disk that several machines share may not carry flock from one to the other, or not have it. So the
+owner also touches the file every few seconds. Whoever finds an owner on another machine (or has no
+flock) watches for that: a file that stays as it is for STALE_SECONDS has no owner any more. Without
+flock, two starts at the same moment are told apart by whose record is left after a pause.
 """
+
 from __future__ import annotations
 
 import errno
@@ -29,11 +32,12 @@ from tandem.engine.core.errors import ConfigError
 
 LOCK = "tandem.lock"
 BEAT_SECONDS = 10.0
-STALE_SECONDS = 60.0        # six beats
-SETTLE_SECONDS = 2.0        # without flock: between writing the record and reading it again
+STALE_SECONDS = 60.0  # six beats
+SETTLE_SECONDS = 2.0  # without flock: between writing the record and reading it again
 NO_FLOCK = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
-OWNED: list[Path] = []      # folders that this process owns or has owned; the last one is where its error log goes
+# folders that this process owns or has owned; the last one is where its error log goes
+OWNED: list[Path] = []
 
 
 class FolderTaken(RuntimeError):
@@ -46,13 +50,19 @@ class Owner:
 
     pid: int
     host: str
-    boot: str       # of the kernel: equal for all containers of a machine, new after a restart
+    boot: str  # of the kernel: equal for all containers of a machine, new after a restart
     since: str
-    token: str      # of this ownership
+    token: str  # of this ownership
 
     @classmethod
     def here(cls) -> Owner:
-        return cls(os.getpid(), platform.node(), boot_id(), time.strftime("%Y-%m-%dT%H:%M:%S%z"), secrets.token_hex(8))
+        return cls(
+            os.getpid(),
+            platform.node(),
+            boot_id(),
+            time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            secrets.token_hex(8),
+        )
 
     def describe(self) -> str:
         return f"process {self.pid} on host {self.host}, since {self.since}"
@@ -70,19 +80,23 @@ class FolderLock:
 
     def beat(self) -> None:
         while not self.ended.wait(BEAT_SECONDS):
-            with suppress(OSError):     # a disk that is away for a moment
+            with suppress(OSError):  # a disk that is away for a moment
                 os.utime(self.descriptor)
 
     def check(self) -> None:
-        """Raise FolderTaken if the folder has another owner: this process was stopped for so long, or cut off from a shared
-        disk, that it counted as dead; or somebody removed the lock."""
+        """Raise FolderTaken if the folder has another owner: this process was stopped for so long,
+        or cut off from a shared disk, that it counted as dead; or somebody removed the lock.
+        """
         other = read_owner(self.path)
         if other is not None and other.token != self.owner.token:
-            raise FolderTaken(f"{self.folder} is now owned by {other.describe()}; this process ({self.owner.describe()}) "
-                              "writes no more into it")
+            raise FolderTaken(
+                f"{self.folder} is now owned by {other.describe()}; this process "
+                f"({self.owner.describe()}) "
+                "writes no more into it"
+            )
 
     def release(self) -> None:
-        if self not in HELD:        # a child after a fork
+        if self not in HELD:  # a child after a fork
             return
         HELD.remove(self)
         self.ended.set()
@@ -108,8 +122,11 @@ os.register_at_fork(after_in_child=forget_after_fork)
 
 @contextmanager
 def owned(folder: Path, say: Callable[[str], None] = print) -> Iterator[FolderLock]:
-    """Own a folder that exists, for the block. Raises ConfigError that names the owner if there is one, or if the folder
-    cannot be written to. `say` is told whose place one takes."""
+    """Own a folder that exists, for the block.
+
+    Raises ConfigError that names the owner if there is one, or if the folder cannot be written to.
+    `say` is told whose place one takes.
+    """
     lock = acquire(folder, folder / LOCK, say)
     OWNED.append(folder)
     try:
@@ -140,21 +157,28 @@ def acquire(folder: Path, path: Path, say: Callable[[str], None]) -> FolderLock:
             raise ConfigError(f"{folder} cannot be written to: {error}") from None
         try:
             exact = lock_file(descriptor)
-            if same_file(path, descriptor):     # else its owner has just removed it
+            if same_file(path, descriptor):  # else its owner has just removed it
                 if exact is None:
                     raise in_use(folder, named_owner(path))
-                return FolderLock(folder, path, descriptor, claim(folder, path, descriptor, exact, say))
+                return FolderLock(
+                    folder, path, descriptor, claim(folder, path, descriptor, exact, say)
+                )
         except BaseException:
             os.close(descriptor)
             raise
         os.close(descriptor)
 
 
-def claim(folder: Path, path: Path, descriptor: int, exact: bool, say: Callable[[str], None]) -> Owner:
-    """Write this process into the lock file, if whoever stands there is dead. `exact`: we have the lock."""
+def claim(
+    folder: Path, path: Path, descriptor: int, exact: bool, say: Callable[[str], None]
+) -> Owner:
+    """Write this process into the lock file, if whoever stands there is dead.
+
+    `exact`: we have the lock.
+    """
     before = read_owner(path)
     if before is not None:
-        dead = exact and before.boot == boot_id()       # the same kernel gave us its lock
+        dead = exact and before.boot == boot_id()  # the same kernel gave us its lock
         if not dead and beats(folder, path, before):
             raise in_use(folder, before)
         say(f"{folder}: in the place of {before.describe()}, which ended without giving it back")
@@ -169,13 +193,23 @@ def claim(folder: Path, path: Path, descriptor: int, exact: bool, say: Callable[
 
 
 def beats(folder: Path, path: Path, owner: Owner) -> bool:
-    """Whether the lock file is still touched. Times are those of the disk, as clocks of machines differ."""
+    """Whether the lock file is still touched.
+
+    Times are those of the disk, as clocks of machines differ.
+    """
     seen = modified(path)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tandem.now.") as file:
         age = os.fstat(file.fileno()).st_mtime - seen
     left = STALE_SECONDS - max(0.0, age)
     if left > 0:
-        print(f"{folder}: owned by {owner.describe()}; watching for up to {left:.0f} s whether that is alive", file=sys.stderr, flush=True)
+        print(
+            (
+                f"{folder}: owned by {owner.describe()}; watching for up to {left:.0f} s whether "
+                "that is alive"
+            ),
+            file=sys.stderr,
+            flush=True,
+        )
     end = time.monotonic() + left
     while time.monotonic() < end:
         time.sleep(min(1.0, STALE_SECONDS / 10))
@@ -242,8 +276,10 @@ def same_file(path: Path, descriptor: int) -> bool:
 
 def in_use(folder: Path, owner: Owner | None) -> ConfigError:
     who = owner.describe() if owner is not None else "another process"
-    return ConfigError(f"{folder} is in use by {who}; wait until it ends, or stop it, or write to another folder "
-                       "(for a run: choose another run.name)")
+    return ConfigError(
+        f"{folder} is in use by {who}; wait until it ends, or stop it, or write to another folder "
+        "(for a run: choose another run.name)"
+    )
 
 
 def boot_id() -> str:

@@ -1,4 +1,7 @@
-"""Whether the Hugging Face hub can be reached: asked once and quickly, where its own client retries for half a minute."""
+"""Whether the Hugging Face hub can be reached: asked once and quickly, where its own client retries
+for half a minute.
+"""
+
 from __future__ import annotations
 
 import functools
@@ -7,7 +10,7 @@ import socket
 import sys
 from urllib.parse import urlsplit
 
-TIMEOUT = 5.0       # seconds for a connection
+TIMEOUT = 5.0  # seconds for a connection
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
@@ -21,9 +24,11 @@ def use_cache_if_unreachable() -> str:
     reason = unreachable()
     if not reason:
         return ""
-    os.environ["HF_HUB_OFFLINE"] = "1"      # for processes to come, and libraries not yet imported
-    for name, variable in (("huggingface_hub.constants", "HF_HUB_OFFLINE"),
-                           ("datasets.config", "HF_HUB_OFFLINE")):
+    os.environ["HF_HUB_OFFLINE"] = "1"  # for processes to come, and libraries not yet imported
+    for name, variable in (
+        ("huggingface_hub.constants", "HF_HUB_OFFLINE"),
+        ("datasets.config", "HF_HUB_OFFLINE"),
+    ):
         if name in sys.modules:
             setattr(sys.modules[name], variable, True)
     return f"; {reason}, so only the local cache was asked"

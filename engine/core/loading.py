@@ -1,8 +1,13 @@
-"""A user's own method or reward, found by its path. Imports nothing heavy: reward worker processes use it and must stay small.
+"""A user's own method or reward, found by its path.
 
-A file gets a module name made of its path, the same in every process: two files of one name do not clash, and what is pickled here is found there. The source
-of all that was loaded is kept as it was then; actors get it (`user_code`) and import from it (`install`), whether or not their node has the files.
+Imports nothing heavy: reward worker processes use it and must stay small.
+
+A file gets a module name made of its path, the same in every process: two files of one name do not
+clash, and what is pickled here is found there. The source of all that was loaded is kept as it was
+then; actors get it (`user_code`) and import from it (`install`), whether or not their node has the
+files.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -17,32 +22,40 @@ from typing import Any
 
 from tandem.engine.core.user_sources import SOURCES, Source, imported_names, with_imports
 
-PREFIX = "tandem_user_"     # of the module names of files
-LONGEST = 500               # characters of an error of the user's own that are shown
+PREFIX = "tandem_user_"  # of the module names of files
+LONGEST = 500  # characters of an error of the user's own that are shown
 
 
 @dataclass
 class UserCode:
     """Everything of the user's that was loaded in a process."""
 
-    names: dict[str, str] = field(default_factory=dict)             # {what a spec has before its colon: module name}
-    sources: dict[str, Source] = field(default_factory=dict)        # {module name: source}, with all that they import
+    # {what a spec has before its colon: module name}
+    names: dict[str, str] = field(default_factory=dict)
+    # {module name: source}, with all that they import
+    sources: dict[str, Source] = field(default_factory=dict)
 
 
-LOADED = UserCode()         # here
-SENT = UserCode()           # by the process that started this one: where it has a name, that decides, whatever lies on this machine
-FOLDERS: list[str] = []     # made importable here
+LOADED = UserCode()  # here
+# by the process that started this one: where it has a name, that decides, whatever lies on this
+# machine
+SENT = UserCode()
+FOLDERS: list[str] = []  # made importable here
 
 
 def load_object(spec: str, kind: str) -> Any:
     """The object named by `package.module:Name` or `path/to/file.py:Name`.
 
-    The file's folder, or for a package the current folder, becomes importable (last in the search path), so that it can import its neighbours.
-    Raises ValueError that says what is missing: the colon, the file, or the name in it; or what its code raised when it was imported, and where.
+    The file's folder, or for a package the current folder, becomes importable (last in the search
+    path), so that it can import its neighbours. Raises ValueError that says what is missing: the
+    colon, the file, or the name in it; or what its code raised when it was imported, and where.
     """
     place, colon, attribute = spec.rpartition(":")
     if not colon:
-        raise ValueError(f"{kind} {spec!r} is neither a known name nor of the form file.py:Name or package.module:Name")
+        raise ValueError(
+            f"{kind} {spec!r} is neither a known name nor of the form file.py:Name or "
+            "package.module:Name"
+        )
     if place in SENT.names:
         name = SENT.names[place]
     elif place.endswith(".py"):
@@ -55,12 +68,18 @@ def load_object(spec: str, kind: str) -> Any:
     except ModuleNotFoundError as error:
         if name.startswith(PREFIX) or not f"{name}.".startswith(f"{error.name}."):
             raise not_importable(kind, spec, error) from error
-        raise ValueError(f"{kind} {spec!r}: no module named {error.name!r}; for a file write its path with .py") from None
-    except (Exception, SystemExit) as error:    # a script that ends with sys.exit(main()) would end the run here, and say that all is well
+        raise ValueError(
+            f"{kind} {spec!r}: no module named {error.name!r}; for a file write its path with .py"
+        ) from None
+    # a script that ends with sys.exit(main()) would end the run here, and say that all is well
+    except (Exception, SystemExit) as error:
         raise not_importable(kind, spec, error) from error
     if not hasattr(module, attribute):
-        raise ValueError(f"{kind} {spec!r}: {getattr(module, '__file__', None) or name} has no {attribute!r}")
-    travels = name.partition(".")[0] not in ("tandem", "__main__")      # every process has a __main__ of its own: nothing can be sent under that name
+        raise ValueError(
+            f"{kind} {spec!r}: {getattr(module, '__file__', None) or name} has no {attribute!r}"
+        )
+    # every process has a __main__ of its own: nothing can be sent under that name
+    travels = name.partition(".")[0] not in ("tandem", "__main__")
     if travels and LOADED.names.get(place) != name:
         LOADED.names[place] = name
         LOADED.sources.update(with_imports(name))
@@ -73,14 +92,19 @@ def user_code() -> UserCode:
 
 
 def install(code: UserCode) -> None:
-    """In an actor: from now on the user's code is imported from what was sent, under the names it has in the driver."""
+    """In an actor: from now on the user's code is imported from what was sent, under the names it
+    has in the driver.
+    """
     SENT.names.update(code.names)
     SENT.sources.update(code.sources)
     SOURCES.update(code.sources)
 
 
 def register(spec: str, path: Path, kind: str) -> str:
-    """Make a file importable; returns its module name. One that was imported already is not looked at again."""
+    """Make a file importable; returns its module name.
+
+    One that was imported already is not looked at again.
+    """
     name = module_name(path)
     if name in sys.modules:
         return name
@@ -98,7 +122,9 @@ def register(spec: str, path: Path, kind: str) -> str:
 
 def module_name(path: Path) -> str:
     """The same for the same file in every process, another for every other file."""
-    digest = hashlib.blake2b(str(path).encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
+    digest = hashlib.blake2b(
+        str(path).encode("utf-8", "surrogateescape"), digest_size=6
+    ).hexdigest()
     return f"{PREFIX}{re.sub(r'[^0-9A-Za-z_]', '_', path.stem)}_{digest}"
 
 
@@ -109,10 +135,17 @@ def make_importable(folder: str) -> None:
 
 
 def check_neighbours(spec: str, path: Path, source: Source, kind: str) -> None:
-    """Raise ValueError if the file would get the neighbour of another file: Python knows one module of a name."""
+    """Raise ValueError if the file would get the neighbour of another file:
+
+    Python knows one module of a name.
+    """
     others = [folder for folder in FOLDERS if folder != str(path.parent)]
     for name in imported_names(source.data, ""):
-        mine = [file for file in (path.parent / f"{name}.py", path.parent / name / "__init__.py") if file.is_file()]
+        mine = [
+            file
+            for file in (path.parent / f"{name}.py", path.parent / name / "__init__.py")
+            if file.is_file()
+        ]
         if "." in name or not mine:
             continue
         found = getattr(sys.modules.get(name), "__spec__", None) or PathFinder.find_spec(name)
@@ -120,8 +153,11 @@ def check_neighbours(spec: str, path: Path, source: Source, kind: str) -> None:
         if origin is None or Path(origin).resolve() in mine:
             continue
         if any(Path(origin).is_relative_to(folder) for folder in others):
-            raise ValueError(f"{kind} {spec!r} imports {name!r}, of which there are two: {mine[0]}, which it means, and {origin}, which another file of "
-                             "this run uses; Python can import one module of a name, so rename one of them")
+            raise ValueError(
+                f"{kind} {spec!r} imports {name!r}, of which there are two: {mine[0]}, which "
+                f"it means, and {origin}, which another file of "
+                "this run uses; Python can import one module of a name, so rename one of them"
+            )
 
 
 def not_importable(kind: str, spec: str, error: BaseException) -> ValueError:
@@ -133,5 +169,10 @@ def not_importable(kind: str, spec: str, error: BaseException) -> ValueError:
         words = f"{words[:LONGEST]}..."
     hint = ""
     if isinstance(error, ImportError) and "relative import" in words:
-        hint = "; a module that imports relatively is named by its package: package.module:Name, from the folder that holds the package"
-    return ValueError(f"{kind} {spec!r} cannot be imported: {type(error).__name__}: {words}{place}{hint}")
+        hint = (
+            "; a module that imports relatively is named by its package: package.module:Name, "
+            "from the folder that holds the package"
+        )
+    return ValueError(
+        f"{kind} {spec!r} cannot be imported: {type(error).__name__}: {words}{place}{hint}"
+    )

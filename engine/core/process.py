@@ -1,4 +1,5 @@
 """What a process does to itself: output, memory settings, cores."""
+
 from __future__ import annotations
 
 import ctypes
@@ -13,10 +14,12 @@ from tandem.engine.core.errors import ConfigError
 
 
 class redirect_output:
-    """From here on whatever this process and its children write to stdout or stderr, from C++ too, goes to the end of the file `path`.
+    """From here on whatever this process and its children write to stdout or stderr, from C++ too,
+    goes to the end of the file `path`.
 
-    As a statement it lasts as long as the process (actors); as a context manager it ends with the block, before a traceback is printed. `terminal` is
-    the real stdout, for the display. Not for runs in which the user may enter a debugger.
+    As a statement it lasts as long as the process (actors); as a context manager it ends with the
+    block, before a traceback is printed. `terminal` is the real stdout, for the display. Not for
+    runs in which the user may enter a debugger.
     """
 
     def __init__(self, path: str | Path):
@@ -24,7 +27,9 @@ class redirect_output:
         flush_streams()
         self._saved = (os.dup(1), os.dup(2))
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        self.terminal: TextIO = os.fdopen(os.dup(1), "w", encoding=encoding, errors="replace", buffering=1)
+        self.terminal: TextIO = os.fdopen(
+            os.dup(1), "w", encoding=encoding, errors="replace", buffering=1
+        )
         log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -47,15 +52,23 @@ def flush_streams() -> None:
             stream.flush()
 
 
-# What makes glibc keep freed memory for the buffers of the next step: new pages for each cost decoding 5 to 10 % (a model of 3 M parameters in float32)
-# and a weight sync a fifth. An older glibc refuses a larger second value than this, and the first alone would do harm.
-MALLOC = {"MALLOC_TRIM_THRESHOLD_": (1 << 31) - 1, "MALLOC_MMAP_THRESHOLD_": 1 << (30 if platform.libc_ver() >= ("glibc", "2.36") else 25)}
+# What makes glibc keep freed memory for the buffers of the next step: new pages for each cost
+# decoding 5 to 10 % (a model of 3 M parameters in float32) and a weight sync a fifth. An older
+# glibc refuses a larger second value than this, and the first alone would do harm.
+MALLOC = {
+    "MALLOC_TRIM_THRESHOLD_": (1 << 31) - 1,
+    "MALLOC_MMAP_THRESHOLD_": 1 << (30 if platform.libc_ver() >= ("glibc", "2.36") else 25),
+}
 
 
 def keep_freed_memory() -> None:
-    """The same for this process, which runs already. The user's own variables win; elsewhere than on glibc nothing happens."""
+    """The same for this process, which runs already.
+
+    The user's own variables win; elsewhere than on glibc nothing happens.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    for variable, option in (("MALLOC_TRIM_THRESHOLD_", -1), ("MALLOC_MMAP_THRESHOLD_", -3)):       # option numbers of malloc.h
+    # option numbers of malloc.h
+    for variable, option in (("MALLOC_TRIM_THRESHOLD_", -1), ("MALLOC_MMAP_THRESHOLD_", -3)):
         if mallopt is not None and variable not in os.environ:
             mallopt(option, MALLOC[variable])
 

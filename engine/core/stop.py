@@ -11,6 +11,7 @@
 A handler prints nothing and takes no lock: it runs between any two instructions of the main thread.
 The state is that of the process, as signals are; handlers run in the main thread only.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -24,11 +25,16 @@ from typing import Any
 
 # What terminals, shells and schedulers send to end a program; XCPU when its CPU time runs out.
 NUMBERS = (
-    signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT,
-    signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU,
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGXCPU,
 )
-LOOK_SECONDS = 0.1      # how often a waiting thread looks at the flag
-AGAIN_SECONDS = 0.05    # until the handler tries again
+LOOK_SECONDS = 0.1  # how often a waiting thread looks at the flag
+AGAIN_SECONDS = 0.05  # until the handler tries again
 
 
 class Stopped(KeyboardInterrupt):
@@ -40,11 +46,11 @@ class Stopped(KeyboardInterrupt):
 @dataclass
 class State:
     handling: bool = False
-    requested: str = ""         # name of the first signal
-    at_once: bool = False       # a second Ctrl-C came
-    holding: bool = False       # the loop looks at `requested` itself
-    abandonable: bool = False   # what the loop does now may be given up
-    computing: bool = False     # and is code of the model or the user, which holds nothing to save
+    requested: str = ""  # name of the first signal
+    at_once: bool = False  # a second Ctrl-C came
+    holding: bool = False  # the loop looks at `requested` itself
+    abandonable: bool = False  # what the loop does now may be given up
+    computing: bool = False  # and is code of the model or the user, which holds nothing to save
 
 
 STATE = State()
@@ -143,7 +149,7 @@ def keeping() -> Iterator[None]:
     The processes that it starts never see the signals, which schedulers send to all processes of a
     job: they are needed for the checkpoint, and end with this process.
     """
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS)      # children inherit it
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS)  # children inherit it
     try:
         yield
     except SystemExit:
@@ -219,7 +225,7 @@ def computing() -> Iterator[None]:
         yield
     finally:
         STATE.computing = False
-    check()     # of a signal whose exception the code swallowed
+    check()  # of a signal whose exception the code swallowed
 
 
 def result(future: Future) -> Any:
@@ -227,7 +233,7 @@ def result(future: Future) -> Any:
     while not future.done():
         check()
         try:
-            future.exception(LOOK_SECONDS)      # computes it, if it is one of rollout.local
+            future.exception(LOOK_SECONDS)  # computes it, if it is one of rollout.local
         except (TimeoutError, CancelledError):
             continue
     return future.result()

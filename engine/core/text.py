@@ -1,9 +1,10 @@
 """Small helpers for words in messages."""
+
 from __future__ import annotations
 
 import difflib
 
-LONGEST = 200       # characters of a value that an error shows
+LONGEST = 200  # characters of a value that an error shows
 
 
 def closest(word: str, known) -> str:

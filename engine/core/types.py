@@ -1,4 +1,5 @@
-"""The carriers: every arrow between two stages of a training step is one of these frozen dataclasses.
+"""The carriers: every arrow between two stages of a training step is one of these frozen
+dataclasses.
 
     PromptSource -Prompt-> Producer -GenRequest-> rollout pool -Trajectory-> reward runner -ScoredGroup-+
     ExpertSource -Trajectory (source EXPERT)------------------------------------------------------------+
@@ -6,11 +7,14 @@
                             Method.rows -Row-> packer -StepPlan-> learner -StepReport-> telemetry
 
 Invariants:
-  * A sequence is flat: no padding and no prompt/response halves. All streams of a sequence have its length `T`.
-  * A stream value at position t belongs to token t, so log-prob t is log pi(token_t | token_<t); position 0 has none.
+  * A sequence is flat: no padding and no prompt/response halves. All streams of a sequence have its
+    length `T`.
+  * A stream value at position t belongs to token t, so log-prob t is log pi(token_t | token_<t);
+    position 0 has none.
   * Text stops at the reward. Nothing is re-tokenised after `Trajectory`.
   * Only a weight version and numbers travel back from the learner to the rollout side.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -26,20 +30,20 @@ from tandem.engine.core.errors import CarrierError
 class Source(IntEnum):
     """Where a token came from."""
 
-    PROMPT = 0   # given by the dataset, never trained
-    POLICY = 1   # sampled from our own policy by a rollout engine
-    EXPERT = 2   # written by the expert, in a demonstration
-    PREFIX = 3   # expert tokens that a rollout was made to start from (Prefix-RFT)
-    HINT = 4     # expert tokens shown to the whole group (UFT)
-    TOOL = 5     # returned by an environment, never trained
+    PROMPT = 0  # given by the dataset, never trained
+    POLICY = 1  # sampled from our own policy by a rollout engine
+    EXPERT = 2  # written by the expert, in a demonstration
+    PREFIX = 3  # expert tokens that a rollout was made to start from (Prefix-RFT)
+    HINT = 4  # expert tokens shown to the whole group (UFT)
+    TOOL = 5  # returned by an environment, never trained
 
 
 class Finish(StrEnum):
     """Why a sequence ended."""
 
-    STOP = "stop"       # end-of-sequence token (it belongs to the response)
-    LENGTH = "length"   # cut at max_tokens: there is no end-of-sequence token
-    ABORT = "abort"     # the engine gave up; never trained on
+    STOP = "stop"  # end-of-sequence token (it belongs to the response)
+    LENGTH = "length"  # cut at max_tokens: there is no end-of-sequence token
+    ABORT = "abort"  # the engine gave up; never trained on
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,15 +51,20 @@ class Prompt:
     """One dataset row, tokenised once."""
 
     id: str
-    tokens: np.ndarray                                  # int32 [T_prompt]
-    content: Any                                        # str or chat messages, as rewards see it
-    columns: Mapping[str, Any] = field(default_factory=dict)    # the dataset row, unchanged
-    demonstration: np.ndarray | None = None             # int32 [T_demo] response ids with end-of-sequence, if the row has one
+    tokens: np.ndarray  # int32 [T_prompt]
+    content: Any  # str or chat messages, as rewards see it
+    columns: Mapping[str, Any] = field(default_factory=dict)  # the dataset row, unchanged
+    # int32 [T_demo] response ids with end-of-sequence, if the row has one
+    demonstration: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. The behaviour policy is the temperature-scaled distribution; the learner divides its logits by the same temperature."""
+    """How to sample.
+
+    The behaviour policy is the temperature-scaled distribution; the learner divides its logits by
+    the same temperature.
+    """
 
     max_tokens: int
     temperature: float = 1.0
@@ -68,13 +77,16 @@ class Sampling:
 class GenRequest:
     """Ask for `samples` continuations of one prompt; all of them go to the same engine."""
 
-    group: int                                          # ordinal, unique in a run, also after resume
+    # ordinal, unique in a run, also after resume
+    group: int
     prompt: Prompt
     samples: int
     sampling: Sampling
-    prefixes: tuple[np.ndarray, ...] = ()               # forced first response ids per sample; () = none has any
+    # forced first response ids per sample; () = none has any
+    prefixes: tuple[np.ndarray, ...] = ()
     prefix_source: Source = Source.PREFIX
-    attempt: int = 0                                    # how often this group was re-issued after an engine died
+    # how often this group was re-issued after an engine died
+    attempt: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,15 +94,23 @@ class Trajectory:
     """One sequence: prompt and response in one, with what is known about each token."""
 
     prompt_id: str
-    tokens: np.ndarray                                  # int32 [T]
-    source: np.ndarray                                  # int8 [T], values of Source
+    tokens: np.ndarray  # int32 [T]
+    source: np.ndarray  # int8 [T], values of Source
     finish: Finish
-    behaviour_logp: np.ndarray | None = None            # float32 [T], NaN where no rollout engine sampled the token
-    version: np.ndarray | None = None                   # int32 [T], weight version that sampled the token, -1 elsewhere
+    # float32 [T], NaN where no rollout engine sampled the token
+    behaviour_logp: np.ndarray | None = None
+    # int32 [T], weight version that sampled the token, -1 elsewhere
+    version: np.ndarray | None = None
     group: int = -1
 
     def __post_init__(self):
-        check_lengths("Trajectory", len(self.tokens), source=self.source, behaviour_logp=self.behaviour_logp, version=self.version)
+        check_lengths(
+            "Trajectory",
+            len(self.tokens),
+            source=self.source,
+            behaviour_logp=self.behaviour_logp,
+            version=self.version,
+        )
 
     @property
     def response(self) -> np.ndarray:
@@ -102,7 +122,7 @@ class Trajectory:
 class RewardError:
     """A reward that could not be had; never a silent zero."""
 
-    kind: str           # timeout | exception | not_finite | arity | crash
+    kind: str  # timeout | exception | not_finite | arity | crash
     message: str
     function: str
 
@@ -111,7 +131,7 @@ class RewardError:
 class RewardOutcome:
     """What the reward functions said about one trajectory."""
 
-    value: float | None                                 # weighted sum, None when `error` is set
+    value: float | None  # weighted sum, None when `error` is set
     parts: Mapping[str, float] = field(default_factory=dict)
     error: RewardError | None = None
 
@@ -123,10 +143,11 @@ class ScoredGroup:
     group: int
     prompt: Prompt
     trajectories: tuple[Trajectory, ...]
-    rewards: np.ndarray                                 # float32 [n], finite
+    rewards: np.ndarray  # float32 [n], finite
     outcomes: tuple[RewardOutcome, ...] = ()
     texts: tuple[str, ...] = ()
-    demonstration_reward: float | None = None           # of prompt.demonstration, if the method asked for it to be scored
+    # of prompt.demonstration, if the method asked for it to be scored
+    demonstration_reward: float | None = None
 
     def __post_init__(self):
         check_lengths("ScoredGroup", len(self.trajectories), rewards=self.rewards)
@@ -136,34 +157,58 @@ class ScoredGroup:
 class Row:
     """One training sequence, as a method hands it to the packer.
 
-    `weights[term][t]` is the factor on token t's loss in that term; zero means the token is not part of the term and is not
-    counted in its denominator. A token that must be counted but not pushed gets advantage 0 instead.
+    `weights[term][t]` is the factor on token t's loss in that term; zero means the token is not
+    part of the term and is not counted in its denominator. A token that must be counted but not
+    pushed gets advantage 0 instead.
     """
 
-    tokens: np.ndarray                                  # int32 [T]
-    source: np.ndarray                                  # int8 [T]
-    weights: Mapping[str, np.ndarray]                   # {term: float32 [T]}
-    advantage: np.ndarray | None = None                 # float32 [T]
-    behaviour_logp: np.ndarray | None = None            # float32 [T], NaN where absent
-    old_logp: np.ndarray | None = None                  # float32 [T]; None: the learner's own log-prob of this very forward
-    ref_logp: np.ndarray | None = None                  # float32 [T]
-    old_value: np.ndarray | None = None                 # float32 [T] the critic's value of the state in which token t was chosen, before the update
-    returns: np.ndarray | None = None                   # float32 [T] what that value should have been
-    version: np.ndarray | None = None                   # int32 [T]
+    tokens: np.ndarray  # int32 [T]
+    source: np.ndarray  # int8 [T]
+    weights: Mapping[str, np.ndarray]  # {term: float32 [T]}
+    advantage: np.ndarray | None = None  # float32 [T]
+    behaviour_logp: np.ndarray | None = None  # float32 [T], NaN where absent
+    # float32 [T]; None: the learner's own log-prob of this very forward
+    old_logp: np.ndarray | None = None
+    ref_logp: np.ndarray | None = None  # float32 [T]
+    # float32 [T] the critic's value of the state in which token t was chosen, before the update
+    old_value: np.ndarray | None = None
+    # float32 [T] what that value should have been
+    returns: np.ndarray | None = None
+    version: np.ndarray | None = None  # int32 [T]
     group: int = -1
     prompt_id: str = ""
 
     def __post_init__(self):
         if not isinstance(self.weights, Mapping):
-            raise CarrierError(f"Row.weights is {self.weights!r}, expected a mapping {{term: one number per token}}")
+            raise CarrierError(
+                f"Row.weights is {self.weights!r}, expected a mapping {{term: one number per "
+                f"token}}"
+            )
         named = {f"weights[{name!r}]": weight for name, weight in self.weights.items()}
-        check_lengths("Row", length("Row.tokens", self.tokens), source=self.source, advantage=self.advantage, behaviour_logp=self.behaviour_logp,
-                      old_logp=self.old_logp, ref_logp=self.ref_logp, old_value=self.old_value, returns=self.returns, version=self.version, **named)
+        check_lengths(
+            "Row",
+            length("Row.tokens", self.tokens),
+            source=self.source,
+            advantage=self.advantage,
+            behaviour_logp=self.behaviour_logp,
+            old_logp=self.old_logp,
+            ref_logp=self.ref_logp,
+            old_value=self.old_value,
+            returns=self.returns,
+            version=self.version,
+            **named,
+        )
         for name, weight in named.items():
             if weight is None or len(weight) == 0:
-                raise CarrierError(f"Row.{name} is {weight!r}, expected one number per token of a row that has at least two tokens")
+                raise CarrierError(
+                    f"Row.{name} is {weight!r}, expected one number per token of a row that "
+                    "has at least two tokens"
+                )
             if np.any(weight[0] != 0):
-                raise CarrierError(f"Row.{name}[0] is {weight[0]}, must be 0: the first token has no log-prob, so it cannot be trained")
+                raise CarrierError(
+                    f"Row.{name}[0] is {weight[0]}, must be 0: the first token has no "
+                    "log-prob, so it cannot be trained"
+                )
 
     @property
     def trained(self) -> np.ndarray:
@@ -176,67 +221,93 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """What one rank runs in one forward: rows packed into `B` bins of length `L`, and the streams of the `n` trained tokens.
+    """What one rank runs in one forward: rows packed into `B` bins of length `L`, and the streams
+    of the `n` trained tokens.
 
-    The hidden state at flat position `index[i]` of the bins predicts trained token i. The last trained token of a row, and what follows it, predicts nothing and
-    is not in the bins. Where rows share a prompt, all of them are predicted from the one copy of it, and each row's own tokens are a block that sees this copy and itself.
+    The hidden state at flat position `index[i]` of the bins predicts trained token i. The last
+    trained token of a row, and what follows it, predicts nothing and is not in the bins. Where rows
+    share a prompt, all of them are predicted from the one copy of it, and each row's own tokens are
+    a block that sees this copy and itself.
     """
 
-    tokens: np.ndarray                                  # int64 [B, L], padded with 0
-    positions: np.ndarray                               # int64 [B, L], position in the row; padding is a row of its own
-    index: np.ndarray                                   # int64 [n]
-    target: np.ndarray                                  # int64 [n] token ids
-    weights: Mapping[str, np.ndarray]                   # {term: float32 [n]}
-    scale: Mapping[str, np.ndarray]                     # {term: float32 [n]} reduction factor of the row, before the division by Z
-    segment: np.ndarray                                 # int64 [n] row number within this micro-batch, 0-based
-    group: np.ndarray                                   # int64 [n]
-    source: np.ndarray                                  # int8 [n]
-    streams: Mapping[str, np.ndarray]                   # float32 [n]: advantage, behaviour_logp, old_logp, ref_logp, old_value, returns, where present (NaN: absent for that token)
-    fresh: np.ndarray                                   # bool [n]: sampled by the rollout engine with the learner's present weights
-    rows: tuple[int, ...]                               # positions in the step's row list
-    real_tokens: int                                    # all tokens of the rows, prompts counted with each
-    tree: np.ndarray | None = None                      # int64 [2, B, L]: block of each token, and block of its prompt; None: no row shares its prompt
+    tokens: np.ndarray  # int64 [B, L], padded with 0
+    # int64 [B, L], position in the row; padding is a row of its own
+    positions: np.ndarray
+    index: np.ndarray  # int64 [n]
+    target: np.ndarray  # int64 [n] token ids
+    weights: Mapping[str, np.ndarray]  # {term: float32 [n]}
+    # {term: float32 [n]} reduction factor of the row, before the division by Z
+    scale: Mapping[str, np.ndarray]
+    # int64 [n] row number within this micro-batch, 0-based
+    segment: np.ndarray
+    group: np.ndarray  # int64 [n]
+    source: np.ndarray  # int8 [n]
+    # float32 [n]: advantage, behaviour_logp, old_logp, ref_logp, old_value, returns, where present
+    # (NaN: absent for that token)
+    streams: Mapping[str, np.ndarray]
+    # bool [n]: sampled by the rollout engine with the learner's present weights
+    fresh: np.ndarray
+    rows: tuple[int, ...]  # positions in the step's row list
+    # all tokens of the rows, prompts counted with each
+    real_tokens: int
+    # int64 [2, B, L]: block of each token, and block of its prompt; None: no row shares its prompt
+    tree: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class StepPlan:
-    """One optimizer step, complete: every rank gets its own list of micro-batches, all ranks equally many."""
+    """One optimizer step, complete: every rank gets its own list of micro-batches, all ranks
+    equally many.
+    """
 
     step: int
-    terms: tuple[Any, ...]                              # algorithms.base.Term
-    denominators: Mapping[str, float]                   # {term: Z}, counted over the whole global batch
-    micro_batches: tuple[tuple[MicroBatch, ...], ...]   # [rank][k]
+    terms: tuple[Any, ...]  # algorithms.base.Term
+    # {term: Z}, counted over the whole global batch
+    denominators: Mapping[str, float]
+    micro_batches: tuple[tuple[MicroBatch, ...], ...]  # [rank][k]
     learning_rate: float
-    optimizer: str = "main"                             # which set of optimizer moments this step uses
+    # which set of optimizer moments this step uses
+    optimizer: str = "main"
     temperature: float = 1.0
-    entropy: bool = False                               # whether the head also computes token entropies
-    forward: Any = None                                 # Method.forward, in the place of Policy.forward
+    # whether the head also computes token entropies
+    entropy: bool = False
+    # Method.forward, in the place of Policy.forward
+    forward: Any = None
 
 
 @dataclass(frozen=True)
 class StepReport:
     """What the learner says of one optimizer step; every number is over the whole global batch."""
 
-    metrics: Mapping[str, float]                        # loss/TERM, grad_norm, gap/max, gap/mean, entropy, ...
-    skipped: bool = False                               # non-finite gradient: the weights were left alone
+    # loss/TERM, grad_norm, gap/max, gap/mean, entropy, ...
+    metrics: Mapping[str, float]
+    # non-finite gradient: the weights were left alone
+    skipped: bool = False
     seconds: float = 0.0
 
 
 def check_lengths(owner: str, expected: int, **streams) -> None:
-    """Raise CarrierError naming the stream whose length is not the expected one; streams that are None are absent and fine."""
+    """Raise CarrierError naming the stream whose length is not the expected one; streams that are
+    None are absent and fine.
+    """
     for name, stream in streams.items():
         if stream is None:
             continue
         found = length(f"{owner}.{name}", stream)
         if found != expected:
-            raise CarrierError(f"{owner}.{name} has {found} entries, expected {expected} (one per entry of the sequence)")
+            raise CarrierError(
+                f"{owner}.{name} has {found} entries, expected {expected} (one per entry of "
+                "the sequence)"
+            )
 
 
 def length(name: str, stream) -> int:
     try:
         return len(stream)
-    except TypeError:       # a number, or an array of no dimension
-        raise CarrierError(f"{name} is {stream!r}, expected an array with one entry per entry of the sequence") from None
+    except TypeError:  # a number, or an array of no dimension
+        raise CarrierError(
+            f"{name} is {stream!r}, expected an array with one entry per entry of the sequence"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -250,8 +321,8 @@ class SyncReport:
 class Delivery:
     """What the learner sent and what each rollout engine says of it, for `weights.sync` to compare."""
 
-    sent: dict[str, str]                # {parameter: digest}
-    installed: list[Installed]          # one per engine
+    sent: dict[str, str]  # {parameter: digest}
+    installed: list[Installed]  # one per engine
     bytes: int
 
 
@@ -276,6 +347,6 @@ class EvalResult:
 class Installed(NamedTuple):
     """What an engine says of an update, before it samples again."""
 
-    received: dict[str, str]        # {parameter: digest} of the bytes as they were received
-    version: int                    # see Backend.weight_version
-    held: str                       # see Backend.held_digest
+    received: dict[str, str]  # {parameter: digest} of the bytes as they were received
+    version: int  # see Backend.weight_version
+    held: str  # see Backend.held_digest

@@ -1,8 +1,12 @@
-"""Which of the imported modules are the user's, and their source: what an actor on a node without the files imports from.
+"""Which of the imported modules are the user's, and their source: what an actor on a node without
+the files imports from.
 
-The user's are the files that a config names and every Python module that they import, directly or not, at the top or inside a function, as long as it is
-neither installed (in site-packages, or claimed by an installed distribution) nor Python's own. Compiled modules and data files have no source to keep.
+The user's are the files that a config names and every Python module that they import, directly or
+not, at the top or inside a function, as long as it is neither installed (in site-packages, or
+claimed by an installed distribution) nor Python's own. Compiled modules and data files have no
+source to keep.
 """
+
 from __future__ import annotations
 
 import ast
@@ -25,7 +29,8 @@ class Source(NamedTuple):
     data: bytes
 
 
-SOURCES: dict[str, Source] = {}     # {module name: source} of modules that are imported from here and not from their files
+# {module name: source} of modules that are imported from here and not from their files
+SOURCES: dict[str, Source] = {}
 
 
 class SourceFinder(importlib.abc.MetaPathFinder):
@@ -35,11 +40,16 @@ class SourceFinder(importlib.abc.MetaPathFinder):
         if fullname not in SOURCES:
             return None
         file = SOURCES[fullname].path
-        return importlib.util.spec_from_file_location(fullname, file, loader=KeptLoader(fullname, file))
+        return importlib.util.spec_from_file_location(
+            fullname, file, loader=KeptLoader(fullname, file)
+        )
 
 
 class KeptLoader(SourceFileLoader):
-    """Runs a module of SOURCES. Tracebacks and `inspect` show its lines, also where the file is not."""
+    """Runs a module of SOURCES.
+
+    Tracebacks and `inspect` show its lines, also where the file is not.
+    """
 
     def get_data(self, path: str) -> bytes:
         return SOURCES[self.name].data if path == self.path else super().get_data(path)
@@ -52,7 +62,9 @@ sys.meta_path.insert(0, SourceFinder())
 
 
 def with_imports(name: str) -> dict[str, Source]:
-    """{module name: source} of an imported module, of all that it imports, and of what else was imported from its folder; only what is the user's."""
+    """{module name: source} of an imported module, of all that it imports, and of what else was
+    imported from its folder; only what is the user's.
+    """
     home = folder_of(name)
     waiting = [name]
     if not in_library(home):
@@ -90,13 +102,14 @@ def imported_from(folder: Path) -> list[str]:
         file = getattr(module, "__file__", None)
         if name == "__main__" or not file or not Path(file).is_relative_to(folder):
             continue
-        if not in_library(Path(file)):      # an environment often lies in the project's folder
+        if not in_library(Path(file)):  # an environment often lies in the project's folder
             found.append(name)
     return found
 
 
 def imported_names(data: bytes, package: str) -> Iterator[str]:
-    """Dotted names that a module's import statements, also those in functions, may mean: of `from a import b` both a and a.b.
+    """Dotted names that a module's import statements, also those in functions, may mean: of `from a
+    import b` both a and a.b.
 
     `package` is what relative imports start from. What is no Python has none.
     """
@@ -111,7 +124,7 @@ def imported_names(data: bytes, package: str) -> Iterator[str]:
             try:
                 base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
             except ImportError:
-                continue        # it would fail when it is run, too
+                continue  # it would fail when it is run, too
             yield base
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
@@ -124,7 +137,9 @@ def with_parents(name: str) -> Iterator[str]:
 
 
 def find_source(name: str, home: Path) -> Source | None:
-    """The source of a module that is the user's, imported or not; None for others, and for what has no source in Python."""
+    """The source of a module that is the user's, imported or not; None for others, and for what has
+    no source in Python.
+    """
     if name in SOURCES:
         return SOURCES[name]
     spec = find_spec(name)
@@ -137,7 +152,7 @@ def find_source(name: str, home: Path) -> Source | None:
     try:
         return Source(str(file), b"" if namespace else file.read_bytes())
     except OSError:
-        return None         # importing it fails, here as there
+        return None  # importing it fails, here as there
 
 
 def find_spec(name: str) -> ModuleSpec | None:
@@ -145,7 +160,7 @@ def find_spec(name: str) -> ModuleSpec | None:
     spec, folders, known = None, None, ""
     for part in name.split("."):
         if known and folders is None:
-            return None     # an attribute of a module, not a module
+            return None  # an attribute of a module, not a module
         known = f"{known}.{part}" if known else part
         spec = PathFinder.find_spec(known, folders)
         if spec is None:
@@ -155,7 +170,9 @@ def find_spec(name: str) -> ModuleSpec | None:
 
 
 def is_installed(name: str, file: Path, home: Path) -> bool:
-    """Whether a module belongs to Python, to Tandem or to an installed package, so that every node has it."""
+    """Whether a module belongs to Python, to Tandem or to an installed package, so that every node
+    has it.
+    """
     top = name.partition(".")[0]
     if top == "tandem" or in_library(file):
         return True
@@ -171,5 +188,8 @@ def in_library(path: Path) -> bool:
 
 @cache
 def distributions() -> frozenset[str]:
-    """Names that installed distributions claim, those installed in place (`pip install -e`) too. Takes a fraction of a second."""
+    """Names that installed distributions claim, those installed in place (`pip install -e`) too.
+
+    Takes a fraction of a second.
+    """
     return frozenset(importlib.metadata.packages_distributions())

@@ -1,9 +1,12 @@
-"""Control tokens spelled out in a dataset's text: `<|im_end|>` typed into a prompt ends the turn there.
+"""Control tokens spelled out in a dataset's text:
 
-A control token is one at which generation stops, the BOS, EOS, padding, separator and class tokens, and
-every special token that the chat template writes or that is called after a role (<|user|>). Special tokens in
-pairs (<think> and </think>) are tags: they may stand in any text.
+`<|im_end|>` typed into a prompt ends the turn there.
+
+A control token is one at which generation stops, the BOS, EOS, padding, separator and class tokens,
+and every special token that the chat template writes or that is called after a role (<|user|>).
+Special tokens in pairs (<think> and </think>) are tags: they may stand in any text.
 """
+
 from __future__ import annotations
 
 import re
@@ -15,8 +18,13 @@ ROLES = ("system", "user", "assistant", "tool", "developer", "human", "bot")
 def control_texts(tokenizer, stop: Iterable[int], template: str) -> list[str]:
     """The texts of all control tokens of a tokenizer, the longest first."""
     added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
-    named = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.sep_token,
-             tokenizer.cls_token]
+    named = [
+        tokenizer.bos_token,
+        tokenizer.eos_token,
+        tokenizer.pad_token,
+        tokenizer.sep_token,
+        tokenizer.cls_token,
+    ]
     stops = [tokenizer.convert_ids_to_tokens(number) for number in stop]
     found = {text for text in (*named, *stops) if text in added}
     for text, special in added.items():

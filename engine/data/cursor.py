@@ -1,4 +1,5 @@
 """Which row comes next: row numbers without end, in an order that depends on (seed, epoch) alone."""
+
 from __future__ import annotations
 
 import hashlib
@@ -13,8 +14,8 @@ from tandem.engine.core.errors import ConfigError
 class Cursor:
     """Every epoch is a permutation of its own of the rows that are used, or their plain order.
 
-    length: rows of the dataset; sys.maxsize for rows without end. dropped: numbers of those that are
-    left out.
+    length: rows of the dataset; sys.maxsize for rows without end. dropped: numbers of those that
+    are left out.
     """
 
     def __init__(self, length: int, seed: int, shuffle: bool, dropped: list[int]):
@@ -27,7 +28,7 @@ class Cursor:
         self.shuffle = shuffle
         self.epoch = 0
         self.index = 0
-        self.order: tuple[int, np.ndarray] | None = None    # (epoch, permutation)
+        self.order: tuple[int, np.ndarray] | None = None  # (epoch, permutation)
 
     def __getitem__(self, place: int) -> int:
         """The row number at a place among the rows that are used."""
@@ -46,17 +47,26 @@ class Cursor:
         return self[int(self.order[1][self.index - 1])]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "index": self.index, "rows": self.length,
-                "dropped": len(self.dropped), "dropped_digest": self.digest()}
+        return {
+            "epoch": self.epoch,
+            "index": self.index,
+            "rows": self.length,
+            "dropped": len(self.dropped),
+            "dropped_digest": self.digest(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any], name: str) -> None:
         if state["rows"] != self.length:
-            raise ConfigError(f"dataset {name!r} has {self.length} rows, but {state['rows']} when the "
-                              "checkpoint was written; resume with the same data")
+            raise ConfigError(
+                f"dataset {name!r} has {self.length} rows, but {state['rows']} when the "
+                "checkpoint was written; resume with the same data"
+            )
         if state.get("dropped_digest", "") != self.digest():
-            raise ConfigError(f"dataset {name!r}: {len(self.dropped)} rows are left out as too long, "
-                              f"but others, {state.get('dropped', 0)}, when the checkpoint was "
-                              "written; resume with the same data, tokenizer and limits")
+            raise ConfigError(
+                f"dataset {name!r}: {len(self.dropped)} rows are left out as too long, "
+                f"but others, {state.get('dropped', 0)}, when the checkpoint was "
+                "written; resume with the same data, tokenizer and limits"
+            )
         self.epoch = state["epoch"]
         self.index = state["index"]
 

@@ -6,6 +6,7 @@ Invariants:
     token before.
   * Whatever a message says is in what is tokenised (unless data.template_changes allows less).
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,26 +26,28 @@ from tandem.engine.data.samples import Sample, SampleReader, refuse_surrogates, 
 from tandem.engine.data.templates import Template, TemplateFailure
 from tandem.engine.model.context import context_length
 
-SPLIT_BEHIND = ("", "\n", "=", ":", "a")    # texts behind which a response may be tokenised apart
-SPARE_TOKENS = 16       # beside the margins of a shape
+SPLIT_BEHIND = ("", "\n", "=", ":", "a")  # texts behind which a response may be tokenised apart
+SPARE_TOKENS = 16  # beside the margins of a shape
 DROP = "or set data.overlong=drop to leave such rows out"
 
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    content: Any                    # str, or the chat messages with the system prompt
-    tokens: np.ndarray              # int32 [T], the prompt
-    response: np.ndarray | None     # int32 [T_response], the last one being a stop token
+    content: Any  # str, or the chat messages with the system prompt
+    tokens: np.ndarray  # int32 [T], the prompt
+    response: np.ndarray | None  # int32 [T_response], the last one being a stop token
 
 
 class Encoder:
     """Reads and tokenises the rows of one dataset.
 
-    Every error is a ConfigError that begins with the row's label, for a row beyond a limit a TooLong.
+    Every error is a ConfigError that begins with the row's label, for a row beyond a limit a
+    TooLong.
     """
 
     def __init__(self, dataset: DatasetConfig, data: DataConfig, tokenizer, model: ModelConfig):
         from tandem.engine.model.resolve import read_config, resolve_model
+
         self.data = data
         self.tokenizer = tokenizer
         self.template = Template(tokenizer, data.chat_template_kwargs, data.template_date)
@@ -55,8 +58,8 @@ class Encoder:
         self.literals = literals(source)
         self.context = context_length(read_config(model, resolve_model(model)))
         self.prefix = plain_prefix(tokenizer)
-        self.margins: dict[tuple, tuple[int, int]] = {}     # of every shape: see `surely_fits`
-        self.truncated = 0                                  # prompts cut so far
+        self.margins: dict[tuple, tuple[int, int]] = {}  # of every shape: see `surely_fits`
+        self.truncated = 0  # prompts cut so far
 
     def read(self, row: Mapping[str, Any], label: str) -> Sample:
         """The row without tokenising it."""
@@ -81,11 +84,12 @@ class Encoder:
             self.margins[shape] = (len(text) - known, len(rest) - answer)
         return Encoded(sample.prompt, self.within_limit(tokens, label), response)
 
-    # -- rows that need not be tokenised --------------------------------------------------------------
+    # -- rows that need not be tokenised
 
     def shape(self, sample: Sample) -> tuple:
-        """What a template may decide by, other than the words: roles, keys, and the marks in contents
-        that the template itself speaks of (such as </think>)."""
+        """What a template may decide by, other than the words: roles, keys, and the marks in
+        contents that the template itself speaks of (such as </think>).
+        """
         if isinstance(sample.prompt, str):
             return ("plain",)
         parts = []
@@ -122,24 +126,29 @@ class Encoder:
         texts = list({text: None for sample in samples for text in sample.texts})
         try:
             found = self.tokenizer(texts, add_special_tokens=False).input_ids
-        except Exception:       # of one of them; `encode` will say of which
+        except Exception:  # of one of them; `encode` will say of which
             return [False] * len(samples)
         counts = {text: len(ids) for text, ids in zip(texts, found, strict=True)}
         return [self.surely_fits(sample, counts.__getitem__) for sample in samples]
 
-    # -- text -------------------------------------------------------------------------------------------
+    # -- text
 
-    def render(self, messages: Sequence[dict], tools: list | None, generation: bool,
-               label: str) -> str:
+    def render(
+        self, messages: Sequence[dict], tools: list | None, generation: bool, label: str
+    ) -> str:
         if not self.template.source:
-            raise ConfigError(f"{label}: the tokenizer has no chat template; set data.chat=false and "
-                              "use plain text prompts, or model.tokenizer to one that has it")
+            raise ConfigError(
+                f"{label}: the tokenizer has no chat template; set data.chat=false and "
+                "use plain text prompts, or model.tokenizer to one that has it"
+            )
         try:
             text = self.template.render(messages, tools, generation)
         except TemplateFailure as error:
-            raise ConfigError(f"{label}: the chat template refuses these messages: {error} (it comes "
-                              "with the tokenizer: model.tokenizer or model.path; "
-                              "data.chat_template_kwargs gives it variables)") from None
+            raise ConfigError(
+                f"{label}: the chat template refuses these messages: {error} (it comes "
+                "with the tokenizer: model.tokenizer or model.path; "
+                "data.chat_template_kwargs gives it variables)"
+            ) from None
         refuse_surrogates(text, "what the chat template wrote", label)
         return text
 
@@ -155,12 +164,14 @@ class Encoder:
             return sample.response["content"]
         full = self.render(sample.messages, sample.tools, False, label)
         if not full.startswith(text):
-            raise ConfigError(f"{label}: the chat template writes the turns before the response "
-                              "differently once the response is there, so that training would not see "
-                              f"what a rollout sees: {brief(text[-80:])} became "
-                              f"{brief(full[:len(text)][-80:])}; use a template that only appends")
+            raise ConfigError(
+                f"{label}: the chat template writes the turns before the response "
+                "differently once the response is there, so that training would not see "
+                f"what a rollout sees: {brief(text[-80:])} became "
+                f"{brief(full[: len(text)][-80:])}; use a template that only appends"
+            )
         self.check_content(full, sample.messages, label)
-        return full[len(text):]
+        return full[len(text) :]
 
     def check_content(self, text: str, messages: Sequence[dict], label: str) -> None:
         """Raise ConfigError if a message's words are not in the rendered text."""
@@ -175,10 +186,12 @@ class Encoder:
         change = "drops or changes"
         if "".join(wanted.split()) in "".join(text.split()):
             change = "changes the white space of"
-        raise ConfigError(f"{label}: the chat template {change} the {name} of role {role!r}"
-                          f"{role_advice(role)}: {brief(wanted)} is not in what it wrote, "
-                          f"{brief(text[-160:])}; change the row or the template, or set "
-                          "data.template_changes=allow to train on what it writes")
+        raise ConfigError(
+            f"{label}: the chat template {change} the {name} of role {role!r}"
+            f"{role_advice(role)}: {brief(wanted)} is not in what it wrote, "
+            f"{brief(text[-160:])}; change the row or the template, or set "
+            "data.template_changes=allow to train on what it writes"
+        )
 
     def check_roles(self, sample: Sample, label: str) -> None:
         """Raise ConfigError if the template leaves out messages of some role. Contents that occur
@@ -188,7 +201,7 @@ class Encoder:
         marked = with_markers(sample.messages)
         try:
             text = self.template.render(marked, sample.tools, sample.response is None)
-        except TemplateFailure:     # it wants a content of some form
+        except TemplateFailure:  # it wants a content of some form
             return
         missing = find_missing(text, marked)
         if missing is not None and missing[1] == "content":
@@ -200,11 +213,13 @@ class Encoder:
             function = tool.get("function", tool)
             name = function.get("name") if isinstance(function, dict) else None
             if isinstance(name, str) and name not in text and self.data.template_changes == "error":
-                raise ConfigError(f"{label}: the chat template does not write the tool {name!r}: it may "
-                                  "know no tools; use another template, leave `tools:` of the dataset "
-                                  "out, or set data.template_changes=allow")
+                raise ConfigError(
+                    f"{label}: the chat template does not write the tool {name!r}: it may "
+                    "know no tools; use another template, leave `tools:` of the dataset "
+                    "out, or set data.template_changes=allow"
+                )
 
-    # -- tokens -----------------------------------------------------------------------------------------
+    # -- tokens
 
     def prompt_tokens(self, text: str, chat: bool, label: str) -> np.ndarray:
         """All tokens of the prompt, int32 [T]. Raises TooLong unless too long a one is to be cut."""
@@ -214,13 +229,17 @@ class Encoder:
             refuse_huge(text, limit, self.longest_token, "the prompt", label)
         tokens = self.tokens(text, chat, label)
         if len(tokens) > limit and not cut:
-            raise TooLong(f"{label}: the prompt has {len(tokens)} tokens, more than "
-                          f"data.max_prompt_tokens={limit}; raise the limit, shorten the row, set "
-                          "data.overlong=truncate_left to use the end of the prompt, " + DROP)
+            raise TooLong(
+                f"{label}: the prompt has {len(tokens)} tokens, more than "
+                f"data.max_prompt_tokens={limit}; raise the limit, shorten the row, set "
+                "data.overlong=truncate_left to use the end of the prompt, " + DROP
+            )
         kept = min(len(tokens), limit)
         if self.context is not None and kept >= self.context:
-            raise TooLong(f"{label}: the prompt has {kept} tokens, and the model's context is "
-                          f"{self.context}: there is no room for a response; shorten the row, {DROP}")
+            raise TooLong(
+                f"{label}: the prompt has {kept} tokens, and the model's context is "
+                f"{self.context}: there is no room for a response; shorten the row, {DROP}"
+            )
         return tokens
 
     def within_limit(self, tokens: np.ndarray, label: str) -> np.ndarray:
@@ -229,13 +248,14 @@ class Encoder:
         if len(tokens) <= limit:
             return tokens
         self.truncated += 1
-        head = tokens[:len(self.prefix)]
+        head = tokens[: len(self.prefix)]
         if len(head) >= limit or head.tolist() != self.prefix:
             return tokens[-limit:]
-        return np.concatenate([head, tokens[len(head) - limit:]])
+        return np.concatenate([head, tokens[len(head) - limit :]])
 
-    def response_tokens(self, prompt: np.ndarray, text: str, rest: str, chat: bool,
-                        label: str) -> np.ndarray:
+    def response_tokens(
+        self, prompt: np.ndarray, text: str, rest: str, chat: bool, label: str
+    ) -> np.ndarray:
         """int32 [T_response], the last one being a stop token."""
         refuse_huge(rest, self.data.max_expert_tokens, self.longest_token, "the response", label)
         return self.with_stop(self.continuation(prompt, text, rest, chat, label), label)
@@ -243,45 +263,60 @@ class Encoder:
     def check_lengths(self, prompt: np.ndarray, response: np.ndarray, label: str) -> None:
         limit = self.data.max_expert_tokens
         if len(response) > limit:
-            raise TooLong(f"{label}: the demonstration has {len(response)} tokens, more than "
-                          f"data.max_expert_tokens={limit}; raise the limit, shorten the row, {DROP} "
-                          "(a response is never cut)")
+            raise TooLong(
+                f"{label}: the demonstration has {len(response)} tokens, more than "
+                f"data.max_expert_tokens={limit}; raise the limit, shorten the row, {DROP} "
+                "(a response is never cut)"
+            )
         total = min(len(prompt), self.data.max_prompt_tokens) + len(response)
         if self.context is not None and total > self.context:
-            raise TooLong(f"{label}: prompt and response have {total} tokens together, more than the "
-                          f"model's context of {self.context}; shorten the row, {DROP}")
+            raise TooLong(
+                f"{label}: prompt and response have {total} tokens together, more than the "
+                f"model's context of {self.context}; shorten the row, {DROP}"
+            )
 
-    def continuation(self, prompt: np.ndarray, text: str, rest: str, chat: bool,
-                     label: str) -> np.ndarray:
-        """Tokens of `rest` after those of the prompt. Where a token would span the border, the rest is
-        tokenised on its own, as a rollout would write it."""
+    def continuation(
+        self, prompt: np.ndarray, text: str, rest: str, chat: bool, label: str
+    ) -> np.ndarray:
+        """Tokens of `rest` after those of the prompt.
+
+        Where a token would span the border, the rest is tokenised on its own, as a rollout would
+        write it.
+        """
         joint = self.tokens(text + rest, chat, label)
-        if np.array_equal(joint[:len(prompt)], prompt):
-            return joint[len(prompt):]
+        if np.array_equal(joint[: len(prompt)], prompt):
+            return joint[len(prompt) :]
         wanted = self.decode(joint)
-        for lead in SPLIT_BEHIND:       # tokenizers that put a space before a text need one
+        for lead in SPLIT_BEHIND:  # tokenizers that put a space before a text need one
             head = self.tokens(lead, True, label)
             apart = self.tokens(lead + rest, True, label)
-            if np.array_equal(apart[:len(head)], head):
-                apart = apart[len(head):]
+            if np.array_equal(apart[: len(head)], head):
+                apart = apart[len(head) :]
                 if self.decode(np.concatenate([prompt, apart])) == wanted:
                     return apart
-        raise ConfigError(f"{label}: the tokenizer cannot split prompt and response at their border "
-                          f"({brief(text[-20:] + rest[:20])}); end the prompt and begin the response so "
-                          "that no token spans both")
+        raise ConfigError(
+            f"{label}: the tokenizer cannot split prompt and response at their border "
+            f"({brief(text[-20:] + rest[:20])}); end the prompt and begin the response so "
+            "that no token spans both"
+        )
 
     def with_stop(self, tokens: np.ndarray, label: str) -> np.ndarray:
-        """Cut behind the first stop token, or append EOS where the template wrote none. Only white space
-        and more stop tokens may follow: some templates close the turn and then the conversation."""
+        """Cut behind the first stop token, or append EOS where the template wrote none.
+
+        Only white space and more stop tokens may follow: some templates close the turn and then the
+        conversation.
+        """
         at = np.flatnonzero(np.isin(tokens, self.stop))
         if len(at) == 0:
             return np.append(tokens, np.int32(self.tokenizer.eos_token_id))
-        behind = tokens[at[0] + 1:]
+        behind = tokens[at[0] + 1 :]
         if self.decode(behind[~np.isin(behind, self.stop)]).strip():
-            raise ConfigError(f"{label}: the response goes on after the token "
-                              f"{self.decode(tokens[at[:1]])!r}, at which the model would have stopped; "
-                              "remove it from the text")
-        return tokens[:at[0] + 1]
+            raise ConfigError(
+                f"{label}: the response goes on after the token "
+                f"{self.decode(tokens[at[:1]])!r}, at which the model would have stopped; "
+                "remove it from the text"
+            )
+        return tokens[: at[0] + 1]
 
     def tokens(self, text: str, chat: bool, label: str) -> np.ndarray:
         """int32 [T]. Plain text gets what the tokenizer puts before it (BOS), unless it begins with
@@ -290,9 +325,10 @@ class Encoder:
         try:
             ids = list(self.tokenizer(text, add_special_tokens=False).input_ids)
         except Exception as error:
-            raise ConfigError(f"{label}: the tokenizer fails on this text with "
-                              f"{type(error).__name__}: {error}") from None
-        if not chat and ids[:len(self.prefix)] != self.prefix:
+            raise ConfigError(
+                f"{label}: the tokenizer fails on this text with {type(error).__name__}: {error}"
+            ) from None
+        if not chat and ids[: len(self.prefix)] != self.prefix:
             ids = self.prefix + ids
         return np.array(ids, np.int32)
 
@@ -311,7 +347,7 @@ def plain_prefix(tokenizer) -> list[int]:
         bare = list(tokenizer(text, add_special_tokens=False).input_ids)
         whole = list(tokenizer(text).input_ids)
         for at in range(len(whole) - len(bare) + 1):
-            if bare and whole[at:at + len(bare)] == bare:
+            if bare and whole[at : at + len(bare)] == bare:
                 return whole[:at]
     return []
 
@@ -322,8 +358,9 @@ def stop_tokens(tokenizer, model: ModelConfig) -> list[int]:
     from transformers import GenerationConfig
 
     from tandem.engine.model.resolve import resolve_model
+
     try:
         ids = GenerationConfig.from_pretrained(resolve_model(model)).eos_token_id
-    except OSError:     # the model has none
+    except OSError:  # the model has none
         ids = None
     return sorted({tokenizer.eos_token_id, *([ids] if isinstance(ids, int) else ids or [])})

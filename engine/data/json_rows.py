@@ -1,4 +1,5 @@
 """Rows of JSON files, each with its place in the file: one object a line, or a list of objects."""
+
 from __future__ import annotations
 
 import gzip
@@ -45,7 +46,7 @@ def is_list(path: Path) -> bool:
 def parse(data: bytes, label: str, expected: str) -> Any:
     try:
         return json.loads(data)
-    except ValueError as error:     # JSONDecodeError and UnicodeDecodeError
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise ConfigError(f"{label}: not valid JSON: {error}; expected {expected}") from None
     except RecursionError:
         raise ConfigError(f"{label}: the JSON is nested too deeply to be read") from None
@@ -53,6 +54,7 @@ def parse(data: bytes, label: str, expected: str) -> Any:
 
 def checked_row(row: Any, label: str) -> Row:
     if not isinstance(row, dict):
-        raise ConfigError(f"{label}: expected a JSON object with named columns, found "
-                          f"{type(row).__name__}")
+        raise ConfigError(
+            f"{label}: expected a JSON object with named columns, found {type(row).__name__}"
+        )
     return row

@@ -1,4 +1,7 @@
-"""How long a row may be, told from its characters where that is enough: most rows need no tokenizer."""
+"""How long a row may be, told from its characters where that is enough: most rows need no
+tokenizer.
+"""
+
 from __future__ import annotations
 
 import unicodedata
@@ -8,7 +11,7 @@ from tandem.engine.core.errors import ConfigError
 # Bytes that a normalizer (NFD, NFKC and the like) may make of one: of a text that is composed
 # already, and of any other text.
 GROWTH = {True: 3, False: 12}
-SPARE = 4       # a tokenizer may drop white space, or take a long word for one unknown token
+SPARE = 4  # a tokenizer may drop white space, or take a long word for one unknown token
 
 
 class TooLong(ConfigError):
@@ -23,8 +26,10 @@ def most_tokens(text: str) -> int:
 
 
 def refuse_huge(text: str, limit: int, longest_token: int, what: str, where: str) -> None:
-    """Raise TooLong for a text that no `limit` tokens can hold: tokenising it would take minutes and
-    gigabytes."""
+    """Raise TooLong for a text that no `limit` tokens can hold: tokenising it would take minutes
+    and gigabytes.
+    """
     if len(text) > limit * longest_token * SPARE:
-        raise TooLong(f"{where}: {what} has {len(text):,} characters, and {limit} tokens cannot hold "
-                      "as many")
+        raise TooLong(
+            f"{where}: {what} has {len(text):,} characters, and {limit} tokens cannot hold as many"
+        )

@@ -3,6 +3,7 @@
 The library casts what does not fit, and takes the commonest kind of file where a folder has
 several. What would be lost or changed in this way is a ConfigError here.
 """
+
 from __future__ import annotations
 
 import re
@@ -18,13 +19,20 @@ from tandem.engine.core.hub import use_cache_if_unreachable
 from tandem.engine.core.text import closest
 from tandem.engine.data.json_rows import json_lines
 
-KINDS = {".json": "JSON", ".jsonl": "JSON", ".ndjson": "JSON", ".parquet": "Parquet", ".csv": "CSV",
-         ".tsv": "CSV", ".arrow": "Arrow"}
+KINDS = {
+    ".json": "JSON",
+    ".jsonl": "JSON",
+    ".ndjson": "JSON",
+    ".parquet": "Parquet",
+    ".csv": "CSV",
+    ".tsv": "CSV",
+    ".arrow": "Arrow",
+}
 JSON_LINES = (".jsonl", ".ndjson")
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 CHOOSE = "name one file as the path, or choose with `options: {data_files: PATTERN}`"
-CAUSES = 3                  # errors behind an error that are shown
-CAUSE_CHARACTERS = 800      # of each
+CAUSES = 3  # errors behind an error that are shown
+CAUSE_CHARACTERS = 800  # of each
 
 
 class LibraryRows:
@@ -42,9 +50,10 @@ class LibraryRows:
             return self.data[number]
         except IndexError:
             raise
-        except Exception as error:      # a column that cannot be decoded: an image, sound
-            raise ConfigError(f"{self.label(number)}: the row cannot be read: "
-                              f"{causes(error)}") from None
+        except Exception as error:  # a column that cannot be decoded: an image, sound
+            raise ConfigError(
+                f"{self.label(number)}: the row cannot be read: {causes(error)}"
+            ) from None
 
     def label(self, number: int) -> str:
         return f"{self.name}:{number}"
@@ -53,6 +62,7 @@ class LibraryRows:
 def read_library(path: Path, dataset: DatasetConfig) -> LibraryRows:
     """`options` go to load_dataset, e.g. {name: main} of a dataset with several configurations."""
     import datasets
+
     saved = (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
     files = [] if saved else data_files(path, dataset)
     refuse_several_kinds(files, dataset)
@@ -65,19 +75,25 @@ def read_library(path: Path, dataset: DatasetConfig) -> LibraryRows:
         else:
             source = str(path) if path.is_dir() else dataset.path
             data = datasets.load_dataset(source, **dataset.options)
-    except Exception as error:      # not found, no network, unknown option, files that do not fit
+    except Exception as error:  # not found, no network, unknown option, files that do not fit
         read_lines(files)
-        raise ConfigError(f"dataset {dataset.path!r}: neither a file (.jsonl, .json, .parquet), "
-                          "nor a folder or name that the datasets library could load: "
-                          f"{causes(error)}{offline}{unlike_columns(files)}") from None
+        raise ConfigError(
+            f"dataset {dataset.path!r}: neither a file (.jsonl, .json, .parquet), "
+            "nor a folder or name that the datasets library could load: "
+            f"{causes(error)}{offline}{unlike_columns(files)}"
+        ) from None
     if isinstance(data, (datasets.IterableDataset, datasets.IterableDatasetDict)):
-        raise ConfigError(f"dataset {dataset.path!r}: options.streaming is set, but rows that are "
-                          "streamed have no numbers, by which a run shuffles and resumes; leave it "
-                          "out")
+        raise ConfigError(
+            f"dataset {dataset.path!r}: options.streaming is set, but rows that are "
+            "streamed have no numbers, by which a run shuffles and resumes; leave it "
+            "out"
+        )
     if isinstance(data, datasets.DatasetDict):
         if dataset.split not in data:
-            raise ConfigError(f"dataset {dataset.path!r} has no split {dataset.split!r}"
-                              f"{closest(dataset.split, data)}; its splits: {', '.join(data)}")
+            raise ConfigError(
+                f"dataset {dataset.path!r} has no split {dataset.split!r}"
+                f"{closest(dataset.split, data)}; its splits: {', '.join(data)}"
+            )
         data = data[dataset.split]
     elif "split" not in dataset.options:
         refuse_other_split(data.split, dataset)
@@ -88,9 +104,11 @@ def refuse_other_split(found: Any, dataset: DatasetConfig) -> None:
     """found: which split it was that was saved alone, or None where that is not known."""
     names = re.findall(r"[^\W\d][\w.-]*", str(found)) if found is not None else []
     if names and dataset.split not in names:
-        raise ConfigError(f"dataset {dataset.path!r} holds the split {str(found)!r} alone, and the "
-                          f"split {dataset.split!r} is asked for; set `split: {names[0]}` of the "
-                          "dataset if it is the one that you want")
+        raise ConfigError(
+            f"dataset {dataset.path!r} holds the split {str(found)!r} alone, and the "
+            f"split {dataset.split!r} is asked for; set `split: {names[0]}` of the "
+            "dataset if it is the one that you want"
+        )
 
 
 def data_files(folder: Path, dataset: DatasetConfig) -> list[Path]:
@@ -115,8 +133,10 @@ def refuse_several_kinds(files: list[Path], dataset: DatasetConfig) -> None:
         first.setdefault(KINDS[path.suffix], path)
     if len(first) > 1:
         examples = ", ".join(f"{kind} ({path.name})" for kind, path in first.items())
-        raise ConfigError(f"dataset {dataset.path!r}: the folder holds files of several kinds, "
-                          f"{examples}, of which only one would be read; {CHOOSE}")
+        raise ConfigError(
+            f"dataset {dataset.path!r}: the folder holds files of several kinds, "
+            f"{examples}, of which only one would be read; {CHOOSE}"
+        )
 
 
 def refuse_unlike_types(files: list[Path], dataset: DatasetConfig) -> None:
@@ -130,8 +150,10 @@ def refuse_unlike_types(files: list[Path], dataset: DatasetConfig) -> None:
                 seen.setdefault(type(value), path)
         if str in seen and len(seen) > 1:
             found = ", ".join(f"{kind.__name__} in {path.name}" for kind, path in seen.items())
-            raise ConfigError(f"dataset {dataset.path!r}: column {name!r} is {found}, which the "
-                              f"datasets library would turn into text; {CHOOSE}")
+            raise ConfigError(
+                f"dataset {dataset.path!r}: column {name!r} is {found}, which the "
+                f"datasets library would turn into text; {CHOOSE}"
+            )
 
 
 def read_lines(files: list[Path]) -> None:
@@ -149,8 +171,10 @@ def unlike_columns(files: list[Path]) -> str:
         if not columns:
             continue
         if before is not None and columns != before[1]:
-            return (f" ({before[0].name} has the columns {before[1]}, {path.name} has {columns}; "
-                    f"{CHOOSE})")
+            return (
+                f" ({before[0].name} has the columns {before[1]}, {path.name} has {columns}; "
+                f"{CHOOSE})"
+            )
         before = before or (path, columns)
     return ""
 

@@ -7,6 +7,7 @@
 
 Everything else is a ValueError that says what was found; the caller adds the row.
 """
+
 from __future__ import annotations
 
 import json
@@ -25,8 +26,9 @@ def read_messages(value: Any, template: str) -> list[dict[str, Any]]:
     """`value` of a column as messages. template: the chat template's source, which may know role
     names of its own. Raises ValueError."""
     if not isinstance(value, list) or not value:
-        raise ValueError(f"expected text or a list of messages with role and content, "
-                         f"found {brief(value)}")
+        raise ValueError(
+            f"expected text or a list of messages with role and content, found {brief(value)}"
+        )
     return [read_message(message, template) for message in value]
 
 
@@ -150,8 +152,9 @@ def find_missing(text: str, messages: list[dict[str, Any]]) -> tuple[dict, str, 
 def with_markers(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same messages with contents that occur nowhere else: a short content, such as `a`, would
     be found in the words of the template."""
-    return [{**message, "content": f"MESSAGE-{number}-HERE"}
-            for number, message in enumerate(messages)]
+    return [
+        {**message, "content": f"MESSAGE-{number}-HERE"} for number, message in enumerate(messages)
+    ]
 
 
 def literals(template: str) -> re.Pattern | None:

@@ -4,6 +4,7 @@ Every kind of rows has `len(rows)`, `rows[i]` -> dict of plain Python values, an
 by which an error (and a prompt without an id) names the row. Whatever is wrong with a source is a
 ConfigError that says where.
 """
+
 from __future__ import annotations
 
 import zlib
@@ -51,16 +52,20 @@ def open_rows(dataset: DatasetConfig) -> Rows:
     """
     path = Path(dataset.path).expanduser()
     if not dataset.path:
-        raise ConfigError("a dataset has no path: name a .jsonl, .json or .parquet file, a Hugging "
-                          "Face dataset, task:NAME or reasoning_gym:TASK")
+        raise ConfigError(
+            "a dataset has no path: name a .jsonl, .json or .parquet file, a Hugging "
+            "Face dataset, task:NAME or reasoning_gym:TASK"
+        )
     if is_generated(dataset.path):
         rows = GeneratedRows(dataset)
     elif path.name.endswith(tuple(READERS)) and not path.is_dir():
         rows = read_file(path, dataset)
     elif path.is_file():
-        raise ConfigError(f"dataset {dataset.path!r}: a file must end in {', '.join(READERS)}; "
-                          "other kinds are read by the datasets library, e.g. `path: csv` with `options: "
-                          f"{{data_files: {path.name}}}`")
+        raise ConfigError(
+            f"dataset {dataset.path!r}: a file must end in {', '.join(READERS)}; "
+            "other kinds are read by the datasets library, e.g. `path: csv` with `options: "
+            f"{{data_files: {path.name}}}`"
+        )
     else:
         rows = read_library(path, dataset)
     if len(rows) == 0:
@@ -74,8 +79,9 @@ def read_file(path: Path, dataset: DatasetConfig) -> Rows:
         near = ""
         if path.parent.is_dir():
             near = closest(path.name, [other.name for other in path.parent.glob("*" + suffix)])
-        raise ConfigError(f"dataset {dataset.path!r}: there is no such file{near}; looked for "
-                          f"{path.absolute()}")
+        raise ConfigError(
+            f"dataset {dataset.path!r}: there is no such file{near}; looked for {path.absolute()}"
+        )
     try:
         return READERS[suffix](path, shown(path))
     except (OSError, EOFError, zlib.error) as error:
@@ -106,12 +112,14 @@ def read_parquet(path: Path, name: str) -> StoredRows:
     """Labels are FILE:ROW, the first row being 1."""
     import pyarrow
     import pyarrow.parquet
+
     try:
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise ConfigError(f"dataset {name!r} cannot be read as Parquet: {error}") from None
-    return StoredRows(len(table), lambda i: table.slice(i, 1).to_pylist()[0],
-                      lambda i: f"{name}:{i + 1}")
+    return StoredRows(
+        len(table), lambda i: table.slice(i, 1).to_pylist()[0], lambda i: f"{name}:{i + 1}"
+    )
 
 
 READERS = {

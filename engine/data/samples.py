@@ -1,7 +1,9 @@
-"""From a dataset row to a sample: prompt and response as text or messages, checked, not rendered yet.
+"""From a dataset row to a sample: prompt and response as text or messages, checked, not rendered
+yet.
 
 Every error is a ConfigError that begins with the row's label.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -20,9 +22,9 @@ PLACEHOLDER = "<image>"
 
 @dataclass(frozen=True)
 class Sample:
-    prompt: str | list[dict[str, Any]]      # plain text, or a chat that wants an answer
-    response: dict[str, Any] | None         # the assistant's message, if the dataset has responses
-    tools: list[dict[str, Any]] | None      # for the chat template
+    prompt: str | list[dict[str, Any]]  # plain text, or a chat that wants an answer
+    response: dict[str, Any] | None  # the assistant's message, if the dataset has responses
+    tools: list[dict[str, Any]] | None  # for the chat template
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -46,8 +48,14 @@ class Sample:
 class SampleReader:
     """Reads the rows of one dataset. system: the system prompt that comes before every chat."""
 
-    def __init__(self, dataset: DatasetConfig, data: DataConfig, system: str | None,
-                 control: ControlTokens, template: str):
+    def __init__(
+        self,
+        dataset: DatasetConfig,
+        data: DataConfig,
+        system: str | None,
+        control: ControlTokens,
+        template: str,
+    ):
         self.dataset = dataset
         self.data = data
         self.system = system
@@ -60,11 +68,15 @@ class SampleReader:
         plain = isinstance(prompt, str)
         chat = not plain if self.data.chat is None else self.data.chat
         if not chat and not plain:
-            raise ConfigError(f"{label}: column {self.dataset.prompt!r} holds messages, but "
-                              "data.chat is false, which wants text")
+            raise ConfigError(
+                f"{label}: column {self.dataset.prompt!r} holds messages, but "
+                "data.chat is false, which wants text"
+            )
         if not chat and self.system is not None:
-            raise ConfigError(f"{label}: model.system_prompt is set, but the prompt is plain text; "
-                              "set data.chat=true, or put the words into the prompt")
+            raise ConfigError(
+                f"{label}: model.system_prompt is set, but the prompt is plain text; "
+                "set data.chat=true, or put the words into the prompt"
+            )
         if chat:
             prompt = self.with_system(prompt, label)
             prompt = [self.checked_message(message, label) for message in prompt]
@@ -74,7 +86,7 @@ class SampleReader:
             response = self.checked_response(response, label)
         return Sample(prompt, response, self.tools(row, chat, label))
 
-    # -- columns ----------------------------------------------------------------------------------
+    # -- columns
 
     def prompt_and_response(self, row: Mapping[str, Any], label: str) -> tuple[Any, dict | None]:
         name = self.dataset.prompt
@@ -93,9 +105,11 @@ class SampleReader:
             value = self.messages(value, name, label)
             last = value[-1]["content"]
             if value[-1]["role"] == "assistant":
-                raise ConfigError(f"{label}: the last message of the prompt is the assistant's; if it is "
-                                  f"the response, set `response: {name}` of the dataset as well, and the "
-                                  "column is split there, else remove it")
+                raise ConfigError(
+                    f"{label}: the last message of the prompt is the assistant's; if it is "
+                    f"the response, set `response: {name}` of the dataset as well, and the "
+                    "column is split there, else remove it"
+                )
         if not last.strip():
             raise ConfigError(f"{label}: the prompt (column {name!r}) is empty")
         return value
@@ -114,7 +128,10 @@ class SampleReader:
         except ValueError:
             message = None
         if message is None or message["role"] != "assistant":
-            raise ConfigError(f"{label}: column {name!r} must hold text or a list of one assistant message, found {brief(found)}")
+            raise ConfigError(
+                f"{label}: column {name!r} must hold text or a list of one assistant "
+                f"message, found {brief(found)}"
+            )
         self.refuse_empty(message, label)
         return message
 
@@ -123,12 +140,16 @@ class SampleReader:
         name = self.dataset.prompt
         messages = self.messages(value, name, label)
         if messages[-1]["role"] != "assistant":
-            raise ConfigError(f"{label}: column {name!r} is prompt and response of the dataset, so its "
-                              f"last message must be the assistant's, found the role "
-                              f"{messages[-1]['role']!r}")
+            raise ConfigError(
+                f"{label}: column {name!r} is prompt and response of the dataset, so its "
+                f"last message must be the assistant's, found the role "
+                f"{messages[-1]['role']!r}"
+            )
         if len(messages) == 1:
-            raise ConfigError(f"{label}: column {name!r} has no message before the assistant's: "
-                              "there is no prompt")
+            raise ConfigError(
+                f"{label}: column {name!r} has no message before the assistant's: "
+                "there is no prompt"
+            )
         self.refuse_empty(messages[-1], label)
         return messages[:-1], messages[-1]
 
@@ -147,10 +168,12 @@ class SampleReader:
         if name is None:
             return None
         if name not in row:
-            column(row, name, "tools", label)       # raises
+            column(row, name, "tools", label)  # raises
         if not chat:
-            raise ConfigError(f"{label}: `tools: {name}` is set, but the prompt is plain text; tools "
-                              "reach a model by its chat template: set data.chat=true, or give messages")
+            raise ConfigError(
+                f"{label}: `tools: {name}` is set, but the prompt is plain text; tools "
+                "reach a model by its chat template: set data.chat=true, or give messages"
+            )
         try:
             return read_tools(row[name])
         except ValueError as error:
@@ -162,11 +185,13 @@ class SampleReader:
         if self.system is None:
             return messages
         if messages[0]["role"] == "system":
-            raise ConfigError(f"{label}: the prompt has a system message of its own, and "
-                              "model.system_prompt is set as well; unset one")
+            raise ConfigError(
+                f"{label}: the prompt has a system message of its own, and "
+                "model.system_prompt is set as well; unset one"
+            )
         return [{"role": "system", "content": self.system}, *messages]
 
-    # -- texts ------------------------------------------------------------------------------------
+    # -- texts
 
     def checked_message(self, message: dict[str, Any], label: str) -> dict[str, Any]:
         role = message["role"]
@@ -194,9 +219,11 @@ class SampleReader:
             if self.control.find(escaped) is None:
                 return escaped
         raise ConfigError(
-            f"{label}: {where} spells {found!r}, which the tokenizer reads as a control token: the turn "
+            f"{label}: {where} spells {found!r}, which the tokenizer reads as a control "
+            "token: the turn "
             "goes on or ends there; remove it from the text, or set data.control_tokens=escape to "
-            "put a space into it, or =allow if the text was rendered by a chat template already")
+            "put a space into it, or =allow if the text was rendered by a chat template already"
+        )
 
     def refuse_media(self, row: Mapping[str, Any], label: str) -> None:
         if self.data.media == "ignore":
@@ -207,15 +234,21 @@ class SampleReader:
                 raise ConfigError(f"{label}: the row has a column {name!r}, {MEDIA_ADVICE}")
         kind = media_part(value)
         if kind is not None:
-            raise ConfigError(f"{label}: column {self.dataset.prompt!r} has a part of type {kind!r}, "
-                              "and only text can be given to the model; remove such rows")
+            raise ConfigError(
+                f"{label}: column {self.dataset.prompt!r} has a part of type {kind!r}, "
+                "and only text can be given to the model; remove such rows"
+            )
         texts = [value] if isinstance(value, str) else contents(value)
         if any(PLACEHOLDER in text for text in texts):
-            raise ConfigError(f"{label}: the prompt holds the placeholder {PLACEHOLDER!r}, {MEDIA_ADVICE}")
+            raise ConfigError(
+                f"{label}: the prompt holds the placeholder {PLACEHOLDER!r}, {MEDIA_ADVICE}"
+            )
 
 
-MEDIA_ADVICE = ("but the model would be trained on the text alone: images, video and audio are not "
-                "supported; remove such rows, or set data.media=ignore to use the text alone")
+MEDIA_ADVICE = (
+    "but the model would be trained on the text alone: images, video and audio are not "
+    "supported; remove such rows, or set data.media=ignore to use the text alone"
+)
 
 
 def contents(value: Any) -> list[str]:
@@ -232,16 +265,20 @@ def refuse_surrogates(text: str, where: str, label: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ConfigError(f"{label}: {where} holds a lone surrogate, U+{ord(text[error.start]):04X} at "
-                          f"character {error.start}: half of a character, which has no form in UTF-8, "
-                          "often an emoji that was cut; repair or remove the row") from None
+        raise ConfigError(
+            f"{label}: {where} holds a lone surrogate, U+{ord(text[error.start]):04X} at "
+            f"character {error.start}: half of a character, which has no form in UTF-8, "
+            "often an emoji that was cut; repair or remove the row"
+        ) from None
 
 
 def column(row: Mapping[str, Any], name: str, key: str, label: str) -> Any:
     if name not in row:
         columns = ", ".join(map(str, row)) or "none"
-        raise ConfigError(f"{label}: there is no column {name!r}{closest(name, row)}; the row has "
-                          f"{columns}. Set `{key}:` of the dataset to the right one")
+        raise ConfigError(
+            f"{label}: there is no column {name!r}{closest(name, row)}; the row has "
+            f"{columns}. Set `{key}:` of the dataset to the right one"
+        )
     if row[name] is None:
         raise ConfigError(f"{label}: column {name!r} is null")
     return row[name]

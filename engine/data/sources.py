@@ -1,10 +1,13 @@
-"""Prompts to roll out and expert demonstrations, tokenised, in an order that depends on (seed, epoch) alone.
+"""Prompts to roll out and expert demonstrations, tokenised, in an order that depends on (seed,
+epoch) alone.
 
 Invariants:
-  * Nothing is cut, skipped or repaired that the config does not ask for: a row that cannot be used is a
+  * Nothing is cut, skipped or repaired that the config does not ask for: a row that cannot be used
+    is a
     ConfigError that names it, before the run starts wherever the rows have an end.
   * Two sources with equal arguments and equal `state_dict` go on identically.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -24,10 +27,11 @@ from tandem.engine.data.rows import open_rows
 from tandem.engine.data.samples import Sample
 from tandem.engine.data.tasks import UNLIMITED, is_generated
 
-TOKENISED_ROWS = 2_000      # rows that are tokenised before the run; of later ones those that need it
-BATCH_CHARACTERS = 1_000_000    # of rows whose tokens are counted at once
-UNLIMITED_ROWS = 32         # the same for generated rows without end
-MOST_DROPPED = 1_000        # rows without end that are too long, one after the other
+# rows that are tokenised before the run; of later ones those that need it
+TOKENISED_ROWS = 2_000
+BATCH_CHARACTERS = 1_000_000  # of rows whose tokens are counted at once
+UNLIMITED_ROWS = 32  # the same for generated rows without end
+MOST_DROPPED = 1_000  # rows without end that are too long, one after the other
 
 
 class RowError(ConfigError):
@@ -35,27 +39,32 @@ class RowError(ConfigError):
 
 
 class RowSource:
-    """An endless sequence of the rows of a dataset. `len` is the rows of one epoch, and `source[i]` the
-    i-th of them.
+    """An endless sequence of the rows of a dataset.
 
-    Raises ConfigError on construction for anything wrong with the dataset, and from `take` RowError for
-    generated rows without end. `dropped` and `truncated` count rows that were too long (data.overlong).
+    `len` is the rows of one epoch, and `source[i]` the i-th of them.
+
+    Raises ConfigError on construction for anything wrong with the dataset, and from `take` RowError
+    for generated rows without end. `dropped` and `truncated` count rows that were too long
+    (data.overlong).
     """
 
-    def __init__(self, dataset: DatasetConfig, data: DataConfig, tokenizer, model: ModelConfig,
-                 seed: int):
+    def __init__(
+        self, dataset: DatasetConfig, data: DataConfig, tokenizer, model: ModelConfig, seed: int
+    ):
         self.dataset = dataset
         self.data = data
         wanted = dataset
         if isinstance(self, ExpertSource) and dataset.response is None:
-            wanted = replace(dataset, response="response")      # the name it has in generated rows
+            wanted = replace(dataset, response="response")  # the name it has in generated rows
         self.encoder = Encoder(wanted, data, tokenizer, model)
         held_out = dataset is data.evaluation
         if is_generated(dataset.path) and held_out != (dataset.split == "test"):
             use = "evaluation" if held_out else "training"
-            raise ConfigError(f"{dataset.path} with split {dataset.split!r} for {use}: generated data needs "
-                              "split: test in data.evaluation and split: train elsewhere, so that no "
-                              "evaluation problem is trained on")
+            raise ConfigError(
+                f"{dataset.path} with split {dataset.split!r} for {use}: generated data needs "
+                "split: test in data.evaluation and split: train elsewhere, so that no "
+                "evaluation problem is trained on"
+            )
         self.rows = open_rows(dataset)
         length = len(self.rows)
         if dataset.limit is not None:
@@ -64,23 +73,30 @@ class RowSource:
             raise ConfigError(f"{dataset.path}: limit is {dataset.limit}, which leaves no rows")
         self.endless = length == UNLIMITED
         if self.endless and (held_out or isinstance(self, ExpertSource)):
-            raise ConfigError(f"{dataset.path}: options.size is not set; demonstrations and evaluation need "
-                              "a fixed number of problems")
+            raise ConfigError(
+                f"{dataset.path}: options.size is not set; demonstrations and evaluation need "
+                "a fixed number of problems"
+            )
         self.dropped = 0
         self.first_dropped = ""
         left_out = self.check(UNLIMITED_ROWS if self.endless else length)
         if len(left_out) == length:
-            raise ConfigError(f"{dataset.path}: all {length} rows are too long and left out "
-                              f"(data.overlong=drop); the first: {self.first_dropped}")
+            raise ConfigError(
+                f"{dataset.path}: all {length} rows are too long and left out "
+                f"(data.overlong=drop); the first: {self.first_dropped}"
+            )
         self.truncated = self.encoder.truncated
-        shuffle = data.shuffle and not self.endless     # rows without end come at random anyway
+        shuffle = data.shuffle and not self.endless  # rows without end come at random anyway
         self.cursor = Cursor(length, seed, shuffle, [] if self.endless else left_out)
 
     def check(self, count: int) -> list[int]:
-        """Read the first rows, all if they have an end. Tokenise the first of them, those that may be
-        too long, and every row that looks like none before. Returns the numbers of rows to leave out."""
+        """Read the first rows, all if they have an end.
+
+        Tokenise the first of them, those that may be too long, and every row that looks like none
+        before. Returns the numbers of rows to leave out.
+        """
         left_out: list[int] = []
-        doubtful: list[tuple[int, Sample]] = []     # too many characters to tell
+        doubtful: list[tuple[int, Sample]] = []  # too many characters to tell
         characters = 0
         for number in range(count):
             sample = self.encoder.read(self.rows[number], self.rows.label(number))
@@ -123,17 +139,26 @@ class RowSource:
         if self.dropped:
             parts.append(f"{self.dropped} left out (the first: {self.first_dropped})")
         if self.truncated:
-            parts.append(f"{self.truncated} prompts cut to their last {self.data.max_prompt_tokens} tokens")
+            parts.append(
+                f"{self.truncated} prompts cut to their last {self.data.max_prompt_tokens} tokens"
+            )
         if not parts:
             return None
         rows = "the first" if self.endless else f"{self.cursor.length + self.dropped}"
-        return f"{self.dataset.path}: of {rows} rows, {', '.join(parts)} (data.overlong={self.data.overlong})"
+        return (
+            f"{self.dataset.path}: of {rows} rows, {', '.join(parts)} "
+            f"(data.overlong={self.data.overlong})"
+        )
 
     def facts(self) -> dict[str, Any]:
         """For the events of a run."""
-        return {"path": self.dataset.path, "rows": None if self.endless else len(self),
-                "dropped": self.dropped, "truncated": self.truncated,
-                "template_date": self.encoder.template.clock}
+        return {
+            "path": self.dataset.path,
+            "rows": None if self.endless else len(self),
+            "dropped": self.dropped,
+            "truncated": self.truncated,
+            "template_date": self.encoder.template.clock,
+        }
 
     def __len__(self) -> int:
         return self.cursor.length
@@ -153,8 +178,10 @@ class RowSource:
                 return self.make(self.cursor.next())
             except TooLong as error:
                 self.drop(error)
-        raise ConfigError(f"{self.dataset.path}: {MOST_DROPPED} rows in a row are too long; the first: "
-                          f"{self.first_dropped}")
+        raise ConfigError(
+            f"{self.dataset.path}: {MOST_DROPPED} rows in a row are too long; the first: "
+            f"{self.first_dropped}"
+        )
 
     def __getitem__(self, place: int) -> Any:
         return self.make(self.cursor[place])
@@ -172,7 +199,9 @@ class RowSource:
 
 
 class PromptSource(RowSource):
-    """Prompts. With `dataset.response` set, each carries the row's demonstration (the response's ids)."""
+    """Prompts. With `dataset.response` set, each carries the row's demonstration (the response's
+    ids).
+    """
 
     def make(self, number: int) -> Prompt:
         row, label = self.rows[number], self.rows.label(number)

@@ -1,13 +1,20 @@
-"""Generated data: `task:NAME` (the small tasks of this file) and `reasoning_gym:TASK`, as rows made on the fly from (seed, number).
+"""Generated data:
+
+`task:NAME` (the small tasks of this file) and `reasoning_gym:TASK`, as rows made on the fly from
+(seed, number).
 
     path: task:sort            options: {size: 100, seed: 1, digits: 8, response: "{steps}"}
-    path: reasoning_gym:gcd    options: {size: null, seed: 0, response: "<answer>{answer}</answer>", max_numbers: 3}
+    path: reasoning_gym:gcd    options: {size: null, seed: 0, response: "<answer>{answer}</answer>",
+                               max_numbers: 3}
 
 Invariants:
-  * Every problem belongs to one split for ever: a hash of its question puts a fifth of all problems in `split: test`, the others in `split: train`.
+  * Every problem belongs to one split for ever: a hash of its question puts a fifth of all problems
+    in `split: test`, the others in `split: train`.
     Whatever the seeds and sizes, no test problem occurs in a training prompt or a demonstration.
-  * `size: N` is a fixed set of N different problems; without a size the rows never end and (seed, number) alone makes a row.
+  * `size: N` is a fixed set of N different problems; without a size the rows never end and (seed,
+    number) alone makes a row.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -21,21 +28,32 @@ from tandem.engine.config.schema import DatasetConfig
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.core.text import closest
 
-TEST_SHARE = 5              # one problem in so many is a test problem
-MAX_TRIES = 10_000          # draws without a new problem of the split, until the task counts as exhausted
-UNLIMITED = sys.maxsize     # `len` of rows without a size
+TEST_SHARE = 5  # one problem in so many is a test problem
+# draws without a new problem of the split, until the task counts as exhausted
+MAX_TRIES = 10_000
+UNLIMITED = sys.maxsize  # `len` of rows without a size
 
 
 def sort(rng: random.Random, digits: int = 8) -> dict[str, str]:
-    """Sort the digits of a number. steps: the sorted list after each insertion, e.g. sort 3142= -> 3,13,134,1234."""
+    """Sort the digits of a number. steps: the sorted list after each insertion, e.g. sort 3142= ->
+    3,13,134,1234.
+    """
     drawn = [str(rng.randrange(10)) for _ in range(digits)]
-    return {"prompt": f"sort {''.join(drawn)}=", "answer": "".join(sorted(drawn)), "steps": ",".join("".join(sorted(drawn[:n])) for n in range(1, digits + 1))}
+    return {
+        "prompt": f"sort {''.join(drawn)}=",
+        "answer": "".join(sorted(drawn)),
+        "steps": ",".join("".join(sorted(drawn[:n])) for n in range(1, digits + 1)),
+    }
 
 
 def chain(rng: random.Random, numbers: int = 5) -> dict[str, str]:
     """Add one-digit numbers. steps: the running sums, e.g. 3+4+8= -> 7,15."""
     drawn = [rng.randrange(1, 10) for _ in range(numbers)]
-    return {"prompt": "+".join(map(str, drawn)) + "=", "answer": str(sum(drawn)), "steps": ",".join(str(sum(drawn[:n])) for n in range(2, numbers + 1))}
+    return {
+        "prompt": "+".join(map(str, drawn)) + "=",
+        "answer": str(sum(drawn)),
+        "steps": ",".join(str(sum(drawn[:n])) for n in range(2, numbers + 1)),
+    }
 
 
 TASKS: dict[str, Callable[..., dict[str, str]]] = {"sort": sort, "chain": chain}
@@ -47,13 +65,20 @@ def is_generated(path: str) -> bool:
 
 def held_out(question: str) -> bool:
     """Whether a problem belongs to the test split."""
-    return int.from_bytes(hashlib.blake2b(question.encode(), digest_size=8).digest(), "big") % TEST_SHARE == 0
+    return (
+        int.from_bytes(hashlib.blake2b(question.encode(), digest_size=8).digest(), "big")
+        % TEST_SHARE
+        == 0
+    )
 
 
 class GeneratedRows:
-    """Rows of a generated dataset, by number: `rows[i]` -> dict with prompt, answer, response and the task's other columns.
+    """Rows of a generated dataset, by number:
 
-    Raises ConfigError for an unknown task, split or option, and for a `size` larger than the number of different problems that can be found.
+    `rows[i]` -> dict with prompt, answer, response and the task's other columns.
+
+    Raises ConfigError for an unknown task, split or option, and for a `size` larger than the number
+    of different problems that can be found.
     """
 
     def __init__(self, dataset: DatasetConfig):
@@ -61,11 +86,23 @@ class GeneratedRows:
         if self.split not in ("train", "test"):
             raise ConfigError(f"{self.path}: split is {self.split!r}, expected train or test")
         options = dict(dataset.options)
-        self.size, self.seed, self.template = options.pop("size", None), options.pop("seed", 0), options.pop("response", "{answer}")
-        if self.size is not None and (not isinstance(self.size, int) or isinstance(self.size, bool) or self.size < 1):
-            raise ConfigError(f"{self.path}: options.size is {self.size!r}, expected an integer of at least 1, or null for rows without end")
+        self.size, self.seed, self.template = (
+            options.pop("size", None),
+            options.pop("seed", 0),
+            options.pop("response", "{answer}"),
+        )
+        if self.size is not None and (
+            not isinstance(self.size, int) or isinstance(self.size, bool) or self.size < 1
+        ):
+            raise ConfigError(
+                f"{self.path}: options.size is {self.size!r}, expected an integer of at "
+                "least 1, or null for rows without end"
+            )
         if not isinstance(self.seed, int) or not isinstance(self.template, str):
-            raise ConfigError(f"{self.path}: options.seed is {self.seed!r} and options.response is {self.template!r}, expected an integer and a text with {{answer}}")
+            raise ConfigError(
+                f"{self.path}: options.seed is {self.seed!r} and options.response is "
+                f"{self.template!r}, expected an integer and a text with {{answer}}"
+            )
         kind, _, name = self.path.partition(":")
         self.make = (task_maker if kind == "task" else reasoning_gym_maker)(name, options)
         self.fixed = None if self.size is None else self.different(self.size)
@@ -75,21 +112,30 @@ class GeneratedRows:
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         row = self.draw(number) if self.fixed is None else self.fixed[number]
-        if row["answer"] is None and "{answer}" in self.template:   # many right answers, none of them given: fine as a prompt, no demonstration
+        # many right answers, none of them given: fine as a prompt, no demonstration
+        if row["answer"] is None and "{answer}" in self.template:
             return {**row, "response": None}
-        response = re.sub(r"\{(\w+)\}", lambda match: str(row.get(match[1], match[0])), self.template)    # not str.format: \boxed{...} must pass
+        # not str.format: \boxed{...} must pass
+        response = re.sub(
+            r"\{(\w+)\}", lambda match: str(row.get(match[1], match[0])), self.template
+        )
         return {**row, "response": response}
 
     def label(self, number: int) -> str:
         return f"{self.path}/{self.split}/seed{self.seed}:{number}"
 
     def draw(self, number: int) -> dict[str, Any]:
-        """The problem of this number: the first of a random sequence of its own that lies in the split."""
+        """The problem of this number: the first of a random sequence of its own that lies in the
+        split.
+        """
         for attempt in range(MAX_TRIES):
             row = self.make(random.Random(f"{self.seed}/{number}/{attempt}"))
             if held_out(row["prompt"]) == (self.split == "test"):
                 return row
-        raise ConfigError(f"{self.path}: {MAX_TRIES} draws gave no problem for split {self.split!r}; make the task larger by its options")
+        raise ConfigError(
+            f"{self.path}: {MAX_TRIES} draws gave no problem for split {self.split!r}; make "
+            "the task larger by its options"
+        )
 
     def different(self, size: int) -> list[dict[str, Any]]:
         """The first `size` different problems."""
@@ -100,48 +146,79 @@ class GeneratedRows:
             repeats = repeats + 1 if row["prompt"] in found else 0
             found.setdefault(row["prompt"], row)
             if repeats > MAX_TRIES:
-                raise ConfigError(f"{self.path}: options.size is {size}, but split {self.split!r} has no more than about {len(found)} different problems; "
-                                  "lower the size or make the task larger by its options")
+                raise ConfigError(
+                    f"{self.path}: options.size is {size}, but split {self.split!r} has no "
+                    f"more than about {len(found)} different problems; "
+                    "lower the size or make the task larger by its options"
+                )
             number += 1
         return list(found.values())
 
 
 def task_maker(name: str, options: Mapping[str, Any]) -> Callable[[random.Random], dict[str, Any]]:
     if name not in TASKS:
-        raise ConfigError(f"unknown task {name!r}{closest(name, TASKS)}; known: {', '.join(TASKS)}, and reasoning_gym:TASK")
+        raise ConfigError(
+            f"unknown task {name!r}{closest(name, TASKS)}; known: {', '.join(TASKS)}, and "
+            "reasoning_gym:TASK"
+        )
     task = TASKS[name]
-    known = task.__code__.co_varnames[1:task.__code__.co_argcount]
+    known = task.__code__.co_varnames[1 : task.__code__.co_argcount]
     for key, value in options.items():
         if key not in known:
-            raise ConfigError(f"task:{name}: unknown option {key!r}{closest(key, known)}; known: size, seed, response, {', '.join(known)}")
+            raise ConfigError(
+                f"task:{name}: unknown option {key!r}{closest(key, known)}; known: size, "
+                f"seed, response, {', '.join(known)}"
+            )
         if not isinstance(value, int) or not 1 <= value <= 1000:
-            raise ConfigError(f"task:{name}: options.{key} is {value!r}, expected an integer from 1 to 1000")
+            raise ConfigError(
+                f"task:{name}: options.{key} is {value!r}, expected an integer from 1 to 1000"
+            )
     return lambda rng: task(rng, **options)
 
 
-def reasoning_gym_maker(name: str, options: Mapping[str, Any]) -> Callable[[random.Random], dict[str, Any]]:
-    """Rows of a reasoning-gym task: prompt and question (the same text), answer, metadata, source_dataset.
+def reasoning_gym_maker(
+    name: str, options: Mapping[str, Any]
+) -> Callable[[random.Random], dict[str, Any]]:
+    """Rows of a reasoning-gym task: prompt and question (the same text), answer, metadata,
+    source_dataset.
 
-    Every row is item 0 of a dataset with a seed of its own: reasoning-gym seeds item i with seed + i, so that two of its datasets with nearby seeds
-    are the same problems, shifted.
+    Every row is item 0 of a dataset with a seed of its own: reasoning-gym seeds item i with seed +
+    i, so that two of its datasets with nearby seeds are the same problems, shifted.
     """
     try:
         import reasoning_gym
     except ImportError as error:
-        raise ConfigError(f"reasoning_gym:{name} needs the package reasoning-gym, which cannot be imported here: {error}") from None
+        raise ConfigError(
+            f"reasoning_gym:{name} needs the package reasoning-gym, which cannot be imported "
+            f"here: {error}"
+        ) from None
     from reasoning_gym.factory import DATASETS
+
     if name not in DATASETS:
-        raise ConfigError(f"reasoning_gym:{name}: there is no such task{closest(name, DATASETS)}; see the reasoning-gym package for its {len(DATASETS)} tasks")
+        raise ConfigError(
+            f"reasoning_gym:{name}: there is no such task{closest(name, DATASETS)}; see the "
+            f"reasoning-gym package for its {len(DATASETS)} tasks"
+        )
 
     def make(rng: random.Random) -> dict[str, Any]:
         state = random.getstate()
-        random.seed(rng.getrandbits(63))    # list_functions draws from the global generator as well
+        random.seed(rng.getrandbits(63))  # list_functions draws from the global generator as well
         try:
-            item = reasoning_gym.create_dataset(name, seed=rng.getrandbits(31), size=1, **options)[0]
+            item = reasoning_gym.create_dataset(name, seed=rng.getrandbits(31), size=1, **options)[
+                0
+            ]
         except (TypeError, AssertionError, ValueError) as error:
-            raise ConfigError(f"reasoning_gym:{name}: the task refuses options {dict(options)}: {error}") from None
+            raise ConfigError(
+                f"reasoning_gym:{name}: the task refuses options {dict(options)}: {error}"
+            ) from None
         finally:
             random.setstate(state)
-        return {"prompt": item["question"], "question": item["question"], "answer": item["answer"], "metadata": dict(item["metadata"]), "source_dataset": name}
+        return {
+            "prompt": item["question"],
+            "question": item["question"],
+            "answer": item["answer"],
+            "metadata": dict(item["metadata"]),
+            "source_dataset": name,
+        }
 
     return make

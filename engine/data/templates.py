@@ -3,6 +3,7 @@
 The text is that of the tokenizer's `apply_chat_template`. What a template does wrong is a
 TemplateFailure with its words, whether it raises an error, does not end, or fills the memory.
 """
+
 from __future__ import annotations
 
 import atexit
@@ -48,21 +49,31 @@ class Template:
         Raises TemplateFailure.
         """
         from transformers import PreTrainedTokenizerBase
+
         variables = {**self.variables, "add_generation_prompt": generation}
         own = type(self.tokenizer).apply_chat_template
-        if own is not PreTrainedTokenizerBase.apply_chat_template:      # Python code of the tokenizer
+        # Python code of the tokenizer
+        if own is not PreTrainedTokenizerBase.apply_chat_template:
             try:
-                return self.tokenizer.apply_chat_template(list(messages), tools=tools,
-                                                          tokenize=False, **variables)
+                return self.tokenizer.apply_chat_template(
+                    list(messages), tools=tools, tokenize=False, **variables
+                )
             except Exception as error:
                 raise TemplateFailure(f"{type(error).__name__}: {error}") from None
         try:
             template = self.tokenizer.get_chat_template(None, tools)
-        except ValueError as error:     # several templates, none of them for this
+        except ValueError as error:  # several templates, none of them for this
             raise TemplateFailure(str(error)) from None
         variables = {**self.tokenizer.special_tokens_map, **variables}
-        error, text = WORKER.ask({"template": template, "messages": list(messages), "tools": tools,
-                                  "variables": variables, "clock": self.clock})
+        error, text = WORKER.ask(
+            {
+                "template": template,
+                "messages": list(messages),
+                "tools": tools,
+                "variables": variables,
+                "clock": self.clock,
+            }
+        )
         if error:
             raise TemplateFailure(f"{error}: {text}")
         return text
@@ -75,10 +86,13 @@ class Worker:
         self.lock = threading.Lock()
         self.process: subprocess.Popen | None = None
         self.connection = None
-        self.owner = 0      # the process that started it: a fork of that must not end it
+        self.owner = 0  # the process that started it: a fork of that must not end it
 
     def ask(self, request: dict[str, Any]) -> tuple[str, str]:
-        """The reply (see engine/data/template_worker.py). Raises TemplateFailure if the process dies of it."""
+        """The reply (see engine/data/template_worker.py).
+
+        Raises TemplateFailure if the process dies of it.
+        """
         with self.lock:
             try:
                 if self.process is None or self.owner != os.getpid():
@@ -89,7 +103,7 @@ class Worker:
                 code = self.process.wait()
                 self.stop()
                 raise TemplateFailure(reason(code)) from None
-            except BaseException:       # an answer that nobody waits for must not be the next one's
+            except BaseException:  # an answer that nobody waits for must not be the next one's
                 self.stop()
                 raise
 
@@ -98,12 +112,18 @@ class Worker:
         path = os.pathsep.join(entry for entry in sys.path if entry)
         environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, "-m", "tandem.engine.data.template_worker", str(theirs.fileno())]
-        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                        stderr=subprocess.DEVNULL, env=environment,
-                                        pass_fds=(theirs.fileno(),), start_new_session=True)
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            pass_fds=(theirs.fileno(),),
+            start_new_session=True,
+        )
         theirs.close()
         self.owner = os.getpid()
-        self.connection.recv()      # it is ready
+        self.connection.recv()  # it is ready
 
     def stop(self) -> None:
         if self.process is not None and self.owner == os.getpid():

@@ -1,12 +1,19 @@
-"""The two engines under the learner: `ZeroEngine` (DeepSpeed ZeRO 0-3, any number of ranks) and `LocalEngine` (Accelerate, one process).
+"""The two engines under the learner:
+
+`ZeroEngine` (DeepSpeed ZeRO 0-3, any number of ranks) and `LocalEngine` (Accelerate, one process).
 
 Both have the same methods and the same contract:
-  * The caller owns the step boundary: any number of `backward` calls, then one `step`. Nothing is divided by a number of micro-batches.
-  * Losses are shares of a sum that is already divided by its global denominators, so gradients are added up over micro-batches and ranks.
-  * `step` clips by the global norm and returns that norm as it was before clipping. A norm that is not finite leaves weights and moments alone, on all ranks.
+  * The caller owns the step boundary: any number of `backward` calls, then one `step`. Nothing is
+    divided by a number of micro-batches.
+  * Losses are shares of a sum that is already divided by its global denominators, so gradients are
+    added up over micro-batches and ranks.
+  * `step` clips by the global norm and returns that norm as it was before clipping. A norm that is
+    not finite leaves weights and moments alone, on all ranks.
   * AdamW works on fp32 master weights, also where the model is bfloat16.
-  * AdamW's moments come in named sets, so that two stages of a run can keep theirs apart; a new name starts from zero.
+  * AdamW's moments come in named sets, so that two stages of a run can keep theirs apart; a new
+    name starts from zero.
 """
+
 from __future__ import annotations
 
 import math
@@ -25,7 +32,9 @@ from tandem.engine.model.policy import Policy, hf_parameters
 
 def adamw(parameters, learner: LearnerConfig) -> torch.optim.AdamW:
     """The optimizer of both engines. Its learning rate is set before every step."""
-    return torch.optim.AdamW(parameters, lr=0.0, betas=learner.betas, weight_decay=learner.weight_decay)
+    return torch.optim.AdamW(
+        parameters, lr=0.0, betas=learner.betas, weight_decay=learner.weight_decay
+    )
 
 
 def follow(optimizer: torch.optim.AdamW, learner: LearnerConfig) -> None:
@@ -35,7 +44,10 @@ def follow(optimizer: torch.optim.AdamW, learner: LearnerConfig) -> None:
 
 
 class Moments:
-    """Named sets of one AdamW's moments. The set in use lives in the optimizer, the others are parked here."""
+    """Named sets of one AdamW's moments.
+
+    The set in use lives in the optimizer, the others are parked here.
+    """
 
     def __init__(self, optimizer: torch.optim.AdamW, masters: list[torch.Tensor]):
         self.optimizer, self.masters = optimizer, masters
@@ -49,15 +61,27 @@ class Moments:
 
     def state_dict(self) -> dict:
         """The parked sets and the name of the one in use, which the engine saves itself."""
-        return {"name": self.name, "parked": {name: [dict(state.get(m, {})) for m in self.masters] for name, state in self.parked.items()}}
+        return {
+            "name": self.name,
+            "parked": {
+                name: [dict(state.get(m, {})) for m in self.masters]
+                for name, state in self.parked.items()
+            },
+        }
 
     def load_state_dict(self, saved: dict) -> None:
         self.name = saved["name"]
-        self.parked = {name: defaultdict(dict, {m: s for m, s in zip(self.masters, states, strict=True) if s}) for name, states in saved["parked"].items()}
+        self.parked = {
+            name: defaultdict(dict, {m: s for m, s in zip(self.masters, states, strict=True) if s})
+            for name, states in saved["parked"].items()
+        }
 
 
 def random_state() -> dict:
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
 
 
 def set_random_state(state: dict) -> None:
@@ -67,30 +91,50 @@ def set_random_state(state: dict) -> None:
 
 
 def read_state(folder: str | Path, rank: int, layout: dict) -> dict:
-    """rank_R.pt of a checkpoint. Raises ConfigError if it was written with another layout (ranks, ZeRO stage, dtype), which cannot be read back exactly."""
+    """rank_R.pt of a checkpoint.
+
+    Raises ConfigError if it was written with another layout (ranks, ZeRO stage, dtype), which
+    cannot be read back exactly.
+    """
     for path in (Path(folder) / f"rank_{rank}.pt", Path(folder) / "rank_0.pt"):
         if path.is_file():
             state = torch.load(path, map_location="cpu", weights_only=True)
             break
     else:
-        raise ConfigError(f"checkpoint {folder} has no {path.name}: it is not a learner's checkpoint")
+        raise ConfigError(
+            f"checkpoint {folder} has no {path.name}: it is not a learner's checkpoint"
+        )
     if state["layout"] != layout:
-        raise ConfigError(f"checkpoint {folder} was written with {state['layout']}, this run has {layout}: set mode, cluster.learner_ranks, learner.zero_stage, "
-                          "learner.offload_optimizer, model.dtype and method as they were to resume, or start a new run from an exported model")
+        raise ConfigError(
+            f"checkpoint {folder} was written with {state['layout']}, this run has {layout}: "
+            "set mode, cluster.learner_ranks, learner.zero_stage, "
+            "learner.offload_optimizer, model.dtype and method as they were to resume, or "
+            "start a new run from an exported model"
+        )
     return state
 
 
 class LocalEngine:
-    """One process, no DeepSpeed: for mode=inline, and the yardstick that ZeroEngine is tested against."""
+    """One process, no DeepSpeed: for mode=inline, and the yardstick that ZeroEngine is tested
+    against.
+    """
 
     def __init__(self, policy: Policy, learner: LearnerConfig, gpu: bool = False):
         from accelerate import Accelerator
+
         self.accelerator = Accelerator(cpu=not gpu, mixed_precision="no")
-        self.layout = {"engine": "inline", "dtype": str(next(policy.parameters()).dtype), "critic": policy.critic is not None}
+        self.layout = {
+            "engine": "inline",
+            "dtype": str(next(policy.parameters()).dtype),
+            "critic": policy.critic is not None,
+        }
         self.device, self.clip, self.learner = self.accelerator.device, learner.grad_clip, learner
         self.module = self.accelerator.prepare(policy)
         self.weights = [p for p in policy.parameters() if p.requires_grad]
-        self.masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.weights]
+        self.masters = [
+            p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
+            for p in self.weights
+        ]
         self.optimizer = adamw(self.masters, learner)
         self.moments = Moments(self.optimizer, self.masters)
 
@@ -99,10 +143,14 @@ class LocalEngine:
 
     @torch.no_grad()
     def _collect(self) -> None:
-        """Add gradients of bfloat16 weights to their masters' in fp32, so that many micro-batches do not round each other away."""
+        """Add gradients of bfloat16 weights to their masters' in fp32, so that many micro-batches
+        do not round each other away.
+        """
         for weight, master in zip(self.weights, self.masters):
             if weight is not master and weight.grad is not None:
-                master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
+                master.grad = (
+                    weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
+                )
                 weight.grad = None
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -137,15 +185,25 @@ class LocalEngine:
     def save(self, folder: str | Path) -> None:
         """Everything that an exact resume needs: weights.safetensors (fp32 masters) and rank_0.pt."""
         from safetensors.torch import save_file
+
         Path(folder).mkdir(parents=True, exist_ok=True)
-        save_file({f"{i}": m.detach().contiguous() for i, m in enumerate(self.masters)}, Path(folder) / "weights.safetensors")
-        state = {"layout": self.layout, "optimizer": self.optimizer.state_dict(), "moments": self.moments.state_dict(), "random": random_state()}
+        save_file(
+            {f"{i}": m.detach().contiguous() for i, m in enumerate(self.masters)},
+            Path(folder) / "weights.safetensors",
+        )
+        state = {
+            "layout": self.layout,
+            "optimizer": self.optimizer.state_dict(),
+            "moments": self.moments.state_dict(),
+            "random": random_state(),
+        }
         torch.save(state, Path(folder) / "rank_0.pt")
 
     @torch.no_grad()
     def load(self, folder: str | Path) -> None:
         """Raises ConfigError if the checkpoint was written by another kind of learner."""
         from safetensors.torch import load_file
+
         state = read_state(folder, 0, self.layout)
         saved = load_file(Path(folder) / "weights.safetensors")
         for i, master in enumerate(self.masters):
@@ -161,15 +219,33 @@ class LocalEngine:
 
 
 def join(rank: int, ranks: int, address: str, port: int, timeout: float, gpu: bool = False) -> None:
-    """Join the learner's process group: NCCL with a GPU per rank, else gloo. Once per process, before any ZeroEngine."""
-    if not gpu:     # also on a machine that has some
+    """Join the learner's process group:
+
+    NCCL with a GPU per rank, else gloo. Once per process, before any ZeroEngine.
+    """
+    if not gpu:  # also on a machine that has some
         os.environ["DS_ACCELERATOR"] = "cpu"
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK="0", MASTER_ADDR=address, MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(ranks),
+        LOCAL_RANK="0",
+        MASTER_ADDR=address,
+        MASTER_PORT=str(port),
+    )
     import logging
 
     import deepspeed
+
     deepspeed.utils.logger.setLevel(logging.ERROR)
-    # DeepSpeed would compile a shared-memory collective first. A build that was killed leaves a lock file behind, on which every later start waits for ever.
+    # DeepSpeed would compile a shared-memory collective first. A build that was killed leaves a
+    # lock file behind, on which every later start waits for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", rank=rank, world_size=ranks, init_method=f"tcp://{address}:{port}",
-                               timeout=timedelta(seconds=timeout), auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if gpu else "gloo",
+        rank=rank,
+        world_size=ranks,
+        init_method=f"tcp://{address}:{port}",
+        timeout=timedelta(seconds=timeout),
+        auto_mpi_discovery=False,
+        verbose=False,
+    )

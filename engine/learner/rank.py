@@ -1,8 +1,12 @@
-"""The learner: policy, optimizer and gradient, and nothing about methods. It runs a StepPlan and says what happened.
+"""The learner: policy, optimizer and gradient, and nothing about methods.
 
-`LearnerRank` is one rank around an engine of engine/learner/local_engine.py. `InlineLearner` is one such rank in this process (mode=inline, no Ray, no DeepSpeed);
-`RayLearner` in engine/learner/ray.py is a group of them in Ray actors, with the same surface.
+It runs a StepPlan and says what happened.
+
+`LearnerRank` is one rank around an engine of engine/learner/local_engine.py. `InlineLearner` is one
+such rank in this process (mode=inline, no Ray, no DeepSpeed); `RayLearner` in engine/learner/ray.py
+is a group of them in Ray actors, with the same surface.
 """
+
 from __future__ import annotations
 
 import time
@@ -31,7 +35,8 @@ from tandem.engine.model.load import load_policy
 from tandem.engine.model.policy import Policy, hf_parameters
 from tandem.engine.model.rope import follow_engines
 
-REFERENCE = "reference.safetensors"     # in a checkpoint: the reference, where it is not the run's original model
+# in a checkpoint: the reference, where it is not the run's original model
+REFERENCE = "reference.safetensors"
 
 
 def load_like_engines(config: Config, model_path: str) -> Policy:
@@ -56,46 +61,75 @@ def build_policy(config: Config, model_path: str) -> Policy:
 
 
 class LearnerRank:
-    """One rank. `model_path` is the run's original model, also after a resume: the frozen reference is loaded from it when first asked for.
+    """One rank. `model_path` is the run's original model, also after a resume: the frozen reference
+    is loaded from it when first asked for.
 
-    `set_reference` makes the present weights the reference instead; they are then part of every checkpoint.
+    `set_reference` makes the present weights the reference instead; they are then part of every
+    checkpoint.
     """
 
     def __init__(self, config: Config, model_path: str, engine, rank: int = 0, ranks: int = 1):
         self.config, self.engine, self.rank, self.ranks = config, engine, rank, ranks
         self.model: ModelConfig = replace(config.model, path=model_path)
         self.reference: Policy | None = None
-        self.own_reference = False      # the reference is not the run's original model
+        self.own_reference = False  # the reference is not the run's original model
         self.files = read_files(self.model) if rank == 0 else {}
 
     def shares_prompts(self) -> bool:
         return self.engine.module.shares_prompts
 
-    # -- training ---------------------------------------------------------------------------------------------------------------------------------
+    # -- training
 
     def step(self, plan: StepPlan) -> StepReport:
-        """One optimizer step. `plan.micro_batches` holds this rank's own micro-batches, `plan.micro_batches[0]`, and no others.
+        """One optimizer step.
 
-        Metrics, all over the global batch: loss, loss/TERM, TERM/METRIC (token means), grad_norm (before clipping), entropy (mean over sampled tokens),
-        gap/max and gap/mean of |learner log-prob - rollout log-prob| on tokens sampled with the present weights, tokens/{trained,real,padded}
-        (padded: as run, with padding and with shared prompts counted once), learning_rate, seconds/{gradient,optimizer}.
+        `plan.micro_batches` holds this rank's own micro-batches, `plan.micro_batches[0]`, and no
+        others.
+
+        Metrics, all over the global batch: loss, loss/TERM, TERM/METRIC (token means), grad_norm
+        (before clipping), entropy (mean over sampled tokens), gap/max and gap/mean of |learner
+        log-prob - rollout log-prob| on tokens sampled with the present weights,
+        tokens/{trained,real,padded} (padded: as run, with padding and with shared prompts counted
+        once), learning_rate, seconds/{gradient,optimizer}.
         """
         started = time.perf_counter()
         self.engine.set_optimizer(plan.optimizer)
         self.engine.set_learning_rate(plan.learning_rate)
         sums: dict[str, torch.Tensor] = {}
         for micro in plan.micro_batches[0]:
-            with save_on_cpu(pin_memory=self.engine.device.type == "cuda") if self.config.learner.offload_activations else nullcontext():
-                logp, entropy, *more = self._forward(self.engine.forward, micro, plan.temperature, plan.entropy, plan.forward)
-            loss, found = term_losses.evaluate(plan.terms, plan.denominators, micro, term_losses.streams(micro, logp, entropy, *more))
+            with (
+                save_on_cpu(pin_memory=self.engine.device.type == "cuda")
+                if self.config.learner.offload_activations
+                else nullcontext()
+            ):
+                logp, entropy, *more = self._forward(
+                    self.engine.forward, micro, plan.temperature, plan.entropy, plan.forward
+                )
+            loss, found = term_losses.evaluate(
+                plan.terms,
+                plan.denominators,
+                micro,
+                term_losses.streams(micro, logp, entropy, *more),
+            )
             self.engine.backward(loss)
-            merge(sums, {**found, **observe(micro, logp.detach(), None if entropy is None else entropy.detach())})
+            merge(
+                sums,
+                {
+                    **found,
+                    **observe(micro, logp.detach(), None if entropy is None else entropy.detach()),
+                },
+            )
         totals = gather(numbers(sums), self.ranks)
         gradient = time.perf_counter()
         norm, applied = self.engine.step()
         done = time.perf_counter()
-        metrics = {**report(plan, totals), "grad_norm": norm, "learning_rate": plan.learning_rate,
-                   "seconds/gradient": gradient - started, "seconds/optimizer": done - gradient}
+        metrics = {
+            **report(plan, totals),
+            "grad_norm": norm,
+            "learning_rate": plan.learning_rate,
+            "seconds/gradient": gradient - started,
+            "seconds/optimizer": done - gradient,
+        }
         return StepReport(metrics, skipped=not applied, seconds=done - started)
 
     def _forward(self, forward, micro: MicroBatch, temperature: float, entropy: bool, custom=None):
@@ -104,40 +138,76 @@ class LearnerRank:
         if custom is None:
             hook = (None, None, None if micro.tree is None else move(micro.tree))
         else:
-            hook = custom, {name: move(getattr(micro, name)) for name in ("segment", "group", "source")}
-        return forward(move(micro.tokens), move(micro.positions), move(micro.index), move(micro.target), temperature, self.config.learner.head_chunk, entropy, *hook)
+            hook = (
+                custom,
+                {name: move(getattr(micro, name)) for name in ("segment", "group", "source")},
+            )
+        return forward(
+            move(micro.tokens),
+            move(micro.positions),
+            move(micro.index),
+            move(micro.target),
+            temperature,
+            self.config.learner.head_chunk,
+            entropy,
+            *hook,
+        )
 
-    def logprobs(self, rows: Sequence[Row], temperature: float, reference: bool = False) -> list[np.ndarray | None]:
+    def logprobs(
+        self, rows: Sequence[Row], temperature: float, reference: bool = False
+    ) -> list[np.ndarray | None]:
         """The log-probs of `streams`."""
         return self.streams(rows, temperature, reference)["logp"]
 
     @torch.no_grad()
-    def streams(self, rows: Sequence[Row], temperature: float, reference: bool = False) -> dict[str, list[np.ndarray | None]]:
-        """`logp` and, if there is a critic, `value`: float32 [T] per row, in row order, NaN on tokens that are not trained.
+    def streams(
+        self, rows: Sequence[Row], temperature: float, reference: bool = False
+    ) -> dict[str, list[np.ndarray | None]]:
+        """`logp` and, if there is a critic, `value`: float32 [T] per row, in row order, NaN on
+        tokens that are not trained.
 
-        logp is the present policy's (or the frozen reference's) log-prob of the token, value that of the state in which it was chosen.
-        Called with the same rows on all ranks; rows that another rank computed are None here.
+        logp is the present policy's (or the frozen reference's) log-prob of the token, value that
+        of the state in which it was chosen. Called with the same rows on all ranks; rows that
+        another rank computed are None here.
         """
         forward = self._reference() if reference else self.engine.forward
         names = ("logp",) if reference or self.engine.module.critic is None else ("logp", "value")
-        plain = [Term(name, NLL()) for name in sorted({name for row in rows for name in row.weights})]
-        share = pack(rows, plain, self.ranks, self.config.learner.micro_batch_tokens, version=-1, share=self.shares_prompts())[self.rank]
+        plain = [
+            Term(name, NLL()) for name in sorted({name for row in rows for name in row.weights})
+        ]
+        share = pack(
+            rows,
+            plain,
+            self.ranks,
+            self.config.learner.micro_batch_tokens,
+            version=-1,
+            share=self.shares_prompts(),
+        )[self.rank]
         results = [(micro, self._forward(forward, micro, temperature, False)) for micro in share]
         out: list[np.ndarray | None] = [None] * len(rows)
         empty = lambda row: np.full((len(names), len(row.tokens)), np.nan, np.float32)
-        if self.rank == 0:      # the packer leaves out rows without a trained token
+        if self.rank == 0:  # the packer leaves out rows without a trained token
             out = [None if row.trained.any() else empty(row) for row in rows]
         for micro, (logp, _, value) in results:
-            found, place = torch.stack([logp, value][:len(names)]).cpu().numpy(), micro.positions.reshape(-1)[micro.index] + 1
+            found, place = (
+                torch.stack([logp, value][: len(names)]).cpu().numpy(),
+                micro.positions.reshape(-1)[micro.index] + 1,
+            )
             for number, i in enumerate(micro.rows):
                 mine = micro.segment == number
                 out[i] = empty(rows[i])
                 out[i][:, place[mine]] = found[:, mine]
-        return {name: [None if one is None else one[k] for one in out] for k, name in enumerate(names)}
+        return {
+            name: [None if one is None else one[k] for one in out] for k, name in enumerate(names)
+        }
 
     def _reference(self) -> Policy:
         if self.reference is None:
-            self.reference = load_like_engines(self.config, self.model.path).to(self.engine.device).requires_grad_(False)
+            self.reference = (
+                load_like_engines(self.config, self.model.path)
+                .to(self.engine.device)
+                .requires_grad_(False)
+            )
         return self.reference
 
     @torch.no_grad()
@@ -148,13 +218,17 @@ class LearnerRank:
             frozen[name].copy_(tensor)
         self.own_reference = True
 
-    # -- weights ----------------------------------------------------------------------------------------------------------------------------------
+    # -- weights
 
     def save(self, folder: str | Path) -> None:
         self.engine.save(folder)
         if self.own_reference and self.rank == 0:
             from safetensors.torch import save_file
-            save_file({name: p.detach().cpu() for name, p in hf_parameters(self.reference)}, Path(folder) / REFERENCE)
+
+            save_file(
+                {name: p.detach().cpu() for name, p in hf_parameters(self.reference)},
+                Path(folder) / REFERENCE,
+            )
 
     @torch.no_grad()
     def load(self, folder: str | Path) -> None:
@@ -162,6 +236,7 @@ class LearnerRank:
         self.own_reference = (Path(folder) / REFERENCE).is_file()
         if self.own_reference:
             from safetensors.torch import load_file
+
             saved = load_file(Path(folder) / REFERENCE)
             for name, parameter in hf_parameters(self._reference()):
                 parameter.copy_(saved[name])
@@ -169,10 +244,12 @@ class LearnerRank:
             self.reference = None
 
     def export(self, folder: str | Path) -> None:
-        """A plain Hugging Face folder, complete with tokenizer, written by rank 0: see engine/model/export.py. A collective."""
+        """A plain Hugging Face folder, complete with tokenizer, written by rank 0: see
+        engine/model/export.py. A collective.
+        """
         parameters = self.engine.full_parameters()
         if self.rank > 0:
-            for _ in parameters:        # takes part in gathering them
+            for _ in parameters:  # takes part in gathering them
                 pass
             return
         folder, policy = Path(folder), self.engine.module
@@ -181,7 +258,9 @@ class LearnerRank:
         write_weights(folder, policy.model, policy.origin, parameters)
 
     def release_memory(self) -> None:
-        """Give the GPU what torch keeps cached of freed memory: an engine on the same GPU wakes up into it."""
+        """Give the GPU what torch keeps cached of freed memory: an engine on the same GPU wakes up
+        into it.
+        """
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

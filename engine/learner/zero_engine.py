@@ -1,4 +1,5 @@
 """A DeepSpeed ZeRO engine behind the calls of LocalEngine."""
+
 from __future__ import annotations
 
 import math
@@ -19,47 +20,92 @@ from tandem.engine.learner.local_engine import (
 )
 from tandem.engine.model.policy import Policy, hf_parameters
 
-BUCKET = 50_000_000     # elements reduced at once; DeepSpeed's own 500 million would reserve 2 GB for a model of any size
+# elements reduced at once; DeepSpeed's own 500 million would reserve 2 GB for a model of any size
+BUCKET = 50_000_000
 
 
-def zero_config(stage: int, dtype: torch.dtype, clip: float, offload: bool, persistent: int) -> dict:
+def zero_config(
+    stage: int, dtype: torch.dtype, clip: float, offload: bool, persistent: int
+) -> dict:
     """DeepSpeed's settings. Gradient clipping is written out because its default is 1.0, not off."""
-    # Stage 0 reduces at a boundary that we set; from stage 1 on DeepSpeed lets the caller own it ("unmanaged") and `step` is the boundary.
-    config = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "managed_gradient_accumulation": stage == 0,
-              "gradient_clipping": clip, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 2**62,
-              "bf16": {"enabled": dtype == torch.bfloat16},
-              "zero_optimization": {"stage": stage, "reduce_bucket_size": BUCKET, "stage3_param_persistence_threshold": persistent}}
+    # Stage 0 reduces at a boundary that we set; from stage 1 on DeepSpeed lets the caller own it
+    # ("unmanaged") and `step` is the boundary.
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": stage == 0,
+        "gradient_clipping": clip,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**62,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": BUCKET,
+            "stage3_param_persistence_threshold": persistent,
+        },
+    }
     if offload:
-        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.distributed.get_backend() == "nccl"}
-    if dtype == torch.bfloat16 and stage > 0:       # stage 0 has no such choice: there DeepSpeed adds micro-batches up in bfloat16
+        config["zero_optimization"]["offload_optimizer"] = {
+            "device": "cpu",
+            "pin_memory": torch.distributed.get_backend() == "nccl",
+        }
+    # stage 0 has no such choice: there DeepSpeed adds micro-batches up in bfloat16
+    if dtype == torch.bfloat16 and stage > 0:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
 
 
 class ZeroEngine:
-    """DeepSpeed. One engine per process and process group; call `join` first. Parameters below `persistent` elements are not split at stage 3."""
+    """DeepSpeed. One engine per process and process group; call `join` first.
 
-    def __init__(self, policy: Policy, learner: LearnerConfig, persistent: int = 100_000, bucket_mib: int = 64):
+    Parameters below `persistent` elements are not split at stage 3.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        learner: LearnerConfig,
+        persistent: int = 100_000,
+        bucket_mib: int = 64,
+    ):
         import deepspeed
+
         self.stage, self.bucket, self.learner = learner.zero_stage, bucket_mib * 2**20, learner
         self.ranks, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
         inner = adamw([p for p in policy.parameters() if p.requires_grad], learner)
         dtype = next(policy.parameters()).dtype
-        self.layout = {"engine": "deepspeed", "dtype": str(dtype), "critic": policy.critic is not None, "ranks": self.ranks, "zero_stage": self.stage, "offload_optimizer": learner.offload_optimizer}
-        config = zero_config(self.stage, dtype, learner.grad_clip, learner.offload_optimizer, persistent)
-        self.engine, _, _, _ = deepspeed.initialize(model=policy, optimizer=inner, config=config, dist_init_required=False)
+        self.layout = {
+            "engine": "deepspeed",
+            "dtype": str(dtype),
+            "critic": policy.critic is not None,
+            "ranks": self.ranks,
+            "zero_stage": self.stage,
+            "offload_optimizer": learner.offload_optimizer,
+        }
+        config = zero_config(
+            self.stage, dtype, learner.grad_clip, learner.offload_optimizer, persistent
+        )
+        self.engine, _, _, _ = deepspeed.initialize(
+            model=policy, optimizer=inner, config=config, dist_init_required=False
+        )
         self.module, self.device, self.inner = self.engine.module, self.engine.device, inner
         if self.stage == 0:
             self.engine.set_gradient_accumulation_boundary(False)
-        # Stage 3 hands its masters to AdamW one at a time, so AdamW's own list is empty between steps.
-        masters = self.engine.optimizer.fp32_partitioned_groups_flat if self.stage == 3 else [p for g in inner.param_groups for p in g["params"]]
+        # Stage 3 hands its masters to AdamW one at a time, so AdamW's own list is empty between
+        # steps.
+        masters = (
+            self.engine.optimizer.fp32_partitioned_groups_flat
+            if self.stage == 3
+            else [p for g in inner.param_groups for p in g["params"]]
+        )
         self.moments = Moments(inner, list(masters))
 
     def forward(self, *inputs):
         return self.engine(*inputs)
 
     def backward(self, loss: torch.Tensor) -> None:
-        self.engine.backward(loss * self.ranks)     # DeepSpeed averages over ranks; we want the sum
+        self.engine.backward(loss * self.ranks)  # DeepSpeed averages over ranks; we want the sum
 
     def step(self) -> tuple[float, bool]:
         if self.stage == 0:
@@ -68,11 +114,17 @@ class ZeroEngine:
         return float(self.engine.get_global_grad_norm()), self.engine.was_step_applied()
 
     def _step_unpartitioned(self) -> tuple[float, bool]:
-        """Stage 0 has neither a gradient norm nor a check of it: reduce, look, then let DeepSpeed clip and step."""
+        """Stage 0 has neither a gradient norm nor a check of it: reduce, look, then let DeepSpeed
+        clip and step.
+        """
         self.engine.set_gradient_accumulation_boundary(True)
         self.engine.allreduce_gradients()
         grads = [p.grad for p in self.module.parameters() if p.grad is not None]
-        norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads])))
+        norm = float(
+            torch.linalg.vector_norm(
+                torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads])
+            )
+        )
         if applied := math.isfinite(norm):
             self.engine.step()
         else:
@@ -89,14 +141,21 @@ class ZeroEngine:
 
     def parameter_shapes(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """(name, dtype, full shape) in the order of full_parameters; no communication."""
-        return [(name, p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for name, p in hf_parameters(self.module)]
+        return [
+            (name, p.dtype, tuple(getattr(p, "ds_shape", p.shape)))
+            for name, p in hf_parameters(self.module)
+        ]
 
     def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """All parameters in full, on every rank: a collective at stage 3. A tensor is valid only until the next one is asked for."""
+        """All parameters in full, on every rank: a collective at stage 3.
+
+        A tensor is valid only until the next one is asked for.
+        """
         if self.stage < 3:
             yield from ((name, p.detach()) for name, p in hf_parameters(self.module))
             return
         from deepspeed.runtime.zero import GatheredParameters
+
         bucket, size = [], 0
         for name, parameter in [*hf_parameters(self.module), (None, None)]:
             bytes_ = 0 if parameter is None else parameter.ds_numel * parameter.element_size()
@@ -108,10 +167,16 @@ class ZeroEngine:
             size += bytes_
 
     def save(self, folder: str | Path) -> None:
-        """All ranks write into the same folder: DeepSpeed's own checkpoint, and rank_R.pt with what DeepSpeed does not know of."""
+        """All ranks write into the same folder:
+
+        DeepSpeed's own checkpoint, and rank_R.pt with what DeepSpeed does not know of.
+        """
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.engine.save_checkpoint(str(folder), tag="zero", save_latest=False)
-        torch.save({"layout": self.layout, "moments": self.moments.state_dict(), "random": random_state()}, Path(folder) / f"rank_{self.rank}.pt")
+        torch.save(
+            {"layout": self.layout, "moments": self.moments.state_dict(), "random": random_state()},
+            Path(folder) / f"rank_{self.rank}.pt",
+        )
         torch.distributed.barrier()
 
     def load(self, folder: str | Path) -> None:
@@ -129,27 +194,42 @@ class ZeroEngine:
 
 
 def check_offload(stage: int) -> None:
-    """Raise ConfigError if this DeepSpeed loses micro-batches when the optimizer is offloaded to the CPU. Call on all ranks, after `join`.
+    """Raise ConfigError if this DeepSpeed loses micro-batches when the optimizer is offloaded to
+    the CPU. Call on all ranks, after `join`.
 
-    A released DeepSpeed (PR 6550, repaired by PR 7967) gave the offloaded optimizer the gradients of the first micro-batch alone and thereby
-    distorted published baselines, so we do not trust a version number: one SGD step over two micro-batches must move the weights by their sum.
+    A released DeepSpeed (PR 6550, repaired by PR 7967) gave the offloaded optimizer the gradients
+    of the first micro-batch alone and thereby distorted published baselines, so we do not trust a
+    version number: one SGD step over two micro-batches must move the weights by their sum.
     """
     import deepspeed
+
     ranks = torch.distributed.get_world_size()
     module = torch.nn.Linear(8, 1, bias=False)
     torch.nn.init.zeros_(module.weight)
-    engine, _, _, _ = deepspeed.initialize(model=module, optimizer=torch.optim.SGD(module.parameters(), lr=1.0),
-                                           config=zero_config(stage, torch.float32, 0.0, True, 0), dist_init_required=False)
-    inputs = torch.tensor([[1.0, 2.0, 3.0, 4.0, 0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0, 5.0, 6.0, 7.0, 8.0]], device=engine.device)
+    engine, _, _, _ = deepspeed.initialize(
+        model=module,
+        optimizer=torch.optim.SGD(module.parameters(), lr=1.0),
+        config=zero_config(stage, torch.float32, 0.0, True, 0),
+        dist_init_required=False,
+    )
+    inputs = torch.tensor(
+        [[1.0, 2.0, 3.0, 4.0, 0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0, 5.0, 6.0, 7.0, 8.0]],
+        device=engine.device,
+    )
     for x in inputs:
         engine.backward(engine(x).sum() * ranks)
     engine.step()
     from deepspeed.runtime.zero import GatheredParameters
+
     with GatheredParameters([module.weight], enabled=stage == 3):
         moved = -module.weight.detach().flatten().clone()
     engine.destroy()
     expected = inputs.sum(0) * ranks
     if not torch.equal(moved, expected):
-        raise ConfigError(f"learner.offload_optimizer=true with zero_stage={stage}: DeepSpeed {deepspeed.__version__} (torch {torch.__version__}) drops gradients of "
-                          f"micro-batches: two of them should move the weights by {expected.tolist()}, they moved by {moved.tolist()}. "
-                          "Set learner.offload_optimizer=false or install another DeepSpeed")
+        raise ConfigError(
+            f"learner.offload_optimizer=true with zero_stage={stage}: DeepSpeed "
+            f"{deepspeed.__version__} (torch {torch.__version__}) drops gradients of "
+            f"micro-batches: two of them should move the weights by {expected.tolist()}, "
+            f"they moved by {moved.tolist()}. "
+            "Set learner.offload_optimizer=false or install another DeepSpeed"
+        )

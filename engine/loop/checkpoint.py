@@ -1,16 +1,20 @@
 """Checkpoints that are complete or ignored, and the state of a run beside the weights.
 
-A checkpoint is a folder `step_N`: N optimizer steps are done. It is written as `tmp_step_N`, every file is flushed to disk, MANIFEST.json with size and
-digest of every file comes last, and only then is the folder renamed; older checkpoints are pruned after that, never before. So at every instant the
-newest complete checkpoint is on disk under a name that `latest` looks at:
+A checkpoint is a folder `step_N`: N optimizer steps are done. It is written as `tmp_step_N`, every
+file is flushed to disk, MANIFEST.json with size and digest of every file comes last, and only then
+is the folder renamed; older checkpoints are pruned after that, never before. So at every instant
+the newest complete checkpoint is on disk under a name that `latest` looks at:
 
-    tmp_step_N      being written, or left over by a crash      never read, removed by the next writer
+    tmp_step_N      being written, or left over by a crash      never read, removed by the next
+                    writer
     step_N          complete, if it agrees with its manifest
-    old_step_N      the former step_N while a new one takes its name: read where there is no good step_N
+    old_step_N      the former step_N while a new one takes its name: read where there is no good
+                    step_N
     trash_step_N    being deleted                               never read
 
 One process writes to a folder; any number may read.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -37,8 +41,12 @@ MANIFEST = "MANIFEST.json"
 
 
 class Checkpoints:
-    """The checkpoints of one run. `keep`: how many to leave on disk; `report` is called with a line about every checkpoint that is passed over.
-    `facts` about the run, in JSON's types, go into every manifest: its id, config, and digests of what it reads."""
+    """The checkpoints of one run.
+
+    `keep`: how many to leave on disk; `report` is called with a line about every checkpoint that is
+    passed over. `facts` about the run, in JSON's types, go into every manifest: its id, config, and
+    digests of what it reads.
+    """
 
     def __init__(self, folder: str | Path, keep: int, report: Callable[[str], None] = print):
         self.folder, self.keep, self.report = Path(folder), keep, report
@@ -46,8 +54,11 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def write(self, step: int) -> Iterator[Path]:
-        """Gives a folder to fill; when the block ends, its content is checkpoint `step`. If the block or the disk fails, the folder is removed,
-        the error goes on, and the checkpoints before it are as they were."""
+        """Gives a folder to fill; when the block ends, its content is checkpoint `step`.
+
+        If the block or the disk fails, the folder is removed, the error goes on, and the
+        checkpoints before it are as they were.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.clean()
         tmp, final, old = (self.folder / f"{kind}step_{step}" for kind in ("tmp_", "", "old_"))
@@ -58,25 +69,35 @@ class Checkpoints:
         except BaseException as error:
             told = None
             if isinstance(error, Exception):
-                told = disk.checkpoint_failed(error, tmp, step, [path for _, path in self._named("step")])
+                told = disk.checkpoint_failed(
+                    error, tmp, step, [path for _, path in self._named("step")]
+                )
             shutil.rmtree(tmp, ignore_errors=True)
             if told is not None:
                 raise told from error
-            error.add_note(f"checkpoint {step} in {self.folder} was not written; the checkpoints before it are intact")
+            error.add_note(
+                f"checkpoint {step} in {self.folder} was not written; the checkpoints before "
+                "it are intact"
+            )
             raise
         if final.exists():
             final.rename(old)
         tmp.rename(final)
         sync_to_disk(self.folder)
         self.clean()
-        for step_before, path in self._named("step")[self.keep:]:
+        for step_before, path in self._named("step")[self.keep :]:
             if step_before < step:
                 path.rename(self.folder / f"trash_{path.name}")
         self.clean()
 
     def latest(self) -> tuple[int, Path] | None:
-        """Step and folder of the newest complete checkpoint, or None. Every file of it has been read and compared with the manifest."""
-        candidates = [(step, 1, path) for step, path in self._named("step")] + [(step, 0, path) for step, path in self._named("old_step")]
+        """Step and folder of the newest complete checkpoint, or None.
+
+        Every file of it has been read and compared with the manifest.
+        """
+        candidates = [(step, 1, path) for step, path in self._named("step")] + [
+            (step, 0, path) for step, path in self._named("old_step")
+        ]
         for step, _, path in sorted(candidates, reverse=True):
             try:
                 verify(path)
@@ -86,7 +107,10 @@ class Checkpoints:
         return None
 
     def clean(self) -> None:
-        """Remove what a crashed writer left over. Only for the process that writes to this folder; `write` does it too."""
+        """Remove what a crashed writer left over.
+
+        Only for the process that writes to this folder; `write` does it too.
+        """
         for step, path in self._named("old_step"):
             final = self.folder / f"step_{step}"
             if final.exists():
@@ -100,7 +124,9 @@ class Checkpoints:
         """(step, folder) of every `prefix_N`, newest first."""
         if not self.folder.is_dir():
             return []
-        found = ((re.fullmatch(rf"{prefix}_(\d+)", path.name), path) for path in self.folder.iterdir())
+        found = (
+            (re.fullmatch(rf"{prefix}_(\d+)", path.name), path) for path in self.folder.iterdir()
+        )
         return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
 
 
@@ -110,9 +136,14 @@ def seal(folder: Path, step: int, facts: dict[str, Any] | None = None) -> None:
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(digest, files))
         list(pool.map(sync_to_disk, files))
-    entries = {path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "blake2b": d} for path, d in zip(files, digests, strict=True)}
+    entries = {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "blake2b": d}
+        for path, d in zip(files, digests, strict=True)
+    }
     manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"format": 1, "step": step, "run": facts or {}, "files": entries}, indent=1))
+    manifest.write_text(
+        json.dumps({"format": 1, "step": step, "run": facts or {}, "files": entries}, indent=1)
+    )
     sync_to_disk(manifest)
     for path in [*folder.rglob("*"), folder]:
         if path.is_dir():
@@ -120,7 +151,9 @@ def seal(folder: Path, step: int, facts: dict[str, Any] | None = None) -> None:
 
 
 def manifest_facts(path: Path) -> dict[str, Any] | None:
-    """The facts about the run in a checkpoint's manifest; None if it cannot be read, or is of a version that wrote none."""
+    """The facts about the run in a checkpoint's manifest; None if it cannot be read, or is of a
+    version that wrote none.
+    """
     try:
         facts = json.loads((path / MANIFEST).read_bytes())["run"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -129,11 +162,17 @@ def manifest_facts(path: Path) -> dict[str, Any] | None:
 
 
 def verify(path: str | Path) -> None:
-    """Compare every file of a checkpoint with the manifest. Raises CheckpointError that names the file, what was found and what was expected."""
+    """Compare every file of a checkpoint with the manifest.
+
+    Raises CheckpointError that names the file, what was found and what was expected.
+    """
     path = Path(path)
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        step, entries = manifest["step"], {name: (entry["size"], entry["blake2b"]) for name, entry in manifest["files"].items()}
+        step, entries = (
+            manifest["step"],
+            {name: (entry["size"], entry["blake2b"]) for name, entry in manifest["files"].items()},
+        )
     except FileNotFoundError:
         raise CheckpointError(f"{path} has no {MANIFEST}: it was not written to the end") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -146,9 +185,14 @@ def verify(path: str | Path) -> None:
         if (found := (path / name).stat().st_size) != size:
             raise CheckpointError(f"{path / name} has {found} bytes, its manifest says {size}")
     with ThreadPoolExecutor() as pool:
-        for name, found in zip(entries, pool.map(lambda name: digest(path / name), entries), strict=True):
+        for name, found in zip(
+            entries, pool.map(lambda name: digest(path / name), entries), strict=True
+        ):
             if found != entries[name][1]:
-                raise CheckpointError(f"{path / name} has digest {found[:12]}..., its manifest says {entries[name][1][:12]}...: its content was changed")
+                raise CheckpointError(
+                    f"{path / name} has digest {found[:12]}..., its manifest says "
+                    f"{entries[name][1][:12]}...: its content was changed"
+                )
 
 
 def digest(path: Path) -> str:
@@ -160,44 +204,65 @@ def digest(path: Path) -> str:
 class RunState:
     """Everything but the learner's weights and optimizer state that the rest of a run depends on."""
 
-    step: int                                                       # optimizer steps done = the next step = the weight version
-    cursors: dict[str, Any] = field(default_factory=dict)           # {"prompts": state_dict, "experts": state_dict}
-    producer: dict[str, Any] = field(default_factory=dict)          # Producer.state_dict(): groups not yet trained on, requests to issue again
-    method: dict[str, Any] = field(default_factory=dict)            # Method.state_dict()
-    signals: dict[str, float] = field(default_factory=dict)         # metrics of the last step, as the next one's Batch sees them
-    gated: int = 0                                                  # steps whose log-probs were compared before training
-    tokens: int = 0                                                 # generated + trained so far
-    optimizer_steps: dict[str, int] = field(default_factory=dict)   # steps taken with each set of optimizer moments
-    rng: dict[str, Any] = field(default_factory=dict)               # rng_state()
+    # optimizer steps done = the next step = the weight version
+    step: int
+    # {"prompts": state_dict, "experts": state_dict}
+    cursors: dict[str, Any] = field(default_factory=dict)
+    # Producer.state_dict(): groups not yet trained on, requests to issue again
+    producer: dict[str, Any] = field(default_factory=dict)
+    method: dict[str, Any] = field(default_factory=dict)  # Method.state_dict()
+    # metrics of the last step, as the next one's Batch sees them
+    signals: dict[str, float] = field(default_factory=dict)
+    # steps whose log-probs were compared before training
+    gated: int = 0
+    tokens: int = 0  # generated + trained so far
+    # steps taken with each set of optimizer moments
+    optimizer_steps: dict[str, int] = field(default_factory=dict)
+    rng: dict[str, Any] = field(default_factory=dict)  # rng_state()
 
     FILE = "run_state.pkl"
 
     def save(self, folder: str | Path) -> None:
-        """Write into a checkpoint folder. Pickle: columns of a dataset row may hold anything, and the manifest guards against damage.
-        As with any pickle, resume only from checkpoints whose origin you trust."""
+        """Write into a checkpoint folder.
+
+        Pickle: columns of a dataset row may hold anything, and the manifest guards against damage.
+        As with any pickle, resume only from checkpoints whose origin you trust.
+        """
         with open(Path(folder) / self.FILE, "wb") as file:
             pickle.dump({f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, file)
 
     @classmethod
     def load(cls, folder: str | Path) -> RunState:
-        """Raises CheckpointError if the fields are not those of this version of Tandem: a guessed default would not be the same run."""
+        """Raises CheckpointError if the fields are not those of this version of Tandem: a guessed
+        default would not be the same run.
+        """
         with open(Path(folder) / cls.FILE, "rb") as file:
             values = pickle.load(file)
         known = {f.name for f in dataclasses.fields(cls)}
         if set(values) != known:
-            raise CheckpointError(f"{Path(folder) / cls.FILE} was written by another version of Tandem: it lacks {sorted(known - set(values))} "
-                                  f"and has unknown {sorted(set(values) - known)}; resume with the version that wrote it (environment.json names it)")
+            raise CheckpointError(
+                f"{Path(folder) / cls.FILE} was written by another version of Tandem: it "
+                f"lacks {sorted(known - set(values))} "
+                f"and has unknown {sorted(set(values) - known)}; resume with the version "
+                "that wrote it (environment.json names it)"
+            )
         return cls(**values)
 
 
 def rng_state() -> dict[str, Any]:
     """State of the global random generators of this process: python, numpy, torch."""
     import torch
-    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state().numpy()}
+
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state().numpy(),
+    }
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
     import torch
+
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(torch.from_numpy(state["torch"].copy()))

@@ -1,6 +1,7 @@
 """Room on disk: what a run will need of it, looked at before the run, and errors that are the
 disk's told as such.
 """
+
 from __future__ import annotations
 
 import errno
@@ -15,7 +16,7 @@ from tandem.engine.core.errors import ConfigError
 MIB = 1 << 20
 PROBE_BYTES = 1 * MIB
 FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-MASTER_BYTES = 12       # per parameter of any model: float32 weights and the two moments of Adam
+MASTER_BYTES = 12  # per parameter of any model: float32 weights and the two moments of Adam
 
 
 class DiskError(OSError):
@@ -41,7 +42,10 @@ def room_needed(config: Config, parameters: int) -> int:
 
 
 def check_room(
-    config: Config, parameters: int | None, folder: Path, warn: Callable[[str], None],
+    config: Config,
+    parameters: int | None,
+    folder: Path,
+    warn: Callable[[str], None],
 ) -> None:
     """Raise ConfigError if not one checkpoint fits; `warn` if the run may fill the disk later.
     None: the model's size is not known.
@@ -50,18 +54,22 @@ def check_room(
         return
     one = checkpoint_bytes(parameters, config.model.dtype)
     whole = room_needed(config, parameters)
-    present = sum(map(tree_bytes, folder.glob("checkpoints/step_*")))       # those of a resumed run
+    present = sum(map(tree_bytes, folder.glob("checkpoints/step_*")))  # those of a resumed run
     usage = shutil.disk_usage(existing(folder))
     free = usage.free
     if usage.total == 0:
-        return      # a file system without a size, such as a bucket's
-    sizes = (f"{show(free)} are free on the disk of {folder} (run.dir), "
-             f"a checkpoint of this model takes at least {show(one)}")
+        return  # a file system without a size, such as a bucket's
+    sizes = (
+        f"{show(free)} are free on the disk of {folder} (run.dir), "
+        f"a checkpoint of this model takes at least {show(one)}"
+    )
     if free < one:
         raise ConfigError(f"{sizes}; make room, or choose another disk with run.dir")
     if free + present < whole:
-        warn(f"warning: {sizes}, the whole run about {show(whole)} (run.keep_checkpoints="
-             f"{config.run.keep_checkpoints}, and one more while it is written)")
+        warn(
+            f"warning: {sizes}, the whole run about {show(whole)} (run.keep_checkpoints="
+            f"{config.run.keep_checkpoints}, and one more while it is written)"
+        )
 
 
 def disk_fault(error: BaseException | None) -> str:
@@ -69,7 +77,7 @@ def disk_fault(error: BaseException | None) -> str:
     for one in chain(error):
         if isinstance(one, OSError) and one.errno in FAULTS:
             return os.strerror(one.errno)
-        for code in FAULTS[:3]:     # in the words of a library in C++ or Rust, or of a process
+        for code in FAULTS[:3]:  # in the words of a library in C++ or Rust, or of a process
             if os.strerror(code) in str(one):
                 return os.strerror(code)
     return ""
@@ -127,7 +135,10 @@ def describe(folder: Path) -> str:
 
 
 def checkpoint_failed(
-    error: Exception, tmp: Path, step: int, before: list[Path],
+    error: Exception,
+    tmp: Path,
+    step: int,
+    before: list[Path],
 ) -> DiskError | None:
     """The error for a checkpoint that could not be written to `tmp`, if that is the disk's fault.
     `before`: the checkpoints there are, newest first.
@@ -137,14 +148,17 @@ def checkpoint_failed(
         return None
     if before:
         need = f"one takes {show(tree_bytes(before[0]))}"
-        left = (f"The checkpoints before it are intact, the newest is {before[0].name}: "
-                "make room and go on with run.resume=true")
+        left = (
+            f"The checkpoints before it are intact, the newest is {before[0].name}: "
+            "make room and go on with run.resume=true"
+        )
     else:
         need = f"it takes more than {show(tree_bytes(tmp))}"
         left = "There is none before it, so nothing to resume from: make room and start again"
     place = describe(tmp.parent)
     return DiskError(
-        f"the checkpoint of step {step} could not be written to {place}: {fault}; {need}. {left}")
+        f"the checkpoint of step {step} could not be written to {place}: {fault}; {need}. {left}"
+    )
 
 
 def tree_bytes(folder: Path) -> int:

@@ -14,6 +14,7 @@ with every scored sample in the cluster of its problem. Rows with the same promp
 benchmarks are often stored with each problem many times. With one sample of each problem it is the
 usual std/sqrt(problems); with equally many it is that of the means of the problems.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -70,9 +71,7 @@ def evaluate(
     )
 
 
-def by_problem(
-    prompts: Sequence[Prompt], values: Sequence[Sequence[float]]
-) -> list[list[float]]:
+def by_problem(prompts: Sequence[Prompt], values: Sequence[Sequence[float]]) -> list[list[float]]:
     """The values of each row's samples, put together for rows that have the same prompt."""
     found: dict[bytes, list[float]] = {}
     for prompt, mine in zip(prompts, values, strict=True):

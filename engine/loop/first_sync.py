@@ -1,9 +1,13 @@
-"""The first weight update of a run is of the weights that the engines have already: what they compute must not move.
+"""The first weight update of a run is of the weights that the engines have already: what they
+compute must not move.
 
-An inference engine splits, fuses and packs weights for its kernels, and a reload may leave a layer out or pack it wrongly, without a word and with every
-digest right (vLLM 0.32 did so with experts on a CPU). So each engine scores fixed tokens twice before that update and once after it. The same computation
-with the same weights gives the same numbers, but for the rounding that the first two show.
+An inference engine splits, fuses and packs weights for its kernels, and a reload may leave a layer
+out or pack it wrongly, without a word and with every digest right (vLLM 0.32 did so with experts on
+a CPU). So each engine scores fixed tokens twice before that update and once after it. The same
+computation with the same weights gives the same numbers, but for the rounding that the first two
+show.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -13,15 +17,20 @@ import numpy as np
 from tandem.engine.config.schema import Config
 from tandem.engine.core.errors import SyncError
 
-TOKENS = 192            # scored; random ones, so that every expert is somebody's
-NOISE = 4.0             # a gap may be so many times that of the two scores before the update
-BFLOAT16 = 1 / 16       # of sync.max_mean_gap: that bound is between two implementations, this one between two runs of one
+TOKENS = 192  # scored; random ones, so that every expert is somebody's
+NOISE = 4.0  # a gap may be so many times that of the two scores before the update
+# of sync.max_mean_gap: that bound is between two implementations, this one between two runs of one
+BFLOAT16 = 1 / 16
 
 
 def prove(run) -> None:
-    """Make the first update of a started `engine.components.Run`, whose learner still has the weights of the model folder. Raises SyncError."""
+    """Make the first update of a started `engine.components.Run`, whose learner still has the
+    weights of the model folder. Raises SyncError.
+    """
     if not hasattr(run.pool, "logprobs"):
-        return      # the pool computes in this process, with the modules that the learner's weights are copied into, or replays a record
+        # the pool computes in this process, with the modules that the learner's weights are copied
+        # into, or replays a record
+        return
     first = FirstSync(run.pool, run.tokenizer, run.config)
     run.sync(0)
     run.telemetry.event("first_sync", gap=first.check())
@@ -37,11 +46,17 @@ class FirstSync:
         self.again: Mapping[int, np.ndarray] = pool.logprobs(self.tokens)
 
     def check(self) -> float:
-        """The largest gap of an engine, as `gap` measures it. Raises SyncError if one is too large; NaN is."""
+        """The largest gap of an engine, as `gap` measures it.
+
+        Raises SyncError if one is too large; NaN is.
+        """
         after = self.pool.logprobs(self.tokens)
         engines = sorted(after.keys() & self.before.keys() & self.again.keys())
         if not engines:
-            raise SyncError("no engine lived through the first weight update, so that it could not be compared with what they computed before; start again")
+            raise SyncError(
+                "no engine lived through the first weight update, so that it could not be "
+                "compared with what they computed before; start again"
+            )
         sync = self.config.sync
         exact = self.config.model.dtype == "float32"
         largest = 0.0
@@ -52,16 +67,24 @@ class FirstSync:
             if not found <= allowed:
                 key = "sync.max_gap" if exact else "1/16 of sync.max_mean_gap"
                 kind = "largest" if exact else "mean"
-                raise SyncError(f"engine {engine} was sent the weights it had loaded itself, and its log-probs of the same {len(self.tokens)} tokens moved by "
-                                f"{found:.3g} ({kind}; without an update they move by {noise:.3g}), allowed is {allowed:.3g} ({key}). "
-                                "It does not compute with the weights it is sent: this vLLM reloads some layer of this model wrongly. Rollouts would come "
-                                "from another model than the one that is trained; use another version of vLLM, or mode=inline, which does without it")
+                raise SyncError(
+                    f"engine {engine} was sent the weights it had loaded itself, and its "
+                    f"log-probs of the same {len(self.tokens)} tokens moved by "
+                    f"{found:.3g} ({kind}; without an update they move by {noise:.3g}), "
+                    f"allowed is {allowed:.3g} ({key}). "
+                    "It does not compute with the weights it is sent: this vLLM reloads some "
+                    "layer of this model wrongly. Rollouts would come "
+                    "from another model than the one that is trained; use another version of "
+                    "vLLM, or mode=inline, which does without it"
+                )
             largest = max(largest, found)
         return largest
 
 
 def gap(a: np.ndarray, b: np.ndarray, exact: bool) -> float:
-    """max |a - b| in float32, where every token must agree; else the mean, since one token's rounding may choose another expert."""
+    """max |a - b| in float32, where every token must agree; else the mean, since one token's
+    rounding may choose another expert.
+    """
     difference = np.abs(a.astype(np.float64) - b)
     return float(difference.max() if exact else difference.mean())
 
@@ -73,7 +96,10 @@ def longest(config: Config) -> int:
 
 
 def probe_tokens(tokenizer, count: int) -> np.ndarray:
-    """int32 [count]: ordinary tokens of the vocabulary, the same for every run with it. Special ones may stand for images and the like."""
+    """int32 [count]: ordinary tokens of the vocabulary, the same for every run with it.
+
+    Special ones may stand for images and the like.
+    """
     special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
     ordinary = sorted(set(tokenizer.get_vocab().values()) - special)
     return np.random.default_rng(0).choice(ordinary, count).astype(np.int32)

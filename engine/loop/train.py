@@ -1,11 +1,17 @@
-"""The training loop. Everything else is a component it calls; synchronous, one-step-off and asynchronous runs differ by a number.
+"""The training loop.
+
+Everything else is a component it calls; synchronous, one-step-off and asynchronous runs differ by a
+number.
 
     step k:  request rollouts up to step k + staleness -> wait for those of step k -> rows and terms of the method ->
              optimizer step(s) -> new weights to the engines, verified -> report, evaluate, checkpoint
 
-Weight version v means: the weights after v steps. SFT steps without a rollout ahead leave the engines alone; they get their weights when next used.
-With rollout.sleep engines sleep from the moment a step has its rollouts until the next new weights, which come before any generation (see Run.sync).
+Weight version v means: the weights after v steps. SFT steps without a rollout ahead leave the
+engines alone; they get their weights when next used. With rollout.sleep engines sleep from the
+moment a step has its rollouts until the next new weights, which come before any generation (see
+Run.sync).
 """
+
 from __future__ import annotations
 
 import time
@@ -26,17 +32,23 @@ from tandem.engine.learner.packing import pack
 from tandem.engine.learner.terms import denominators
 from tandem.engine.loop.producer import oldest_version
 
-LEARNER_STREAMS = {"old_logp": "logp", "old_value": "value"}        # {stream of a Row: its name in LearnerRank.streams}
-STALE = -2      # a version no token has: after the first update of a batch the learner's weights are nobody's
+# {stream of a Row: its name in LearnerRank.streams}
+LEARNER_STREAMS = {"old_logp": "logp", "old_value": "value"}
+# a version no token has: after the first update of a batch the learner's weights are nobody's
+STALE = -2
 
 
 def train(run) -> None:
-    """Run the steps that are left. `run` is engine.components.Run: the config and the components, already started.
+    """Run the steps that are left.
 
-    Returns early if a signal asked to stop. Raises Stopped if that came while it waited for rollouts or evaluated; run.step is then the steps done."""
+    `run` is engine.components.Run: the config and the components, already started.
+
+    Returns early if a signal asked to stop. Raises Stopped if that came while it waited for
+    rollouts or evaluated; run.step is then the steps done.
+    """
     cfg, method, signals, skipped = run.config, run.method, run.signals, 0
     checked_state(method)
-    used: dict[str, bool] = {}      # {term: whether a row has had a token of it}
+    used: dict[str, bool] = {}  # {term: whether a row has had a token of it}
     if run.evaluation_missing():
         run.evaluate(run.step)
     while not run.done:
@@ -48,7 +60,9 @@ def train(run) -> None:
         sampled = run.producer.books.tokens
         with abandonable():
             demand, groups = run.producer.take(step)
-        experts = tuple(run.experts.take(demand.experts)) if demand.experts and not method.aligned else ()
+        experts = (
+            tuple(run.experts.take(demand.experts)) if demand.experts and not method.aligned else ()
+        )
         if cfg.rollout.sleep:
             run.sleep()
         clock.lap("rollout")
@@ -61,7 +75,10 @@ def train(run) -> None:
         terms = check_terms(method, terms)
         rows = with_streams(run, check_rows(method, rows, terms), terms, temperature)
         rows = ask_credit(method, rows, batch, terms)
-        used |= {term.name: used.get(term.name, False) or any(has_tokens(row, term.name) for row in rows) for term in terms}
+        used |= {
+            term.name: used.get(term.name, False) or any(has_tokens(row, term.name) for row in rows)
+            for term in terms
+        }
         check_staleness(step, groups, cfg.rollout.staleness, cfg.rollout.backend)
         if groups and run.gated < cfg.sync.gate_steps and not run.off_policy:
             run.gate(rows, step, temperature)
@@ -73,11 +90,17 @@ def train(run) -> None:
         if report.skipped:
             run.dump_step(step, rows, report)
         if skipped > cfg.learner.max_skipped_steps:
-            raise NotFinite(f"{skipped} steps in a row had a non-finite gradient (learner.max_skipped_steps is {cfg.learner.max_skipped_steps}); "
-                            f"the rows of each are in {run.folder / 'bad_steps'}; weights are those before the first of them")
+            raise NotFinite(
+                f"{skipped} steps in a row had a non-finite gradient "
+                f"(learner.max_skipped_steps is {cfg.learner.max_skipped_steps}); "
+                f"the rows of each are in {run.folder / 'bad_steps'}; weights are those "
+                "before the first of them"
+            )
         run.step = step + 1
         run.optimizer_steps[demand.optimizer] = run.optimizer_steps.get(demand.optimizer, 0) + 1
-        run.tokens += int(report.metrics.get("tokens/real", 0)) + run.producer.books.tokens - sampled
+        run.tokens += (
+            int(report.metrics.get("tokens/real", 0)) + run.producer.books.tokens - sampled
+        )
 
         metrics = {**report.metrics, **rollout_metrics(groups), **diagnostics(rows)}
         method.observe(step, metrics)
@@ -94,21 +117,30 @@ def train(run) -> None:
         if run.stop_requested:
             return
     if idle := [name for name, had_tokens in used.items() if not had_tokens]:
-        run.display.message(f"no row ever had a token of the method's term(s) {', '.join(idle)}: they trained nothing")
+        run.display.message(
+            f"no row ever had a token of the method's term(s) {', '.join(idle)}: they "
+            "trained nothing"
+        )
 
 
 def step_temperature(config: Config, demand: Demand) -> float:
-    """The one temperature of a step, for scoring before the update, for the update and for the gate.
+    """The one temperature of a step, for scoring before the update, for the update and for the
+    gate.
 
-    Rollouts are trained on at the temperature they were sampled at. A step without any is plain SFT, at 1.
+    Rollouts are trained on at the temperature they were sampled at. A step without any is plain
+    SFT, at 1.
     """
     return config.rollout.temperature if demand.prompts else 1.0
 
 
-def update(run, step: int, demand: Demand, rows: Sequence[Row], terms: Sequence[Term], temperature: float) -> StepReport:
-    """One optimizer step per part of the batch, in each epoch; with several, the clip needs the log-probs from before the first. A step without rollouts has one.
+def update(
+    run, step: int, demand: Demand, rows: Sequence[Row], terms: Sequence[Term], temperature: float
+) -> StepReport:
+    """One optimizer step per part of the batch, in each epoch; with several, the clip needs the
+    log-probs from before the first. A step without rollouts has one.
 
-    Tokens and seconds of the report are sums over these steps, everything else is their mean."""
+    Tokens and seconds of the report are sums over these steps, everything else is their mean.
+    """
     learner = run.config.learner
     if not any(row.trained.any() for row in rows):
         return StepReport({"empty": 1.0})
@@ -116,29 +148,65 @@ def update(run, step: int, demand: Demand, rows: Sequence[Row], terms: Sequence[
     if demand.prompts and learner.updates_per_batch * learner.epochs_per_batch > 1:
         unscored = [i for i, row in enumerate(rows) if row.old_logp is None and row.trained.any()]
         if unscored:
-            rows = filled(rows, unscored, {"old_logp": run.learner.logprobs([rows[i] for i in unscored], temperature)})
+            rows = filled(
+                rows,
+                unscored,
+                {"old_logp": run.learner.logprobs([rows[i] for i in unscored], temperature)},
+            )
         rng = np.random.default_rng([run.config.run.seed, step])
-        parts = [part for _ in range(learner.epochs_per_batch) for part in split(rows, learner.updates_per_batch, rng)]
+        parts = [
+            part
+            for _ in range(learner.epochs_per_batch)
+            for part in split(rows, learner.updates_per_batch, rng)
+        ]
     reports = []
     for number, part in enumerate(parts):
         with naming(run.method):
             z = denominators(terms, part)
-        plan = StepPlan(step=step, terms=tuple(terms), denominators=z, temperature=temperature, optimizer=demand.optimizer,
-                        micro_batches=pack(part, terms, run.learner.ranks, learner.micro_batch_tokens, version=step if number == 0 else STALE,
-                                           share=run.learner.shares_prompts and run.method.forward is None),
-                        learning_rate=run.learning_rate(step, demand), forward=run.method.forward, entropy=learner.entropy or any("entropy" in t.needs for t in terms))
+        plan = StepPlan(
+            step=step,
+            terms=tuple(terms),
+            denominators=z,
+            temperature=temperature,
+            optimizer=demand.optimizer,
+            micro_batches=pack(
+                part,
+                terms,
+                run.learner.ranks,
+                learner.micro_batch_tokens,
+                version=step if number == 0 else STALE,
+                share=run.learner.shares_prompts and run.method.forward is None,
+            ),
+            learning_rate=run.learning_rate(step, demand),
+            forward=run.method.forward,
+            entropy=learner.entropy or any("entropy" in t.needs for t in terms),
+        )
         with naming(run.method):
             reports.append(run.learner.step(plan))
     keys = {key: None for report in reports for key in report.metrics}
-    over = lambda key: np.sum if key.startswith(("tokens/", "seconds/")) else np.max if key == "gap/max" else np.mean
-    return StepReport({key: float(over(key)([r.metrics[key] for r in reports if key in r.metrics])) for key in keys},
-                      any(r.skipped for r in reports), sum(r.seconds for r in reports))
+    over = lambda key: (
+        np.sum
+        if key.startswith(("tokens/", "seconds/"))
+        else np.max
+        if key == "gap/max"
+        else np.mean
+    )
+    return StepReport(
+        {
+            key: float(over(key)([r.metrics[key] for r in reports if key in r.metrics]))
+            for key in keys
+        },
+        any(r.skipped for r in reports),
+        sum(r.seconds for r in reports),
+    )
 
 
 def with_streams(run, rows: Sequence[Row], terms: Sequence[Term], temperature: float) -> list[Row]:
-    """Add what terms need from before the update: the learner's own log-probs and values, and the reference's log-probs.
+    """Add what terms need from before the update: the learner's own log-probs and values, and the
+    reference's log-probs.
 
-    Only rows with a token of a term that needs a stream are scored; the stream stays absent (None) in all others.
+    Only rows with a token of a term that needs a stream are scored; the stream stays absent (None)
+    in all others.
     """
     wanted = [name for name in LEARNER_STREAMS if any(name in term.needs for term in terms)]
     chosen = needing(rows, terms, wanted)
@@ -158,7 +226,9 @@ def needing(rows: Sequence[Row], terms: Sequence[Term], streams: Sequence[str]) 
     return [i for i, row in enumerate(rows) if any(has_tokens(row, name) for name in names)]
 
 
-def filled(rows: Sequence[Row], places: Sequence[int], streams: Mapping[str, Sequence[np.ndarray]]) -> list[Row]:
+def filled(
+    rows: Sequence[Row], places: Sequence[int], streams: Mapping[str, Sequence[np.ndarray]]
+) -> list[Row]:
     """All rows; those at `places` with `streams`, {name: one float32 [T] per place}."""
     rows = list(rows)
     for number, i in enumerate(places):
@@ -180,16 +250,24 @@ def split(rows: Sequence[Row], parts: int, rng: np.random.Generator) -> list[lis
 
 
 def check_staleness(step: int, groups: Sequence[ScoredGroup], bound: int, backend: str) -> None:
-    """Assert what the producer promises: no token was sampled with weights more than `bound` steps old."""
+    """Assert what the producer promises: no token was sampled with weights more than `bound` steps
+    old.
+    """
     oldest = oldest_version(groups)
     if oldest is not None and backend != "replay" and step - oldest > bound:
-        raise SyncError(f"step {step} was about to train on tokens sampled with weight version {oldest}; rollout.staleness allows {bound} steps. "
-                        "The engines did not take the newer weights")
+        raise SyncError(
+            f"step {step} was about to train on tokens sampled with weight version {oldest}; "
+            f"rollout.staleness allows {bound} steps. "
+            "The engines did not take the newer weights"
+        )
 
 
 def carried(signals: Mapping[str, float], metrics: Mapping[str, float]) -> dict[str, float]:
-    """What is known after a step: its metrics, and of those it did not measure the last that were. An SFT step has no reward, a skipped one no finite
-    gradient; what goes by one of them (schedules) would start over there otherwise."""
+    """What is known after a step: its metrics, and of those it did not measure the last that were.
+
+    An SFT step has no reward, a skipped one no finite gradient; what goes by one of them
+    (schedules) would start over there otherwise.
+    """
     return {**signals, **{key: value for key, value in metrics.items() if np.isfinite(value)}}
 
 
@@ -198,14 +276,29 @@ def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     if not groups:
         return {}
     rewards = np.concatenate([g.rewards for g in groups])
-    lengths = np.array([int((t.source == Source.POLICY).sum()) for g in groups for t in g.trajectories])
+    lengths = np.array(
+        [int((t.source == Source.POLICY).sum()) for g in groups for t in g.trajectories]
+    )
     spread = np.array([g.rewards.std() for g in groups])
     parts = {name for g in groups for o in g.outcomes for name in o.parts}
-    return {"reward/mean": float(rewards.mean()), "reward/std": float(rewards.std()), "reward/no_signal_groups": float((spread == 0).mean()),
-            **{f"reward/{name}": float(np.mean([o.parts[name] for g in groups for o in g.outcomes if name in o.parts])) for name in sorted(parts)},
-            "rollout/length": float(lengths.mean()), "rollout/length_max": float(lengths.max()), "rollout/tokens": float(lengths.sum()),
-            "rollout/truncated": float(np.mean([t.finish == "length" for g in groups for t in g.trajectories])),
-            "rollout/samples": float(len(lengths))}
+    return {
+        "reward/mean": float(rewards.mean()),
+        "reward/std": float(rewards.std()),
+        "reward/no_signal_groups": float((spread == 0).mean()),
+        **{
+            f"reward/{name}": float(
+                np.mean([o.parts[name] for g in groups for o in g.outcomes if name in o.parts])
+            )
+            for name in sorted(parts)
+        },
+        "rollout/length": float(lengths.mean()),
+        "rollout/length_max": float(lengths.max()),
+        "rollout/tokens": float(lengths.sum()),
+        "rollout/truncated": float(
+            np.mean([t.finish == "length" for g in groups for t in g.trajectories])
+        ),
+        "rollout/samples": float(len(lengths)),
+    }
 
 
 class Clock:
@@ -221,4 +314,7 @@ class Clock:
         self.last = now
 
     def metrics(self) -> Mapping[str, float]:
-        return {**{f"time/{k}": v for k, v in self.seconds.items()}, "time/step": self.last - self.start}
+        return {
+            **{f"time/{k}": v for k, v in self.seconds.items()},
+            "time/step": self.last - self.start,
+        }

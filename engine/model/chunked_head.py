@@ -1,29 +1,46 @@
-"""The head: log-probs and entropies of tokens from hidden states, with the logits of at most `chunk` tokens in memory at a time.
+"""The head: log-probs and entropies of tokens from hidden states, with the logits of at most
+`chunk` tokens in memory at a time.
 
-For z = f(h W^T + b) / T, logp = z[target] - lse(z) and H = lse(z) - sum p z, both in float32 (float64 for float64 input). f is what the model does to its
-logits: f(x) = s x with a constant scale s, or f(x) = c tanh(s x / c) with a soft cap c; the temperature T comes after it, as in vLLM and transformers.
-Backward computes the logits of each chunk again and uses
-    d logp / d z = onehot(target) - p        dH / dz = -p (log p + H)        f'(x) = s (1 - (f(x) / c)^2)
-so that a tensor of shape [tokens, vocabulary] exists neither forward nor backward. Backward begins with the chunk that forward ended with, which is kept:
-up to `chunk` tokens nothing is computed twice, beyond that the price is one more matmul h W^T per token. Figures: docs/performance.md.
+For z = f(h W^T + b) / T, logp = z[target] - lse(z) and H = lse(z) - sum p z, both in float32
+(float64 for float64 input). f is what the model does to its logits: f(x) = s x with a constant
+scale s, or f(x) = c tanh(s x / c) with a soft cap c; the temperature T comes after it, as in vLLM
+and transformers. Backward computes the logits of each chunk again and uses
+    d logp / d z = onehot(target) - p        dH / dz = -p (log p + H)        f'(x) = s (1 - (f(x) /
+                                             c)^2)
+so that a tensor of shape [tokens, vocabulary] exists neither forward nor backward. Backward begins
+with the chunk that forward ended with, which is kept: up to `chunk` tokens nothing is computed
+twice, beyond that the price is one more matmul h W^T per token. Figures: docs/performance.md.
 
-The matmuls run in the dtype of `hidden` and `weight`. In bfloat16 the logits are therefore rounded to 8 bits before the float32 softmax, as they are in
-vLLM and in transformers; a GPU returns the float32 accumulator instead, at no cost. The weight gradient is summed over chunks in float32.
+The matmuls run in the dtype of `hidden` and `weight`. In bfloat16 the logits are therefore rounded
+to 8 bits before the float32 softmax, as they are in vLLM and in transformers; a GPU returns the
+float32 accumulator instead, at no cost. The weight gradient is summed over chunks in float32.
 """
+
 from __future__ import annotations
 
 import torch
 
 
-def token_logprobs(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor, temperature: float = 1.0,
-                   chunk: int = 1024, entropy: bool = False, scale: float = 1.0,
-                   cap: float | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """log p(target) and, if asked for, the entropy of the whole distribution at temperature `temperature`.
+def token_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    temperature: float = 1.0,
+    chunk: int = 1024,
+    entropy: bool = False,
+    scale: float = 1.0,
+    cap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """log p(target) and, if asked for, the entropy of the whole distribution at temperature
+    `temperature`.
 
-    `scale` and `cap` are the model's own constants: logits are multiplied by `scale`, then kept within (-cap, cap) by a tanh.
+    `scale` and `cap` are the model's own constants: logits are multiplied by `scale`, then kept
+    within (-cap, cap) by a tanh.
 
-    hidden [n, H], weight [V, H], bias [V] or None, target int64 [n] -> (logp [n], entropy [n] or None), float32.
-    Both are differentiable in hidden, weight and bias. With n = 0 the result is empty and still attached to the graph.
+    hidden [n, H], weight [V, H], bias [V] or None, target int64 [n] -> (logp [n], entropy [n] or
+    None), float32. Both are differentiable in hidden, weight and bias. With n = 0 the result is
+    empty and still attached to the graph.
     """
     return ChunkedHead.apply(hidden, weight, bias, target, temperature, chunk, entropy, scale, cap)
 
@@ -58,10 +75,12 @@ class ChunkedHead(torch.autograd.Function):
         d_bias = torch.zeros_like(bias, dtype=lse.dtype) if ctx.needs_input_grad[2] else None
         for part in reversed(parts(len(hidden), ctx.chunk)):
             if part.stop == len(hidden) and ctx.last is not None:
-                log_p, ctx.last = ctx.last, None        # overwritten below, so it serves once
+                log_p, ctx.last = ctx.last, None  # overwritten below, so it serves once
             else:
-                log_p = final_logits(hidden[part], weight, bias, ctx.temperature, lse.dtype, ctx.scale, ctx.cap).sub_(lse[part, None])
-            factor = ctx.scale / ctx.temperature        # dz / dx, here without the cap's part
+                log_p = final_logits(
+                    hidden[part], weight, bias, ctx.temperature, lse.dtype, ctx.scale, ctx.cap
+                ).sub_(lse[part, None])
+            factor = ctx.scale / ctx.temperature  # dz / dx, here without the cap's part
             if ctx.cap is not None:
                 factor = cap_slope(log_p, lse[part, None], ctx.temperature, ctx.cap).mul_(factor)
             slope = grad_logp[part, None]
@@ -80,15 +99,26 @@ class ChunkedHead(torch.autograd.Function):
             elif d_weight is not None:
                 d_weight += d_z.T @ hidden[part]
         cast = lambda grad, like: None if grad is None else grad.to(like.dtype)
-        return d_hidden, cast(d_weight, weight), cast(d_bias, bias), None, None, None, None, None, None
+        return (
+            d_hidden,
+            cast(d_weight, weight),
+            cast(d_bias, bias),
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def parts(n: int, chunk: int) -> list[slice]:
     return [slice(start, min(start + chunk, n)) for start in range(0, n, chunk)]
 
 
-def final_logits(hidden, weight, bias, temperature: float, kind: torch.dtype, scale: float,
-                 cap: float | None) -> torch.Tensor:
+def final_logits(
+    hidden, weight, bias, temperature: float, kind: torch.dtype, scale: float, cap: float | None
+) -> torch.Tensor:
     """[chunk, V] in dtype `kind`, a fresh tensor that the caller may overwrite."""
     if hidden.is_cuda and hidden.dtype != kind:
         z = torch.mm(hidden, weight.T, out_dtype=kind)
@@ -101,7 +131,9 @@ def final_logits(hidden, weight, bias, temperature: float, kind: torch.dtype, sc
     return z.mul_(scale / cap).tanh_().mul_(cap / temperature)
 
 
-def cap_slope(log_p: torch.Tensor, lse: torch.Tensor, temperature: float, cap: float) -> torch.Tensor:
+def cap_slope(
+    log_p: torch.Tensor, lse: torch.Tensor, temperature: float, cap: float
+) -> torch.Tensor:
     """1 - tanh^2 at the capped logits that gave `log_p` [chunk, V]; lse [chunk, 1]. A fresh tensor."""
     tanh = (log_p + lse).mul_(temperature / cap)
     return tanh.square_().neg_().add_(1.0)

@@ -1,15 +1,17 @@
 """How many positions a model was made for, and how many a run asks of it. From configs alone."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from tandem.engine.config.schema import Config
 
-STRETCHED = ("linear", "dynamic", "ntk", "yarn")    # rope kinds whose factor multiplies the context
+STRETCHED = ("linear", "dynamic", "ntk", "yarn")  # rope kinds whose factor multiplies the context
 
 
 def context_length(config) -> int | None:
-    """The model's context in tokens (prompt and response together); None where its config has no such limit.
+    """The model's context in tokens (prompt and response together); None where its config has no
+    such limit.
 
     `config` is a transformers PretrainedConfig. Its own names for the limit are known (GPT-2's
     n_positions). A rope that is stretched by a factor counts as long as it can be, so that a longer

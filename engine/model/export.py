@@ -1,13 +1,15 @@
 """The policy as the Hugging Face folder that was loaded, with the trained weights in it.
 
-Tensors have the names and the layout of the checkpoint (transformers 5 holds the experts of a layer in
-one tensor; most checkpoints do not). Buffers that belong to the checkpoint are written as they are,
-and so are its tensors that this model does not use. Config, tokenizer, generation config and remote
-code are the files of the source, byte for byte but for the dtype in config.json.
+Tensors have the names and the layout of the checkpoint (transformers 5 holds the experts of a layer
+in one tensor; most checkpoints do not). Buffers that belong to the checkpoint are written as they
+are, and so are its tensors that this model does not use. Config, tokenizer, generation config and
+remote code are the files of the source, byte for byte but for the dtype in config.json.
 
-Not through `save_pretrained`: it writes the library's own config and tokenizer formats, refuses some
-generation configs, wants the whole model in memory and imports DeepSpeed where it is installed.
+Not through `save_pretrained`: it writes the library's own config and tokenizer formats, refuses
+some generation configs, wants the whole model in memory and imports DeepSpeed where it is
+installed.
 """
+
 from __future__ import annotations
 
 import json
@@ -25,10 +27,24 @@ from tandem.engine.config.schema import ModelConfig
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.model.weight_files import SAFE, SAFE_INDEX, read_tensors, tensor_shapes
 
-SHARD_BYTES = 5 * 10**9     # a model that is larger is written in several files; also what rank 0 holds at most
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-                   "chat_template.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.spm", "*.vocab", "*.bpe",
-                   "additional_chat_templates/*.jinja")
+# a model that is larger is written in several files; also what rank 0 holds at most
+SHARD_BYTES = 5 * 10**9
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "chat_template.json",
+    "*.txt",
+    "*.jinja",
+    "*.model",
+    "*.tiktoken",
+    "*.spm",
+    "*.vocab",
+    "*.bpe",
+    "additional_chat_templates/*.jinja",
+)
 MODEL_FILES = ("config.json", "generation_config.json", "*.py")
 
 
@@ -37,24 +53,35 @@ class Origin:
     """The checkpoint a model was loaded from, as far as its weights go."""
 
     folder: Path
-    names: frozenset[str]       # of all its tensors
-    unused: tuple[str, ...]     # of those that the model does not hold (speculative heads, vision parts)
+    names: frozenset[str]  # of all its tensors
+    # of those that the model does not hold (speculative heads, vision parts)
+    unused: tuple[str, ...]
 
 
 def find_origin(model: nn.Module, path: str) -> Origin:
-    """Compare the checkpoint at `path` with what an export of `model` would write: names and shapes, no data.
+    """Compare the checkpoint at `path` with what an export of `model` would write: names and
+    shapes, no data.
 
     Raises ConfigError if a tensor that the model holds would not be written back as it was.
     """
     folder = local_folder(path)
     shapes = tensor_shapes(folder)
-    named = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.state_dict().items()}
-    written = {name: tuple(tensor.shape) for name, tensor in checkpoint_layout(model, named, shapes.keys()).items()}
+    named = {
+        name: torch.empty_like(tensor, device="meta") for name, tensor in model.state_dict().items()
+    }
+    written = {
+        name: tuple(tensor.shape)
+        for name, tensor in checkpoint_layout(model, named, shapes.keys()).items()
+    }
     used = used_names(model, shapes.keys())
     for name in sorted(used):
         if written.get(name) != shapes[name]:
-            raise ConfigError(f"model {path!r} could not be exported after training: its tensor {name!r} of shape {list(shapes[name])} would be "
-                              f"written as {describe(written.get(name))}; save the model once with transformers' save_pretrained and train that")
+            raise ConfigError(
+                f"model {path!r} could not be exported after training: its tensor {name!r} "
+                f"of shape {list(shapes[name])} would be "
+                f"written as {describe(written.get(name))}; save the model once with "
+                "transformers' save_pretrained and train that"
+            )
     return Origin(folder, frozenset(shapes), tuple(sorted(shapes.keys() - used)))
 
 
@@ -67,19 +94,27 @@ def local_folder(path: str) -> Path:
     if Path(path).is_dir():
         return Path(path).absolute()
     from transformers.utils import cached_file
+
     return Path(cached_file(path, "config.json")).absolute().parent
 
 
-def checkpoint_layout(model: nn.Module, state: dict[str, torch.Tensor], names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """`state`, which has the model's own names, with the names and layout of the checkpoint it was loaded from, which has `names`."""
+def checkpoint_layout(
+    model: nn.Module, state: dict[str, torch.Tensor], names: Iterable[str]
+) -> dict[str, torch.Tensor]:
+    """`state`, which has the model's own names, with the names and layout of the checkpoint it was
+    loaded from, which has `names`.
+    """
     from transformers.core_model_loading import revert_weight_conversion
+
     known, prefix = frozenset(names), f"{model.base_model_prefix}."
     reverted = revert_weight_conversion(model, state)
     return {with_prefix_of(name, prefix, known): tensor for name, tensor in reverted.items()}
 
 
 def with_prefix_of(name: str, prefix: str, known: frozenset[str]) -> str:
-    """Checkpoints of the bare decoder lack the prefix that its model with a head has (GPT-2's `transformer.`), or the other way round."""
+    """Checkpoints of the bare decoder lack the prefix that its model with a head has (GPT-2's
+    `transformer.`), or the other way round.
+    """
     if name not in known:
         if name.removeprefix(prefix) in known:
             return name.removeprefix(prefix)
@@ -91,6 +126,7 @@ def with_prefix_of(name: str, prefix: str, known: frozenset[str]) -> str:
 def used_names(model: nn.Module, names: Iterable[str]) -> set[str]:
     """Those of a checkpoint's names that are loaded into the model, by transformers' own rules."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
     state, prefix = model.state_dict(), model.base_model_prefix
     conversions = getattr(model, "_weight_conversions", None) or []
     renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
@@ -110,26 +146,43 @@ def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
 
 
-def write_weights(folder: Path, model: nn.Module, origin: Origin, parameters: Iterable[tuple[str, torch.Tensor]],
-                  shard_bytes: int = SHARD_BYTES) -> None:
-    """Write the parameters (name, full tensor, valid until the next is asked for), the buffers and the unused tensors of the checkpoint.
+def write_weights(
+    folder: Path,
+    model: nn.Module,
+    origin: Origin,
+    parameters: Iterable[tuple[str, torch.Tensor]],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write the parameters (name, full tensor, valid until the next is asked for), the buffers and
+    the unused tensors of the checkpoint.
 
     At most `shard_bytes` and one layer are held in memory.
     """
     own = chain(with_aliases(model, origin, parameters), persistent_buffers(model).items())
     foreign = read_tensors(origin.folder, origin.unused)
-    stream = chain(((name, tensor, True) for name, tensor in own), ((name, tensor, False) for name, tensor in foreign))
+    stream = chain(
+        ((name, tensor, True) for name, tensor in own),
+        ((name, tensor, False) for name, tensor in foreign),
+    )
     shards = []
     for part in by_layers(stream, shard_bytes):
-        state = checkpoint_layout(model, {name: tensor for name, tensor, mine in part if mine}, origin.names)
+        state = checkpoint_layout(
+            model, {name: tensor for name, tensor, mine in part if mine}, origin.names
+        )
         state |= {name: tensor for name, tensor, mine in part if not mine}
         path = folder / f"shard-{len(shards)}.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})
+        save_file(
+            {name: tensor.contiguous() for name, tensor in state.items()},
+            path,
+            metadata={"format": "pt"},
+        )
         shards.append((path, {name: tensor.nbytes for name, tensor in state.items()}))
     name_shards(folder, shards)
 
 
-def with_aliases(model: nn.Module, origin: Origin, parameters: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+def with_aliases(
+    model: nn.Module, origin: Origin, parameters: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Tied weights a second time where the checkpoint has them under both names."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -142,10 +195,14 @@ def with_aliases(model: nn.Module, origin: Origin, parameters: Iterable[tuple[st
                 yield alias, tensor
 
 
-def by_layers(stream: Iterable[tuple[str, torch.Tensor, bool]], limit: int) -> Iterator[list[tuple[str, torch.Tensor, bool]]]:
-    """Copies on the CPU, in lists of whole layers: a list ends with the layer that makes it larger than `limit` bytes.
+def by_layers(
+    stream: Iterable[tuple[str, torch.Tensor, bool]], limit: int
+) -> Iterator[list[tuple[str, torch.Tensor, bool]]]:
+    """Copies on the CPU, in lists of whole layers: a list ends with the layer that makes it larger
+    than `limit` bytes.
 
-    Whole, because one tensor of the checkpoint may come from several of the layer's, or the other way round.
+    Whole, because one tensor of the checkpoint may come from several of the layer's, or the other
+    way round.
     """
     part, size, layer = [], 0, None
     for name, tensor, mine in stream:
@@ -180,11 +237,14 @@ def name_shards(folder: Path, shards: list[tuple[Path, dict[str, int]]]) -> None
 
 
 def read_files(model: ModelConfig) -> dict[str, bytes]:
-    """{name: content} of the files beside the weights, of the model and of its tokenizer; read at the start, so that a later change of the source does not matter."""
+    """{name: content} of the files beside the weights, of the model and of its tokenizer; read at
+    the start, so that a later change of the source does not matter.
+    """
     from tandem.engine.model.resolve import load_tokenizer
+
     source = model.tokenizer or model.path
     if not Path(source).is_dir():
-        load_tokenizer(model)       # brings the hub's files here
+        load_tokenizer(model)  # brings the hub's files here
     found = matching_files(tokenizer_folder(source), (*TOKENIZER_FILES, "*.py"))
     return found | matching_files(local_folder(model.path), MODEL_FILES)
 
@@ -193,6 +253,7 @@ def tokenizer_folder(source: str) -> Path:
     if Path(source).is_dir():
         return Path(source)
     from transformers.utils import cached_file
+
     for name in ("tokenizer_config.json", "tokenizer.json"):
         if found := cached_file(source, name, _raise_exceptions_for_missing_entries=False):
             return Path(found).parent

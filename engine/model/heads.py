@@ -1,4 +1,7 @@
-"""What a policy reads from its hidden states: log-probs of tokens (`Head`) and values of states (`ValueHead`)."""
+"""What a policy reads from its hidden states: log-probs of tokens (`Head`) and values of states
+(`ValueHead`).
+"""
+
 from __future__ import annotations
 
 import torch
@@ -9,19 +12,20 @@ from tandem.engine.model.chunked_head import token_logprobs
 
 
 def logit_map(text_config) -> tuple[float, float | None]:
-    """(scale, cap): what the model does to its logits before the softmax, see engine/model/chunked_head.py.
+    """(scale, cap): what the model does to its logits before the softmax, see
+    engine/model/chunked_head.py.
 
     From the names that model families have for it; `self_check` catches what has no known name.
     """
     scale = 1.0
-    for name in ("logit_scale", "lm_head_multiplier"):              # Cohere; Falcon-H1
+    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere; Falcon-H1
         scale *= number(text_config, name) or 1.0
     scaling = number(text_config, "logits_scaling") or 1.0
     if text_config.model_type == "hyperclovax":
         scale *= scaling
     else:
-        scale /= scaling                                            # Granite, MiniCPM3
-    cap = number(text_config, "final_logit_softcapping")            # Gemma
+        scale /= scaling  # Granite, MiniCPM3
+    cap = number(text_config, "final_logit_softcapping")  # Gemma
     return scale, cap or None
 
 
@@ -32,38 +36,66 @@ def number(text_config, name: str) -> float | None:
 
 
 class Head(nn.Module):
-    """The chunked head as a module with the output embedding's own parameters (not copies): ZeRO-3 gathers parameters per module call."""
+    """The chunked head as a module with the output embedding's own parameters (not copies):
+
+    ZeRO-3 gathers parameters per module call.
+    """
 
     def __init__(self, output: nn.Module, scale: float = 1.0, cap: float | None = None):
         super().__init__()
         if type(output) is not nn.Linear:
-            raise ConfigError(f"the model's output embedding is {type(output).__name__}, expected torch.nn.Linear; this model is not supported")
+            raise ConfigError(
+                f"the model's output embedding is {type(output).__name__}, expected "
+                "torch.nn.Linear; this model is not supported"
+            )
         self.weight, self.bias = output.weight, output.bias
         self.scale, self.cap = scale, cap
 
     def forward(self, hidden, target, temperature: float, chunk: int, entropy: bool):
         """See token_logprobs; without a target the most likely tokens, int64 [n]."""
-        if target is None:      # a scale or a cap does not change which logit is the largest
-            return torch.cat([nn.functional.linear(part, self.weight, self.bias).argmax(-1) for part in hidden.split(chunk)])
-        return token_logprobs(hidden, self.weight, self.bias, target, temperature, chunk, entropy,
-                              self.scale, self.cap)
+        if target is None:  # a scale or a cap does not change which logit is the largest
+            return torch.cat(
+                [
+                    nn.functional.linear(part, self.weight, self.bias).argmax(-1)
+                    for part in hidden.split(chunk)
+                ]
+            )
+        return token_logprobs(
+            hidden,
+            self.weight,
+            self.bias,
+            target,
+            temperature,
+            chunk,
+            entropy,
+            self.scale,
+            self.cap,
+        )
 
 
 class ValueHead(nn.Module):
-    """V = w . hidden + b in float32, on the policy's own trunk. Zero at the start, so that the first advantages are sums of rewards.
+    """V = w . hidden + b in float32, on the policy's own trunk.
 
-    With `embedding` dimensions V = w . relu(u) + b with u = W hidden (CARFT); W is the same on all ranks.
+    Zero at the start, so that the first advantages are sums of rewards.
+
+    With `embedding` dimensions V = w . relu(u) + b with u = W hidden (CARFT); W is the same on all
+    ranks.
     """
 
     def __init__(self, output: torch.Tensor, embedding: int = 0):
         super().__init__()
         size = output.shape[1]
-        draw = torch.randn(embedding, size, generator=torch.Generator().manual_seed(0)) / size ** 0.5
+        draw = torch.randn(embedding, size, generator=torch.Generator().manual_seed(0)) / size**0.5
         self.embedding = nn.Parameter(draw.to(output)) if embedding else None
-        self.weight, self.bias = nn.Parameter(output.new_zeros(embedding or size)), nn.Parameter(output.new_zeros(1))
+        self.weight, self.bias = (
+            nn.Parameter(output.new_zeros(embedding or size)),
+            nn.Parameter(output.new_zeros(1)),
+        )
 
     def forward(self, hidden, embed: bool = False):
         """value [n], and with `embed` u [n, embedding]; float32."""
         u = hidden.float() if self.embedding is None else hidden.float() @ self.embedding.float().T
-        value = (u if self.embedding is None else u.relu()) @ self.weight.float() + self.bias.float()
+        value = (
+            u if self.embedding is None else u.relu()
+        ) @ self.weight.float() + self.bias.float()
         return (value, u) if embed else value

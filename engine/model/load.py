@@ -1,4 +1,5 @@
 """A policy from its files: checked, loaded and prepared for training."""
+
 from __future__ import annotations
 
 import torch
@@ -15,21 +16,37 @@ from tandem.engine.model.self_check import can_share, refuse_unpackable, self_ch
 
 
 def load_policy(model: ModelConfig) -> Policy:
-    """Load the model of the config on the CPU and check that packing and the chunked head reproduce its own log-probs. Raises ConfigError."""
+    """Load the model of the config on the CPU and check that packing and the chunked head reproduce
+    its own log-probs. Raises ConfigError.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
+
     disable_progress_bar()
     path = resolve_model(model)
     refuse_quantized(model, path)
     try:
-        causal, loading = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, model.dtype), attn_implementation=model.attention,
-                                                               trust_remote_code=model.trust_remote_code, output_loading_info=True)
-    except Exception as error:      # transformers, safetensors, torch.load and remote code raise many types for files that are no model
-        raise ConfigError(f"model {model.path!r} could not be loaded with attention={model.attention!r}, dtype={model.dtype!r}: "
-                          f"{type(error).__name__}: {first_line(error)}") from None
+        causal, loading = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=getattr(torch, model.dtype),
+            attn_implementation=model.attention,
+            trust_remote_code=model.trust_remote_code,
+            output_loading_info=True,
+        )
+    # transformers, safetensors, torch.load and remote code raise many types for files that are no
+    # model
+    except Exception as error:
+        raise ConfigError(
+            f"model {model.path!r} could not be loaded with attention={model.attention!r}, "
+            f"dtype={model.dtype!r}: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from None
     if missing := sorted(loading["missing_keys"]):
-        raise ConfigError(f"model {model.path!r}: its weight files lack {len(missing)} parameters, among them {', '.join(missing[:3])}; "
-                          "they would stay random: export or download it again")
+        raise ConfigError(
+            f"model {model.path!r}: its weight files lack {len(missing)} parameters, among "
+            f"them {', '.join(missing[:3])}; "
+            "they would stay random: export or download it again"
+        )
     refuse_unpackable(causal, model)
     if model.attention == "sdpa" and model.dtype == "bfloat16":
         use_fast_attention(causal)
@@ -42,9 +59,15 @@ def load_policy(model: ModelConfig) -> Policy:
 
 
 def refuse_quantized(model: ModelConfig, path: str) -> None:
-    """Transformers would give such weights back in another dtype and layout, or in one that cannot be trained."""
+    """Transformers would give such weights back in another dtype and layout, or in one that cannot
+    be trained.
+    """
     settings = getattr(read_config(model, path), "quantization_config", None)
     if settings:
         kind = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
-        raise ConfigError(f"model {model.path!r} is quantized ({getattr(kind, 'value', kind)}: quantization_config in its config.json), so that it could "
-                          "neither be trained nor exported as it is; save it once in bfloat16, without quantization_config, and set model.path to that")
+        raise ConfigError(
+            f"model {model.path!r} is quantized ({getattr(kind, 'value', kind)}: "
+            "quantization_config in its config.json), so that it could "
+            "neither be trained nor exported as it is; save it once in bfloat16, without "
+            "quantization_config, and set model.path to that"
+        )

@@ -1,4 +1,7 @@
-"""The policy: a Hugging Face causal LM run on packed bins, with the chunked head in place of its own."""
+"""The policy: a Hugging Face causal LM run on packed bins, with the chunked head in place of its
+own.
+"""
+
 from __future__ import annotations
 
 import os
@@ -15,10 +18,12 @@ from tandem.engine.model.heads import Head, ValueHead, logit_map
 
 
 class Policy(nn.Module):
-    """`model` is the whole Hugging Face model, `head` the chunked head over the very same parameters, `critic` a value head or None.
+    """`model` is the whole Hugging Face model, `head` the chunked head over the very same
+    parameters, `critic` a value head or None.
 
-    The critic is no part of `model`: engines are not sent it and an exported model does not have it.
-    Dropout stays off, also in training: the policy that is trained must be the policy that sampled.
+    The critic is no part of `model`: engines are not sent it and an exported model does not have
+    it. Dropout stays off, also in training: the policy that is trained must be the policy that
+    sampled.
     """
 
     def __init__(self, model: nn.Module):
@@ -26,26 +31,50 @@ class Policy(nn.Module):
         self.model = model.eval()
         self.head = Head(model.get_output_embeddings(), *logit_map(model.config.get_text_config()))
         self.critic: ValueHead | None = None
-        # With flash attention transformers keeps packed sequences apart in a batch of one only; rows start at position 0, so bins can stand in one line.
+        # With flash attention transformers keeps packed sequences apart in a batch of one only;
+        # rows start at position 0, so bins can stand in one line.
         self.one_line = "flash" in model.config._attn_implementation
-        self.shares_prompts = False     # see `can_share`
-        self.origin: Origin | None = None       # the checkpoint it was loaded from, which an export reproduces
+        self.shares_prompts = False  # see `can_share`
+        # the checkpoint it was loaded from, which an export reproduces
+        self.origin: Origin | None = None
 
-    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, index: torch.Tensor, target: torch.Tensor, temperature: float = 1.0,
-                chunk: int = 1024, entropy: bool = False, custom=None, tags=None, tree: torch.Tensor | None = None) -> tuple:
-        """Log-prob of `target[i]` given the hidden state at flat position `index[i]` of the bins, as in `MicroBatch`, and the critic's value of that state.
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        index: torch.Tensor,
+        target: torch.Tensor,
+        temperature: float = 1.0,
+        chunk: int = 1024,
+        entropy: bool = False,
+        custom=None,
+        tags=None,
+        tree: torch.Tensor | None = None,
+    ) -> tuple:
+        """Log-prob of `target[i]` given the hidden state at flat position `index[i]` of the bins,
+        as in `MicroBatch`, and the critic's value of that state.
 
-        tokens, positions int64 [B, L]; index, target int64 [n] -> (logp [n], entropy [n] or None, value [n] or None), float32.
-        `tree` int64 [2, B, L] as in `MicroBatch`, for a policy that `shares_prompts`. `custom` is Method.forward, which then does all this itself, with `tags`.
+        tokens, positions int64 [B, L]; index, target int64 [n] -> (logp [n], entropy [n] or None,
+        value [n] or None), float32. `tree` int64 [2, B, L] as in `MicroBatch`, for a policy that
+        `shares_prompts`. `custom` is Method.forward, which then does all this itself, with `tags`.
         """
         if custom is not None:
             return custom(self, tokens, positions, index, target, temperature, chunk, entropy, tags)
         hidden = self.trunk(tokens, positions, tree=tree)[index]
-        return *self.head(hidden, target, temperature, chunk, entropy), None if self.critic is None else self.critic(hidden)
+        return *self.head(
+            hidden, target, temperature, chunk, entropy
+        ), None if self.critic is None else self.critic(hidden)
 
-    def trunk(self, tokens: torch.Tensor, positions: torch.Tensor, embeddings: torch.Tensor | None = None,
-              tree: torch.Tensor | None = None) -> torch.Tensor:
-        """Hidden states [B * L, H] of the bins; with `embeddings` [B, L, H] in the place of those of the tokens, and `tree` where rows share prompts."""
+    def trunk(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        embeddings: torch.Tensor | None = None,
+        tree: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states [B * L, H] of the bins; with `embeddings` [B, L, H] in the place of those
+        of the tokens, and `tree` where rows share prompts.
+        """
         if self.one_line:
             tokens, positions = tokens.reshape(1, -1), positions.reshape(1, -1)
         if embeddings is None:
@@ -53,7 +82,8 @@ class Policy(nn.Module):
         else:
             inputs = {"inputs_embeds": embeddings.reshape(*tokens.shape, -1)}
         if tree is not None:
-            inputs["attention_mask"] = tree_mask(tree)      # transformers takes a mask of four dimensions as it is
+            # transformers takes a mask of four dimensions as it is
+            inputs["attention_mask"] = tree_mask(tree)
         hidden = self.model.get_decoder()(**inputs, position_ids=positions, use_cache=False)[0]
         return hidden.reshape(-1, hidden.shape[-1])
 
@@ -66,38 +96,70 @@ class Policy(nn.Module):
         return self
 
     def enable_gradient_checkpointing(self) -> None:
-        """Compute activations of each layer again in backward. Raises ConfigError if the model cannot."""
+        """Compute activations of each layer again in backward.
+
+        Raises ConfigError if the model cannot.
+        """
         if not self.model.supports_gradient_checkpointing:
-            raise ConfigError(f"learner.gradient_checkpointing is true, but {type(self.model).__name__} does not support it; set it to false")
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            raise ConfigError(
+                f"learner.gradient_checkpointing is true, but {type(self.model).__name__} "
+                "does not support it; set it to false"
+            )
+        self.model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
         for module in self.model.modules():
             if getattr(module, "gradient_checkpointing", False):
-                module.training = True      # this flag alone switches it on; the dropout modules below stay off
+                # this flag alone switches it on; the dropout modules below stay off
+                module.training = True
 
     def use_liger(self) -> None:
-        """Put Liger's kernels into the decoder. Raises ConfigError if Liger is not installed or does not know the model. Not run: it needs a GPU."""
+        """Put Liger's kernels into the decoder.
+
+        Raises ConfigError if Liger is not installed or does not know the model. Not run: it needs a
+        GPU.
+        """
         try:
             from liger_kernel.transformers.monkey_patch import (
                 MODEL_TYPE_TO_APPLY_LIGER_FN,
                 _apply_liger_kernel_to_instance,
             )
         except ImportError as error:
-            raise ConfigError(f"learner.liger is true, but Liger cannot be imported ({first_line(error)}): pip install liger-kernel, or set learner.liger=false") from None
+            raise ConfigError(
+                f"learner.liger is true, but Liger cannot be imported ({first_line(error)}): "
+                "pip install liger-kernel, or set learner.liger=false"
+            ) from None
         if self.model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-            raise ConfigError(f"learner.liger is true, but Liger has no kernels for {self.model.config.model_type!r} models; set learner.liger=false")
-        _apply_liger_kernel_to_instance(self.model, cross_entropy=False, fused_linear_cross_entropy=False)      # the head is ours
+            raise ConfigError(
+                "learner.liger is true, but Liger has no kernels for "
+                f"{self.model.config.model_type!r} models; set learner.liger=false"
+            )
+        # the head is ours
+        _apply_liger_kernel_to_instance(
+            self.model, cross_entropy=False, fused_linear_cross_entropy=False
+        )
 
     def compile_layers(self, gpu: bool) -> None:
-        """torch.compile of every decoder layer, once for all shapes. Raises ConfigError where there is nothing to compile it with."""
-        if not gpu and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
-            raise ConfigError("learner.compile is true, which on a CPU needs a C++ compiler, and there is neither g++ nor clang++ on this machine's PATH "
-                              "(nor is CXX set); install one or set learner.compile=false")
+        """torch.compile of every decoder layer, once for all shapes.
+
+        Raises ConfigError where there is nothing to compile it with.
+        """
+        if not gpu and not (
+            os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+        ):
+            raise ConfigError(
+                "learner.compile is true, which on a CPU needs a C++ compiler, and there is "
+                "neither g++ nor clang++ on this machine's PATH "
+                "(nor is CXX set); install one or set learner.compile=false"
+            )
         for layer in self.model.get_decoder().layers:
             layer.compile(dynamic=True)
 
 
 def tree_mask(tree: torch.Tensor) -> torch.Tensor:
-    """bool [B, 1, L, L]: a token sees the tokens before it, and itself, of its own block and of its prompt's."""
+    """bool [B, 1, L, L]: a token sees the tokens before it, and itself, of its own block and of its
+    prompt's.
+    """
     block, prompt = tree[0], tree[1]
     related = (block[:, None, :] == block[:, :, None]) | (block[:, None, :] == prompt[:, :, None])
     return related.tril()[:, None]

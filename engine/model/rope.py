@@ -1,9 +1,10 @@
 """Rope kinds whose frequencies depend on the length of the row: each packed row gets its own.
 
-Transformers picks the factors of `longrope` and the base of `dynamic` ropes by the largest position in
-the whole forward. In a pack a row would then change with its neighbours, and the loss with
+Transformers picks the factors of `longrope` and the base of `dynamic` ropes by the largest position
+in the whole forward. In a pack a row would then change with its neighbours, and the loss with
 learner.micro_batch_tokens. `RowRope` asks the model's own rope once for each kind of row instead.
 """
+
 from __future__ import annotations
 
 import torch
@@ -28,7 +29,8 @@ class RowRope(nn.Module):
             return self.ask(x, position_ids, self.switch + 1)
         lengths = row_lengths(position_ids).clamp(min=self.switch)
         if self.rope.rope_type == "longrope":
-            lengths = lengths.clamp(max=self.switch + 1)        # one set of factors for all long rows
+            # one set of factors for all long rows
+            lengths = lengths.clamp(max=self.switch + 1)
         cos = sin = None
         for length in lengths.unique().tolist():
             mine = lengths == length
@@ -44,14 +46,16 @@ class RowRope(nn.Module):
         """cos and sin of the rope for rows of `length` tokens: it looks at the largest position."""
         rope = self.rope
         rope.inv_freq = rope.original_inv_freq.to(x.device)
-        rope.max_seq_len_cached = rope.original_max_seq_len     # forget the rows of earlier calls
+        rope.max_seq_len_cached = rope.original_max_seq_len  # forget the rows of earlier calls
         last = position_ids.new_full((len(position_ids), 1), length - 1)
         cos, sin = rope(x, torch.cat([position_ids, last], dim=1))
         return cos[:, :-1], sin[:, :-1]
 
 
 def switch_length(rope: nn.Module) -> int:
-    """The largest number of tokens of a row that has the frequencies the model was first trained with."""
+    """The largest number of tokens of a row that has the frequencies the model was first trained
+    with.
+    """
     settings = rope.config.rope_parameters
     if rope.rope_type == "longrope":
         return settings["original_max_position_embeddings"]
@@ -59,7 +63,8 @@ def switch_length(rope: nn.Module) -> int:
 
 
 def row_lengths(position_ids: torch.Tensor) -> torch.Tensor:
-    """int64 [B, L] -> int64 [B, L]: the largest position plus one of the packed row each token is in.
+    """int64 [B, L] -> int64 [B, L]: the largest position plus one of the packed row each token is
+    in.
 
     A new row begins where a position does not follow the one before, which is also how transformers
     tells packed rows apart.
@@ -88,7 +93,8 @@ def row_ropes(model: nn.Module) -> list[RowRope]:
 def follow_engines(model: nn.Module, longest: int) -> None:
     """Long factors for all rows where vLLM, started for rows of up to `longest` tokens, has them.
 
-    In-process engines do the same: the keys of a row that grows over the switch could not be changed any more.
+    In-process engines do the same: the keys of a row that grows over the switch could not be
+    changed any more.
     """
     for rope in row_ropes(model):
         if rope.rope.rope_type == "longrope":

@@ -1,4 +1,7 @@
-"""Checks of a loaded model on real numbers: does it keep packed sequences apart, does the chunked head give its own log-probs, can rows share a prompt?"""
+"""Checks of a loaded model on real numbers: does it keep packed sequences apart, does the chunked
+head give its own log-probs, can rows share a prompt?
+"""
+
 from __future__ import annotations
 
 import inspect
@@ -16,29 +19,40 @@ from tandem.engine.model.rope import row_ropes
 if TYPE_CHECKING:
     from tandem.engine.model.policy import Policy  # which imports this module
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}      # on log-probs
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # on log-probs
 
 
 def refuse_unpackable(causal: nn.Module, model: ModelConfig) -> None:
-    """Raise ConfigError for what is known to go wrong without a difference that `self_check` could see."""
+    """Raise ConfigError for what is known to go wrong without a difference that `self_check` could
+    see.
+    """
     if "position_ids" not in inspect.signature(causal.get_decoder().forward).parameters:
-        raise ConfigError(f"model {model.path!r} ({type(causal).__name__}) takes no position_ids, so that packed sequences cannot be told apart; "
-                          "this model is not supported")
+        raise ConfigError(
+            f"model {model.path!r} ({type(causal).__name__}) takes no position_ids, so that "
+            "packed sequences cannot be told apart; "
+            "this model is not supported"
+        )
     cap = getattr(causal.config.get_text_config(), "attn_logit_softcapping", None)
     if cap and causal.config._attn_implementation == "sdpa":
-        raise ConfigError(f"model {model.path!r} caps its attention scores (attn_logit_softcapping={cap} in its config.json), which model.attention=sdpa "
-                          "leaves out without a word; set model.attention=eager, or flash_attention_2 on a GPU")
+        raise ConfigError(
+            f"model {model.path!r} caps its attention scores (attn_logit_softcapping={cap} "
+            "in its config.json), which model.attention=sdpa "
+            "leaves out without a word; set model.attention=eager, or flash_attention_2 on a GPU"
+        )
 
 
 @torch.no_grad()
 def self_check(policy: Policy, model: ModelConfig) -> None:
-    """Compare packed log-probs with a plain forward of each sequence, and a sequence behind one neighbour with itself behind another.
+    """Compare packed log-probs with a plain forward of each sequence, and a sequence behind one
+    neighbour with itself behind another.
 
-    Raises ConfigError if they differ by more than rounding; the second difference is exactly 0 on the CPU. Flash attention needs a GPU: on the CPU its
-    model is checked with SDPA.
+    Raises ConfigError if they differ by more than rounding; the second difference is exactly 0 on
+    the CPU. Flash attention needs a GPU: on the CPU its model is checked with SDPA.
     """
     causal, device, tolerance = policy.model, policy.head.weight.device, TOLERANCE[model.dtype]
-    a, other, b = torch.randint(len(policy.head.weight), (3, 8), generator=torch.Generator().manual_seed(0)).to(device)
+    a, other, b = torch.randint(
+        len(policy.head.weight), (3, 8), generator=torch.Generator().manual_seed(0)
+    ).to(device)
     b = b[:6]
     swapped = policy.one_line and device.type == "cpu"
     if swapped:
@@ -51,27 +65,41 @@ def self_check(policy: Policy, model: ModelConfig) -> None:
     own = torch.cat([alone(a), alone(b)])
     bins = torch.stack([torch.cat([a, b]), torch.cat([other, b])])
     positions = torch.cat([torch.arange(len(a)), torch.arange(len(b))]).to(device).expand(2, -1)
-    index = positions.reshape(-1).nonzero().squeeze(-1) - 1     # every token but the first of each sequence is predicted
+    # every token but the first of each sequence is predicted
+    index = positions.reshape(-1).nonzero().squeeze(-1) - 1
     packed = policy(bins, positions, index, bins.reshape(-1)[index + 1])[0].reshape(2, -1)
     far = beside_a_long_row(policy, a, b)
     if swapped:
         causal.set_attn_implementation(model.attention)
-    gap, leak = (packed[0] - own).abs().mean().item(), (packed[0] - packed[1])[len(a) - 1:].abs().max().item()
+    gap, leak = (
+        (packed[0] - own).abs().mean().item(),
+        (packed[0] - packed[1])[len(a) - 1 :].abs().max().item(),
+    )
     if not (gap <= tolerance and leak <= tolerance / 10):
-        raise ConfigError(f"model {model.path!r} ({type(causal).__name__}, attention {model.attention!r}, {model.dtype}): packed log-probs differ from the "
-                          f"model's own by {gap:.1e} on average (expected at most {tolerance:.0e}), and by {leak:.1e} between two neighbours in the pack "
-                          f"({tolerance / 10:.0e}): it mixes packed sequences, or its logits are not a linear map of the hidden states; "
-                          "try model.attention=sdpa, else this model is not supported")
-    drift = 0.0 if far is None else (far - packed[0, len(a) - 1:]).abs().max().item()
+        raise ConfigError(
+            f"model {model.path!r} ({type(causal).__name__}, attention {model.attention!r}, "
+            f"{model.dtype}): packed log-probs differ from the "
+            f"model's own by {gap:.1e} on average (expected at most {tolerance:.0e}), and by "
+            f"{leak:.1e} between two neighbours in the pack "
+            f"({tolerance / 10:.0e}): it mixes packed sequences, or its logits are not a "
+            "linear map of the hidden states; "
+            "try model.attention=sdpa, else this model is not supported"
+        )
+    drift = 0.0 if far is None else (far - packed[0, len(a) - 1 :]).abs().max().item()
     if not drift <= tolerance / 10:
         kinds = sorted({rope_kind(rope) for rope in ropes(causal.config.get_text_config())})
-        raise ConfigError(f"model {model.path!r} ({type(causal).__name__}): log-probs of a packed row change by {drift:.1e} (expected at most "
-                          f"{tolerance / 10:.0e}) when its neighbour reaches the end of the model's context: its positions (rope {', '.join(kinds) or 'unknown'}) "
-                          "depend on the longest row of a pack; this model is not supported")
+        raise ConfigError(
+            f"model {model.path!r} ({type(causal).__name__}): log-probs of a packed row "
+            f"change by {drift:.1e} (expected at most "
+            f"{tolerance / 10:.0e}) when its neighbour reaches the end of the model's "
+            f"context: its positions (rope {', '.join(kinds) or 'unknown'}) "
+            "depend on the longest row of a pack; this model is not supported"
+        )
 
 
 def beside_a_long_row(policy: Policy, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
-    """Log-probs of `b` [n - 1] packed behind `a`, whose positions jump to the end of the model's context; None where the config has no limit.
+    """Log-probs of `b` [n - 1] packed behind `a`, whose positions jump to the end of the model's
+    context; None where the config has no limit.
 
     Cheap: the long row is not there, only its last positions are.
     """
@@ -79,7 +107,7 @@ def beside_a_long_row(policy: Policy, a: torch.Tensor, b: torch.Tensor) -> torch
     if context is None or context <= len(a):
         return None
     before = torch.arange(context - len(a), context, device=a.device)
-    before[0] = 0       # flash attention tells rows apart by their position 0
+    before[0] = 0  # flash attention tells rows apart by their position 0
     positions = torch.cat([before, torch.arange(len(b), device=a.device)])[None]
     bins = torch.cat([a, b])[None]
     index = torch.arange(len(a), len(a) + len(b) - 1, device=a.device)
@@ -88,22 +116,48 @@ def beside_a_long_row(policy: Policy, a: torch.Tensor, b: torch.Tensor) -> torch
 
 @torch.no_grad()
 def can_share(policy: Policy) -> bool:
-    """Whether rows may stand behind one copy of their prompt: SDPA with full attention in every layer, and the right log-probs on real numbers.
+    """Whether rows may stand behind one copy of their prompt:
 
-    Layers with a window would lose it to the mask; flash attention takes no mask; eager attention takes another kind; a recurrent layer would see the rows before.
+    SDPA with full attention in every layer, and the right log-probs on real numbers.
+
+    Layers with a window would lose it to the mask; flash attention takes no mask; eager attention
+    takes another kind; a recurrent layer would see the rows before.
     """
     config = policy.model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windowed = getattr(config, "sliding_window", None) is not None and getattr(config, "layer_types", None) is None
-    if windowed or kinds != {"full_attention"} or policy.model.config._attn_implementation not in ("sdpa", NAME):
+    windowed = (
+        getattr(config, "sliding_window", None) is not None
+        and getattr(config, "layer_types", None) is None
+    )
+    if (
+        windowed
+        or kinds != {"full_attention"}
+        or policy.model.config._attn_implementation not in ("sdpa", NAME)
+    ):
         return False
-    if row_ropes(policy.model):     # a prompt would belong to rows of several lengths
+    if row_ropes(policy.model):  # a prompt would belong to rows of several lengths
         return False
     device, dtype = policy.head.weight.device, str(policy.head.weight.dtype).removeprefix("torch.")
-    prompt, a, b = torch.randint(len(policy.head.weight), (3, 4), generator=torch.Generator().manual_seed(1)).to(device)
+    prompt, a, b = torch.randint(
+        len(policy.head.weight), (3, 4), generator=torch.Generator().manual_seed(1)
+    ).to(device)
     order, four = torch.arange(8, device=device), torch.ones(4, dtype=torch.long, device=device)
-    alone = policy(torch.stack([torch.cat([prompt, a]), torch.cat([prompt, b])]), order.expand(2, -1), torch.cat([order[3:7], order[3:7] + 8]), torch.cat([a, b]))[0]
-    index = torch.cat([order[3:7], order[3:4], order[5:8] + 3])     # b's first token is predicted from the end of the prompt
-    tree = torch.stack([torch.cat([0 * four, 1 * four, 2 * four]), 0 * torch.cat([four] * 3)])[:, None]
-    shared = policy(torch.cat([prompt, a, b])[None], torch.cat([order, order[4:]])[None], index, torch.cat([a, b]), tree=tree)[0]
+    alone = policy(
+        torch.stack([torch.cat([prompt, a]), torch.cat([prompt, b])]),
+        order.expand(2, -1),
+        torch.cat([order[3:7], order[3:7] + 8]),
+        torch.cat([a, b]),
+    )[0]
+    # b's first token is predicted from the end of the prompt
+    index = torch.cat([order[3:7], order[3:4], order[5:8] + 3])
+    tree = torch.stack([torch.cat([0 * four, 1 * four, 2 * four]), 0 * torch.cat([four] * 3)])[
+        :, None
+    ]
+    shared = policy(
+        torch.cat([prompt, a, b])[None],
+        torch.cat([order, order[4:]])[None],
+        index,
+        torch.cat([a, b]),
+        tree=tree,
+    )[0]
     return (shared - alone).abs().mean().item() <= TOLERANCE[dtype]

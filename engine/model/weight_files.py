@@ -2,6 +2,7 @@
 
 Only headers are read, so that it costs little before a run and can name the file that is cut off.
 """
+
 from __future__ import annotations
 
 import json
@@ -14,7 +15,7 @@ from tandem.engine.core.errors import ConfigError
 
 SAFE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-HEADER_LIMIT = 1 << 30      # bytes; a longer header is no header
+HEADER_LIMIT = 1 << 30  # bytes; a longer header is no header
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -35,17 +36,26 @@ def indexed_files(index: Path) -> list[Path]:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         files = [index.parent / name for name in names]
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise ConfigError(f"{index} cannot be read as an index of weight files ({type(error).__name__}: {error}), "
-                          "expected JSON with weight_map; copy or download the model again") from None
+        raise ConfigError(
+            f"{index} cannot be read as an index of weight files ({type(error).__name__}: "
+            f"{error}), "
+            "expected JSON with weight_map; copy or download the model again"
+        ) from None
     absent = [path.name for path in files if not path.is_file()]
     if absent or not files:
-        raise ConfigError(f"{index} names {len(files)} weight files, but {len(absent)} of them are not beside it, "
-                          f"among them {', '.join(absent[:3])}; copy or download the model again")
+        raise ConfigError(
+            f"{index} names {len(files)} weight files, but {len(absent)} of them are not "
+            "beside it, "
+            f"among them {', '.join(absent[:3])}; copy or download the model again"
+        )
     return files
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """{name in the files: shape} of all tensors of a local model folder. Raises ConfigError for damaged files."""
+    """{name in the files: shape} of all tensors of a local model folder.
+
+    Raises ConfigError for damaged files.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     for file in weight_files(folder):
         shapes |= safe_shapes(file) if file.suffix == ".safetensors" else pickled_shapes(file)
@@ -65,10 +75,16 @@ def safe_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         shapes = {name: tuple(tensor["shape"]) for name, tensor in header.items()}
         expected = 8 + length + max(ends)
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError):
-        raise ConfigError(f"{file} ({found} bytes) is damaged: its first bytes are not those of a safetensors file; "
-                          "copy or download the model again") from None
+        raise ConfigError(
+            f"{file} ({found} bytes) is damaged: its first bytes are not those of a "
+            "safetensors file; "
+            "copy or download the model again"
+        ) from None
     if found != expected:
-        raise ConfigError(f"{file} is damaged: it has {found} bytes, its header says {expected}; copy or download the model again")
+        raise ConfigError(
+            f"{file} is damaged: it has {found} bytes, its header says {expected}; copy or "
+            "download the model again"
+        )
     return shapes
 
 
@@ -77,22 +93,39 @@ def pickled_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_pickled(file: Path) -> dict:
-    """The tensors of a pytorch_model.bin: from the disk as they are used where the format allows it. Code in the file is never run."""
+    """The tensors of a pytorch_model.bin: from the disk as they are used where the format allows
+    it. Code in the file is never run.
+    """
     import torch
+
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:      # torch raises many types for what is not a checkpoint, and advises to run code from it
-        raise ConfigError(f"{file} ({file.stat().st_size} bytes) is damaged, or holds more than tensors ({type(error).__name__}); code in it is never run. "
-                          "Copy or download the model again, in safetensors if there is such a version") from None
-    tensors = isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())
+        state = torch.load(
+            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+        )
+    # torch raises many types for what is not a checkpoint, and advises to run code from it
+    except Exception as error:
+        raise ConfigError(
+            f"{file} ({file.stat().st_size} bytes) is damaged, or holds more than tensors "
+            f"({type(error).__name__}); code in it is never run. "
+            "Copy or download the model again, in safetensors if there is such a version"
+        ) from None
+    tensors = isinstance(state, dict) and all(
+        isinstance(value, torch.Tensor) for value in state.values()
+    )
     if not tensors or not state:
-        raise ConfigError(f"{file} holds no weights: expected a dict of tensors by name, found {type(state).__name__}; "
-                          "copy or download the model again")
+        raise ConfigError(
+            f"{file} holds no weights: expected a dict of tensors by name, found "
+            f"{type(state).__name__}; "
+            "copy or download the model again"
+        )
     return state
 
 
 def read_tensors(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, object]]:
-    """(name, tensor) of some tensors, as they are in the files. Raises ConfigError if they are no longer there."""
+    """(name, tensor) of some tensors, as they are in the files.
+
+    Raises ConfigError if they are no longer there.
+    """
     left = set(names)
     for file in weight_files(folder):
         if file.suffix == ".safetensors":
@@ -104,12 +137,16 @@ def read_tensors(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, obje
             yield from ((name, state[name]) for name in sorted(here))
         left -= here
     if left:
-        raise ConfigError(f"{folder} has no tensor {min(left)!r} any more (and {len(left) - 1} others), which an export copies from there: "
-                          "the model's folder must stay as it is while the run goes on")
+        raise ConfigError(
+            f"{folder} has no tensor {min(left)!r} any more (and {len(left) - 1} others), "
+            "which an export copies from there: "
+            "the model's folder must stay as it is while the run goes on"
+        )
 
 
 def read_safe(file: Path, names: Sequence[str]) -> Iterator[tuple[str, object]]:
     from safetensors import safe_open
+
     with safe_open(file, "pt") as tensors:
         for name in names:
             yield name, tensors.get_tensor(name)

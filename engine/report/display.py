@@ -1,8 +1,12 @@
-"""What the user watches: a live panel on a terminal, one aligned line per step elsewhere. Both fit 80 columns.
+"""What the user watches: a live panel on a terminal, one aligned line per step elsewhere.
 
-The display never decides anything and keeps no state that matters: it shows the metrics that telemetry writes (see telemetry.py for their names).
-Nor can it stop a run: nothing that goes wrong here, or at the terminal, is raised; the display falls silent and says why in `lost`.
+Both fit 80 columns.
+
+The display never decides anything and keeps no state that matters: it shows the metrics that
+telemetry writes (see telemetry.py for their names). Nor can it stop a run: nothing that goes wrong
+here, or at the terminal, is raised; the display falls silent and says why in `lost`.
 """
+
 from __future__ import annotations
 
 import functools
@@ -23,11 +27,12 @@ from rich.text import Text
 from tandem.engine.core import stop
 from tandem.engine.report.terminal import Screen
 
-HEADER_EVERY = 25       # plain lines
+HEADER_EVERY = 25  # plain lines
 
 
 def never_fails(method):
     """A method of Display that falls silent where it would fail."""
+
     @functools.wraps(method)
     def guarded(self, *args, **options):
         if self.failure is None:
@@ -36,20 +41,30 @@ def never_fails(method):
             except Exception as error:
                 self.failure = error
         return None
+
     return guarded
 
 
 class Display:
     """Progress of `total_steps` steps on `stream`; `first_step` is where a resumed run begins.
 
-    live: the panel or plain lines; None: the panel if the stream is a terminal. Plain lines suit runs in which a debugger may be entered.
-    Use it as a context manager, so that an error or Ctrl-C leaves the terminal as it was.
+    live: the panel or plain lines; None: the panel if the stream is a terminal. Plain lines suit
+    runs in which a debugger may be entered. Use it as a context manager, so that an error or Ctrl-C
+    leaves the terminal as it was.
     """
 
-    def __init__(self, total_steps: int, stream: TextIO, title: str = "", first_step: int = 0, live: bool | None = None):
+    def __init__(
+        self,
+        total_steps: int,
+        stream: TextIO,
+        title: str = "",
+        first_step: int = 0,
+        live: bool | None = None,
+    ):
         self.total, self.title = total_steps, title
         self.failure: Exception | None = None
-        self.in_loop = False            # a signal takes effect at the end of a step only, and is acknowledged before
+        # a signal takes effect at the end of a step only, and is acknowledged before
+        self.in_loop = False
         self.stream = stream
         self.screen = Screen(stream, self.acknowledge)
         self.done = self.first_step = first_step
@@ -65,7 +80,13 @@ class Display:
         if live is None:
             live = self.screen.isatty() and os.environ.get("TERM") != "dumb"
         if live:
-            self._live = Live(console=Console(file=self.screen), get_renderable=self.panel, refresh_per_second=4, redirect_stdout=False, redirect_stderr=False)
+            self._live = Live(
+                console=Console(file=self.screen),
+                get_renderable=self.panel,
+                refresh_per_second=4,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
 
     def __enter__(self) -> Display:
         self.open()
@@ -95,7 +116,9 @@ class Display:
         return self.failure or self.screen.error
 
     def acknowledge(self) -> None:
-        """Called a few times per second by a thread: tell of a signal that the loop has not come to yet."""
+        """Called a few times per second by a thread: tell of a signal that the loop has not come to
+        yet.
+        """
         name = stop.requested()
         if name and self.in_loop:
             self.in_loop = False
@@ -103,12 +126,16 @@ class Display:
             self.message(f"{name}: stopping after this step, with a checkpoint{more}")
 
     def start(self) -> None:
-        """The first step begins now: what came before is start-up and does not count for the time left."""
+        """The first step begins now: what came before is start-up and does not count for the time
+        left.
+        """
         self.began, self.status_text = time.monotonic(), ""
         self.in_loop = True
 
     @never_fails
-    def step(self, step: int, metrics: Mapping[str, float], method: Mapping[str, float] = {}) -> None:
+    def step(
+        self, step: int, metrics: Mapping[str, float], method: Mapping[str, float] = {}
+    ) -> None:
         """Step `step` (0-based) is done. `method`: the method's own metrics, e.g. {"mu": 0.4}."""
         self.done, self.metrics, self.method = step + 1, dict(metrics), dict(method)
         if "reward/mean" in metrics:
@@ -118,7 +145,11 @@ class Display:
 
     @never_fails
     def evaluation(self, step: int, accuracy: float | None) -> None:
-        """Held-out accuracy after `step` steps. After a resume, call it for the earlier evaluations too (Telemetry.evaluations). None or NaN: nothing could be scored."""
+        """Held-out accuracy after `step` steps.
+
+        After a resume, call it for the earlier evaluations too (Telemetry.evaluations). None or
+        NaN: nothing could be scored.
+        """
         if accuracy is not None and math.isfinite(accuracy):
             self.accuracies.append((step, accuracy))
 
@@ -159,26 +190,69 @@ class Display:
         bar.add_column(no_wrap=True)
         bar.expand = True
         left = self.seconds_left()
-        timing = f"{clock(time.monotonic() - self.began)} gone, {clock(left)} left" if left is not None else f"{clock(time.monotonic() - self.began)} gone"
-        bar.add_row(Text(f"step {self.done}/{self.total}", style="bold"), ProgressBar(total=self.total, completed=self.done), Text(timing))
+        timing = (
+            f"{clock(time.monotonic() - self.began)} gone, {clock(left)} left"
+            if left is not None
+            else f"{clock(time.monotonic() - self.began)} gone"
+        )
+        bar.add_row(
+            Text(f"step {self.done}/{self.total}", style="bold"),
+            ProgressBar(total=self.total, completed=self.done),
+            Text(timing),
+        )
 
         grid = Table.grid(padding=(0, 1), expand=True)
-        for width, justify in ((8, "left"), (7, "right"), (None, "left"), (8, "left"), (8, "right"), (7, "right")):
+        for width, justify in (
+            (8, "left"),
+            (7, "right"),
+            (None, "left"),
+            (8, "left"),
+            (8, "right"),
+            (7, "right"),
+        ):
             grid.add_column(width=width, justify=justify, no_wrap=True, ratio=None if width else 1)
         last, best = self._accuracy()
-        grid.add_row("reward", bold(m.get("reward/mean")), Text(sparkline(self.rewards, 24), style="cyan"), "", dim("tokens/s"), dim("waiting"))
-        grid.add_row("held-out", bold(last), Text(sparkline([a for _, a in self.accuracies], 24, 0.0), style="green"),
-                     "rollout", rate(m.get("rollout/tokens_per_second")), share(m.get("rollout/idle")))
-        grid.add_row(*(("  best", number(best[1]), f"after {best[0]} steps") if best else ("", "", "")),
-                     "learner", rate(m.get("learner/tokens_per_second")), share(m.get("learner/idle")))
-        others = Text("   ").join(Text.assemble(f"{name} ", number(value)) for name, value in self._small_numbers())
+        grid.add_row(
+            "reward",
+            bold(m.get("reward/mean")),
+            Text(sparkline(self.rewards, 24), style="cyan"),
+            "",
+            dim("tokens/s"),
+            dim("waiting"),
+        )
+        grid.add_row(
+            "held-out",
+            bold(last),
+            Text(sparkline([a for _, a in self.accuracies], 24, 0.0), style="green"),
+            "rollout",
+            rate(m.get("rollout/tokens_per_second")),
+            share(m.get("rollout/idle")),
+        )
+        grid.add_row(
+            *(("  best", number(best[1]), f"after {best[0]} steps") if best else ("", "", "")),
+            "learner",
+            rate(m.get("learner/tokens_per_second")),
+            share(m.get("learner/idle")),
+        )
+        others = Text("   ").join(
+            Text.assemble(f"{name} ", number(value)) for name, value in self._small_numbers()
+        )
         status = Text(self.status_text, style="dim italic", no_wrap=True, overflow="ellipsis")
-        return Panel(Group(bar, Text(), grid, Text(), others, status), title=Text(self.title) if self.title else None, title_align="left",
-                     border_style="dim", width=min(100, self._live.console.width - 2) if self._live else 78)     # 2 columns left for an echoed ^C
+        return Panel(
+            Group(bar, Text(), grid, Text(), others, status),
+            title=Text(self.title) if self.title else None,
+            title_align="left",
+            # 2 columns left for an echoed ^C
+            border_style="dim",
+            width=min(100, self._live.console.width - 2) if self._live else 78,
+        )
 
     def _small_numbers(self) -> list[tuple[str, float]]:
         known = {"entropy": "entropy", "grad_norm": "grad norm", "gap/max": "logp gap"}
-        return [*self.method.items(), *((name, self.metrics[key]) for key, name in known.items() if key in self.metrics)]
+        return [
+            *self.method.items(),
+            *((name, self.metrics[key]) for key, name in known.items() if key in self.metrics),
+        ]
 
     def _accuracy(self) -> tuple[float | None, tuple[int, float] | None]:
         if not self.accuracies:
@@ -186,14 +260,28 @@ class Display:
         return self.accuracies[-1][1], max(self.accuracies, key=lambda entry: entry[1])
 
     def _plain_line(self) -> None:
-        """step, reward, held-out accuracy, entropy, the method's numbers, tokens/s and idle share of both sides, time left."""
+        """step, reward, held-out accuracy, entropy, the method's numbers, tokens/s and idle share
+        of both sides, time left.
+        """
         m = self.metrics
         last, _ = self._accuracy()
-        cells = {"step": f"{self.done}/{self.total}", "reward": number(m.get("reward/mean")), "held": number(last), "entropy": number(m.get("entropy")),
-                 **{key: number(value) for key, value in self.method.items()},
-                 "roll/s": rate(m.get("rollout/tokens_per_second")), "idle": share(m.get("rollout/idle")),
-                 "learn/s": rate(m.get("learner/tokens_per_second")), "idle ": share(m.get("learner/idle")), "left": clock(self.seconds_left())}
-        width = {key: max(len(key), 6) for key in cells} | {"step": 2 * len(str(self.total)) + 1, "idle": 4, "idle ": 4}
+        cells = {
+            "step": f"{self.done}/{self.total}",
+            "reward": number(m.get("reward/mean")),
+            "held": number(last),
+            "entropy": number(m.get("entropy")),
+            **{key: number(value) for key, value in self.method.items()},
+            "roll/s": rate(m.get("rollout/tokens_per_second")),
+            "idle": share(m.get("rollout/idle")),
+            "learn/s": rate(m.get("learner/tokens_per_second")),
+            "idle ": share(m.get("learner/idle")),
+            "left": clock(self.seconds_left()),
+        }
+        width = {key: max(len(key), 6) for key in cells} | {
+            "step": 2 * len(str(self.total)) + 1,
+            "idle": 4,
+            "idle ": 4,
+        }
         if list(cells) != self._columns or self._lines % HEADER_EVERY == 0:
             self._columns = list(cells)
             self._print("  ".join(key.strip().rjust(width[key]) for key in cells))
@@ -202,27 +290,46 @@ class Display:
 
 
 def sparkline(values: list[float], width: int, low: float | None = None) -> str:
-    """The whole history in at most `width` characters: means of equal stretches, scaled from `low` (default: the smallest value) to the largest."""
+    """The whole history in at most `width` characters: means of equal stretches, scaled from `low`
+    (default: the smallest value) to the largest.
+    """
     values = [v for v in values if v is not None and math.isfinite(v)]
     if not values:
         return ""
     n = min(width, len(values))
-    means = [sum(part) / len(part) for part in (values[i * len(values) // n:(i + 1) * len(values) // n] for i in range(n))]
+    means = [
+        sum(part) / len(part)
+        for part in (values[i * len(values) // n : (i + 1) * len(values) // n] for i in range(n))
+    ]
     low, high = min(means) if low is None else low, max(means)
-    return "".join("▁▂▃▄▅▆▇█"[min(7, int((v - low) / (high - low) * 8))] if high > low else "▁" for v in means)
+    return "".join(
+        "▁▂▃▄▅▆▇█"[min(7, int((v - low) / (high - low) * 8))] if high > low else "▁" for v in means
+    )
 
 
 def number(value: float | None) -> str:
     """Three significant places in at most seven characters; `-` for what is not known."""
     if value is None or not math.isfinite(value):
         return "-"
-    return f"{value:.3f}" if 0.001 <= abs(value) < 1000 or value == 0 else f"{value:.0e}" if abs(value) < 1 else f"{value:.1e}"
+    return (
+        f"{value:.3f}"
+        if 0.001 <= abs(value) < 1000 or value == 0
+        else f"{value:.0e}"
+        if abs(value) < 1
+        else f"{value:.1e}"
+    )
 
 
 def rate(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "-"
-    return f"{value:.0f}" if value < 1000 else f"{value / 1000:.1f}k" if value < 1e6 else f"{value / 1e6:.2f}M"
+    return (
+        f"{value:.0f}"
+        if value < 1000
+        else f"{value / 1000:.1f}k"
+        if value < 1e6
+        else f"{value / 1e6:.2f}M"
+    )
 
 
 def share(value: float | None) -> str:
@@ -233,7 +340,11 @@ def clock(seconds: float | None) -> str:
     if seconds is None:
         return "-"
     minutes, second = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{second:02}" if minutes >= 60 else f"{minutes}:{second:02}"
+    return (
+        f"{minutes // 60}:{minutes % 60:02}:{second:02}"
+        if minutes >= 60
+        else f"{minutes}:{second:02}"
+    )
 
 
 def bold(value: float | None) -> Text:

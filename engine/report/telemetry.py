@@ -1,33 +1,52 @@
-"""What a run leaves behind in its folder, always and in plain files; Weights & Biases and TensorBoard on request.
+"""What a run leaves behind in its folder, always and in plain files; Weights & Biases and
+TensorBoard on request.
 
     run.json            the run's id (launch/run/folder.py)
     config.yaml         the config as it was resolved, of the latest start
     configs/            that of every start: start_1.yaml, start_2.yaml, ...
-    environment.json    a list with one entry per start of the run: versions, git commit, machine, command line
+    environment.json    a list with one entry per start of the run: versions, git commit, machine,
+                        command line
     metrics.jsonl       one line per optimizer step, and one per evaluation
     rollouts.jsonl      one line per trajectory that was trained on
-    events.jsonl        restarts, skipped steps, checkpoints, syncs: a history, with the wall-clock time of each
+    events.jsonl        restarts, skipped steps, checkpoints, syncs: a history, with the wall-clock
+                        time of each
 
-Every line is a JSON object whose numbers are finite; NaN and infinities are null. Half surrogate pairs, which UTF-8 cannot hold,
-are spelled out. A line is flushed when it is written, so a killed run has all of them; a last line torn by a crash is left out by
-`read_jsonl`, and a resume moves damaged lines to FILE.damaged. When a run resumes from step k, lines of later steps were written
-by the part that was lost and are cut off, so that metrics and rollouts read as one run. Events are never cut: an engine that died did die.
+Every line is a JSON object whose numbers are finite; NaN and infinities are null. Half surrogate
+pairs, which UTF-8 cannot hold, are spelled out. A line is flushed when it is written, so a killed
+run has all of them; a last line torn by a crash is left out by `read_jsonl`, and a resume moves
+damaged lines to FILE.damaged. When a run resumes from step k, lines of later steps were written by
+the part that was lost and are cut off, so that metrics and rollouts read as one run. Events are
+never cut: an engine that died did die.
 
-metrics.jsonl   `step`, `seconds` (since the first start, pauses between crash and resume left out) and flat numeric keys. A step's line has the 0-based
-    number of the step. An evaluation's line has the number of steps done before it and keys that begin with `eval/`. The names used by the display and plots:
-    reward/mean, entropy, eval/accuracy, rollout/tokens_per_second, learner/tokens_per_second, rollout/idle and learner/idle (share of the
-    step's time that a side waited, 0 to 1), rollout/aborted (groups, where rollout.over_sample is set), and a method's own metrics such as mu.
+metrics.jsonl   `step`, `seconds` (since the first start, pauses between crash and resume left out)
+                and flat numeric keys. A step's line has the 0-based
+    number of the step. An evaluation's line has the number of steps done before it and keys that
+    begin with `eval/`. The names used by the display and plots:
+    reward/mean, entropy, eval/accuracy, rollout/tokens_per_second, learner/tokens_per_second,
+    rollout/idle and learner/idle (share of the
+    step's time that a side waited, 0 to 1), rollout/aborted (groups, where rollout.over_sample is
+    set), and a method's own metrics such as mu.
 
-rollouts.jsonl  complete enough to train on without a model (`rollout.backend: replay`); `read_rollouts` turns a line back into carriers.
-    step, group, sample                 optimizer step it was trained in; ordinal of the prompt in the run; number within the group
-    prompt_id, prompt, columns, demonstration       the prompt: text or messages, dataset row, response ids of its demonstration or null
-    cut                                 only where a column was longer than 65,536 characters: the names of such columns, of which the beginning is kept
-    text                                the response as the reward saw it, null if it was not decoded
-    tokens, source                      [T] ids and tandem.engine.core.types.Source values, prompt and response in one
-    behaviour_logp, version             [T] or null; null log-prob and version -1 where no rollout engine sampled the token
-    learner_version, finish             weight version of the learner when it trained on it; stop or length
-    reward, parts, error                weighted sum and its parts; null or {kind, message, function} of a reward that failed
+rollouts.jsonl  complete enough to train on without a model (`rollout.backend: replay`);
+`read_rollouts` turns a line back into carriers.
+    step, group, sample                 optimizer step it was trained in; ordinal of the prompt in
+                                        the run; number within the group
+    prompt_id, prompt, columns, demonstration       the prompt: text or messages, dataset row,
+                                                    response ids of its demonstration or null
+    cut                                 only where a column was longer than 65,536 characters: the
+                                        names of such columns, of which the beginning is kept
+    text                                the response as the reward saw it, null if it was not
+                                        decoded
+    tokens, source                      [T] ids and tandem.engine.core.types.Source values, prompt
+                                        and response in one
+    behaviour_logp, version             [T] or null; null log-prob and version -1 where no rollout
+                                        engine sampled the token
+    learner_version, finish             weight version of the learner when it trained on it; stop or
+                                        length
+    reward, parts, error                weighted sum and its parts; null or {kind, message,
+                                        function} of a reward that failed
 """
+
 from __future__ import annotations
 
 import os
@@ -55,26 +74,47 @@ from tandem.engine.report.trackers import start_tensorboard, start_wandb
 class Telemetry:
     """Writes the files above. Light to make: do so before anything heavy starts.
 
-    resume_step: steps that the checkpoint has done; None for a new run. `evaluations` maps steps done to the numbers of the evaluation made there, those
-    before the resume included. `report` is told of what a crash has damaged. Raises ConfigError if the folder holds another run, or if a logger that was asked for is not installed.
+    resume_step: steps that the checkpoint has done; None for a new run. `evaluations` maps steps
+    done to the numbers of the evaluation made there, those before the resume included. `report` is
+    told of what a crash has damaged. Raises ConfigError if the folder holds another run, or if a
+    logger that was asked for is not installed.
     """
 
-    def __init__(self, config: Config, run_dir: str | Path, resume_step: int | None = None, report: Callable[[str], None] = print,
-                 run_id: str | None = None):
+    def __init__(
+        self,
+        config: Config,
+        run_dir: str | Path,
+        resume_step: int | None = None,
+        report: Callable[[str], None] = print,
+        run_id: str | None = None,
+    ):
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        metrics, rollouts, events = (self.run_dir / name for name in ("metrics.jsonl", "rollouts.jsonl", "events.jsonl"))
+        metrics, rollouts, events = (
+            self.run_dir / name for name in ("metrics.jsonl", "rollouts.jsonl", "events.jsonl")
+        )
         if resume_step is None and metrics.exists() and metrics.stat().st_size:
-            raise ConfigError(f"run folder {self.run_dir} already holds a run; set run.resume=true to continue it, choose another run.name, or delete it")
+            raise ConfigError(
+                f"run folder {self.run_dir} already holds a run; set run.resume=true to "
+                "continue it, choose another run.name, or delete it"
+            )
         cut(metrics, resume_step or 0, report)
         cut(rollouts, resume_step or 0, report)
         end_last_line(events)
         kept = list(read_jsonl(metrics))
         steps = {line["step"] for line in kept if not is_evaluation(line)}
         if lost := (resume_step or 0) - len(steps):
-            report(f"{metrics} lacks the numbers of {lost} of the {resume_step} steps before the checkpoint; they are not made again")
+            report(
+                f"{metrics} lacks the numbers of {lost} of the {resume_step} steps before "
+                "the checkpoint; they are not made again"
+            )
         self.evaluations: dict[int, dict[str, float]] = {
-            line["step"]: {k.removeprefix("eval/"): v for k, v in line.items() if k.startswith("eval/")} for line in kept if is_evaluation(line)}
+            line["step"]: {
+                k.removeprefix("eval/"): v for k, v in line.items() if k.startswith("eval/")
+            }
+            for line in kept
+            if is_evaluation(line)
+        }
         self._began = time.monotonic() - (seconds_of(kept[-1]) if kept else 0.0)
         written = f"# run {run_id}\n{yaml.safe_dump(to_dict(config), sort_keys=False)}"
         copy = free_copy(self.run_dir / "configs")
@@ -82,17 +122,23 @@ class Telemetry:
         write_atomic(self.run_dir / "config.yaml", written)
         facts = {"run": run_id, "resumed_from": resume_step, "config": f"configs/{copy.name}"}
         record_environment(self.run_dir / "environment.json", report, **facts)
-        self._metrics, self._rollouts, self._events = (open(path, "a", encoding="utf-8") for path in (metrics, rollouts, events))
+        self._metrics, self._rollouts, self._events = (
+            open(path, "a", encoding="utf-8") for path in (metrics, rollouts, events)
+        )
         self.event("start", pid=os.getpid(), host=platform.node(), **facts)
         self._wandb = start_wandb(config, self.run_dir) if config.run.wandb else None
-        self._board = start_tensorboard(self.run_dir, resume_step) if config.run.tensorboard else None
+        self._board = (
+            start_tensorboard(self.run_dir, resume_step) if config.run.tensorboard else None
+        )
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Numbers of one optimizer step (0-based)."""
         self._record(step, metrics)
 
     def evaluation(self, step: int, result: Mapping[str, float]) -> None:
-        """Numbers of an evaluation after `step` optimizer steps; `accuracy` is the one that is shown. Keys are written as `eval/KEY`."""
+        """Numbers of an evaluation after `step` optimizer steps; `accuracy` is the one that is
+        shown. Keys are written as `eval/KEY`.
+        """
         self.evaluations[step] = dict(result)
         self._record(step, {f"eval/{key}": value for key, value in result.items()})
 
@@ -101,14 +147,23 @@ class Telemetry:
         for group in groups:
             columns = plain_columns(group.prompt.columns)
             for sample in range(len(group.trajectories)):
-                write_line(self._rollouts, {"step": step, "learner_version": version, **rollout_record(group, sample, columns)})
+                write_line(
+                    self._rollouts,
+                    {
+                        "step": step,
+                        "learner_version": version,
+                        **rollout_record(group, sample, columns),
+                    },
+                )
         self._rollouts.flush()
 
     def event(self, kind: str, **facts: Any) -> None:
         """Something that happened once: engine_restart, skipped_step, checkpoint, sync, ..."""
         record = {"kind": kind, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         for name, fact in facts.items():
-            record[name] = redact(message(text_of(fact))) if isinstance(fact, (str, Exception)) else fact
+            record[name] = (
+                redact(message(text_of(fact))) if isinstance(fact, (str, Exception)) else fact
+            )
         write_line(self._events, record)
         self._events.flush()
 
@@ -121,7 +176,10 @@ class Telemetry:
             self._wandb.finish()
 
     def _record(self, step: int, numbers: Mapping[str, float]) -> None:
-        write_line(self._metrics, {"step": step, "seconds": round(time.monotonic() - self._began, 3), **numbers})
+        write_line(
+            self._metrics,
+            {"step": step, "seconds": round(time.monotonic() - self._began, 3), **numbers},
+        )
         self._metrics.flush()
         if self._board is not None:
             for key, value in numbers.items():
@@ -135,9 +193,13 @@ def is_evaluation(line: Mapping[str, Any]) -> bool:
 
 
 def cut(path: Path, step: int, report: Callable[[str], None]) -> None:
-    """Cut off everything after what the first `step` steps wrote: an evaluation made after `step` steps stays, a torn last line goes."""
+    """Cut off everything after what the first `step` steps wrote: an evaluation made after `step`
+    steps stays, a torn last line goes.
+    """
+
     def beyond(line: Mapping[str, Any]) -> bool:
         return line["step"] > step or (line["step"] == step and not is_evaluation(line))
+
     cut_jsonl(path, has_step, beyond, report)
 
 

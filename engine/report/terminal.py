@@ -4,6 +4,7 @@ take nothing for hours.
 `protect` makes print() and the libraries' warnings harmless. `Screen` is where the display writes:
 it never waits for the reader. Both fall silent at the first failure, and keep it for those who ask.
 """
+
 from __future__ import annotations
 
 import io
@@ -16,9 +17,9 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-WAITING = 1000          # pieces of text that wait for a slow reader; more are dropped
-PATIENCE = 1.0          # seconds that a writer waits for the reader, once
-LOOK_SECONDS = 0.25     # between two calls of `idle`
+WAITING = 1000  # pieces of text that wait for a slow reader; more are dropped
+PATIENCE = 1.0  # seconds that a writer waits for the reader, once
+LOOK_SECONDS = 0.25  # between two calls of `idle`
 
 
 class Silent(io.RawIOBase):
@@ -59,7 +60,7 @@ def protect() -> None:
         try:
             os.fstat(fd)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)      # takes the lowest free number: this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
     sys.stdout = silent(sys.stdout, 1)
     sys.stderr = silent(sys.stderr, 2)
 
@@ -70,7 +71,8 @@ def silent(stream: TextIO | None, fd: int) -> TextIO:
     raw = Silent(fd)
     by_line = fd == 2 or raw.isatty()
     return io.TextIOWrapper(
-        io.BufferedWriter(raw), encoding, errors="backslashreplace", line_buffering=by_line)
+        io.BufferedWriter(raw), encoding, errors="backslashreplace", line_buffering=by_line
+    )
 
 
 def lost_output() -> OSError | None:
@@ -91,12 +93,12 @@ class Screen(io.TextIOBase):
     def __init__(self, stream: TextIO, idle: Callable[[], None] | None = None):
         self.stream, self.idle = stream, idle
         self.error: Exception | None = None
-        self.slow = False       # the reader was once waited for in vain
+        self.slow = False  # the reader was once waited for in vain
         self.waiting: queue.Queue[str | None] = queue.Queue(WAITING)
         try:
-            self.fd = os.dup(stream.fileno())       # of its own: the stream may be closed earlier
+            self.fd = os.dup(stream.fileno())  # of its own: the stream may be closed earlier
         except (AttributeError, OSError, ValueError):
-            self.fd = None                          # a stream in memory
+            self.fd = None  # a stream in memory
         self.thread = threading.Thread(target=self.work, name="screen", daemon=True)
         self.thread.start()
 
@@ -168,6 +170,6 @@ class Screen(io.TextIOBase):
             return
         while data:
             try:
-                data = data[os.write(self.fd, data):]
+                data = data[os.write(self.fd, data) :]
             except BlockingIOError:
                 select.select([], [self.fd], [], PATIENCE)

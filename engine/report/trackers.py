@@ -1,4 +1,5 @@
 """Weights & Biases and TensorBoard: started on request."""
+
 from __future__ import annotations
 
 import netrc
@@ -13,18 +14,33 @@ from tandem.engine.core.files import write_atomic
 
 
 def start_wandb(config: Config, run_dir: Path):
-    """A W&B run: offline unless the user is logged in or WANDB_MODE says otherwise; it never asks on the terminal. A resumed run keeps its id."""
+    """A W&B run: offline unless the user is logged in or WANDB_MODE says otherwise; it never asks
+    on the terminal. A resumed run keeps its id.
+    """
     try:
         import wandb
     except ImportError:
-        raise ConfigError(f"run.wandb is {config.run.wandb!r}, but wandb is not installed: pip install 'tandem-rl[track]', or remove run.wandb") from None
+        raise ConfigError(
+            f"run.wandb is {config.run.wandb!r}, but wandb is not installed: pip install "
+            "'tandem-rl[track]', or remove run.wandb"
+        ) from None
     id_file = run_dir / "wandb_id"
-    if not id_file.exists() or not id_file.read_bytes().strip(b"\0 \n"):      # a power cut leaves it empty
+    # a power cut leaves it empty
+    if not id_file.exists() or not id_file.read_bytes().strip(b"\0 \n"):
         write_atomic(id_file, secrets.token_hex(4))
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb_login() else "offline")
-    run = wandb.init(project=config.run.wandb, name=config.run.name, id=id_file.read_text(), resume="allow", dir=str(run_dir), config=to_dict(config),
-                     mode=mode, settings=wandb.Settings(silent=True, console="off"))
-    run.define_metric("*", step_metric="step")      # our own step axis: steps that are done again after a resume are accepted
+    run = wandb.init(
+        project=config.run.wandb,
+        name=config.run.name,
+        id=id_file.read_text(),
+        resume="allow",
+        dir=str(run_dir),
+        config=to_dict(config),
+        mode=mode,
+        settings=wandb.Settings(silent=True, console="off"),
+    )
+    # our own step axis: steps that are done again after a resume are accepted
+    run.define_metric("*", step_metric="step")
     return run
 
 
@@ -43,5 +59,8 @@ def start_tensorboard(run_dir: Path, resume_step: int | None):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise ConfigError("run.tensorboard is true, but tensorboard is not installed: pip install 'tandem-rl[track]', or remove run.tensorboard") from None
+        raise ConfigError(
+            "run.tensorboard is true, but tensorboard is not installed: pip install "
+            "'tandem-rl[track]', or remove run.tensorboard"
+        ) from None
     return SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step)

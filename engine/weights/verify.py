@@ -1,11 +1,16 @@
-"""Weight sync, proved: the learner sends its weights to every rollout engine, and what arrived is compared with what was sent.
+"""Weight sync, proved: the learner sends its weights to every rollout engine, and what arrived is
+compared with what was sent.
 
-A stale or partial sync is the worst kind of fault in RL post-training, because everything after it looks plausible. So after every transfer:
-  * every engine received the very parameters that were sent, with the same bytes (digests, per parameter);
+A stale or partial sync is the worst kind of fault in RL post-training, because everything after it
+looks plausible. So after every transfer:
+  * every engine received the very parameters that were sent, with the same bytes (digests, per
+    parameter);
   * every engine stamps its tokens with the new version;
-  * the weights the engines compute with, in their own layout, are the same on all engines, and changed exactly if the sent ones did.
+  * the weights the engines compute with, in their own layout, are the same on all engines, and
+    changed exactly if the sent ones did.
 Anything else raises SyncError naming engine, parameter and both facts, and the run stops.
 """
+
 from __future__ import annotations
 
 import time
@@ -21,39 +26,68 @@ from tandem.engine.weights.digest import combine
 class Synced:
     """What the last verified sync left in the engines, kept as `learner.synced`."""
 
-    sent: str       # digest over all parameters as the learner sent them
-    held: str       # digest of the engines' own weights after it
+    sent: str  # digest over all parameters as the learner sent them
+    held: str  # digest of the engines' own weights after it
 
 
 def sync(learner, version: int) -> SyncReport:
-    """Give every engine that the learner is connected with its present weights as `version`, and verify. Raises SyncError, or EngineDied if an engine is gone."""
+    """Give every engine that the learner is connected with its present weights as `version`, and
+    verify. Raises SyncError, or EngineDied if an engine is gone.
+    """
     started = time.perf_counter()
     delivery = learner.send(version)
     if not delivery.installed:
-        raise SyncError(f"weights {version} were sent to no engine: the pool has none alive; expected at least one")
+        raise SyncError(
+            f"weights {version} were sent to no engine: the pool has none alive; expected at "
+            "least one"
+        )
     for engine, found in enumerate(delivery.installed):
         compare(engine, delivery.sent, found.received, version)
         if found.version != version:
-            raise SyncError(f"engine {engine} stamps its tokens with weight version {found.version} after weights {version} were sent, expected {version}")
+            raise SyncError(
+                f"engine {engine} stamps its tokens with weight version {found.version} "
+                f"after weights {version} were sent, expected {version}"
+            )
     held, sent = [found.held for found in delivery.installed], combine(delivery.sent)
     if len(set(held)) > 1:
-        raise SyncError(f"engines compute with different weights after version {version}: held digests {held}, expected all equal")
+        raise SyncError(
+            f"engines compute with different weights after version {version}: held digests "
+            f"{held}, expected all equal"
+        )
     last = learner.synced
     if last is not None and (last.sent == sent) != (last.held == held[0]):
         moved = lambda a, b: "are the same as" if a == b else "differ from"
-        raise SyncError(f"weights {version} {moved(last.sent, sent)} those sent before, but the weights the engines compute with {moved(last.held, held[0])} "
-                        f"those before (held digest {last.held} -> {held[0]}): the engines did not take them, or not all of them")
+        raise SyncError(
+            f"weights {version} {moved(last.sent, sent)} those sent before, but the weights "
+            f"the engines compute with {moved(last.held, held[0])} "
+            f"those before (held digest {last.held} -> {held[0]}): the engines did not take "
+            "them, or not all of them"
+        )
     learner.synced = Synced(sent, held[0])
     return SyncReport(time.perf_counter() - started, delivery.bytes, version)
 
 
-def compare(engine: int, sent: Mapping[str, str], received: Mapping[str, str], version: int) -> None:
-    """Raise SyncError naming the parameters that are missing, extra or different in what `engine` received."""
+def compare(
+    engine: int, sent: Mapping[str, str], received: Mapping[str, str], version: int
+) -> None:
+    """Raise SyncError naming the parameters that are missing, extra or different in what `engine`
+    received.
+    """
     missing, extra = sorted(sent.keys() - received.keys()), sorted(received.keys() - sent.keys())
     wrong = sorted(name for name in sent.keys() & received.keys() if sent[name] != received[name])
     for what, names in (("did not receive", missing), ("received, without it being sent,", extra)):
         if names:
-            raise SyncError(f"engine {engine} {what} {len(names)} parameter(s) of weights {version}: {', '.join(names[:5])}; sent {len(sent)}, received {len(received)}")
+            raise SyncError(
+                f"engine {engine} {what} {len(names)} parameter(s) of weights {version}: "
+                f"{', '.join(names[:5])}; sent {len(sent)}, received {len(received)}"
+            )
     if wrong:
-        raise SyncError(f"engine {engine} received other bytes than were sent for {len(wrong)} of {len(sent)} parameter(s) of weights {version}: "
-                        + ", ".join(f"{name} (sent {sent[name]}, received {received[name]})" for name in wrong[:5]))
+        raise SyncError(
+            (
+                f"engine {engine} received other bytes than were sent for {len(wrong)} of "
+                f"{len(sent)} parameter(s) of weights {version}: "
+            )
+            + ", ".join(
+                f"{name} (sent {sent[name]}, received {received[name]})" for name in wrong[:5]
+            )
+        )

@@ -1,4 +1,5 @@
 """What is agreed before weights are sent: buckets and the init and update messages of CPU engines."""
+
 from __future__ import annotations
 
 import time
@@ -14,11 +15,15 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-ALIGN = 16      # bytes; a view of a packed buffer must start where its dtype may start
+ALIGN = 16  # bytes; a view of a packed buffer must start where its dtype may start
 
 
 class Stopwatch:
-    """Seconds by phase: `lap(phase)` books the time since the lap before. Shown in the logs of learner and engine, one line per weight sync."""
+    """Seconds by phase:
+
+    `lap(phase)` books the time since the lap before. Shown in the logs of learner and engine, one
+    line per weight sync.
+    """
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
@@ -31,21 +36,27 @@ class Stopwatch:
         self.last = now
 
     def show(self, side: str) -> None:
-        print(f"weights {side}: " + ", ".join(f"{phase} {seconds:.4f}" for phase, seconds in self.seconds.items()), flush=True)
+        print(
+            f"weights {side}: "
+            + ", ".join(f"{phase} {seconds:.4f}" for phase, seconds in self.seconds.items()),
+            flush=True,
+        )
 
 
-# -- what both sides of the CPU transports must agree on ------------------------------------------------------------------------------------------
+# -- what both sides of the CPU transports must agree on
+
 
 @dataclass
 class CpuInitInfo(WeightTransferInitInfo):
-    transport: str          # shm or gloo
+    transport: str  # shm or gloo
     master_address: str
     master_port: int
-    rank_offset: int        # of this engine's first worker; the learner is rank 0
+    rank_offset: int  # of this engine's first worker; the learner is rank 0
     world_size: int
     bucket_bytes: int
-    timeout: float          # seconds
-    slot: int               # shm: bytes of the largest buffer, and where the learner's memory is: process, file descriptor
+    timeout: float  # seconds
+    # shm: bytes of the largest buffer, and where the learner's memory is: process, file descriptor
+    slot: int
     place: tuple[int, int] | None
 
 
@@ -68,7 +79,9 @@ class CpuTrainerInit(TrainerInitInfo):
 
 
 def buckets(meta: Sequence[ParamMeta], limit: int) -> Iterator[list[tuple[ParamMeta, int, int]]]:
-    """Consecutive parameters packed into buffers of at most `limit` bytes (one larger parameter has a buffer to itself): (meta, offset, bytes)."""
+    """Consecutive parameters packed into buffers of at most `limit` bytes (one larger parameter has
+    a buffer to itself): (meta, offset, bytes).
+    """
     bucket, end = [], 0
     for m in meta:
         size = torch.Size(m.shape).numel() * m.dtype.itemsize

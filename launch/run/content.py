@@ -1,7 +1,9 @@
-"""What a run reads, by content: the same text whatever the folder it lies in, another one when somebody edits it.
+"""What a run reads, by content: the same text whatever the folder it lies in, another one when
+somebody edits it.
 
 A whole file where all of it is read anyway; rows or parts of it where that would cost too much.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -16,21 +18,25 @@ from tandem.engine.data.tasks import UNLIMITED
 
 WHOLE_FILES = (".jsonl", ".parquet")
 MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py")
-ROWS = 10_000               # of a dataset that is no file, evenly spaced
-UNLIMITED_ROWS = 32         # of rows without end, the first
-LARGE = 4 << 20             # bytes; of a larger file of a model the size and both ends count
+ROWS = 10_000  # of a dataset that is no file, evenly spaced
+UNLIMITED_ROWS = 32  # of rows without end, the first
+LARGE = 4 << 20  # bytes; of a larger file of a model the size and both ends count
 END = 1 << 20
 
 
 def contents(config: Config, sources: dict[str, Any], model_path: str) -> dict[str, str]:
-    """Digests by config key. sources: {key of a dataset: PromptSource or ExpertSource, or None where the method needs none}."""
+    """Digests by config key. sources: {key of a dataset:
+
+    PromptSource or ExpertSource, or None where the method needs none}.
+    """
     found = {"model.path": model_digest(model_path)}
     if config.model.tokenizer:
         found["model.tokenizer"] = model_digest(config.model.tokenizer)
     if config.rollout.record:
         found["rollout.record"] = file_digest(config.rollout.record)
     for key, source in sources.items():
-        if source is not None and hasattr(source, "rows"):      # recorded prompts have none, and their file is rollout.record
+        # recorded prompts have none, and their file is rollout.record
+        if source is not None and hasattr(source, "rows"):
             found[key] = data_digest(source.dataset, source.rows, len(source))
     return {key: digest for key, digest in found.items() if digest}
 

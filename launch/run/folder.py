@@ -1,14 +1,16 @@
 """The folder of a run: whose it is, what a run writes into it, and what a start finds there.
 
-run.json marks it: {"run": a random id, "written": time, "model": whether model/ is this run's, "format": 1}. The id also
-stands in every checkpoint's manifest, in environment.json, in the first line of config.yaml and in the start events, so that
-files of two runs can be told apart.
+run.json marks it: {"run": a random id, "written": time, "model": whether model/ is this run's,
+"format": 1}. The id also stands in every checkpoint's manifest, in environment.json, in the first
+line of config.yaml and in the start events, so that files of two runs can be told apart.
 
-A start owns the folder (`folder_lock`) before it writes anything. It begins in a folder that is absent or empty, or that an
-earlier start left before anything was trained; it goes on from a checkpoint with run.resume=true or auto; with auto it starts
-over where there is no checkpoint, and keeps what the earlier attempt wrote in attempt_N. All else is refused: what it did not
-write itself is not touched.
+A start owns the folder (`folder_lock`) before it writes anything. It begins in a folder that is
+absent or empty, or that an earlier start left before anything was trained; it goes on from a
+checkpoint with run.resume=true or auto; with auto it starts over where there is no checkpoint, and
+keeps what the earlier attempt wrote in attempt_N. All else is refused: what it did not write itself
+is not touched.
 """
+
 from __future__ import annotations
 
 import json
@@ -29,9 +31,26 @@ from tandem.engine.core.folder_lock import LOCK, FolderLock, owned
 from tandem.engine.loop.checkpoint import MANIFEST, manifest_facts
 
 MARK = "run.json"
-WRITTEN_AT_START = ("config.yaml", "environment.json", "metrics.jsonl", "rollouts.jsonl", "events.jsonl")
-OURS = (*WRITTEN_AT_START, "configs", "logs", "error.log", "bad_steps", "checkpoints", "model", "tensorboard", "wandb", "wandb_id",
-        "ray_session")      # what a run writes, apart from MARK and LOCK
+WRITTEN_AT_START = (
+    "config.yaml",
+    "environment.json",
+    "metrics.jsonl",
+    "rollouts.jsonl",
+    "events.jsonl",
+)
+OURS = (
+    *WRITTEN_AT_START,
+    "configs",
+    "logs",
+    "error.log",
+    "bad_steps",
+    "checkpoints",
+    "model",
+    "tensorboard",
+    "wandb",
+    "wandb_id",
+    "ray_session",
+)  # what a run writes, apart from MARK and LOCK
 CHECKPOINT = re.compile(r"(old_)?step_\d+")
 
 
@@ -42,14 +61,17 @@ class RunFolder:
     path: Path
     run_id: str
     lock: FolderLock
-    resumes: bool               # from one of the checkpoints there
-    notes: tuple[str, ...]      # what the user should know of how it was found
+    resumes: bool  # from one of the checkpoints there
+    notes: tuple[str, ...]  # what the user should know of how it was found
 
 
 @contextmanager
 def opened(config: Config) -> Iterator[RunFolder]:
-    """Own the run's folder for the block. Raises ConfigError if it is in use, holds something else, or holds a run and
-    run.resume does not say what to do with that; nothing was written then."""
+    """Own the run's folder for the block.
+
+    Raises ConfigError if it is in use, holds something else, or holds a run and run.resume does not
+    say what to do with that; nothing was written then.
+    """
     path = Path(config.run.dir) / config.run.name
     check_before(path, config)
     try:
@@ -66,9 +88,14 @@ def opened(config: Config) -> Iterator[RunFolder]:
 
 
 def check_before(path: Path, config: Config) -> None:
-    """What needs no ownership. Raises ConfigError if the folder is somebody else's, or has nothing to resume from."""
+    """What needs no ownership.
+
+    Raises ConfigError if the folder is somebody else's, or has nothing to resume from.
+    """
     if path.exists() and not path.is_dir():
-        raise ConfigError(f"run folder {path} (run.dir/run.name) is a file; choose another run.name")
+        raise ConfigError(
+            f"run folder {path} (run.dir/run.name) is a file; choose another run.name"
+        )
     try:
         present = sorted(os.listdir(path)) if path.exists() else []
     except OSError as error:
@@ -80,30 +107,49 @@ def check_before(path: Path, config: Config) -> None:
     if clash or (foreign and not config.run.beside_files):
         shown = ", ".join((clash or foreign)[:5])
         allow = "" if clash else ", or set run.beside_files=true to write beside those files"
-        raise ConfigError(f"run folder {path} (run.dir/run.name) is not empty and no run of Tandem (no {MARK}); it holds {shown}. "
-                          f"Choose another run.name or run.dir{allow}")
+        raise ConfigError(
+            f"run folder {path} (run.dir/run.name) is not empty and no run of Tandem (no "
+            f"{MARK}); it holds {shown}. "
+            f"Choose another run.name or run.dir{allow}"
+        )
     if config.run.resume is True and not is_run(path):
         raise nothing_to_resume(path)
 
 
 def nothing_to_resume(path: Path) -> ConfigError:
-    return ConfigError(f"run.resume is true, but {path / 'checkpoints'} holds no complete checkpoint; set run.resume=auto, which "
-                       "goes on where there is one and starts from the beginning where there is none")
+    return ConfigError(
+        f"run.resume is true, but {path / 'checkpoints'} holds no complete checkpoint; set "
+        "run.resume=auto, which "
+        "goes on where there is one and starts from the beginning where there is none"
+    )
 
 
 def decide(path: Path, config: Config) -> bool:
-    """Whether to resume from a checkpoint. Raises ConfigError if the folder is used and the config does not say what to do."""
+    """Whether to resume from a checkpoint.
+
+    Raises ConfigError if the folder is used and the config does not say what to do.
+    """
     found = checkpoints(path)
     if config.run.resume is False:
         if is_used(path):
-            what = "run.resume=true to continue it" if found else "run.resume=auto to start over (it has no checkpoint; its files are kept)"
-            raise ConfigError(f"run folder {path} already holds a run; set {what}, choose another run.name, or delete it")
+            what = (
+                "run.resume=true to continue it"
+                if found
+                else "run.resume=auto to start over (it has no checkpoint; its files are kept)"
+            )
+            raise ConfigError(
+                f"run folder {path} already holds a run; set {what}, choose another "
+                "run.name, or delete it"
+            )
         return False
     if config.run.resume is True and not found:
         raise nothing_to_resume(path)
     if not found and (path / "model").exists():
-        raise ConfigError(f"run folder {path} holds a saved model but no checkpoint, so run.resume=auto cannot tell whether that run "
-                          "is to be done again; choose another run.name, or delete the folder")
+        raise ConfigError(
+            f"run folder {path} holds a saved model but no checkpoint, so run.resume=auto "
+            "cannot tell whether that run "
+            "is to be done again; choose another run.name, or delete the folder"
+        )
     return bool(found)
 
 
@@ -111,23 +157,35 @@ def is_run(path: Path) -> bool:
     """Whether Tandem made this folder: by its mark, or by what versions without one left."""
     if (path / MARK).exists():
         return True
-    return any((step / MANIFEST).exists() for step in checkpoints(path)) or all((path / name).exists() for name in WRITTEN_AT_START)
+    return any((step / MANIFEST).exists() for step in checkpoints(path)) or all(
+        (path / name).exists() for name in WRITTEN_AT_START
+    )
 
 
 def is_used(path: Path) -> bool:
     """Whether the run got so far that something would be lost if another began here."""
-    written = any((path / name).exists() and (path / name).stat().st_size for name in ("metrics.jsonl", "rollouts.jsonl"))
+    written = any(
+        (path / name).exists() and (path / name).stat().st_size
+        for name in ("metrics.jsonl", "rollouts.jsonl")
+    )
     return written or bool(checkpoints(path)) or (path / "model").exists()
 
 
 def checkpoints(path: Path) -> list[Path]:
     """The folders of its checkpoints, damaged ones too, in no order."""
     folder = path / "checkpoints"
-    return [step for step in folder.iterdir() if CHECKPOINT.fullmatch(step.name)] if folder.is_dir() else []
+    return (
+        [step for step in folder.iterdir() if CHECKPOINT.fullmatch(step.name)]
+        if folder.is_dir()
+        else []
+    )
 
 
 def identify(path: Path, resumes: bool, say: Callable[[str], None]) -> str:
-    """The run's id; written to run.json where that is missing. Raises ConfigError if checkpoints of another run lie there."""
+    """The run's id; written to run.json where that is missing.
+
+    Raises ConfigError if checkpoints of another run lie there.
+    """
     stated = read_mark(path, say)
     ids = {}
     for step in checkpoints(path):
@@ -137,9 +195,16 @@ def identify(path: Path, resumes: bool, say: Callable[[str], None]) -> str:
     run_id = stated or next(iter(ids), None) or secrets.token_hex(8)
     for other, step in ids.items():
         if other != run_id:
-            source = f"is run {run_id} ({path / MARK})" if stated else f"also holds {ids[run_id].name} of run {run_id}"
-            raise ConfigError(f"{step} is a checkpoint of run {other}, but {path} {source}; move the checkpoint to a folder of its own, "
-                              "or take away what does not belong to it")
+            source = (
+                f"is run {run_id} ({path / MARK})"
+                if stated
+                else f"also holds {ids[run_id].name} of run {run_id}"
+            )
+            raise ConfigError(
+                f"{step} is a checkpoint of run {other}, but {path} {source}; move the "
+                "checkpoint to a folder of its own, "
+                "or take away what does not belong to it"
+            )
     if stated is None:
         write_mark(path, run_id)
     return run_id
@@ -166,8 +231,11 @@ def manifest_id(checkpoint: Path) -> str | None:
 
 
 def start_over(path: Path, say: Callable[[str], None]) -> None:
-    """Move what an earlier attempt wrote into attempt_N. Its mark moves last: a crash in between leaves a folder of a run.
-    checkpoints/ stays: there is none in it."""
+    """Move what an earlier attempt wrote into attempt_N.
+
+    Its mark moves last: a crash in between leaves a folder of a run. checkpoints/ stays: there is
+    none in it.
+    """
     number = 1
     while (aside := path / f"attempt_{number}").exists():
         number += 1
@@ -177,7 +245,10 @@ def start_over(path: Path, say: Callable[[str], None]) -> None:
             (path / name).rename(aside / name)
     if (path / MARK).exists():
         (path / MARK).rename(aside / MARK)
-    say(f"{path} holds a run that ended before its first checkpoint: started over, its files are in {aside.name}/")
+    say(
+        f"{path} holds a run that ended before its first checkpoint: started over, its files "
+        f"are in {aside.name}/"
+    )
 
 
 @contextmanager
@@ -205,7 +276,9 @@ def replaced_model(folder: RunFolder) -> Iterator[Path]:
 
 
 def forget_model(folder: RunFolder) -> None:
-    """Remove the final model that an earlier end of this run left: the run is longer now, and its newest checkpoint is the model."""
+    """Remove the final model that an earlier end of this run left: the run is longer now, and its
+    newest checkpoint is the model.
+    """
     if wrote_model(folder.path):
         write_mark(folder.path, folder.run_id)
         shutil.rmtree(folder.path / "model", ignore_errors=True)
@@ -235,7 +308,10 @@ def free_name(path: Path) -> Path:
 
 
 def new_folder(parent: str | Path, name: str) -> str:
-    """Make an empty folder NAME or NAME-2, -3, ... that was not there; returns its name. Raises ConfigError."""
+    """Make an empty folder NAME or NAME-2, -3, ... that was not there; returns its name.
+
+    Raises ConfigError.
+    """
     number, found = 1, name
     while True:
         try:
@@ -246,4 +322,6 @@ def new_folder(parent: str | Path, name: str) -> str:
             number += 1
             found = f"{name}-{number}"
         except OSError as error:
-            raise ConfigError(f"run folder {Path(parent, found)} (run.dir/run.name) cannot be made: {error}") from None
+            raise ConfigError(
+                f"run folder {Path(parent, found)} (run.dir/run.name) cannot be made: {error}"
+            ) from None

@@ -1,4 +1,5 @@
 """The datasets of a run, opened and checked: which a method needs, and what is told of them."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -14,14 +15,20 @@ from tandem.engine.data.sources import ExpertSource, PromptSource, RowSource
 class Sources:
     """What a run reads. None: the method needs none, or the config names none."""
 
-    prompts: Any                        # PromptSource, or the recorded prompts of a replay
+    prompts: Any  # PromptSource, or the recorded prompts of a replay
     experts: ExpertSource | None
-    aligned: PromptSource | None        # demonstrations with their prompts, where the method wants these together
+    # demonstrations with their prompts, where the method wants these together
+    aligned: PromptSource | None
     evaluation: PromptSource | None
 
     def named(self) -> dict[str, RowSource]:
         """Those that are read from datasets."""
-        every = {"prompts": self.prompts, "experts": self.experts, "aligned": self.aligned, "evaluation": self.evaluation}
+        every = {
+            "prompts": self.prompts,
+            "experts": self.experts,
+            "aligned": self.aligned,
+            "evaluation": self.evaluation,
+        }
         return {name: source for name, source in every.items() if isinstance(source, RowSource)}
 
     def facts(self) -> dict[str, dict[str, Any]]:
@@ -38,7 +45,9 @@ class Sources:
 def open_sources(config: Config, data: DataConfig, method: Method, tokenizer) -> Sources:
     """`data` is config.data, with the date that templates tell. Raises ConfigError."""
 
-    def opened(kind: type[RowSource], dataset: DatasetConfig | None, seed: int = config.run.seed) -> Any:
+    def opened(
+        kind: type[RowSource], dataset: DatasetConfig | None, seed: int = config.run.seed
+    ) -> Any:
         if dataset is None:
             return None
         return kind(dataset, data, tokenizer, config.model, seed)
@@ -48,10 +57,11 @@ def open_sources(config: Config, data: DataConfig, method: Method, tokenizer) ->
         prompts = opened(PromptSource, data.prompts)
     if config.rollout.backend == "replay":
         from tandem.rollout.backends.replay import RecordedPrompts, check_record
+
         check_record(config.rollout.record)
         prompts = prompts or RecordedPrompts(config.rollout.record)
     if method.aligned:
-        response = data.experts.response or "response"      # the name it has in generated rows
+        response = data.experts.response or "response"  # the name it has in generated rows
         aligned = opened(PromptSource, replace(data.experts, response=response))
     elif method.uses_experts:
         experts = opened(ExpertSource, data.experts)

@@ -1,13 +1,17 @@
 """Whether a run may go on with a config that is not the one its checkpoint was written with.
 
-The manifest of a checkpoint has the config and digests of what was read. Values are compared by meaning: paths by where they
-lead, data, models and code by content, a method with its defaults filled in. Of what differs
+The manifest of a checkpoint has the config and digests of what was read. Values are compared by
+meaning: paths by where they lead, data, models and code by content, a method with its defaults
+filled in. Of what differs
 
-    FREE keys       are allowed and told: they change how fast, where and how long the run computes, or what it reports
+    FREE keys       are allowed and told: they change how fast, where and how long the run computes,
+                    or what it reports
     FIXED keys      are refused: the checkpoint does not fit
-    all others      are refused unless run.resume_changes names them, or a section around them: the run would not be the one
+    all others      are refused unless run.resume_changes names them, or a section around them: the
+                    run would not be the one
                     that was begun
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -28,17 +32,56 @@ from tandem.engine.core.text import brief
 from tandem.engine.loop.checkpoint import manifest_facts
 from tandem.launch.run.content import code_digests
 
-FIXED = ("mode", "method.name", "model.dtype", "learner.zero_stage", "learner.offload_optimizer", "cluster.learner_ranks")
+FIXED = (
+    "mode",
+    "method.name",
+    "model.dtype",
+    "learner.zero_stage",
+    "learner.offload_optimizer",
+    "cluster.learner_ranks",
+)
 UNTOLD = ("run.name", "run.dir", "run.resume", "run.resume_changes", "run.beside_files")
-FREE = (*UNTOLD, "run.steps", "run.token_budget", "run.checkpoint_every", "run.keep_checkpoints", "run.save_model", "run.wandb",
-        "run.tensorboard", "run.rollout_only", "eval", "data.evaluation", "sync", "cluster", "model.trust_remote_code",
-        "reward.workers", "reward.timeout", "reward.max_error_rate", "reward.memory_gib", "reward.check_answers", "rollout.request_timeout", "rollout.max_restarts",
-        "rollout.max_sequences", "rollout.max_model_len", "rollout.gpu_memory_utilization", "rollout.kv_cache_gib",
-        "rollout.prefix_caching", "rollout.sleep", "learner.max_skipped_steps", "learner.gradient_checkpointing",
-        "learner.offload_activations")
-PATHS = ("model.path", "model.tokenizer", "data.prompts.path", "data.experts.path", "rollout.record")
+FREE = (
+    *UNTOLD,
+    "run.steps",
+    "run.token_budget",
+    "run.checkpoint_every",
+    "run.keep_checkpoints",
+    "run.save_model",
+    "run.wandb",
+    "run.tensorboard",
+    "run.rollout_only",
+    "eval",
+    "data.evaluation",
+    "sync",
+    "cluster",
+    "model.trust_remote_code",
+    "reward.workers",
+    "reward.timeout",
+    "reward.max_error_rate",
+    "reward.memory_gib",
+    "reward.check_answers",
+    "rollout.request_timeout",
+    "rollout.max_restarts",
+    "rollout.max_sequences",
+    "rollout.max_model_len",
+    "rollout.gpu_memory_utilization",
+    "rollout.kv_cache_gib",
+    "rollout.prefix_caching",
+    "rollout.sleep",
+    "learner.max_skipped_steps",
+    "learner.gradient_checkpointing",
+    "learner.offload_activations",
+)
+PATHS = (
+    "model.path",
+    "model.tokenizer",
+    "data.prompts.path",
+    "data.experts.path",
+    "rollout.record",
+)
 DATASET = ("path", "split", "limit", "options")
-READ = {        # what a digest of content stands for
+READ = {  # what a digest of content stands for
     "model.path": ("model.path",),
     "model.tokenizer": ("model.tokenizer",),
     "rollout.record": ("rollout.record",),
@@ -52,9 +95,9 @@ ABSENT = object()
 class Facts:
     """What a part of a run was started with, as it stands in its checkpoints' manifests."""
 
-    config: dict[str, Any]                                      # nested, without secrets
-    content: dict[str, str] = field(default_factory=dict)       # digests by config key
-    code: dict[str, str] = field(default_factory=dict)          # {FILE.py:NAME: digest of the file}
+    config: dict[str, Any]  # nested, without secrets
+    content: dict[str, str] = field(default_factory=dict)  # digests by config key
+    code: dict[str, str] = field(default_factory=dict)  # {FILE.py:NAME: digest of the file}
 
 
 def facts_of(config: Config, content: Mapping[str, str] = {}) -> Facts:
@@ -63,7 +106,10 @@ def facts_of(config: Config, content: Mapping[str, str] = {}) -> Facts:
 
 
 def facts_before(checkpoint: Path, run_folder: Path) -> Facts:
-    """Those of a checkpoint; of a version that did not write them, what config.yaml says. Raises ConfigError."""
+    """Those of a checkpoint; of a version that did not write them, what config.yaml says.
+
+    Raises ConfigError.
+    """
     found = manifest_facts(checkpoint)
     if found is not None and isinstance(found.get("config"), dict):
         return Facts(found["config"], found.get("content") or {}, found.get("code") or {})
@@ -71,31 +117,50 @@ def facts_before(checkpoint: Path, run_folder: Path) -> Facts:
     try:
         tree = yaml.safe_load(path.read_bytes())
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"run.resume: {checkpoint} does not say what config it was written with (an older version wrote it), and {path} "
-                          f"cannot be read: {error}; put the run's config there") from None
+        raise ConfigError(
+            f"run.resume: {checkpoint} does not say what config it was written with (an "
+            f"older version wrote it), and {path} "
+            f"cannot be read: {error}; put the run's config there"
+        ) from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"run.resume: {checkpoint} does not say what config it was written with (an older version wrote it), and {path} "
-                          "is damaged, no mapping of sections; put the run's config there")
+        raise ConfigError(
+            f"run.resume: {checkpoint} does not say what config it was written with (an "
+            f"older version wrote it), and {path} "
+            "is damaged, no mapping of sections; put the run's config there"
+        )
     return Facts(tree)
 
 
 def check_fixed(config: Config, before: Facts, done: int) -> None:
     """Raise ConfigError for what no key allows. Cheap: before anything is opened."""
     if done > config.run.steps:
-        raise ConfigError(f"run.steps is {config.run.steps}, but the checkpoint to resume from has done {done}; raise run.steps")
+        raise ConfigError(
+            f"run.steps is {config.run.steps}, but the checkpoint to resume from has done "
+            f"{done}; raise run.steps"
+        )
     old, new = comparable(before, facts_of(config))
-    changed = [line(key, old, new) for key in FIXED if differs(old.get(key, ABSENT), new.get(key, ABSENT))]
+    changed = [
+        line(key, old, new) for key in FIXED if differs(old.get(key, ABSENT), new.get(key, ABSENT))
+    ]
     if changed:
-        raise ConfigError("run.resume: the checkpoint does not fit this config (former value -> value now):\n" + "\n".join(changed)
-                          + "\nresume with the former values, or start a new run under another run.name")
+        raise ConfigError(
+            "run.resume: the checkpoint does not fit this config (former value -> value now):\n"
+            + "\n".join(changed)
+            + "\nresume with the former values, or start a new run under another run.name"
+        )
 
 
 def check_changes(config: Config, before: Facts, now: Facts) -> list[str]:
-    """Raise ConfigError that lists all that differs and is not allowed. Returns lines about what differs and is."""
+    """Raise ConfigError that lists all that differs and is not allowed.
+
+    Returns lines about what differs and is.
+    """
     old, new = comparable(before, now)
     refused, told = [], []
     for key in read_otherwise(old, new, before, now):
-        (told if allowed(key, config.run.resume_changes) else refused).append((key, f"  {key}: the content differs{read_from(key, old, new)}"))
+        (told if allowed(key, config.run.resume_changes) else refused).append(
+            (key, f"  {key}: the content differs{read_from(key, old, new)}")
+        )
         drop(READ[key], old, new)
     for key in sorted(old.keys() | new.keys()):
         if allowed(key, UNTOLD) or not differs(old.get(key, ABSENT), new.get(key, ABSENT)):
@@ -104,21 +169,34 @@ def check_changes(config: Config, before: Facts, now: Facts) -> list[str]:
         (told if free else refused).append((key, line(key, old, new)))
     if refused:
         keys = ", ".join(key for key, _ in refused)
-        raise ConfigError("run.resume: this config is not the one the checkpoint was written with (former value -> value now):\n"
-                          + "\n".join(text for _, text in refused)
-                          + f"\nresume with the former values, or allow the change with 'run.resume_changes=[{keys}]', or start a new run "
-                          "under another run.name")
+        raise ConfigError(
+            (
+                "run.resume: this config is not the one the checkpoint was written with (former "
+                "value -> value now):\n"
+            )
+            + "\n".join(text for _, text in refused)
+            + "\nresume with the former values, or allow the change with "
+            f"'run.resume_changes=[{keys}]', or start a new run "
+            "under another run.name"
+        )
     return notes(config, before, now, [text.strip() for _, text in told], old, new)
 
 
-def notes(config: Config, before: Facts, now: Facts, told: list[str], old: dict, new: dict) -> list[str]:
+def notes(
+    config: Config, before: Facts, now: Facts, told: list[str], old: dict, new: dict
+) -> list[str]:
     found = [f"resumed with a change: {text}" for text in told]
     if config.learner.schedule != "constant" and old.get("run.steps") != new.get("run.steps"):
-        found.append(f"warning: learner.schedule is {config.learner.schedule}, so the learning rate of the steps to come is that of a run "
-                     f"of {config.run.steps} steps, not {old.get('run.steps')}")
+        found.append(
+            f"warning: learner.schedule is {config.learner.schedule}, so the learning rate "
+            "of the steps to come is that of a run "
+            f"of {config.run.steps} steps, not {old.get('run.steps')}"
+        )
     for spec, digest in now.code.items():
         if before.code.get(spec, digest) != digest:
-            found.append(f"warning: {spec.rpartition(':')[0]} was edited since the checkpoint was written")
+            found.append(
+                f"warning: {spec.rpartition(':')[0]} was edited since the checkpoint was written"
+            )
     return found
 
 
@@ -145,21 +223,31 @@ def spelled(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def method_options(block: dict[str, Any]) -> dict[str, Any]:
-    """The options with their defaults, as far as they are plain; as they stand if the method cannot be made any more."""
+    """The options with their defaults, as far as they are plain; as they stand if the method cannot
+    be made any more.
+    """
     try:
         return {"name": block["name"], **plain(configured(block))}
-    except Exception:       # code of a user's that has gone, or another version's options
+    except Exception:  # code of a user's that has gone, or another version's options
         return dict(block)
 
 
 def plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
-        return {f.name.rstrip("_"): plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        return {
+            f.name.rstrip("_"): plain(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if f.init
+        }
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(entry) for entry in value]
-    return value if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
+    return (
+        value
+        if value is None or isinstance(value, (bool, int, float, str))
+        else type(value).__name__
+    )
 
 
 def completed(tree: Any, default: Any) -> Any:
@@ -190,7 +278,11 @@ def moved_code(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]
     found = {}
     for spec, digest in new.items():
         for other, former in old.items():
-            if spec not in old and former == digest and other.rpartition(":")[2] == spec.rpartition(":")[2]:
+            if (
+                spec not in old
+                and former == digest
+                and other.rpartition(":")[2] == spec.rpartition(":")[2]
+            ):
                 found[spec] = other
     return found
 
@@ -200,11 +292,18 @@ def renamed(value: Any, names: Mapping[str, str]) -> Any:
         return {names.get(key, key): renamed(entry, names) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [renamed(entry, names) for entry in value]
-    return names.get(value, value) if isinstance(value, str) and OBJECT_IN_FILE.fullmatch(value) else value
+    return (
+        names.get(value, value)
+        if isinstance(value, str) and OBJECT_IN_FILE.fullmatch(value)
+        else value
+    )
 
 
 def read_otherwise(old: dict, new: dict, before: Facts, now: Facts) -> list[str]:
-    """Keys of what has another content now. Where the content is the same, how it is named no longer counts."""
+    """Keys of what has another content now.
+
+    Where the content is the same, how it is named no longer counts.
+    """
     changed = []
     for key in READ:
         if key in before.content and key in now.content:

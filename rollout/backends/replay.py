@@ -1,12 +1,16 @@
-"""Recorded rollouts instead of an engine: for runs that only train, e.g. to compare methods on the very same samples.
+"""Recorded rollouts instead of an engine: for runs that only train, e.g. to compare methods on the
+very same samples.
 
-`rollout.record` is the rollouts.jsonl of another run. A request is answered with the recorded group of the same ordinal if that is of the same prompt, else
-with the prompt's first group that was not served yet (groups that the recorded run filtered out leave gaps in its ordinals). Tokens, sources, log-probs
-and versions are served as recorded, whatever the request's sampling and prefixes; the ordinal becomes the request's. A group may have fewer
-samples than were asked for: samples whose reward failed are not in the file.
+`rollout.record` is the rollouts.jsonl of another run. A request is answered with the recorded group
+of the same ordinal if that is of the same prompt, else with the prompt's first group that was not
+served yet (groups that the recorded run filtered out leave gaps in its ordinals). Tokens, sources,
+log-probs and versions are served as recorded, whatever the request's sampling and prefixes; the
+ordinal becomes the request's. A group may have fewer samples than were asked for: samples whose
+reward failed are not in the file.
 
 Weight updates are taken and digested, so that the sync's checks pass, and change nothing.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +28,9 @@ from tandem.engine.weights.digest import combine, digest
 
 
 class Record:
-    """A rollouts.jsonl in memory: {group ordinal: its trajectories}, {group ordinal: its prompt}, in the order of the file."""
+    """A rollouts.jsonl in memory: {group ordinal: its trajectories}, {group ordinal: its prompt},
+    in the order of the file.
+    """
 
     def __init__(self, path: str | Path):
         check_record(path)
@@ -37,27 +43,40 @@ class Record:
 def check_record(path: str | Path) -> None:
     """Read the first rollout. Raises ConfigError if there is none."""
     if not Path(path).is_file():
-        raise ConfigError(f"rollout.record is {str(path)!r}: there is no such file; give the rollouts.jsonl of a run")
+        raise ConfigError(
+            f"rollout.record is {str(path)!r}: there is no such file; give the "
+            "rollouts.jsonl of a run"
+        )
     try:
         first = next(read_rollouts(path), None)
     except ConfigError as error:
         raise ConfigError(f"rollout.record: no rollout: {error}") from None
     except (KeyError, ValueError, TypeError) as error:
-        raise ConfigError(f"rollout.record is {str(path)!r}: its first line is no rollout ({error!r}); give the rollouts.jsonl of a run") from None
+        raise ConfigError(
+            f"rollout.record is {str(path)!r}: its first line is no rollout ({error!r}); "
+            "give the rollouts.jsonl of a run"
+        ) from None
     if first is None:
         raise ConfigError(f"rollout.record is {str(path)!r}: the file holds no rollouts")
 
 
 def refuse_cut_columns(path: str | Path) -> None:
-    """Raise ConfigError if a column is not whole in the record: a reward would judge by a part of it."""
+    """Raise ConfigError if a column is not whole in the record: a reward would judge by a part of
+    it.
+    """
     for line, prompt, _ in read_rollouts(path):
         if line.get("cut"):
-            raise ConfigError(f"rollout.record is {str(path)!r}: of prompt {prompt.id!r} the columns {', '.join(line['cut'])} were too long to be recorded whole; "
-                              "set data.prompts to the recorded run's, from which the rewards then have them")
+            raise ConfigError(
+                f"rollout.record is {str(path)!r}: of prompt {prompt.id!r} the columns "
+                f"{', '.join(line['cut'])} were too long to be recorded whole; "
+                "set data.prompts to the recorded run's, from which the rewards then have them"
+            )
 
 
 class RecordedPrompts:
-    """The recorded prompts in the recorded order, as a prompt source: for a train-only run that does not name data.prompts."""
+    """The recorded prompts in the recorded order, as a prompt source: for a train-only run that
+    does not name data.prompts.
+    """
 
     def __init__(self, path: str | Path):
         refuse_cut_columns(path)
@@ -67,11 +86,17 @@ class RecordedPrompts:
         return len(self.prompts)
 
     def take(self, n: int) -> list[Prompt]:
-        """The next n prompts. Raises ConfigError when there are no more: a record is not started over."""
+        """The next n prompts.
+
+        Raises ConfigError when there are no more: a record is not started over.
+        """
         if self.position + n > len(self.prompts):
-            raise ConfigError(f"rollout.record holds {len(self.prompts)} groups, and all of them were used; lower run.steps or record more rollouts")
+            raise ConfigError(
+                f"rollout.record holds {len(self.prompts)} groups, and all of them were "
+                "used; lower run.steps or record more rollouts"
+            )
         self.position += n
-        return self.prompts[self.position - n:self.position]
+        return self.prompts[self.position - n : self.position]
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position}
@@ -88,16 +113,22 @@ class ReplayBackend:
 
     def __init__(self, model_path: str, config: Config, seed: int):
         self.record = Record(config.rollout.record)
-        self.unserved: dict[str, list[int]] = {}            # recorded ordinals of each prompt
+        self.unserved: dict[str, list[int]] = {}  # recorded ordinals of each prompt
         for group, prompt in self.record.prompts.items():
             self.unserved.setdefault(prompt.id, []).append(group)
-        self.served: dict[int, int] = {}                    # request's ordinal: recorded ordinal; a request may come again
+        # request's ordinal: recorded ordinal; a request may come again
+        self.served: dict[int, int] = {}
         self.version, self.received = 0, {}
         self.before_update = lambda: None
 
     @classmethod
-    async def start(cls, model_path: str, config: Config, seed: int, log_dir: str | None = None) -> ReplayBackend:
-        """Read `rollout.record`; no model is loaded. Raises ConfigError if the file is missing or empty."""
+    async def start(
+        cls, model_path: str, config: Config, seed: int, log_dir: str | None = None
+    ) -> ReplayBackend:
+        """Read `rollout.record`; no model is loaded.
+
+        Raises ConfigError if the file is missing or empty.
+        """
         return cls(model_path, config, seed)
 
     async def generate(self, request: GenRequest) -> tuple[Trajectory, ...]:
@@ -107,7 +138,10 @@ class ReplayBackend:
         """Nothing is running between calls."""
 
     def generate_all(self, requests: Sequence[GenRequest]) -> list[tuple[Trajectory, ...]]:
-        """The recorded samples of every request, in order. Raises ConfigError for a request with no record, or with a record that does not fit it."""
+        """The recorded samples of every request, in order.
+
+        Raises ConfigError for a request with no record, or with a record that does not fit it.
+        """
         return [self.serve(request) for request in requests]
 
     def serve(self, request: GenRequest) -> tuple[Trajectory, ...]:
@@ -115,18 +149,33 @@ class ReplayBackend:
         if request.group not in self.served:
             choice = self.unserved.get(prompt.id, [])
             if not choice:
-                raise ConfigError(f"rollout.record {self.record.path} has no rollouts {'left ' if prompt.id in self.unserved else ''}for prompt {prompt.id!r} "
-                                  f"(group {request.group}); it holds {len(self.record.groups)} groups of {len(self.unserved)} prompts. Use the recorded run's "
-                                  "data.prompts, run.seed and rollout.prompts_per_step, no data.evaluation, and no more steps than were recorded")
-            self.served[request.group] = choice.pop(choice.index(request.group) if request.group in choice else 0)
+                raise ConfigError(
+                    f"rollout.record {self.record.path} has no rollouts "
+                    f"{'left ' if prompt.id in self.unserved else ''}for prompt "
+                    f"{prompt.id!r} "
+                    f"(group {request.group}); it holds {len(self.record.groups)} groups of "
+                    f"{len(self.unserved)} prompts. Use the recorded run's "
+                    "data.prompts, run.seed and rollout.prompts_per_step, no "
+                    "data.evaluation, and no more steps than were recorded"
+                )
+            self.served[request.group] = choice.pop(
+                choice.index(request.group) if request.group in choice else 0
+            )
         recorded = self.served[request.group]
         trajectories = self.record.groups[recorded]
         if len(trajectories) > request.samples:
-            raise ConfigError(f"rollout.record {self.record.path} has {len(trajectories)} samples in group {recorded}, but {request.samples} were asked for; "
-                              "set rollout.samples_per_prompt to that of the recorded run")
+            raise ConfigError(
+                f"rollout.record {self.record.path} has {len(trajectories)} samples in group "
+                f"{recorded}, but {request.samples} were asked for; "
+                "set rollout.samples_per_prompt to that of the recorded run"
+            )
         if not np.array_equal(self.record.prompts[recorded].tokens, prompt.tokens):
-            raise ConfigError(f"rollout.record {self.record.path}: prompt {prompt.id!r} has other token ids there than in data.prompts; "
-                              "the rollouts were recorded with another tokenizer, chat template, system prompt or dataset")
+            raise ConfigError(
+                f"rollout.record {self.record.path}: prompt {prompt.id!r} has other token "
+                "ids there than in data.prompts; "
+                "the rollouts were recorded with another tokenizer, chat template, system "
+                "prompt or dataset"
+            )
         return tuple(replace(trajectory, group=request.group) for trajectory in trajectories)
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:

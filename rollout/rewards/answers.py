@@ -1,8 +1,10 @@
 """Expected answers: which values of a dataset can be compared with, and as what text.
 
-A missing answer (null, NaN, empty) or one that is no text and no number (a list) can never be met, so it is an error of its row and not
-a wrong completion. Rows are checked before a run where there is an end to them.
+A missing answer (null, NaN, empty) or one that is no text and no number (a list) can never be met,
+so it is an error of its row and not a wrong completion. Rows are checked before a run where there
+is an end to them.
 """
+
 from __future__ import annotations
 
 import datetime
@@ -18,16 +20,19 @@ from tandem.engine.core.errors import ConfigError
 from tandem.rollout.rewards.api import ground_truth
 from tandem.rollout.rewards.values import describe
 
-COMPARED = ("exact", "math")        # built-in functions that need an expected answer of the kinds below
+# built-in functions that need an expected answer of the kinds below
+COMPARED = ("exact", "math")
 CHECKED_ROWS = 1_000_000
-SHOWN = 3                           # rows named in an error
+SHOWN = 3  # rows named in an error
 PROSE_WORDS = 5
 WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
 
 
 def expected_texts(value: Any) -> tuple[str, ...]:
-    """The texts by which an expected answer is met, white space around them aside: one for a text; for a whole number that its column
-    made a float (72 became 72.0, as next to nulls) the number it was, and the float's own. Raises ValueError for what is no answer."""
+    """The texts by which an expected answer is met, white space around them aside: one for a text;
+    for a whole number that its column made a float (72 became 72.0, as next to nulls) the number it
+    was, and the float's own. Raises ValueError for what is no answer.
+    """
     if isinstance(value, np.generic):
         value = value.item()
     if value is None:
@@ -42,35 +47,51 @@ def expected_texts(value: Any) -> tuple[str, ...]:
         return str(int(value)), str(value)
     if isinstance(value, (bool, int, float, Decimal, datetime.date, datetime.time)):
         return (str(value),)
-    raise ValueError(f"the expected answer is a {describe(value)}, expected text or a number; write it as such, or compare in a function of your own")
+    raise ValueError(
+        f"the expected answer is a {describe(value)}, expected text or a number; write it as "
+        "such, or compare in a function of your own"
+    )
 
 
 def mathematical_text(value: Any) -> str:
-    """The expected answer of `math`, which is compared by meaning: one text is enough. Raises ValueError for prose, too."""
+    """The expected answer of `math`, which is compared by meaning: one text is enough.
+
+    Raises ValueError for prose, too.
+    """
     text = expected_texts(value)[0]
     if "####" in text:
-        raise ValueError(f"the expected answer is a solution and not an answer: found {describe(text)}; keep only what follows the last ####")
+        raise ValueError(
+            f"the expected answer is a solution and not an answer: found {describe(text)}; "
+            "keep only what follows the last ####"
+        )
     prose = len(WORD.findall(text)) >= PROSE_WORDS and re.search(r"\d", text)
     marked = any(mark in text for mark in ("$", "\\boxed", "\\fbox", "\\(", "\\[", "\\text"))
     if prose and not marked:
-        raise ValueError(f"the expected answer is prose with numbers in it: found {describe(text)}; give the answer alone, or in \\boxed{{}}")
+        raise ValueError(
+            f"the expected answer is prose with numbers in it: found {describe(text)}; give "
+            f"the answer alone, or in \\boxed{{}}"
+        )
     return text
 
 
 def unusable(name: str, row: Mapping[str, Any]) -> str:
     """Why the built-in function `name` can never score a row, or ''."""
     found = ground_truth(row)
-    if name not in COMPARED or not found:       # a column that is not there at all is told elsewhere
+    # a column that is not there at all is told elsewhere
+    if name not in COMPARED or not found:
         return ""
     try:
-        mathematical_text(found["ground_truth"]) if name == "math" else expected_texts(found["ground_truth"])
+        mathematical_text(found["ground_truth"]) if name == "math" else expected_texts(
+            found["ground_truth"]
+        )
     except ValueError as error:
         return str(error)
     return ""
 
 
 def check_answers(functions: Sequence[str], source: Any, key: str) -> None:
-    """Raise ConfigError if rows of a dataset, set by `key`, have expected answers that a built-in function cannot compare with.
+    """Raise ConfigError if rows of a dataset, set by `key`, have expected answers that a built-in
+    function cannot compare with.
 
     `source` has `rows` (rows.py) and a length; rows without end are not looked at.
     """
@@ -81,10 +102,17 @@ def check_answers(functions: Sequence[str], source: Any, key: str) -> None:
     found = []
     for number in range(len(source)):
         row = rows[number]
-        reasons = [f"reward {name!r}: {reason}" for name in names if (reason := unusable(name, row))]
+        reasons = [
+            f"reward {name!r}: {reason}" for name in names if (reason := unusable(name, row))
+        ]
         if reasons:
             found.append(f"{rows.label(number)}: {reasons[0]}")
     if found:
         more = f"\nand {len(found) - SHOWN} more rows" if len(found) > SHOWN else ""
-        raise ConfigError("\n".join(found[:SHOWN]) + more + f"\n{len(found)} of the {len(source)} rows of {key} can never be scored. Mend or remove them, or set "
-                          "reward.check_answers=false: then each counts as a failed reward when its turn comes")
+        raise ConfigError(
+            "\n".join(found[:SHOWN])
+            + more
+            + f"\n{len(found)} of the {len(source)} rows of {key} can never be scored. Mend or "
+            "remove them, or set "
+            "reward.check_answers=false: then each counts as a failed reward when its turn comes"
+        )

@@ -1,4 +1,7 @@
-"""What a call of user code may change in its worker process, and what is put back afterwards, so that the next call finds what this one found."""
+"""What a call of user code may change in its worker process, and what is put back afterwards, so
+that the next call finds what this one found.
+"""
+
 from __future__ import annotations
 
 import fcntl
@@ -8,8 +11,8 @@ import signal
 import sys
 
 TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
-OUT_OF_REACH = 512      # copies of descriptors lie here, above what code closes that closes "all"
-LOST_CONNECTION = 70    # exit code
+OUT_OF_REACH = 512  # copies of descriptors lie here, above what code closes that closes "all"
+LOST_CONNECTION = 70  # exit code
 
 
 class Guard:
@@ -25,23 +28,28 @@ class Guard:
         self.copies = {fd: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, lowest) for fd in (0, 1, 2)}
 
     def restore(self) -> None:
-        """Put back the current folder, timers, the recursion limit and the standard streams. Without its connection the process ends."""
+        """Put back the current folder, timers, the recursion limit and the standard streams.
+
+        Without its connection the process ends.
+        """
         for timer in TIMERS:
             signal.setitimer(timer, 0)
         sys.setrecursionlimit(self.recursion_limit)
         try:
             os.chdir(self.folder)
-        except OSError:         # the folder is gone: there is none to go back to
+        except OSError:  # the folder is gone: there is none to go back to
             pass
         if identity(self.connection) != self.files[self.connection]:
-            os._exit(LOST_CONNECTION)       # an answer would go into a file of the user's
+            os._exit(LOST_CONNECTION)  # an answer would go into a file of the user's
         for fd, copy in self.copies.items():
             if identity(fd) != self.files[fd]:
                 os.dup2(copy, fd)
         for name, fd in (("stdout", 1), ("stderr", 2)):
             if usable(getattr(sys, name)):
                 continue
-            stream = open(fd, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
+            stream = open(
+                fd, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False
+            )
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)
 

@@ -1,11 +1,14 @@
 """How much memory a reward worker may use, and when one that has grown is replaced."""
+
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-WARM_CALLS = 32             # what a worker loads in its first calls (models, caches) is not counted as growth
-GROWTH_BYTES = 1 << 30      # a worker that has grown by more since then is replaced between two calls
+# what a worker loads in its first calls (models, caches) is not counted as growth
+WARM_CALLS = 32
+# a worker that has grown by more since then is replaced between two calls
+GROWTH_BYTES = 1 << 30
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -14,19 +17,23 @@ class TooMuchMemory(Exception):
 
 
 def memory_limit(gib: float | None) -> int:
-    """Bytes that one process may use: reward.memory_gib, or half of what this machine (or container) has."""
+    """Bytes that one process may use: reward.memory_gib, or half of what this machine (or
+    container) has.
+    """
     if gib is not None:
         return int(gib * 2**30)
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         machine = min(machine, int(CGROUP_LIMIT.read_text()))
-    except (OSError, ValueError):       # no such limit, or the word "max"
+    except (OSError, ValueError):  # no such limit, or the word "max"
         pass
     return machine // 2
 
 
 def resident(pid: int) -> int:
-    """Bytes of memory that a process holds; 0 if it is gone, or where the system does not say (not Linux)."""
+    """Bytes of memory that a process holds; 0 if it is gone, or where the system does not say (not
+    Linux).
+    """
     try:
         pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
     except (OSError, IndexError):
@@ -35,7 +42,10 @@ def resident(pid: int) -> int:
 
 
 def largest(pid: int) -> int:
-    """The memory of the largest of a process and its children. Not their sum: forked processes share memory."""
+    """The memory of the largest of a process and its children.
+
+    Not their sum: forked processes share memory.
+    """
     return max(resident(process) for process in family(pid))
 
 
@@ -66,7 +76,13 @@ class Wear:
         if self.calls <= WARM_CALLS:
             self.base = now
         if now > limit:
-            return f"it holds {now / 2**30:.1f} GiB, more than the {limit / 2**30:.3g} GiB of reward.memory_gib"
+            return (
+                f"it holds {now / 2**30:.1f} GiB, more than the {limit / 2**30:.3g} GiB of "
+                "reward.memory_gib"
+            )
         if now > self.base + GROWTH_BYTES:
-            return f"it has grown from {self.base / 2**30:.1f} to {now / 2**30:.1f} GiB since its first {WARM_CALLS} calls"
+            return (
+                f"it has grown from {self.base / 2**30:.1f} to {now / 2**30:.1f} GiB since its "
+                f"first {WARM_CALLS} calls"
+            )
         return ""

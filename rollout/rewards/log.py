@@ -1,11 +1,13 @@
 """The log of what reward workers print: it stops growing at a limit, whatever they print."""
+
 from __future__ import annotations
 
 import os
 import threading
 from pathlib import Path
 
-LOG_BYTES = 16 << 20        # of one log; an earlier one of more than half of that is put aside as NAME.1 when a run starts
+# of one log; an earlier one of more than half of that is put aside as NAME.1 when a run starts
+LOG_BYTES = 16 << 20
 CHUNK = 1 << 16
 
 
@@ -22,9 +24,13 @@ class BoundedLog:
         self.full = False
 
     def pipe(self) -> tuple[int, threading.Thread]:
-        """(a file descriptor to print to, the thread that reads what is printed and ends with the last process that holds it)."""
+        """(a file descriptor to print to, the thread that reads what is printed and ends with the
+        last process that holds it).
+        """
         reading, writing = os.pipe()
-        thread = threading.Thread(target=self.drain, args=(reading,), name="reward-log", daemon=True)
+        thread = threading.Thread(
+            target=self.drain, args=(reading,), name="reward-log", daemon=True
+        )
         thread.start()
         return writing, thread
 
@@ -40,11 +46,17 @@ class BoundedLog:
                 return
             room = self.limit - self.size
             if len(data) > room:
-                data = data[:room] + f"\n[the log has reached {self.limit} bytes; nothing more is written to it]\n".encode()
+                data = (
+                    data[:room]
+                    + (
+                        f"\n[the log has reached {self.limit} bytes; nothing more is written to "
+                        "it]\n"
+                    ).encode()
+                )
                 self.full = True
             self.size += len(data)
             try:
                 with open(self.path, "ab") as file:
                     file.write(data)
-            except OSError:         # a full disk must not stop scoring
+            except OSError:  # a full disk must not stop scoring
                 pass

@@ -1,9 +1,13 @@
-"""Mathematical equality by math-verify: `0.5` equals `\\frac{1}{2}`. Words and dates are compared as such (words.py).
+"""Mathematical equality by math-verify:
 
-math-verify bounds its own time with SIGALRM and answers "not equal" when the alarm rings, which would be a silent 0. Here its alarms are off and
-reward.timeout ends the call, so that the outcome says timeout. It also answers "not equal" when the comparison itself raises; the expected answer
-is therefore first compared with itself, and an error is raised if that fails.
+`0.5` equals `\\frac{1}{2}`. Words and dates are compared as such (words.py).
+
+math-verify bounds its own time with SIGALRM and answers "not equal" when the alarm rings, which
+would be a silent 0. Here its alarms are off and reward.timeout ends the call, so that the outcome
+says timeout. It also answers "not equal" when the comparison itself raises; the expected answer is
+therefore first compared with itself, and an error is raised if that fails.
 """
+
 from __future__ import annotations
 
 import functools
@@ -16,9 +20,12 @@ MARKS = ("$", "\\boxed", "\\fbox", "\\(", "\\[")
 
 
 def equal(completion: str, ground_truth) -> float:
-    """1 if the answer in the completion equals the expected one, else 0. The answer: what is in the last \\boxed{}; without one LaTeX in $...$, else the last number.
+    """1 if the answer in the completion equals the expected one, else 0.
 
-    Raises ValueError if the expected answer is missing or cannot be read as mathematics, ImportError without the package math-verify.
+    The answer: what is in the last \\boxed{}; without one LaTeX in $...$, else the last number.
+
+    Raises ValueError if the expected answer is missing or cannot be read as mathematics,
+    ImportError without the package math-verify.
     """
     answer = mathematical_text(ground_truth)
     box = last_box(answer)
@@ -29,9 +36,12 @@ def equal(completion: str, ground_truth) -> float:
             return 1.0
         if not could_be_product(word):
             return 0.0
-    if any(literal(text) is not None for text in given) and (word is not None or any(map(is_date, given))):
-        return 0.0      # another word; or a date, which no number equals
+    if any(literal(text) is not None for text in given) and (
+        word is not None or any(map(is_date, given))
+    ):
+        return 0.0  # another word; or a date, which no number equals
     from math_verify import parse, verify
+
     box = last_box(completion)
     found = parse(completion if box is None else boxed(box), parsing_timeout=None)
     return float(verify(list(expected(answer)), found, timeout_seconds=None))
@@ -39,10 +49,13 @@ def equal(completion: str, ground_truth) -> float:
 
 @functools.lru_cache(maxsize=4096)
 def expected(answer: str) -> tuple:
-    """The expected answer, parsed: its last box if it has one, as it stands if it marks its LaTeX itself, else as if in \\boxed{}."""
+    """The expected answer, parsed: its last box if it has one, as it stands if it marks its LaTeX
+    itself, else as if in \\boxed{}.
+    """
     from math_verify import parse, verify
+
     for name in ("math_verify.parser", "math_verify.grader"):
-        logging.getLogger(name).setLevel(logging.ERROR)     # a warning that the alarms are off
+        logging.getLogger(name).setLevel(logging.ERROR)  # a warning that the alarms are off
     box = last_box(answer)
     if box is not None:
         text = boxed(box)
@@ -52,7 +65,10 @@ def expected(answer: str) -> tuple:
         text = boxed(answer)
     parsed = parse(text, parsing_timeout=None)
     if not parsed or not verify(parsed, parsed, timeout_seconds=None):
-        raise ValueError(f"math-verify cannot read the expected answer {answer!r}; give it as a number or in LaTeX, or use the reward 'exact'")
+        raise ValueError(
+            f"math-verify cannot read the expected answer {answer!r}; give it as a number or "
+            "in LaTeX, or use the reward 'exact'"
+        )
     return tuple(parsed)
 
 

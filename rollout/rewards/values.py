@@ -1,7 +1,10 @@
-"""What a reward function returned, as checked numbers: one entry per completion, each a float that training can use or a Failure.
+"""What a reward function returned, as checked numbers: one entry per completion, each a float that
+training can use or a Failure.
 
-A Failure never becomes a number: what is not finite in float32, in which advantages are computed, is no reward.
+A Failure never becomes a number: what is not finite in float32, in which advantages are computed,
+is no reward.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -20,12 +23,15 @@ from tandem.engine.core.foreign import message
 
 @dataclass(frozen=True)
 class Failure:
-    kind: str               # exception | not_finite | arity
+    kind: str  # exception | not_finite | arity
     message: str
 
 
 def of_group(result: Any, samples: int) -> tuple[float | None | Failure, ...]:
-    """The entries of a result for a whole group: any ordered collection of numbers, generators too. None: does not apply."""
+    """The entries of a result for a whole group: any ordered collection of numbers, generators too.
+
+    None: does not apply.
+    """
     wanted = f"expected a list of {samples} numbers, one per completion"
     if isinstance(result, (str, bytes, Mapping, Set)):
         return (Failure("arity", f"returned {describe(result)}, {wanted}"),) * samples
@@ -33,7 +39,8 @@ def of_group(result: Any, samples: int) -> tuple[float | None | Failure, ...]:
         entries = iter(result)
     except TypeError:
         return (Failure("arity", f"returned {describe(result)}, {wanted}"),) * samples
-    entries = list(itertools.islice(entries, samples + 1))      # one more than wanted is enough to see that a generator has no end
+    # one more than wanted is enough to see that a generator has no end
+    entries = list(itertools.islice(entries, samples + 1))
     if len(entries) != samples:
         count = f"more than {samples}" if len(entries) > samples else str(len(entries))
         return (Failure("arity", f"returned {count} rewards for {samples} completions"),) * samples
@@ -55,26 +62,41 @@ def of_verl(result: Any) -> float | Failure:
     if not isinstance(result, Mapping):
         return of_sample(result)
     if "score" not in result:
-        return Failure("arity", f"returned a dict with keys {short(list(result))}, expected the key 'score' in it")
+        return Failure(
+            "arity",
+            f"returned a dict with keys {short(list(result))}, expected the key 'score' in it",
+        )
     return of_sample(result["score"])
 
 
 def of_sample(value: Any) -> float | Failure:
-    """One number. Python's, numpy's and torch's scalars are numbers, and so are booleans and decimals."""
+    """One number.
+
+    Python's, numpy's and torch's scalars are numbers, and so are booleans and decimals.
+    """
     if value is None:
         return Failure("not_finite", "returned None, expected a number")
     if isinstance(value, Mapping):
-        return Failure("arity", f"returned a dict with keys {short(list(value))}, expected a number")
+        return Failure(
+            "arity", f"returned a dict with keys {short(list(value))}, expected a number"
+        )
     try:
-        if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):    # numpy and torch scalars
+        # numpy and torch scalars
+        if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
             value = value.item()
         if not isinstance(value, (numbers.Real, Decimal)):
             return Failure("arity", f"returned {describe(value)}, expected one number")
         number = float(value)
     except OverflowError:
         return Failure("not_finite", f"returned {describe(value)}, which is too large for a float")
-    except Exception as error:      # of a number-like object of the user's
-        return Failure("exception", f"returned an object of type {type(value).__name__} that cannot be made a float: {message(one_line(error))}")
+    except Exception as error:  # of a number-like object of the user's
+        return Failure(
+            "exception",
+            (
+                f"returned an object of type {type(value).__name__} that cannot be made a float: "
+                f"{message(one_line(error))}"
+            ),
+        )
     return finite(number, "returned")
 
 
@@ -84,13 +106,21 @@ def finite(number: float, what: str) -> float | Failure:
         return Failure("not_finite", f"{what} {number}")
     with np.errstate(over="ignore"):
         if not np.isfinite(np.float32(number)):
-            return Failure("not_finite", f"{what} {number:g}, which is infinite in float32, the precision of rewards and advantages (largest {np.finfo(np.float32).max:.3g})")
+            return Failure(
+                "not_finite",
+                (
+                    f"{what} {number:g}, which is infinite in float32, the precision of rewards "
+                    f"and advantages (largest {np.finfo(np.float32).max:.3g})"
+                ),
+            )
     return number
 
 
 def weighted_sum(parts: list[tuple[float, float]]) -> float | Failure:
     """The sum of weight * value over (weight, value)."""
-    return finite(sum(weight * value for weight, value in parts), "the weighted sum of the rewards is")
+    return finite(
+        sum(weight * value for weight, value in parts), "the weighted sum of the rewards is"
+    )
 
 
 def describe(value: Any) -> str:

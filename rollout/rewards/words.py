@@ -1,23 +1,30 @@
-"""Answers that are words: a parser of mathematics multiplies their letters, so that AB is BA and tea is eat. Here they are compared as words.
+"""Answers that are words: a parser of mathematics multiplies their letters, so that AB is BA and
+tea is eat. Here they are compared as words.
 
-A literal is an answer that is nothing but words (`no solution`, `B`, `AB`), or a date. Case, white space, LaTeX's \\text{} and
-punctuation around it do not count.
+A literal is an answer that is nothing but words (`no solution`, `B`, `AB`), or a date. Case, white
+space, LaTeX's \\text{} and punctuation around it do not count.
 """
+
 from __future__ import annotations
 
 import re
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|([^\s{}$]))")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|textsf|texttt|mathrm|mathbf|mathit|mathsf|mbox|operatorname)\s*\{([^{}]*)\}")
-SPACING = re.compile(r"\\[()\[\],;:! ]|~")        # LaTeX's spaces, and the marks of its formulas
+WRAPPER = re.compile(
+    r"\\(?:text|textbf|textit|textrm|textsf|texttt|mathrm|mathbf|mathit|mathsf|mbox|operatorname)\s*\{([^{}]*)\}"
+)
+SPACING = re.compile(r"\\[()\[\],;:! ]|~")  # LaTeX's spaces, and the marks of its formulas
 AROUND = " \t\r\n.,:;!?\"'`*_$()[]{}"
 WORDS = re.compile(r"[^\W\d_]+(?:[ '’][^\W\d_]+|-[^\W\d_]{3,})*")
-DATE = re.compile(r"\d{4}-\d{1,2}-\d{1,2}|\d{4}/\d{1,2}/\d{1,2}|\d{1,2}/\d{1,2}/\d{4}|\d{1,2}\.\d{1,2}\.\d{4}|\d{1,2}-\d{1,2}-\d{4}")
+DATE = re.compile(
+    r"\d{4}-\d{1,2}-\d{1,2}|\d{4}/\d{1,2}/\d{1,2}|\d{1,2}/\d{1,2}/\d{4}|\d{1,2}\.\d{1,2}\.\d{4}|\d{1,2}-\d{1,2}-\d{4}"
+)
 FORMULA = re.compile(r"\$([^$\n]+)\$")
 ANSWER = re.compile(r"(?i:\banswer)(?:\*\*)?\s*(?:is|:|=)\s*:?\s*([^\n]+)")
-CHOICE = re.compile(r"[\s(\[*_{]*([A-Z])[)\]}.:,*]")      # a letter that something closes: (B) because ...
-LONGEST_PRODUCT = 3     # letters that could be variables side by side
+# a letter that something closes: (B) because ...
+CHOICE = re.compile(r"[\s(\[*_{]*([A-Z])[)\]}.:,*]")
+LONGEST_PRODUCT = 3  # letters that could be variables side by side
 
 
 def last_box(text: str) -> str | None:
@@ -28,7 +35,7 @@ def last_box(text: str) -> str | None:
             return box[1]
         opening = box.end() - 1
         if opening in closing:
-            return text[box.end():closing[opening]]
+            return text[box.end() : closing[opening]]
     return None
 
 
@@ -71,8 +78,9 @@ def stripped(text: str) -> str:
 
 
 def said(completion: str) -> list[str]:
-    """What a completion may mean as its answer in words: the last box; without one, what follows the last `answer is`, or all of it, or its
-    last formula."""
+    """What a completion may mean as its answer in words: the last box; without one, what follows
+    the last `answer is`, or all of it, or its last formula.
+    """
     box = last_box(completion)
     if box is not None:
         return [box]

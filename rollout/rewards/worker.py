@@ -1,8 +1,12 @@
-"""A reward worker process: `python -m tandem.rollout.rewards.worker FD PARENT`, started by runner.py and by nobody else.
+"""A reward worker process:
 
-It is told the reward config, answers with the functions' signatures and source (or why they cannot be used), then answers one call at a time. It is started
-as a program of its own, not by multiprocessing, which would run the user's main script once more in every worker.
+`python -m tandem.rollout.rewards.worker FD PARENT`, started by runner.py and by nobody else.
+
+It is told the reward config, answers with the functions' signatures and source (or why they cannot
+be used), then answers one call at a time. It is started as a program of its own, not by
+multiprocessing, which would run the user's main script once more in every worker.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -25,15 +29,17 @@ PR_SET_PDEATHSIG = 1
 
 def main() -> None:
     connection, parent = Connection(int(sys.argv[1])), int(sys.argv[2])
-    if sys.platform == "linux":     # elsewhere an idle worker ends when its connection closes, a busy one after its call
+    # elsewhere an idle worker ends when its connection closes, a busy one after its call
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
-        return                      # the parent died before it could be watched
+        return  # the parent died before it could be watched
     faulthandler.enable()
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="backslashreplace")     # a print of any text works
+        # a print of any text works
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     pid, folder = os.getpid(), os.getcwd()
-    dumps = pickle.dumps        # kept: user code may put something else in its place
+    dumps = pickle.dumps  # kept: user code may put something else in its place
     try:
         config, seed, code = connection.recv()
         install(code)
@@ -41,8 +47,10 @@ def main() -> None:
     except ConfigError as error:
         return connection.send(str(error))
     except BaseException:
-        return connection.send(f"a reward function's file cannot be imported:\n{message(traceback.format_exc())}")
-    os.chdir(folder)            # whatever the import did
+        return connection.send(
+            f"a reward function's file cannot be imported:\n{message(traceback.format_exc())}"
+        )
+    os.chdir(folder)  # whatever the import did
     guard = Guard(connection.fileno())
     connection.send(([f.signature for f in functions], user_code()))
     while True:
@@ -51,7 +59,8 @@ def main() -> None:
         except EOFError:
             return
         reply = answer(functions, request)
-        if os.getpid() != pid:      # a fork made by the reward came back here: it must not answer in the worker's place
+        # a fork made by the reward came back here: it must not answer in the worker's place
+        if os.getpid() != pid:
             os._exit(0)
         guard.restore()
         connection.send_bytes(dumps(reply))
@@ -61,7 +70,10 @@ def answer(functions, request: bytes, loads=pickle.loads) -> Reply | str:
     try:
         number, call = loads(request)
     except Exception as error:
-        return f"a dataset row cannot be read in a reward worker: {type(error).__name__}: {error}; columns must be plain values"
+        return (
+            f"a dataset row cannot be read in a reward worker: {type(error).__name__}: {error}; "
+            "columns must be plain values"
+        )
     return functions[number](call, passes=())
 
 

@@ -1,9 +1,12 @@
-"""What Tandem adds inside vLLM's worker process: receivers for the weight transports, and the checks that new weights are really computed with.
+"""What Tandem adds inside vLLM's worker process: receivers for the weight transports, and the
+checks that new weights are really computed with.
 
-vLLM imports this module because `worker_extension_cls` names WorkerExtension; the import registers the receivers. The faults guarded against are real,
-silent ones of vLLM 0.32: a layer that an update left out keeps its old weights (a log line), and on a CPU a tied lm_head keeps its old packed copy, while
-experts are not packed at all (vllm_experts.py).
+vLLM imports this module because `worker_extension_cls` names WorkerExtension; the import registers
+the receivers. The faults guarded against are real, silent ones of vLLM 0.32: a layer that an update
+left out keeps its old weights (a log line), and on a CPU a tied lm_head keeps its old packed copy,
+while experts are not packed at all (vllm_experts.py).
 """
+
 from __future__ import annotations
 
 import os
@@ -35,6 +38,7 @@ def digesting(model: torch.nn.Module, digests: dict[str, str]):
         weights = list(weights)
         digests.update((name, digest(tensor)) for name, tensor in weights)
         return load(weights)
+
     model.load_weights = load_weights
     try:
         yield
@@ -51,15 +55,23 @@ class CpuReceiver(WeightTransferEngine[CpuInitInfo, CpuUpdateInfo]):
     def init_transfer_engine(self, init_info: CpuInitInfo) -> None:
         self.shutdown()
         p, init = self.parallel_config, init_info
-        store = open_store(init.master_address, init.master_port, init.world_size, init.timeout, master=False)
+        store = open_store(
+            init.master_address, init.master_port, init.world_size, init.timeout, master=False
+        )
         if init.transport == "shm":
             self.channel = Memory(store, init.world_size - 1, init.slot, tuple(init.place))
         else:
-            self.channel = Gloo(store, init.rank_offset + p.data_parallel_index * p.world_size + p.rank, init.world_size, init.timeout)
+            self.channel = Gloo(
+                store,
+                init.rank_offset + p.data_parallel_index * p.world_size + p.rank,
+                init.world_size,
+                init.timeout,
+            )
         self.bucket_bytes = init.bucket_bytes
 
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
         self.received: dict[str, str] = {}
         self.watch = Stopwatch()
         forget_packed_experts(self.model)
@@ -71,11 +83,20 @@ class CpuReceiver(WeightTransferEngine[CpuInitInfo, CpuUpdateInfo]):
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: CpuUpdateInfo) -> None:
-        meta = [ParamMeta(n, getattr(torch, d), tuple(s)) for n, d, s in zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True)]
+        meta = [
+            ParamMeta(n, getattr(torch, d), tuple(s))
+            for n, d, s in zip(
+                update_info.names, update_info.dtype_names, update_info.shapes, strict=True
+            )
+        ]
         plan = list(buckets(meta, self.bucket_bytes))
-        for buffer, bucket in zip(self.channel.receive(map(size_of, plan)), plan):     # the channel first: it is told that the last buffer is done with, too
+        # the channel first: it is told that the last buffer is done with, too
+        for buffer, bucket in zip(self.channel.receive(map(size_of, plan)), plan):
             self.watch.lap("receive")
-            weights = [(m.name, buffer[start:start + size].view(m.dtype).view(m.shape)) for m, start, size in bucket]
+            weights = [
+                (m.name, buffer[start : start + size].view(m.dtype).view(m.shape))
+                for m, start, size in bucket
+            ]
             self.received.update((name, digest(tensor)) for name, tensor in weights)
             self.watch.lap("digest")
             self.model.load_weights(weights)
@@ -84,6 +105,7 @@ class CpuReceiver(WeightTransferEngine[CpuInitInfo, CpuUpdateInfo]):
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
         self.watch.lap()
         finalize_layerwise_reload(self.model, self.model_config)
         self.watch.lap("finalize")
@@ -98,17 +120,28 @@ class CpuReceiver(WeightTransferEngine[CpuInitInfo, CpuUpdateInfo]):
 
 
 def keep_unfinished(model: torch.nn.Module, buffer: torch.Tensor) -> None:
-    """Copy what vLLM holds of layers that are not complete yet: it keeps views of the buffer, which the next weights will overwrite."""
+    """Copy what vLLM holds of layers that are not complete yet: it keeps views of the buffer, which
+    the next weights will overwrite.
+    """
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
     place = buffer.untyped_storage().data_ptr()
     for layer in model.modules():
         for _, bound in get_layerwise_info(layer).loaded_weights:
-            bound.arguments.update({key: value.clone() for key, value in bound.arguments.items()
-                                    if type(value) is torch.Tensor and value.untyped_storage().data_ptr() == place})
+            bound.arguments.update(
+                {
+                    key: value.clone()
+                    for key, value in bound.arguments.items()
+                    if type(value) is torch.Tensor and value.untyped_storage().data_ptr() == place
+                }
+            )
 
 
 class Digesting:
-    """Put before one of vLLM's own receivers: digests what arrives. A tensor is digested on the GPU, on the stream it arrived on."""
+    """Put before one of vLLM's own receivers: digests what arrives.
+
+    A tensor is digested on the GPU, on the stream it arrived on.
+    """
 
     def start_weight_update(self) -> None:
         self.received: dict[str, str] = {}
@@ -130,19 +163,29 @@ class IpcReceiver(Digesting, IPCWeightTransferEngine):
 
 
 def packed_linears(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Modules that compute with a weight packed away by vLLM's CPU kernels, out of reach of named_parameters()."""
+    """Modules that compute with a weight packed away by vLLM's CPU kernels, out of reach of
+    named_parameters().
+    """
     return ((name, m) for name, m in model.named_modules() if hasattr(m, "cpu_linear"))
 
 
 def heads(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
     """The packed linears that keep their weight readable: lm_head, tied or not."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-    return ((name, m) for name, m in packed_linears(model) if isinstance(m, ParallelLMHead) and m.weight.numel())
+
+    return (
+        (name, m)
+        for name, m in packed_linears(model)
+        if isinstance(m, ParallelLMHead) and m.weight.numel()
+    )
 
 
 def repack_tied_heads(model: torch.nn.Module) -> None:
-    """On a CPU a tied lm_head has a packed copy of the embedding that a reload does not renew (vLLM 0.32): logits would keep the old weights."""
+    """On a CPU a tied lm_head has a packed copy of the embedding that a reload does not renew (vLLM
+    0.32): logits would keep the old weights.
+    """
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
     for _, head in heads(model):
         dispatch_cpu_unquantized_gemm(head, remove_weight=False)
 
@@ -153,14 +196,20 @@ def probe(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 class WorkerExtension:
-    """Mixed into vLLM's worker; its methods are called by collective_rpc. Importing this module has registered the transports in the worker."""
+    """Mixed into vLLM's worker; its methods are called by collective_rpc.
+
+    Importing this module has registered the transports in the worker.
+    """
 
     def tandem_received(self) -> dict[str, str]:
-        """{parameter: digest} of the tensors of the last update, in checkpoint format, as they arrived."""
+        """{parameter: digest} of the tensors of the last update, in checkpoint format, as they
+        arrived.
+        """
         return self.weight_transfer_engine.received
 
     def tandem_missing(self) -> list[str]:
-        """Layers that the running update has not filled, with element counts; must be empty before the update is finished.
+        """Layers that the running update has not filled, with element counts; must be empty before
+        the update is finished.
 
         vLLM itself only logs a warning and keeps the old weights of such a layer.
         """
@@ -171,18 +220,22 @@ class WorkerExtension:
         )
         from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
         from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
+
         missing = []
         model = self.model_runner.get_model()
         config = self.model_config.hf_text_config
         for name, layer in model.named_modules():
             info = get_layerwise_info(layer)
             if not info.can_load() or is_deferred_attention_layer(layer):
-                continue        # loaded and processed, or holds no weights of a checkpoint
+                continue  # loaded and processed, or holds no weights of a checkpoint
             wanted = sum(get_tensor_load_numel(p) for p in layer.parameters(recurse=False))
             if isinstance(layer, ParallelLMHead) and getattr(config, "tie_word_embeddings", False):
-                wanted = 0      # the embedding is its weight
+                wanted = 0  # the embedding is its weight
             elif isinstance(layer, VocabParallelEmbedding):
-                wanted -= (layer.num_embeddings_per_partition - layer.shard_indices.num_org_elements) * layer.embedding_dim     # padding rows
+                # padding rows
+                wanted -= (
+                    layer.num_embeddings_per_partition - layer.shard_indices.num_org_elements
+                ) * layer.embedding_dim
             if info.load_numel < wanted:
                 missing.append(f"{name} ({info.load_numel} of {wanted} elements)")
         return missing
@@ -192,7 +245,10 @@ class WorkerExtension:
         stale = []
         for name, head in heads(self.model_runner.get_model()):
             x = probe(4, head.weight.shape[1], head.weight.dtype)
-            packed, plain = head.cpu_linear(x, head.weight, None).float(), torch.nn.functional.linear(x, head.weight).float()
+            packed, plain = (
+                head.cpu_linear(x, head.weight, None).float(),
+                torch.nn.functional.linear(x, head.weight).float(),
+            )
             exact = 1e-5 if head.weight.dtype == torch.float32 else 1e-2
             if (packed - plain).abs().max() > exact * plain.abs().max():
                 stale.append(name)
@@ -201,21 +257,35 @@ class WorkerExtension:
     def tandem_held(self) -> dict[str, str]:
         """{name: digest} of what this worker computes with.
 
-        Readable parameters by their bytes. A weight that a CPU kernel packed away cannot be read back: it is digested through what it does, the
-        layer's output on 16 fixed inputs. Two limits follow: a change below the rounding of such a dot product goes unseen, and engines can be
+        Readable parameters by their bytes. A weight that a CPU kernel packed away cannot be read
+        back: it is digested through what it does, the layer's output on 16 fixed inputs. Two limits
+        follow: a change below the rounding of such a dot product goes unseen, and engines can be
         compared only if they run on the same kind of CPU with equally many threads.
         """
         model = self.model_runner.get_model()
 
         def effect(layer: torch.nn.Module) -> str:
-            columns = layer.weight.shape[1] if layer.weight.numel() else getattr(layer, "input_size_per_partition", None) or layer.input_size
-            return digest(layer.cpu_linear(probe(16, columns, layer.weight.dtype), layer.weight, None))
-        jobs = {name: (digest, p) for name, p in model.named_parameters() if p.numel()} | {f"{name}.packed": (effect, layer) for name, layer in packed_linears(model)}
-        with ThreadPoolExecutor(2) as threads:      # the learner waits meanwhile, so that its core is free
+            columns = (
+                layer.weight.shape[1]
+                if layer.weight.numel()
+                else getattr(layer, "input_size_per_partition", None) or layer.input_size
+            )
+            return digest(
+                layer.cpu_linear(probe(16, columns, layer.weight.dtype), layer.weight, None)
+            )
+
+        jobs = {name: (digest, p) for name, p in model.named_parameters() if p.numel()} | {
+            f"{name}.packed": (effect, layer) for name, layer in packed_linears(model)
+        }
+        # the learner waits meanwhile, so that its core is free
+        with ThreadPoolExecutor(2) as threads:
             return dict(zip(jobs, threads.map(lambda job: job[0](job[1]), jobs.values())))
 
     def tandem_die_with(self, parent: int) -> None:
-        """Exit when process `parent` is gone: a worker whose owner was killed would hold its memory for ever."""
+        """Exit when process `parent` is gone: a worker whose owner was killed would hold its memory
+        for ever.
+        """
+
         def watch():
             while True:
                 try:
@@ -223,6 +293,7 @@ class WorkerExtension:
                 except ProcessLookupError:
                     os._exit(1)
                 time.sleep(0.5)
+
         threading.Thread(target=watch, name="die_with_parent", daemon=True).start()
 
 

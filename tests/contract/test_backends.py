@@ -4,12 +4,15 @@ Run it on a backend of your own with
 
     TANDEM_BACKEND=my_backend.py:MyBackend pytest tests/contract/test_backends.py
 
-The class is started as `await MyBackend.start(model_path, config, seed, log_dir)` and is given weights as the in-process backends are:
-`update_weights({"named": [(name in the checkpoint, tensor), ...]})`. All its coroutines run on one event loop in a thread of its own, and generate
-is called for several requests at once. One backend serves the whole file; the last test breaks it.
+The class is started as `await MyBackend.start(model_path, config, seed, log_dir)` and is given
+weights as the in-process backends are: `update_weights({"named": [(name in the checkpoint, tensor),
+...]})`. All its coroutines run on one event loop in a thread of its own, and generate is called for
+several requests at once. One backend serves the whole file; the last test breaks it.
 
-The reference is a plain transformers forward over each finished sequence, without cache, padding or batch. The model has tied embeddings.
+The reference is a plain transformers forward over each finished sequence, without cache, padding or
+batch. The model has tied embeddings.
 """
+
 from __future__ import annotations
 
 import asyncio
@@ -39,7 +42,7 @@ from tandem.engine.report.lines import write_line
 from tandem.engine.report.rollouts import rollout_record
 from tandem.engine.weights.digest import digest
 
-GAP = 1e-4          # fp32: what rounding may do to a log-prob
+GAP = 1e-4  # fp32: what rounding may do to a log-prob
 EOS = 2
 
 
@@ -53,16 +56,43 @@ def ids(*values: int) -> np.ndarray:
 
 
 # the requests of the suite; the replay backend is tested on a recording of them
-REQUESTS = {name: GenRequest(i, p, n, s, prefixes, prefix_source) for i, (name, p, n, s, prefixes, prefix_source) in enumerate([
-    ("plain", prompt("a", 5), 16, Sampling(60, seed=1), (), Source.PREFIX),
-    ("cool", prompt("bb", 9), 8, Sampling(60, temperature=0.7, seed=2), (), Source.PREFIX),
-    ("nucleus", prompt("c", 3), 8, Sampling(30, temperature=1.3, top_p=0.6, seed=3), (), Source.PREFIX),
-    ("greedy", prompt("d", 7), 2, Sampling(20, temperature=0.0, seed=4), (), Source.PREFIX),
-    ("short", prompt("a", 5), 3, Sampling(1, seed=5), (), Source.PREFIX),
-    ("late", prompt("e", 4), 16, Sampling(40, min_tokens=40, seed=6), (), Source.PREFIX),
-    ("prefixed", prompt("f", 6), 4, Sampling(8, seed=7), (ids(), ids(20, 21), ids(30, 31, 32, 33, 34), ids(*range(40, 48))), Source.PREFIX),
-    ("hinted", prompt("g", 6), 2, Sampling(12, min_tokens=12, seed=8), (ids(50, 51, 52),) * 2, Source.HINT),
-    ("long", prompt("h", 150), 2, Sampling(6, seed=9), (), Source.PREFIX)])}
+REQUESTS = {
+    name: GenRequest(i, p, n, s, prefixes, prefix_source)
+    for i, (name, p, n, s, prefixes, prefix_source) in enumerate(
+        [
+            ("plain", prompt("a", 5), 16, Sampling(60, seed=1), (), Source.PREFIX),
+            ("cool", prompt("bb", 9), 8, Sampling(60, temperature=0.7, seed=2), (), Source.PREFIX),
+            (
+                "nucleus",
+                prompt("c", 3),
+                8,
+                Sampling(30, temperature=1.3, top_p=0.6, seed=3),
+                (),
+                Source.PREFIX,
+            ),
+            ("greedy", prompt("d", 7), 2, Sampling(20, temperature=0.0, seed=4), (), Source.PREFIX),
+            ("short", prompt("a", 5), 3, Sampling(1, seed=5), (), Source.PREFIX),
+            ("late", prompt("e", 4), 16, Sampling(40, min_tokens=40, seed=6), (), Source.PREFIX),
+            (
+                "prefixed",
+                prompt("f", 6),
+                4,
+                Sampling(8, seed=7),
+                (ids(), ids(20, 21), ids(30, 31, 32, 33, 34), ids(*range(40, 48))),
+                Source.PREFIX,
+            ),
+            (
+                "hinted",
+                prompt("g", 6),
+                2,
+                Sampling(12, min_tokens=12, seed=8),
+                (ids(50, 51, 52),) * 2,
+                Source.HINT,
+            ),
+            ("long", prompt("h", 150), 2, Sampling(6, seed=9), (), Source.PREFIX),
+        ]
+    )
+}
 
 
 class Loop:
@@ -88,14 +118,15 @@ class Case:
 
     backend: object
     loop: Loop
-    model: torch.nn.Module          # a transformers model with the backend's present weights
-    send: object                    # ([(name, tensor)], version) -> digests
+    model: torch.nn.Module  # a transformers model with the backend's present weights
+    send: object  # ([(name, tensor)], version) -> digests
     version: int = 0
     answers: dict[str, tuple[Trajectory, ...]] = field(default_factory=dict)
 
     def generate(self, *requests: GenRequest) -> list[tuple[Trajectory, ...]]:
         async def together():
             return await asyncio.gather(*(self.backend.generate(r) for r in requests))
+
         return [tuple(answer) for answer in self.loop(together())]
 
     def answer(self, name: str) -> tuple[Trajectory, ...]:
@@ -107,7 +138,7 @@ class Case:
 
     def update(self, change) -> dict[str, str]:
         """Change the model's weights and send all of them as the next version."""
-        self.answer("plain")        # the first weights are about to go
+        self.answer("plain")  # the first weights are about to go
         with torch.no_grad():
             change(self.model)
         self.version += 1
@@ -116,8 +147,11 @@ class Case:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny model whose distributions are far from uniform: at initialisation temperature would hardly matter."""
+    """A tiny model whose distributions are far from uniform: at initialisation temperature would
+    hardly matter.
+    """
     from transformers import AutoModelForCausalLM
+
     path = make_tiny(tmp_path_factory.mktemp("model") / "tiny", hidden=64, layers=2, heads=1)
     model = AutoModelForCausalLM.from_pretrained(path)
     with torch.no_grad():
@@ -129,14 +163,22 @@ def folder(tmp_path_factory):
 
 
 def settings(folder: str, **rollout) -> Config:
-    return Config(mode="inline", model=ModelConfig(path=folder), data=DataConfig(max_prompt_tokens=160),
-                  rollout=RolloutConfig(max_tokens=64, max_sequences=32, kv_cache_gib=0.1, **rollout))
+    return Config(
+        mode="inline",
+        model=ModelConfig(path=folder),
+        data=DataConfig(max_prompt_tokens=160),
+        rollout=RolloutConfig(max_tokens=64, max_sequences=32, kv_cache_gib=0.1, **rollout),
+    )
 
 
 def start(kind: str, folder: str, config: Config, scratch, loop: Loop, closing: list):
     from transformers import AutoModelForCausalLM
-    cls = {"hf": "tandem.rollout.backends.hf:HFBackend", "replay": "tandem.rollout.backends.replay:ReplayBackend",
-           "vllm": "tandem.rollout.vllm.backend:VllmBackend"}.get(kind, kind)
+
+    cls = {
+        "hf": "tandem.rollout.backends.hf:HFBackend",
+        "replay": "tandem.rollout.backends.replay:ReplayBackend",
+        "vllm": "tandem.rollout.vllm.backend:VllmBackend",
+    }.get(kind, kind)
     backend = loop(load_object(cls, "backend").start(folder, config, 0, str(scratch)))
     closing.append(lambda: loop(backend.close()))
 
@@ -144,13 +186,21 @@ def start(kind: str, folder: str, config: Config, scratch, loop: Loop, closing: 
         loop(backend.start_weight_update())
         loop(backend.update_weights({"named": named}))
         return loop(backend.finish_weight_update(version))
+
     if kind == "vllm":
-        send = sender_of(backend, loop, dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters()), closing)
+        send = sender_of(
+            backend,
+            loop,
+            dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters()),
+            closing,
+        )
     return Case(backend, loop, AutoModelForCausalLM.from_pretrained(folder).eval(), send)
 
 
 def sender_of(backend, loop: Loop, named: dict[str, torch.Tensor], closing: list):
-    """Tandem's own learner-side transport, its control plane calling the backend directly instead of through Ray."""
+    """Tandem's own learner-side transport, its control plane calling the backend directly instead
+    of through Ray.
+    """
     import socket
 
     from vllm.distributed.weight_transfer.base import ParamMeta
@@ -176,7 +226,9 @@ def sender_of(backend, loop: Loop, named: dict[str, torch.Tensor], closing: list
 
     class Source:
         def metadata(self):
-            return [ParamMeta(name=name, dtype=t.dtype, shape=tuple(t.shape)) for name, t in self.named]
+            return [
+                ParamMeta(name=name, dtype=t.dtype, shape=tuple(t.shape)) for name, t in self.named
+            ]
 
         def __iter__(self):
             return iter(self.named)
@@ -186,13 +238,20 @@ def sender_of(backend, loop: Loop, named: dict[str, torch.Tensor], closing: list
         port = s.getsockname()[1]
     client, source = Client(), Source()
     source.named = list(named.items())
-    sender = CpuSender.trainer_init(CpuTrainerInit("shm", "127.0.0.1", port, world_size=2, bucket_bytes=1 << 20, timeout=100.0, rank=0), client=client, source=source)
+    sender = CpuSender.trainer_init(
+        CpuTrainerInit(
+            "shm", "127.0.0.1", port, world_size=2, bucket_bytes=1 << 20, timeout=100.0, rank=0
+        ),
+        client=client,
+        source=source,
+    )
     closing.append(sender.shutdown)
 
     def send(named, version):
         source.named, client.version = list(named), version
         sender.send_weights()
         return client.installed
+
     return send
 
 
@@ -202,7 +261,16 @@ def case(request, folder, tmp_path_factory):
     closing, loop = [], Loop()
     try:
         if request.param == "replay":
-            config = settings(folder, backend="replay", record=str(record(start("hf", folder, settings(folder), scratch, loop, closing), scratch / "rollouts.jsonl")))
+            config = settings(
+                folder,
+                backend="replay",
+                record=str(
+                    record(
+                        start("hf", folder, settings(folder), scratch, loop, closing),
+                        scratch / "rollouts.jsonl",
+                    )
+                ),
+            )
         else:
             config = settings(folder)
         yield start(request.param, folder, config, scratch, loop, closing)
@@ -217,7 +285,9 @@ def record(case: Case, path):
     with open(path, "w") as file:
         for name, request in REQUESTS.items():
             trajectories = case.answer(name)
-            group = ScoredGroup(request.group, request.prompt, trajectories, np.zeros(len(trajectories), np.float32))
+            group = ScoredGroup(
+                request.group, request.prompt, trajectories, np.zeros(len(trajectories), np.float32)
+            )
             for i in range(len(trajectories)):
                 write_line(file, {"step": 0, "learner_version": 0, **rollout_record(group, i)})
     return path
@@ -226,18 +296,33 @@ def record(case: Case, path):
 OWN = os.environ.get("TANDEM_BACKEND")
 LIVE = [OWN] if OWN else ["hf", pytest.param("vllm", marks=pytest.mark.stack)]
 every_backend = pytest.mark.parametrize("case", LIVE if OWN else [*LIVE, "replay"], indirect=True)
-every_engine = pytest.mark.parametrize("case", LIVE, indirect=True)         # all that compute, and so take weights
+# all that compute, and so take weights
+every_engine = pytest.mark.parametrize("case", LIVE, indirect=True)
 
 
 @torch.no_grad()
-def reference(model, trajectory: Trajectory, temperature: float = 1.0, top_p: float = 1.0, head: torch.Tensor | None = None) -> np.ndarray:
-    """float64 [T]: log-probs of the tokens from one plain forward; NaN at position 0. `head` replaces the output embedding."""
+def reference(
+    model,
+    trajectory: Trajectory,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    head: torch.Tensor | None = None,
+) -> np.ndarray:
+    """float64 [T]: log-probs of the tokens from one plain forward; NaN at position 0.
+
+    `head` replaces the output embedding.
+    """
     tokens = torch.from_numpy(trajectory.tokens).long()
     hidden = model.model(input_ids=tokens[None], use_cache=False)[0][0]
-    p = ((hidden @ (model.lm_head.weight if head is None else head).T).double() / temperature).softmax(-1).numpy()[:-1]
+    p = (
+        ((hidden @ (model.lm_head.weight if head is None else head).T).double() / temperature)
+        .softmax(-1)
+        .numpy()[:-1]
+    )
     for row in p if top_p < 1 else ():
         order = np.argsort(-row)
-        kept = order[:np.searchsorted(np.cumsum(row[order]), top_p) + 1]        # the smallest set of most likely tokens that has at least top_p
+        # the smallest set of most likely tokens that has at least top_p
+        kept = order[: np.searchsorted(np.cumsum(row[order]), top_p) + 1]
         rest = np.setdiff1d(order, kept)
         row[rest] = 0
         row /= row.sum()
@@ -250,7 +335,8 @@ def gap(trajectory: Trajectory, expected: np.ndarray) -> float:
     return float(np.abs(trajectory.behaviour_logp - expected)[sampled].max(initial=0.0))
 
 
-# -- what a trajectory must say -------------------------------------------------------------------------------------------------------------------
+# -- what a trajectory must say
+
 
 @every_backend
 def test_every_token_has_its_source_log_prob_and_version(case):
@@ -258,14 +344,27 @@ def test_every_token_has_its_source_log_prob_and_version(case):
         trajectories = case.answer(name)
         assert len(trajectories) == request.samples
         for i, t in enumerate(trajectories):
-            given, forced = len(request.prompt.tokens), len(request.prefixes[i]) if request.prefixes else 0
+            given, forced = (
+                len(request.prompt.tokens),
+                len(request.prefixes[i]) if request.prefixes else 0,
+            )
             sampled = np.arange(len(t.tokens)) >= given + forced
             assert (t.prompt_id, t.group) == (request.prompt.id, request.group)
             assert np.array_equal(t.tokens[:given], request.prompt.tokens)
-            assert t.source.tolist() == [Source.PROMPT] * given + [request.prefix_source] * forced + [Source.POLICY] * int(sampled.sum())
-            assert np.isfinite(t.behaviour_logp[sampled]).all() and np.isnan(t.behaviour_logp[~sampled]).all()
+            assert t.source.tolist() == [Source.PROMPT] * given + [
+                request.prefix_source
+            ] * forced + [Source.POLICY] * int(sampled.sum())
+            assert (
+                np.isfinite(t.behaviour_logp[sampled]).all()
+                and np.isnan(t.behaviour_logp[~sampled]).all()
+            )
             assert (t.version[sampled] == 0).all() and (t.version[~sampled] == -1).all()
-            assert (t.tokens.dtype, t.source.dtype, t.behaviour_logp.dtype, t.version.dtype) == (np.int32, np.int8, np.float32, np.int32)
+            assert (t.tokens.dtype, t.source.dtype, t.behaviour_logp.dtype, t.version.dtype) == (
+                np.int32,
+                np.int8,
+                np.float32,
+                np.int32,
+            )
 
 
 @every_backend
@@ -280,7 +379,9 @@ def test_a_response_ends_with_end_of_sequence_or_at_max_tokens(case):
             else:
                 assert t.finish == Finish.LENGTH and len(response) == request.sampling.max_tokens
             seen.add((name, t.finish))
-    assert {("plain", Finish.STOP), ("plain", Finish.LENGTH)} <= seen, "the requests of this test no longer show both"
+    assert {("plain", Finish.STOP), ("plain", Finish.LENGTH)} <= seen, (
+        "the requests of this test no longer show both"
+    )
     assert all(EOS not in t.response[:-1] for t in case.answer("late"))
 
 
@@ -291,15 +392,20 @@ def test_log_probs_are_those_of_the_sampled_distribution(case, name):
     for t in case.answer(name):
         assert gap(t, reference(case.model, t, sampling.temperature, sampling.top_p)) < GAP
     if name == "cool":
-        assert max(gap(t, reference(case.model, t)) for t in case.answer(name)) > 0.1, "the model is too flat for this test: temperature does not show"
+        assert max(gap(t, reference(case.model, t)) for t in case.answer(name)) > 0.1, (
+            "the model is too flat for this test: temperature does not show"
+        )
 
 
 @every_backend
 def test_forced_prefixes_are_kept_and_count_towards_max_tokens(case):
     for prefix, t in zip(REQUESTS["prefixed"].prefixes, case.answer("prefixed")):
-        assert np.array_equal(t.response[:len(prefix)], prefix)
+        assert np.array_equal(t.response[: len(prefix)], prefix)
         assert gap(t, reference(case.model, t)) < GAP
-    assert case.answer("prefixed")[3].finish == Finish.LENGTH and not (case.answer("prefixed")[3].source == Source.POLICY).any()
+    assert (
+        case.answer("prefixed")[3].finish == Finish.LENGTH
+        and not (case.answer("prefixed")[3].source == Source.POLICY).any()
+    )
     assert {tuple(t.response[:3]) for t in case.answer("hinted")} == {(50, 51, 52)}
 
 
@@ -313,7 +419,8 @@ def test_greedy_takes_the_most_likely_token_and_repeats_itself(case):
         assert logits.max() - logits[first.tokens[t]] < 1e-3
 
 
-# -- sampling -------------------------------------------------------------------------------------------------------------------------------------
+# -- sampling
+
 
 @every_engine
 def test_same_seed_same_tokens_and_samples_differ(case):
@@ -334,26 +441,46 @@ def test_an_aborted_request_is_answered_and_nobody_else_notices(case):
         await asyncio.sleep(0.02)
         await case.backend.abort(doomed)
         return await running
+
     aborted, whole = case.loop(together())
     assert len(aborted) == doomed.samples
     for t in aborted:
-        assert t.group == 1001 and t.finish == (Finish.LENGTH if len(t.response) == 40 else Finish.ABORT)
+        assert t.group == 1001 and t.finish == (
+            Finish.LENGTH if len(t.response) == 40 else Finish.ABORT
+        )
         assert ((t.source == Source.POLICY).sum(), (t.version == 0).sum()) == (len(t.response),) * 2
-    assert all(t.finish != Finish.ABORT and gap(t, reference(case.model, t)) < GAP for t in whole) and len(whole) == other.samples
-    case.loop(case.backend.abort(doomed))       # it is not running any more
+    assert (
+        all(t.finish != Finish.ABORT and gap(t, reference(case.model, t)) < GAP for t in whole)
+        and len(whole) == other.samples
+    )
+    case.loop(case.backend.abort(doomed))  # it is not running any more
     assert all(len(t.response) == 40 for t in case.generate(doomed)[0]), "it can be asked again"
 
 
 @every_engine
 def test_tokens_come_up_as_often_as_their_probability_says(case):
-    """Chi-square of 1024 first tokens at T = 0.7 against the reference distribution, rare tokens pooled."""
+    """Chi-square of 1024 first tokens at T = 0.7 against the reference distribution, rare tokens
+    pooled.
+    """
     request = GenRequest(1000, REQUESTS["cool"].prompt, 1024, Sampling(1, temperature=0.7, seed=11))
     (answer,) = case.generate(request)
     with torch.no_grad():
-        p = (case.model(torch.from_numpy(request.prompt.tokens[None]).long()).logits[0, -1].double() / 0.7).softmax(-1).numpy()
+        p = (
+            (
+                case.model(torch.from_numpy(request.prompt.tokens[None]).long())
+                .logits[0, -1]
+                .double()
+                / 0.7
+            )
+            .softmax(-1)
+            .numpy()
+        )
     expected, counts = p * 1024, np.bincount([t.tokens[-1] for t in answer], minlength=len(p))
     rare = expected < 5
-    expected, counts = np.append(expected[~rare], expected[rare].sum()), np.append(counts[~rare], counts[rare].sum())
+    expected, counts = (
+        np.append(expected[~rare], expected[rare].sum()),
+        np.append(counts[~rare], counts[rare].sum()),
+    )
     assert len(expected) > 5
     chi_square, freedom = ((counts - expected) ** 2 / expected).sum(), len(expected) - 1
     assert chi_square < freedom + 5 * np.sqrt(2 * freedom)
@@ -361,10 +488,22 @@ def test_tokens_come_up_as_often_as_their_probability_says(case):
 
 @every_engine
 def test_groups_come_back_in_the_order_of_the_requests(case):
-    requests = [GenRequest(2000 + i, prompt(f"order{i}", 3 + 7 * (i % 3)), 1 + i % 4, Sampling(4 + 5 * (i % 2), seed=i)) for i in range(12)]
+    requests = [
+        GenRequest(
+            2000 + i,
+            prompt(f"order{i}", 3 + 7 * (i % 3)),
+            1 + i % 4,
+            Sampling(4 + 5 * (i % 2), seed=i),
+        )
+        for i in range(12)
+    ]
     for request, answer in zip(requests, case.generate(*requests)):
         assert len(answer) == request.samples
-        assert all(t.group == request.group and np.array_equal(t.tokens[:len(request.prompt.tokens)], request.prompt.tokens) for t in answer)
+        assert all(
+            t.group == request.group
+            and np.array_equal(t.tokens[: len(request.prompt.tokens)], request.prompt.tokens)
+            for t in answer
+        )
 
 
 @every_engine
@@ -373,22 +512,35 @@ def test_a_request_with_the_wrong_number_of_prefixes_is_refused(case):
         case.generate(GenRequest(3000, prompt("a", 5), 3, Sampling(4), (ids(1), ids(2))))
 
 
-# -- weights --------------------------------------------------------------------------------------------------------------------------------------
+# -- weights
+
 
 def perturb(model):
     noise = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
-        parameter += 0.1 * torch.randn(parameter.shape, generator=noise) * parameter.std().nan_to_num(1.0)
+        parameter += (
+            0.1 * torch.randn(parameter.shape, generator=noise) * parameter.std().nan_to_num(1.0)
+        )
 
 
 @every_engine
 def test_an_update_takes_effect_and_stamps_its_version(case):
-    """Log-probs follow the new weights, on a long prompt too, whose keys and values of the old weights may be in a prefix cache."""
-    old_head, old_digest = case.model.lm_head.weight.detach().clone(), case.loop(case.backend.held_digest())
+    """Log-probs follow the new weights, on a long prompt too, whose keys and values of the old
+    weights may be in a prefix cache.
+    """
+    old_head, old_digest = (
+        case.model.lm_head.weight.detach().clone(),
+        case.loop(case.backend.held_digest()),
+    )
     case.generate(REQUESTS["long"])
     installed = case.update(perturb)
-    assert (installed.version, installed.held) == (case.version, case.loop(case.backend.held_digest()))
-    assert installed.received == {name: digest(parameter) for name, parameter in case.model.named_parameters()}
+    assert (installed.version, installed.held) == (
+        case.version,
+        case.loop(case.backend.held_digest()),
+    )
+    assert installed.received == {
+        name: digest(parameter) for name, parameter in case.model.named_parameters()
+    }
     assert case.loop(case.backend.weight_version()) == case.version
     assert case.loop(case.backend.held_digest()) != old_digest
     for name in ("long", "plain"):
@@ -397,14 +549,20 @@ def test_an_update_takes_effect_and_stamps_its_version(case):
             sampled = t.source == Source.POLICY
             assert (t.version[sampled] == case.version).all() and (t.version[~sampled] == -1).all()
             assert gap(t, reference(case.model, t)) < GAP
-        assert max(gap(t, reference(case.model, t, head=old_head)) for t in answer) > 0.01, "the update is too small to show"
+        assert max(gap(t, reference(case.model, t, head=old_head)) for t in answer) > 0.01, (
+            "the update is too small to show"
+        )
 
 
 @every_engine
 def test_tied_embeddings_follow_an_update_of_the_input_embedding(case):
-    """The checkpoint has one tensor for both ends; an engine that keeps a copy for its head must renew it."""
+    """The checkpoint has one tensor for both ends; an engine that keeps a copy for its head must
+    renew it.
+    """
     old_head = case.model.lm_head.weight.detach().clone()
-    assert "lm_head.weight" not in case.update(lambda model: model.model.embed_tokens.weight.mul_(0.8))
+    assert "lm_head.weight" not in case.update(
+        lambda model: model.model.embed_tokens.weight.mul_(0.8)
+    )
     (answer,) = case.generate(REQUESTS["plain"])
     assert max(gap(t, reference(case.model, t)) for t in answer) < GAP
     assert max(gap(t, reference(case.model, t, head=old_head)) for t in answer) > 0.01
@@ -416,14 +574,19 @@ def test_the_held_digest_changes_with_every_real_update_and_with_no_other(case):
     same = case.loop(case.backend.held_digest())
     case.update(lambda model: None)
     assert case.loop(case.backend.held_digest()) == same
-    case.update(lambda model: model.model.layers[1].mlp.down_proj.weight[3, 5].mul_(1.01))       # one number
+    # one number
+    case.update(lambda model: model.model.layers[1].mlp.down_proj.weight[3, 5].mul_(1.01))
     assert case.loop(case.backend.held_digest()) != same
 
 
 @every_engine
 def test_a_partial_update_is_an_error_and_nothing_is_sampled_after_it(case):
     """Last in the file: the backend is lost."""
-    named = [(name, parameter) for name, parameter in case.model.named_parameters() if name != "model.layers.1.self_attn.o_proj.weight"]
+    named = [
+        (name, parameter)
+        for name, parameter in case.model.named_parameters()
+        if name != "model.layers.1.self_attn.o_proj.weight"
+    ]
     with pytest.raises(SyncError, match="o_proj"):
         case.send(named, case.version + 1)
     with pytest.raises(EngineDied):

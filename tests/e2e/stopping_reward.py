@@ -1,4 +1,7 @@
-"""A reward that sends its process SIGTERM in the call whose number stands in the file stop_at of the working directory."""
+"""A reward that sends its process SIGTERM in the call whose number stands in the file stop_at of
+the working directory.
+"""
+
 import os
 import signal
 from pathlib import Path

@@ -1,4 +1,8 @@
-"""Whole runs on the real stack: Ray actors, a vLLM engine, DeepSpeed ranks over gloo, started by the command a user types."""
+"""Whole runs on the real stack:
+
+Ray actors, a vLLM engine, DeepSpeed ranks over gloo, started by the command a user types.
+"""
+
 import json
 import os
 import signal
@@ -16,9 +20,14 @@ import yaml
 CONFIG = {
     "mode": "cluster",
     "model": {"path": "tandem:tiny"},
-    "data": {"prompts": {"path": "task:sort", "options": {"digits": 3}}, "experts": {"path": "task:sort", "options": {"digits": 3, "size": 16}},
-             "evaluation": {"path": "task:sort", "split": "test", "options": {"digits": 3, "size": 8}}, "experts_per_step": 6, "max_prompt_tokens": 32,
-             "max_expert_tokens": 32},
+    "data": {
+        "prompts": {"path": "task:sort", "options": {"digits": 3}},
+        "experts": {"path": "task:sort", "options": {"digits": 3, "size": 16}},
+        "evaluation": {"path": "task:sort", "split": "test", "options": {"digits": 3, "size": 8}},
+        "experts_per_step": 6,
+        "max_prompt_tokens": 32,
+        "max_expert_tokens": 32,
+    },
     "method": {"name": "chord_mu", "mu": 0.3},
     "rollout": {"prompts_per_step": 4, "samples_per_prompt": 4, "max_tokens": 6},
     "reward": {"functions": [f"{Path(__file__).parent / 'short_reward.py'}:score"]},
@@ -31,8 +40,23 @@ CONFIG = {
 def start(folder: Path, *overrides: str) -> subprocess.Popen:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
-    return subprocess.Popen([sys.executable, "-m", "tandem.launch.cli", "train", str(folder / "config.yaml"), f"run.dir={folder}", "run.name=run", *overrides],
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder, start_new_session=True)
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "tandem.launch.cli",
+            "train",
+            str(folder / "config.yaml"),
+            f"run.dir={folder}",
+            "run.name=run",
+            *overrides,
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=folder,
+        start_new_session=True,
+    )
 
 
 def lines(path: Path) -> list[dict]:
@@ -64,12 +88,19 @@ def survivors(processes) -> list[str]:
 
 @pytest.mark.stack
 def test_a_run_with_two_ranks_survives_the_death_of_its_engine(tmp_path):
-    """ZeRO-2 on two ranks, rollouts one step ahead, the engine process killed in the middle: the run goes on with proved weights and ends well."""
+    """ZeRO-2 on two ranks, rollouts one step ahead, the engine process killed in the middle: the
+    run goes on with proved weights and ends well.
+    """
     process = start(tmp_path, "rollout.staleness=1", "run.steps=6")
     try:
-        wait_for(lambda: any("grad_norm" in line for line in lines(tmp_path / "run" / "metrics.jsonl")), process)
+        wait_for(
+            lambda: any("grad_norm" in line for line in lines(tmp_path / "run" / "metrics.jsonl")),
+            process,
+        )
         members = family(process)
-        (engine,) = [p for p in members if "EngineCore" in p.name() or "EngineCore" in " ".join(p.cmdline())]
+        (engine,) = [
+            p for p in members if "EngineCore" in p.name() or "EngineCore" in " ".join(p.cmdline())
+        ]
         engine.kill()
         output, _ = process.communicate(timeout=250)
     finally:
@@ -77,30 +108,56 @@ def test_a_run_with_two_ranks_survives_the_death_of_its_engine(tmp_path):
     assert process.returncode == 0, output
     steps = [line for line in lines(tmp_path / "run" / "metrics.jsonl") if "grad_norm" in line]
     assert [s["step"] for s in steps] == list(range(6))
-    assert events(tmp_path, "engines_restarted") and all(e["max_gap"] < 1e-4 for e in events(tmp_path, "gate")) and len(events(tmp_path, "gate")) == 2
+    assert (
+        events(tmp_path, "engines_restarted")
+        and all(e["max_gap"] < 1e-4 for e in events(tmp_path, "gate"))
+        and len(events(tmp_path, "gate")) == 2
+    )
     assert [e["version"] for e in events(tmp_path, "sync")][-1] == 6
     rollouts = lines(tmp_path / "run" / "rollouts.jsonl")
     assert len(rollouts) == 6 * 16
     for r in rollouts:
         sampled = np.array(r["version"])[np.array(r["source"]) == 1]
-        assert (sampled >= 0).all() and (r["step"] - sampled <= 1).all(), "a token older than the staleness bound was trained on"
+        assert (sampled >= 0).all() and (r["step"] - sampled <= 1).all(), (
+            "a token older than the staleness bound was trained on"
+        )
     from transformers import AutoModelForCausalLM
 
     from tandem.launch.export import export
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").num_parameters() > 600_000
+
+    assert (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").num_parameters() > 600_000
+    )
     exported = export(tmp_path / "run" / "checkpoints" / "step_6", tmp_path / "exported")
     for path in (tmp_path / "run" / "model").iterdir():
         assert (exported / path.name).read_bytes() == path.read_bytes(), path.name
     assert survivors(members) == []
-    assert "Loading" not in output and "WARNING" not in output, "third-party noise belongs into logs/"
+    assert "Loading" not in output and "WARNING" not in output, (
+        "third-party noise belongs into logs/"
+    )
 
 
 @pytest.mark.stack
 def test_sigterm_to_all_processes_leaves_a_checkpoint_that_the_next_start_continues(tmp_path):
-    """As a scheduler sends it: to the whole process group. With over-sampling: every step trains on four groups of five."""
+    """As a scheduler sends it: to the whole process group.
+
+    With over-sampling: every step trains on four groups of five.
+    """
     process = start(tmp_path, "run.steps=400", "rollout.over_sample=1")
     try:
-        wait_for(lambda: len([line for line in lines(tmp_path / "run" / "metrics.jsonl") if "grad_norm" in line]) >= 3, process)
+        wait_for(
+            lambda: (
+                len(
+                    [
+                        line
+                        for line in lines(tmp_path / "run" / "metrics.jsonl")
+                        if "grad_norm" in line
+                    ]
+                )
+                >= 3
+            ),
+            process,
+        )
         members = family(process)
         os.killpg(process.pid, signal.SIGTERM)
         output, _ = process.communicate(timeout=100)
@@ -113,16 +170,24 @@ def test_sigterm_to_all_processes_leaves_a_checkpoint_that_the_next_start_contin
     output, _ = process.communicate(timeout=250)
     assert process.returncode == 0, output
     steps = [line for line in lines(tmp_path / "run" / "metrics.jsonl") if "grad_norm" in line]
-    assert [line["step"] for line in steps] == list(range(done + 2)) and all(line["rollout/aborted"] == 1 for line in steps)
-    assert [e["gap"] for e in events(tmp_path, "first_sync")] == [0, 0], "of both starts, on the weights of the model folder"
+    assert [line["step"] for line in steps] == list(range(done + 2)) and all(
+        line["rollout/aborted"] == 1 for line in steps
+    )
+    assert [e["gap"] for e in events(tmp_path, "first_sync")] == [0, 0], (
+        "of both starts, on the weights of the model folder"
+    )
     rollouts = lines(tmp_path / "run" / "rollouts.jsonl")
-    assert len(rollouts) == 16 * (done + 2) and all(r["group"] // 5 == r["step"] and r["finish"] != "abort" for r in rollouts)
+    assert len(rollouts) == 16 * (done + 2) and all(
+        r["group"] // 5 == r["step"] and r["finish"] != "abort" for r in rollouts
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.stack
 def test_real_stack_resume_equals_an_uninterrupted_run(tmp_path):
-    """Weights after 4 steps and after 2 + resume + 2, with replayed rollouts so that only the learner's state is in question: equal to the bit."""
+    """Weights after 4 steps and after 2 + resume + 2, with replayed rollouts so that only the
+    learner's state is in question: equal to the bit.
+    """
     recorder = start(tmp_path / "record", "run.steps=4")
     assert recorder.wait(timeout=250) == 0
     record = tmp_path / "record" / "run" / "rollouts.jsonl"
@@ -138,5 +203,9 @@ def test_real_stack_resume_equals_an_uninterrupted_run(tmp_path):
             os.kill(p.pid, signal.SIGKILL)
     assert start(tmp_path / "b", *replay, "run.resume=true").wait(timeout=250) == 0
     from safetensors.torch import load_file
-    a, b = (load_file(next((tmp_path / x / "run" / "checkpoints" / "step_4").rglob("*.safetensors"))) for x in "ab")
+
+    a, b = (
+        load_file(next((tmp_path / x / "run" / "checkpoints" / "step_4").rglob("*.safetensors")))
+        for x in "ab"
+    )
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

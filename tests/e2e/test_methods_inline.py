@@ -1,4 +1,7 @@
-"""Every method trains for two steps: in this process with the tiny model, and (nightly) on Ray, vLLM and DeepSpeed with the config that ships for it."""
+"""Every method trains for two steps: in this process with the tiny model, and (nightly) on Ray,
+vLLM and DeepSpeed with the config that ships for it.
+"""
+
 import json
 import math
 import subprocess
@@ -17,32 +20,51 @@ REWARD = Path(__file__).parent / "short_reward.py"
 SMALL = {
     "mode": "inline",
     "model": {"path": "tandem:tiny"},
-    "data": {"prompts": {"path": "task:sort", "options": {"digits": 3}}, "experts": {"path": "task:sort", "options": {"digits": 3, "size": 16}},
-             "experts_per_step": 2, "max_prompt_tokens": 32, "max_expert_tokens": 32},
+    "data": {
+        "prompts": {"path": "task:sort", "options": {"digits": 3}},
+        "experts": {"path": "task:sort", "options": {"digits": 3, "size": 16}},
+        "experts_per_step": 2,
+        "max_prompt_tokens": 32,
+        "max_expert_tokens": 32,
+    },
     "rollout": {"prompts_per_step": 3, "samples_per_prompt": 3, "max_tokens": 6},
     "reward": {"functions": [f"{REWARD}:score"]},
     "learner": {"learning_rate": 1e-3, "micro_batch_tokens": 128},
     "run": {"steps": 2, "save_model": False},
 }
-OPTIONS = {"sft_rl": {"sft_steps": 1}, "reft": {"sft_steps": 1}, "alternating": {"every": 2}, "relift": {"buffer": 1}, "sasr": {"warmup": 1}, "uft": {"p": 0.7}}
+OPTIONS = {
+    "sft_rl": {"sft_steps": 1},
+    "reft": {"sft_steps": 1},
+    "alternating": {"every": 2},
+    "relift": {"buffer": 1},
+    "sasr": {"warmup": 1},
+    "uft": {"p": 0.7},
+}
 
 
 def steps(folder: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     return [line for line in lines if "grad_norm" in line]
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_two_steps_in_one_process(tmp_path, name):
-    """Real sampling, prefixes and demonstrations included; the gate between sampler and learner holds for forced tokens as well."""
+    """Real sampling, prefixes and demonstrations included; the gate between sampler and learner
+    holds for forced tokens as well.
+    """
     config = tmp_path / "config.yaml"
     overrides = [f"run.dir={tmp_path}"]
     if name in ("relift", "hpt"):
-        overrides.append("reward.functions=[exact]")        # which the untrained model never gets: both turn to the demonstrations
+        # which the untrained model never gets: both turn to the demonstrations
+        overrides.append("reward.functions=[exact]")
     config.write_text(yaml.safe_dump({**SMALL, "method": {"name": name, **OPTIONS.get(name, {})}}))
     assert train(load(config, overrides)) == 0
     done = steps(tmp_path)
-    assert len(done) == 2 and all(math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]) for line in done)
+    assert len(done) == 2 and all(
+        math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]) for line in done
+    )
     assert any(line["grad_norm"] > 0 for line in done)
 
 
@@ -52,10 +74,16 @@ def shipped() -> list[str]:
 
 def test_every_method_ships_a_config():
     names = {yaml.safe_load(path.read_text())["method"]["name"] for path in CONFIGS.glob("*.yaml")}
-    assert names == set(METHODS), "one file per method under configs/methods, and presets of grpo beside them"
+    assert names == set(METHODS), (
+        "one file per method under configs/methods, and presets of grpo beside them"
+    )
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.parent.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS.parent)))
+@pytest.mark.parametrize(
+    "path",
+    sorted(CONFIGS.parent.rglob("*.yaml")),
+    ids=lambda path: str(path.relative_to(CONFIGS.parent)),
+)
 def test_every_shipped_config_is_valid(path):
     config = load(path)
     assert path.parent.name != "paper" or method_class(config.method["name"]).title
@@ -67,13 +95,34 @@ def test_every_shipped_config_is_valid(path):
 @pytest.mark.stack
 @pytest.mark.parametrize("name", shipped())
 def test_two_steps_on_the_real_stack(tmp_path, name):
-    small = ["run.steps=2", "rollout.prompts_per_step=8", "rollout.samples_per_prompt=4", "data.experts_per_step=4", "data.evaluation=null",
-             "run.save_model=false", f"run.dir={tmp_path}", "run.name=run", f"reward.functions=[{REWARD}:score]", "reward.options={}",
-             "cluster.engine_cpus=0.5", "cluster.learner_cpus=0.5"]
+    small = [
+        "run.steps=2",
+        "rollout.prompts_per_step=8",
+        "rollout.samples_per_prompt=4",
+        "data.experts_per_step=4",
+        "data.evaluation=null",
+        "run.save_model=false",
+        f"run.dir={tmp_path}",
+        "run.name=run",
+        f"reward.functions=[{REWARD}:score]",
+        "reward.options={}",
+        "cluster.engine_cpus=0.5",
+        "cluster.learner_cpus=0.5",
+    ]
     method = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["method"]["name"]
-    small += [f"method.{key}={value}" for key, value in OPTIONS.get(method, {}).items()]      # so that two steps show both stages
-    result = subprocess.run([sys.executable, "-m", "tandem.launch.cli", "train", str(CONFIGS / f"{name}.yaml"), *small], capture_output=True, text=True,
-                            timeout=280, cwd=tmp_path)
+    # so that two steps show both stages
+    small += [f"method.{key}={value}" for key, value in OPTIONS.get(method, {}).items()]
+    result = subprocess.run(
+        [sys.executable, "-m", "tandem.launch.cli", "train", str(CONFIGS / f"{name}.yaml"), *small],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        cwd=tmp_path,
+    )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     done = steps(tmp_path)
-    assert len(done) == 2 and all(math.isfinite(line["grad_norm"]) for line in done) and any(line["grad_norm"] > 0 for line in done)
+    assert (
+        len(done) == 2
+        and all(math.isfinite(line["grad_norm"]) for line in done)
+        and any(line["grad_norm"] > 0 for line in done)
+    )

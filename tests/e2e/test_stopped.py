@@ -1,4 +1,7 @@
-"""A step that a signal ends in the middle is done anew by the resumed run: both together equal an uninterrupted run to the bit."""
+"""A step that a signal ends in the middle is done anew by the resumed run: both together equal an
+uninterrupted run to the bit.
+"""
+
 import json
 from pathlib import Path
 
@@ -16,7 +19,9 @@ CONFIG = {
     "data": {
         "prompts": {"path": "task:sort", "options": {"digits": 3}},
         "experts": {"path": "task:sort", "options": {"digits": 3, "size": 16}},
-        "experts_per_step": 6, "max_prompt_tokens": 32, "max_expert_tokens": 32,
+        "experts_per_step": 6,
+        "max_prompt_tokens": 32,
+        "max_expert_tokens": 32,
     },
     "rollout": {"prompts_per_step": 3, "samples_per_prompt": 4, "max_tokens": 6},
     "reward": {"functions": [f"{Path(__file__).parent / 'stopping_reward.py'}:score"]},
@@ -36,16 +41,21 @@ def lines(path: Path) -> list[dict]:
     kept = []
     for line in path.read_text().splitlines():
         values = json.loads(line)
-        kept.append({key: value for key, value in values.items() if not any(word in key for word in CLOCKS)})
+        kept.append(
+            {key: value for key, value in values.items() if not any(word in key for word in CLOCKS)}
+        )
     return kept
 
 
-@pytest.mark.parametrize("method, staleness, stop_at, done", [
-    (DYNAMIC, 0, 5, 0),                     # in the first step, of which one group is scored
-    (DYNAMIC, 0, 14, 0),                    # after a group was filtered and another drawn for it
-    (DYNAMIC, 1, 20, 0),                    # with the rollouts of the next step on their way
-    ({"name": "chord_mu"}, 0, 20, 1),       # with demonstrations
-])
+@pytest.mark.parametrize(
+    "method, staleness, stop_at, done",
+    [
+        (DYNAMIC, 0, 5, 0),  # in the first step, of which one group is scored
+        (DYNAMIC, 0, 14, 0),  # after a group was filtered and another drawn for it
+        (DYNAMIC, 1, 20, 0),  # with the rollouts of the next step on their way
+        ({"name": "chord_mu"}, 0, 20, 1),  # with demonstrations
+    ],
+)
 def test_an_abandoned_step_is_as_if_never_begun(in_tmp, capsys, method, staleness, stop_at, done):
     Path("c.yaml").write_text(yaml.safe_dump({**CONFIG, "method": method}))
     assert run("whole", f"rollout.staleness={staleness}") == 0

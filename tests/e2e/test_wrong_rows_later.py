@@ -1,4 +1,7 @@
-"""A row that could not be checked before the run: it ends with a checkpoint, or goes on without the row."""
+"""A row that could not be checked before the run: it ends with a checkpoint, or goes on without the
+row.
+"""
+
 from pathlib import Path
 
 import pytest
@@ -8,13 +11,16 @@ from tandem.engine.config.parse import load
 from tandem.engine.core.errors import ConfigError
 from tandem.launch.run.run import train
 
-# Row 51 of this endless task is the first with more than 100 tokens: step 6 of 8 rows each meets it.
+# Row 51 of this endless task is the first with more than 100 tokens: step 6 of 8 rows each meets
+# it.
 CONFIG = {
     "mode": "inline",
     "model": {"path": "tandem:tiny"},
     "method": {"name": "grpo"},
-    "data": {"prompts": {"path": "reasoning_gym:chain_sum", "options": {"seed": 0, "max_digits": 4}},
-             "max_prompt_tokens": 100},
+    "data": {
+        "prompts": {"path": "reasoning_gym:chain_sum", "options": {"seed": 0, "max_digits": 4}},
+        "max_prompt_tokens": 100,
+    },
     "rollout": {"prompts_per_step": 8, "samples_per_prompt": 2, "max_tokens": 2},
     "reward": {"functions": ["exact"]},
     "learner": {"learning_rate": 1e-3},

@@ -1,7 +1,12 @@
-"""One rank of the learner tests: `python zero_worker.py RANK RANKS PORT STAGE MODEL FOLDER`. Results go to FOLDER/CASE_rankR.pt; see test_learner_zero.py.
+"""One rank of the learner tests:
 
-One process group per process, and one ZeRO stage per group: engines of different stages in one process have hung.
+`python zero_worker.py RANK RANKS PORT STAGE MODEL FOLDER`. Results go to FOLDER/CASE_rankR.pt; see
+test_learner_zero.py.
+
+One process group per process, and one ZeRO stage per group: engines of different stages in one
+process have hung.
 """
+
 import sys
 from pathlib import Path
 
@@ -29,7 +34,9 @@ from tandem.engine.learner.ray import share
 
 
 class Probe(torch.optim.AdamW):
-    """AdamW that on request puts the gradient it was given in the place of the weights (exact, unlike a difference of weights), and back."""
+    """AdamW that on request puts the gradient it was given in the place of the weights (exact,
+    unlike a difference of weights), and back.
+    """
 
     mode = "train"
 
@@ -46,10 +53,22 @@ class Probe(torch.optim.AdamW):
 
 
 def build(case, stage, model, ranks, rank):
-    learner = LearnerConfig(grad_clip=CLIP, zero_stage=stage, weight_decay=0.1, offload_optimizer=case == "offload")
-    config = Config(model=ModelConfig(path=model, dtype="bfloat16" if case == "bfloat16" else "float32"), learner=learner, method=METHOD)
+    learner = LearnerConfig(
+        grad_clip=CLIP, zero_stage=stage, weight_decay=0.1, offload_optimizer=case == "offload"
+    )
+    config = Config(
+        model=ModelConfig(path=model, dtype="bfloat16" if case == "bfloat16" else "float32"),
+        learner=learner,
+        method=METHOD,
+    )
     torch.manual_seed(rank)
-    return LearnerRank(config, model, zero.ZeroEngine(make_policy(config, model), learner, persistent=0), rank, ranks)
+    return LearnerRank(
+        config,
+        model,
+        zero.ZeroEngine(make_policy(config, model), learner, persistent=0),
+        rank,
+        ranks,
+    )
 
 
 def take(learner, plan):
@@ -61,7 +80,9 @@ def gradients(learner, ranks):
     out, rows = {}, make_rows(count=17)
     for name in ("policy", "sft", "kl", "value", "all"):
         for count in (1, 3, 8):
-            plan = make_plan(rows, ranks, budget_of(0, 17, ranks, count), TERMS if name == "all" else only(name))
+            plan = make_plan(
+                rows, ranks, budget_of(0, 17, ranks, count), TERMS if name == "all" else only(name)
+            )
             Probe.mode = "show"
             metrics = dict(take(learner, plan).metrics)
             out[name, count] = weights(learner), metrics
@@ -82,7 +103,10 @@ def hooks(learner, ranks):
 
 
 def moments(learner):
-    return [{k: v.clone() for k, v in learner.engine.inner.state.get(m, {}).items()} for m in learner.engine.moments.masters]
+    return [
+        {k: v.clone() for k, v in learner.engine.inner.state.get(m, {}).items()}
+        for m in learner.engine.moments.masters
+    ]
 
 
 def training(learner, ranks, folder):
@@ -92,7 +116,10 @@ def training(learner, ranks, folder):
     out["weights after first"], out["moments after first"] = weights(learner), moments(learner)
     report = take(learner, make_plan(poison(make_rows(1)), ranks))
     out["poisoned"] = report.skipped, report.metrics["grad_norm"]
-    out["weights after poisoned"], out["moments after poisoned"] = weights(learner), moments(learner)
+    out["weights after poisoned"], out["moments after poisoned"] = (
+        weights(learner),
+        moments(learner),
+    )
     out["streams"] = learner.streams(make_rows(5), 0.8)
     take(learner, make_plan(make_rows(1), ranks, optimizer="sft"))
     learner.save(folder)
@@ -108,20 +135,27 @@ def go_on(learner, ranks):
 
 def main(rank, ranks, port, stage, model, folder):
     zero.join(rank, ranks, "127.0.0.1", port, 120.0)
-    zero.adamw = lambda parameters, learner: Probe(parameters, lr=0.0, betas=learner.betas, weight_decay=learner.weight_decay)
+    zero.adamw = lambda parameters, learner: Probe(
+        parameters, lr=0.0, betas=learner.betas, weight_decay=learner.weight_decay
+    )
     folder = Path(folder)
     for case in ("plain", "offload", "bfloat16") if stage else ("plain", "bfloat16"):
         if case == "offload":
             zero.check_offload(stage)
         learner = build(case, stage, model, ranks, rank)
-        out = {"gradients": gradients(learner, ranks), "hooks": hooks(learner, ranks)} if case != "bfloat16" else {}
+        out = (
+            {"gradients": gradients(learner, ranks), "hooks": hooks(learner, ranks)}
+            if case != "bfloat16"
+            else {}
+        )
         Probe.mode = "train"
         engine = learner.engine.engine
         out["offloaded"] = bool(engine.zero_use_cpu_optimizer())
         out["local elements"] = sum(p.numel() for p in learner.engine.module.parameters())
         out |= training(learner, ranks, folder / f"{case}_checkpoint")
         out["straight on"] = go_on(learner, ranks)
-        learner.export(folder / f"{case}_model")        # on all ranks: at stage 3 they gather it together
+        # on all ranks: at stage 3 they gather it together
+        learner.export(folder / f"{case}_model")
         if rank == 0:
             out["exported"] = load_file(folder / f"{case}_model" / "model.safetensors")
         learner.load(folder / f"{case}_checkpoint")
@@ -137,4 +171,11 @@ def main(rank, ranks, port, stage, model, folder):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5], sys.argv[6])
+    main(
+        int(sys.argv[1]),
+        int(sys.argv[2]),
+        int(sys.argv[3]),
+        int(sys.argv[4]),
+        sys.argv[5],
+        sys.argv[6],
+    )

@@ -1,4 +1,5 @@
 """A reward that fills the disk m in call number `at`; with `fails` it then fails too."""
+
 import contextlib
 
 calls = 0

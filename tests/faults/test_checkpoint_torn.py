@@ -1,4 +1,7 @@
-"""Whatever happens while a checkpoint is written, or to its files later: the newest complete one is found, and nothing else is taken for one."""
+"""Whatever happens while a checkpoint is written, or to its files later: the newest complete one is
+found, and nothing else is taken for one.
+"""
+
 import json
 import os
 import subprocess
@@ -9,7 +12,8 @@ import pytest
 
 from tandem.engine.loop.checkpoint import MANIFEST, Checkpoints
 
-# Kills itself with SIGKILL at its n-th file system call, for n = 1, 2, ... until a child lives to the end; after each death the parent looks what is left.
+# Kills itself with SIGKILL at its n-th file system call, for n = 1, 2, ... until a child lives to
+# the end; after each death the parent looks what is left.
 KILLER = """
 import json, os, shutil, signal, sys
 from pathlib import Path
@@ -72,9 +76,11 @@ print(json.dumps(died))
 
 
 def test_killed_at_every_file_system_call(tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLER, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) > 30     # so many places to die were tried
+    assert json.loads(done.stdout) > 30  # so many places to die were tried
 
 
 def two_checkpoints(folder: Path) -> Checkpoints:
@@ -94,14 +100,32 @@ def flip(path: Path, place: int) -> None:
 
 
 DAMAGE = {
-    "truncated file": (lambda p: os.truncate(p / "weights/model.safetensors", 100), "model.safetensors has 100 bytes, its manifest says 16384"),
-    "grown file": (lambda p: (p / "run_state.pkl").open("ab").write(b"x"), "run_state.pkl has 16 bytes"),
-    "flipped bit": (lambda p: flip(p / "weights/model.safetensors", 9999), "model.safetensors has digest"),
-    "missing file": (lambda p: (p / "weights/model.safetensors").unlink(), "lacks weights/model.safetensors"),
+    "truncated file": (
+        lambda p: os.truncate(p / "weights/model.safetensors", 100),
+        "model.safetensors has 100 bytes, its manifest says 16384",
+    ),
+    "grown file": (
+        lambda p: (p / "run_state.pkl").open("ab").write(b"x"),
+        "run_state.pkl has 16 bytes",
+    ),
+    "flipped bit": (
+        lambda p: flip(p / "weights/model.safetensors", 9999),
+        "model.safetensors has digest",
+    ),
+    "missing file": (
+        lambda p: (p / "weights/model.safetensors").unlink(),
+        "lacks weights/model.safetensors",
+    ),
     "no manifest": (lambda p: (p / MANIFEST).unlink(), "was not written to the end"),
     "torn manifest": (lambda p: os.truncate(p / MANIFEST, 60), "cannot be read"),
-    "flipped bit in the manifest's digest": (lambda p: flip(p / MANIFEST, (p / MANIFEST).read_bytes().index(b'"blake2b": "') + 20), "has digest"),
-    "manifest of another step": (lambda p: (p / MANIFEST).write_bytes((p.parent / "step_4" / MANIFEST).read_bytes()), "holds the manifest of step 4"),
+    "flipped bit in the manifest's digest": (
+        lambda p: flip(p / MANIFEST, (p / MANIFEST).read_bytes().index(b'"blake2b": "') + 20),
+        "has digest",
+    ),
+    "manifest of another step": (
+        lambda p: (p / MANIFEST).write_bytes((p.parent / "step_4" / MANIFEST).read_bytes()),
+        "holds the manifest of step 4",
+    ),
 }
 
 
@@ -147,12 +171,25 @@ except OSError as error:
 
 @pytest.mark.parametrize("how", ["limit", "tmpfs"])
 def test_full_disk(tmp_path, how):
-    """A disk that fills up in the middle of a write: the error says what became of the checkpoints, and the one before is found."""
-    mounted = how == "tmpfs" and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], capture_output=True).returncode == 0
+    """A disk that fills up in the middle of a write: the error says what became of the checkpoints,
+    and the one before is found.
+    """
+    mounted = (
+        how == "tmpfs"
+        and subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], capture_output=True
+        ).returncode
+        == 0
+    )
     if how == "tmpfs" and not mounted:
         pytest.skip("may not mount a small disk here")
     try:
-        done = subprocess.run([sys.executable, "-c", WRITER, str(tmp_path), how], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [sys.executable, "-c", WRITER, str(tmp_path), how],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         assert done.returncode == 3, done.stderr
         assert "checkpoint of step 2" in done.stdout and "are intact" in done.stdout
         assert os.listdir(tmp_path) == ["step_1"]

@@ -1,4 +1,7 @@
-"""A disk that is full, before the run or in it: the old checkpoints stay, a short message names the disk, and with room the run goes on."""
+"""A disk that is full, before the run or in it: the old checkpoints stay, a short message names the
+disk, and with room the run goes on.
+"""
+
 import json
 import subprocess
 from pathlib import Path
@@ -10,11 +13,19 @@ from tandem.engine.loop.disk import checkpoint_bytes, disk_fault, in_words, prob
 
 FILLING = f"{Path(__file__).parent / 'filling_reward.py'}:score"
 DISK = 40 << 20
-STEP_2 = 2 + 2 * 6 + 1      # the reward's first call in step 2: 2 of the evaluation, 6 per step
+STEP_2 = 2 + 2 * 6 + 1  # the reward's first call in step 2: 2 of the evaluation, 6 per step
 
 
 def words(name: str, *more: str) -> list[str]:
-    return ["train", "c.yaml", "run.dir=m", f"run.name={name}", "run.checkpoint_every=1", "run.save_model=false", *more]
+    return [
+        "train",
+        "c.yaml",
+        "run.dir=m",
+        f"run.name={name}",
+        "run.checkpoint_every=1",
+        "run.save_model=false",
+        *more,
+    ]
 
 
 def filling(**options) -> list[str]:
@@ -26,18 +37,34 @@ def results(tmp_path_factory):
     """{case: {code, out, err}} of runs on a small disk of their own, and the folder it is in."""
     folder = tmp_path_factory.mktemp("disk")
     (folder / "m").mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", folder / "m"], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", folder / "m"],
+        capture_output=True,
+        text=True,
+    )
     if mounted.returncode:
         pytest.skip(f"a small disk needs root: {mounted.stderr}")
     try:
         cases = {
             "metrics": {"words": words("metrics", *filling(at=STEP_2))},
-            "metrics, resumed": {"shell": "rm m/fill", "words": words("metrics", *filling(at=STEP_2), "run.resume=true")},
-            "no room": {"shell": "rm -r m/metrics; head -c 35M /dev/zero > m/fill", "words": words("no_room")},
+            "metrics, resumed": {
+                "shell": "rm m/fill",
+                "words": words("metrics", *filling(at=STEP_2), "run.resume=true"),
+            },
+            "no room": {
+                "shell": "rm -r m/metrics; head -c 35M /dev/zero > m/fill",
+                "words": words("no_room"),
+            },
             "doctor": {"words": ["doctor", "c.yaml", "run.dir=m"]},
             "room for one": {"shell": "head -c 20M /dev/zero > m/fill", "words": words("one")},
-            "room for one, resumed": {"shell": "rm m/fill", "words": words("one", "run.resume=true")},
-            "error": {"shell": "rm -r m/one", "words": words("error", *filling(at=STEP_2, fails=True), "reward.on_error=fail")},
+            "room for one, resumed": {
+                "shell": "rm m/fill",
+                "words": words("one", "run.resume=true"),
+            },
+            "error": {
+                "shell": "rm -r m/one",
+                "words": words("error", *filling(at=STEP_2, fails=True), "reward.on_error=fail"),
+            },
         }
         yield run_cases(folder, cases), folder
     finally:
@@ -48,15 +75,26 @@ def test_full_while_metrics_or_rollouts_are_written(results):
     found = results[0]["metrics"]
     assert found["code"] == 1, found
     (line,) = found["err"].splitlines()
-    assert "No space left on device" in line and "/m" in line and "MiB free" in line and "go on with run.resume=true" in line
+    assert (
+        "No space left on device" in line
+        and "/m" in line
+        and "MiB free" in line
+        and "go on with run.resume=true" in line
+    )
     assert results[0]["metrics, resumed"]["code"] == 0, results[0]["metrics, resumed"]
 
 
 def test_no_room_for_one_checkpoint_is_found_before_the_run(results):
     found, folder = results
     assert found["no room"]["code"] == 2, found["no room"]
-    assert "MiB are free on the disk of" in found["no room"]["err"] and "a checkpoint of this model takes at least 10.2 MiB" in found["no room"]["err"]
-    assert "a checkpoint of this model takes at least 10.2 MiB" in found["doctor"]["out"] and found["doctor"]["code"] == 2
+    assert (
+        "MiB are free on the disk of" in found["no room"]["err"]
+        and "a checkpoint of this model takes at least 10.2 MiB" in found["no room"]["err"]
+    )
+    assert (
+        "a checkpoint of this model takes at least 10.2 MiB" in found["doctor"]["out"]
+        and found["doctor"]["code"] == 2
+    )
 
 
 def test_room_for_one_checkpoint_but_not_for_two(results):
@@ -64,7 +102,10 @@ def test_room_for_one_checkpoint_but_not_for_two(results):
     assert found["code"] == 1, found
     assert "warning: " in found["out"] and "the whole run about" in found["out"]
     (line,) = found["err"].splitlines()
-    assert "the checkpoint of step 2 could not be written" in line and "No space left on device" in line
+    assert (
+        "the checkpoint of step 2 could not be written" in line
+        and "No space left on device" in line
+    )
     assert "the newest is step_1" in line and "/m" in line and "one takes 10.3 MiB" in line
     assert results[0]["room for one, resumed"]["code"] == 0, results[0]["room for one, resumed"]
 
@@ -87,15 +128,21 @@ def wrapped() -> RuntimeError:
         return error
 
 
-@pytest.mark.parametrize("error, fault", [
-    (OSError(28, "No space left on device"), "No space left on device"),
-    (OSError(30, "Read-only file system", "/x/y"), "Read-only file system"),
-    (RuntimeError("I/O error: No space left on device (os error 28)"), "No space left on device"),
-    (wrapped(), "Disk quota exceeded"),
-    (OSError(2, "No such file or directory"), ""),
-    (BrokenPipeError(32, "Broken pipe"), ""),
-    (RuntimeError("unexpected pos 64 vs 0"), ""),
-])
+@pytest.mark.parametrize(
+    "error, fault",
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (OSError(30, "Read-only file system", "/x/y"), "Read-only file system"),
+        (
+            RuntimeError("I/O error: No space left on device (os error 28)"),
+            "No space left on device",
+        ),
+        (wrapped(), "Disk quota exceeded"),
+        (OSError(2, "No such file or directory"), ""),
+        (BrokenPipeError(32, "Broken pipe"), ""),
+        (RuntimeError("unexpected pos 64 vs 0"), ""),
+    ],
+)
 def test_faults_of_a_disk_are_told_from_others(tmp_path, error, fault):
     assert disk_fault(error) == fault
     assert (fault in in_words(error, tmp_path)) and bool(in_words(error, tmp_path)) == bool(fault)

@@ -1,4 +1,7 @@
-"""Rewards that hang, crash, print and fork, in real worker processes: each failure is a typed outcome of its own sample, and nothing survives close()."""
+"""Rewards that hang, crash, print and fork, in real worker processes: each failure is a typed
+outcome of its own sample, and nothing survives close().
+"""
+
 import os
 import signal
 import subprocess
@@ -15,7 +18,7 @@ from tandem.rollout.rewards import runner as runner_module
 from tandem.rollout.rewards.runner import RewardFailure, RewardRunner
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(120)]
-WAIT = 60       # seconds until a future that never comes fails the test
+WAIT = 60  # seconds until a future that never comes fails the test
 
 MISBEHAVE = """
 import ctypes, os, signal, subprocess, sys, time
@@ -64,7 +67,9 @@ def start(tmp_path):
     def make(source, **kwargs):
         path = tmp_path / f"reward{len(runners)}.py"
         path.write_text(source)
-        config = RewardConfig(functions=(f"{path}:score",), **{"timeout": 2.0, "max_error_rate": 1.0, **kwargs})
+        config = RewardConfig(
+            functions=(f"{path}:score",), **{"timeout": 2.0, "max_error_rate": 1.0, **kwargs}
+        )
         runners.append(RewardRunner(config, log=tmp_path / "rewards.log"))
         pids.extend(worker.process.pid for worker in runners[-1].workers)
         return runners[-1]
@@ -94,25 +99,33 @@ def gone(pid: int) -> bool:
 
 
 def submit(runner, *texts, **columns):
-    return runner.submit(Prompt(id="p", tokens=np.zeros(1, np.int32), content="?", columns=columns), texts, [np.zeros(1, np.int32)] * len(texts))
+    return runner.submit(
+        Prompt(id="p", tokens=np.zeros(1, np.int32), content="?", columns=columns),
+        texts,
+        [np.zeros(1, np.int32)] * len(texts),
+    )
 
 
 def outcomes(runner, *texts, **columns):
     return submit(runner, *texts, **columns).result(timeout=WAIT)
 
 
-@pytest.mark.parametrize("text, kind, message", [
-    ("sleep", "timeout", "reward.timeout, 2 s"),
-    ("deaf", "timeout", "reward.timeout, 2 s"),
-    ("raise", "exception", "KeyError: 'lost'"),
-    ("nan", "not_finite", "nan"),
-    ("arity", "arity", "list [1.0, 2.0]"),
-    ("exit", "crash", "exit code 7"),
-    ("segfault", "crash", "signal SIGSEGV"),
-])
+@pytest.mark.parametrize(
+    "text, kind, message",
+    [
+        ("sleep", "timeout", "reward.timeout, 2 s"),
+        ("deaf", "timeout", "reward.timeout, 2 s"),
+        ("raise", "exception", "KeyError: 'lost'"),
+        ("nan", "not_finite", "nan"),
+        ("arity", "arity", "list [1.0, 2.0]"),
+        ("exit", "crash", "exit code 7"),
+        ("segfault", "crash", "signal SIGSEGV"),
+    ],
+)
 def test_a_failure_costs_its_own_sample_only(start, text, kind, message):
     runner = start(MISBEHAVE)
-    later = submit(runner, "good", text, "good"), submit(runner, "good", "good")    # one worker: what comes later is scored by its successor
+    # one worker: what comes later is scored by its successor
+    later = submit(runner, "good", text, "good"), submit(runner, "good", "good")
     first, bad, third = later[0].result(timeout=WAIT)
     assert (first.value, third.value) == (1.0, 1.0)
     assert bad.value is None and bad.error.kind == kind and message in bad.error.message
@@ -140,7 +153,10 @@ def test_close_cancels_what_waits_in_the_queue(start):
 
 
 def test_a_group_function_that_hangs_fails_all_its_samples(start):
-    runner = start("import time\ndef score(completions, **kw):\n    if 'sleep' in completions: time.sleep(1000)\n    return [float(len(c)) for c in completions]")
+    runner = start(
+        "import time\ndef score(completions, **kw):\n    if 'sleep' in completions: "
+        "time.sleep(1000)\n    return [float(len(c)) for c in completions]"
+    )
     assert [o.error.kind for o in outcomes(runner, "a", "sleep", "bb")] == ["timeout"] * 3
     assert [o.value for o in outcomes(runner, "a", "bb")] == [1.0, 2.0]
 
@@ -159,14 +175,23 @@ def test_a_segfault_leaves_its_stack_in_the_log(start, tmp_path):
     assert "Fatal Python error: Segmentation fault" in (tmp_path / "rewards.log").read_text()
 
 
-@pytest.mark.parametrize("text, kind", [("child", None), ("child and hang", "timeout"), ("child and exit", "crash"), ("fork", None), ("fork and exit", "crash")])
+@pytest.mark.parametrize(
+    "text, kind",
+    [
+        ("child", None),
+        ("child and hang", "timeout"),
+        ("child and exit", "crash"),
+        ("fork", None),
+        ("fork and exit", "crash"),
+    ],
+)
 def test_children_of_a_reward_go_with_its_worker(start, tmp_path, text, kind):
     runner = start(FORK, timeout=3.0)
-    outcome, = outcomes(runner, text, folder=str(tmp_path))
+    (outcome,) = outcomes(runner, text, folder=str(tmp_path))
     assert (outcome.error and outcome.error.kind) == kind
     child = int((tmp_path / text).read_text())
     if kind is None:
-        assert alive(child)         # the worker lives on, and so may what it started
+        assert alive(child)  # the worker lives on, and so may what it started
         runner.close()
     assert gone(child)
 
@@ -174,7 +199,10 @@ def test_children_of_a_reward_go_with_its_worker(start, tmp_path, text, kind):
 def test_a_fork_that_returns_into_the_worker_does_not_answer_in_its_place(start, tmp_path):
     runner = start(FORK)
     for _ in range(5):
-        assert [o.value for o in outcomes(runner, "fork back", "good", folder=str(tmp_path))] == [1.0, 1.0]
+        assert [o.value for o in outcomes(runner, "fork back", "good", folder=str(tmp_path))] == [
+            1.0,
+            1.0,
+        ]
 
 
 def test_a_worker_that_died_idle_is_replaced_at_no_cost(start):
@@ -196,15 +224,19 @@ def test_too_many_failures_stop_the_run(start):
 
 def test_workers_stay_light_and_do_not_run_the_main_script(start):
     import torch  # noqa: F401  it is loaded here, as it is in a run
+
     assert [o.value for o in outcomes(start(MISBEHAVE), "torch", "main")] == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("source, message", [
-    ("import os; os._exit(9)", "killed the process that imported them.*exit code 9"),
-    ("import time; time.sleep(1000)", "took longer than 1 s"),
-    ("raise RuntimeError('no licence')", "(?s)cannot be imported.*RuntimeError: no licence"),
-    ("def score(text): return 1", "fit no known signature"),
-])
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("import os; os._exit(9)", "killed the process that imported them.*exit code 9"),
+        ("import time; time.sleep(1000)", "took longer than 1 s"),
+        ("raise RuntimeError('no licence')", "(?s)cannot be imported.*RuntimeError: no licence"),
+        ("def score(text): return 1", "fit no known signature"),
+    ],
+)
 def test_a_file_that_cannot_be_imported_is_a_config_error(start, monkeypatch, source, message):
     if "sleep" in source:
         monkeypatch.setattr(runner_module, "START_SECONDS", 1)
@@ -248,7 +280,11 @@ def test_workers_do_not_outlive_their_parent(tmp_path, end):
     """Busy and idle worker, when the parent is killed outright, and when it ends without close()."""
     (tmp_path / "driver.py").write_text(DRIVER)
     (tmp_path / "reward.py").write_text(MISBEHAVE)
-    parent = subprocess.Popen([sys.executable, str(tmp_path / "driver.py"), f"{tmp_path / 'reward.py'}:score", end], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, str(tmp_path / "driver.py"), f"{tmp_path / 'reward.py'}:score", end],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
         assert parent.stdout.readline() == "started\n"
         pids = [int(p) for p in parent.stdout.readline().split()]
@@ -258,7 +294,7 @@ def test_workers_do_not_outlive_their_parent(tmp_path, end):
             parent.kill()
         parent.wait(WAIT)
         assert all(gone(p) for p in pids)
-        assert parent.stdout.read() == ""       # the script ran once, not once more in each worker
+        assert parent.stdout.read() == ""  # the script ran once, not once more in each worker
     finally:
         parent.kill()
         parent.wait()
@@ -274,15 +310,21 @@ def test_a_replaced_worker_scores_with_the_code_of_the_first_one(tmp_path, monke
     (project / name / "scale.py").write_text("FACTOR = 3.0\n")
     (project / f"{name}_limits.py").write_text("FACTOR = 3.0\n")
     neighbour = f"{name}_limits" if form == "file.py" else f"{name}.scale"
-    source = f"import os\n\ndef score(completion):\n    if completion == 'exit': os._exit(7)\n    from {neighbour} import FACTOR\n    return FACTOR\n"
+    source = (
+        "import os\n\ndef score(completion):\n    if completion == 'exit': os._exit(7)\n    "
+        f"from {neighbour} import FACTOR\n    return FACTOR\n"
+    )
     (project / "reward.py").write_text(source)
     (project / name / "reward.py").write_text(source)
     monkeypatch.chdir(project)
     function = "reward.py:score" if form == "file.py" else f"{name}.reward:score"
     runner = RewardRunner(RewardConfig(functions=(function,), workers=1, max_error_rate=1.0))
     try:
+
         def score(text):
-            return runner.submit(Prompt("p", np.zeros(1, np.int32), "p"), [text], [np.zeros(1, np.int32)]).result(WAIT)[0]
+            return runner.submit(
+                Prompt("p", np.zeros(1, np.int32), "p"), [text], [np.zeros(1, np.int32)]
+            ).result(WAIT)[0]
 
         assert score("a").value == 3.0
         (project / "reward.py").write_text(source.replace("return FACTOR", "return -FACTOR"))

@@ -1,4 +1,7 @@
-"""Worker processes of rewards that user code spoils, fills or stops: the next call finds a worker as good as new, and the run its own files whole."""
+"""Worker processes of rewards that user code spoils, fills or stops: the next call finds a worker
+as good as new, and the run its own files whole.
+"""
+
 import os
 import signal
 
@@ -12,7 +15,7 @@ from tandem.rollout.rewards import limits
 from tandem.rollout.rewards.log import BoundedLog
 from tandem.rollout.rewards.runner import RewardRunner
 
-WAIT = 60.0     # seconds until a test gives up
+WAIT = 60.0  # seconds until a test gives up
 
 SPOIL = """
 import builtins, json, os, pickle, resource, signal, sys, threading, time
@@ -64,7 +67,9 @@ def start(tmp_path):
     def make(source, **kwargs):
         path = tmp_path / f"reward{len(runners)}.py"
         path.write_text(source)
-        config = RewardConfig(functions=(f"{path}:score",), **{"timeout": 20.0, "max_error_rate": 1.0, **kwargs})
+        config = RewardConfig(
+            functions=(f"{path}:score",), **{"timeout": 20.0, "max_error_rate": 1.0, **kwargs}
+        )
         runners.append(RewardRunner(config, log=tmp_path / "logs" / "rewards.log"))
         return runners[-1]
 
@@ -78,8 +83,25 @@ def outcomes(runner, *texts, **columns):
     return runner.submit(prompt, texts, [np.zeros(1, np.int32)] * len(texts)).result(timeout=WAIT)
 
 
-@pytest.mark.parametrize("spoil", ["streams", "streams are None", "descriptors", "pickle", "json", "folder", "alarm", "timer", "recursion", "modules",
-                                   "threads", "signals", "surrogate", "fork"])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        "streams",
+        "streams are None",
+        "descriptors",
+        "pickle",
+        "json",
+        "folder",
+        "alarm",
+        "timer",
+        "recursion",
+        "modules",
+        "threads",
+        "signals",
+        "surrogate",
+        "fork",
+    ],
+)
 def test_a_spoiled_worker_answers_and_the_next_call_finds_it_whole(start, spoil):
     runner = start(SPOIL)
     process = runner.workers[0].process.pid
@@ -87,15 +109,18 @@ def test_a_spoiled_worker_answers_and_the_next_call_finds_it_whole(start, spoil)
     assert runner.workers[0].process.pid == process
 
 
-@pytest.mark.parametrize("spoil, kind, words, timeout", [
-    ("all descriptors", "crash", "died", 20.0),
-    ("all descriptors and a file", "crash", "exit code 70", 20.0),
-    ("answers itself", "crash", "sent what is no answer", 20.0),
-    ("interrupt", "exception", "KeyboardInterrupt", 20.0),
-    ("exit", "exception", "SystemExit", 20.0),
-    ("stop", "timeout", "reward.timeout", 1.0),
-    ("real-time signal", "crash", "signal 37", 20.0),
-])
+@pytest.mark.parametrize(
+    "spoil, kind, words, timeout",
+    [
+        ("all descriptors", "crash", "died", 20.0),
+        ("all descriptors and a file", "crash", "exit code 70", 20.0),
+        ("answers itself", "crash", "sent what is no answer", 20.0),
+        ("interrupt", "exception", "KeyboardInterrupt", 20.0),
+        ("exit", "exception", "SystemExit", 20.0),
+        ("stop", "timeout", "reward.timeout", 1.0),
+        ("real-time signal", "crash", "signal 37", 20.0),
+    ],
+)
 def test_a_worker_that_is_lost_costs_its_own_sample_only(start, spoil, kind, words, timeout):
     first, spoiled, last = outcomes(start(SPOIL, timeout=timeout), "ok", spoil, "ok")
     assert (first.value, last.value) == (1.0, 1.0)
@@ -112,8 +137,22 @@ def test_a_long_message_to_a_stopped_worker_is_given_up_in_time(start):
 
 def test_only_the_listed_environment_reaches_workers(start, monkeypatch):
     source = "import os\ndef score(completion): return float(completion in os.environ)"
-    names = {"WANDB_API_KEY": 0, "HF_TOKEN": 0, "AWS_SECRET_ACCESS_KEY": 0, "OPENAI_API_KEY": 0, "MY_OWN": 0, "PYTHON_KEYRING_PASSWORD": 0, "MY_JUDGE_URL": 1,
-             "HF_HUB_OFFLINE": 1, "OMP_NUM_THREADS": 1, "LC_ALL": 1, "TMPDIR": 1, "PATH": 1, "HOME": 1, "MY_TOKEN": 1}
+    names = {
+        "WANDB_API_KEY": 0,
+        "HF_TOKEN": 0,
+        "AWS_SECRET_ACCESS_KEY": 0,
+        "OPENAI_API_KEY": 0,
+        "MY_OWN": 0,
+        "PYTHON_KEYRING_PASSWORD": 0,
+        "MY_JUDGE_URL": 1,
+        "HF_HUB_OFFLINE": 1,
+        "OMP_NUM_THREADS": 1,
+        "LC_ALL": 1,
+        "TMPDIR": 1,
+        "PATH": 1,
+        "HOME": 1,
+        "MY_TOKEN": 1,
+    }
     for name in set(names) - {"PATH", "HOME", "TMPDIR"}:
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("TMPDIR", "/tmp")
@@ -138,24 +177,40 @@ def test_a_variable_that_is_not_set_is_refused(start):
 
 
 def test_a_call_that_takes_too_much_memory_is_ended_and_says_so(start):
-    source = ("import time\ndef score(completion):\n    if completion == 'much':\n        held = bytearray(600 << 20)\n"
-              "        held[::4096] = b'1' * len(held[::4096])\n        time.sleep(1000)\n    return 1.0")
+    source = (
+        "import time\ndef score(completion):\n    if completion == 'much':\n        held = "
+        "bytearray(600 << 20)\n"
+        "        held[::4096] = b'1' * len(held[::4096])\n        time.sleep(1000)\n    return 1.0"
+    )
     good, much, after = outcomes(start(source, memory_gib=0.4), "a", "much", "a")
     assert (good.value, after.value) == (1.0, 1.0)
-    assert much.error.kind == "crash" and "more than the 0.4 GiB of reward.memory_gib" in much.error.message
+    assert (
+        much.error.kind == "crash"
+        and "more than the 0.4 GiB of reward.memory_gib" in much.error.message
+    )
 
 
 def test_memory_of_a_child_counts(start):
-    source = ("import subprocess, sys\ndef score(completion):\n    if completion == 'much':\n"
-              "        subprocess.run([sys.executable, '-c', 'import time; held = b\"1\" * (600 << 20); time.sleep(1000)'])\n    return 1.0")
+    source = (
+        "import subprocess, sys\ndef score(completion):\n    if completion == 'much':\n"
+        "        subprocess.run([sys.executable, '-c', 'import time; held = b\"1\" * (600 << "
+        "20); time.sleep(1000)'])\n    return 1.0"
+    )
     much, after = outcomes(start(source, memory_gib=0.4), "much", "a")
-    assert much.error.kind == "crash" and "reward.memory_gib" in much.error.message and after.value == 1.0
+    assert (
+        much.error.kind == "crash"
+        and "reward.memory_gib" in much.error.message
+        and after.value == 1.0
+    )
 
 
 def test_a_worker_that_leaks_is_replaced_and_no_sample_is_lost(start, tmp_path, monkeypatch):
     monkeypatch.setattr(limits, "WARM_CALLS", 2)
     monkeypatch.setattr(limits, "GROWTH_BYTES", 60 << 20)
-    runner = start("held = []\ndef score(completion):\n    held.append(b'1' * (25 << 20))\n    return float(len(held))")
+    runner = start(
+        "held = []\ndef score(completion):\n    held.append(b'1' * (25 << 20))\n    return "
+        "float(len(held))"
+    )
     counts = [o.value for o in outcomes(runner, *["a"] * 10)]
     assert max(counts) < 10 and counts.count(1.0) > 1
     runner.close()
@@ -164,9 +219,14 @@ def test_a_worker_that_leaks_is_replaced_and_no_sample_is_lost(start, tmp_path, 
 
 def test_what_a_worker_loads_in_its_first_calls_is_no_growth(start, monkeypatch):
     monkeypatch.setattr(limits, "GROWTH_BYTES", 60 << 20)
-    runner = start("held = []\ndef score(completion):\n    if not held: held.append(b'1' * (200 << 20))\n    return 1.0")
+    runner = start(
+        "held = []\ndef score(completion):\n    if not held: held.append(b'1' * (200 << "
+        "20))\n    return 1.0"
+    )
     process = runner.workers[0].process.pid
-    assert [o.value for o in outcomes(runner, *["a"] * (limits.WARM_CALLS + 5))] == [1.0] * (limits.WARM_CALLS + 5)
+    assert [o.value for o in outcomes(runner, *["a"] * (limits.WARM_CALLS + 5))] == [1.0] * (
+        limits.WARM_CALLS + 5
+    )
     assert runner.workers[0].process.pid == process
 
 
@@ -198,11 +258,20 @@ def test_a_log_that_cannot_be_written_does_not_stop_scoring(start, tmp_path):
     assert [o.value for o in outcomes(runner, "a", "b")] == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("source", [
-    "def score(completion, answer): return float(completion == answer)",
-    "def score(completions, answer, **kw):\n    for c, a in zip(completions, answer): yield {'4': 1.0, '5': None}.get(c, 1e39)",
-    "def score(solution_str, ground_truth, data_source): return {'score': 1 / (len(solution_str) - 1)}",
-])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def score(completion, answer): return float(completion == answer)",
+        (
+            "def score(completions, answer, **kw):\n    for c, a in zip(completions, answer): "
+            "yield {'4': 1.0, '5': None}.get(c, 1e39)"
+        ),
+        (
+            "def score(solution_str, ground_truth, data_source): return {'score': 1 / "
+            "(len(solution_str) - 1)}"
+        ),
+    ],
+)
 def test_inline_and_in_workers_the_outcomes_are_the_same(start, source):
     runner = start(source)
     inline = RewardRunner(runner.config, inline=True)

@@ -1,4 +1,7 @@
-"""Signals at every point of a command: what the exit code is, what is said, and what is left on disk."""
+"""Signals at every point of a command: what the exit code is, what is said, and what is left on
+disk.
+"""
+
 import json
 import os
 import signal
@@ -15,29 +18,60 @@ from tandem.engine.core import stop
 
 BEFORE = ["config", "prepare", "start", "learner start", "first sync"]
 # where the signal comes, and the steps done in the checkpoint that must be there afterwards
-DURING = {"evaluation before": 0, "evaluating": 0, "first rollouts": 0, "rollouts": 2, "scoring": 1, "learning": 2,
-          "report": 2, "writing a checkpoint": 3, "sealing a checkpoint": 3, "last evaluation": 3}
+DURING = {
+    "evaluation before": 0,
+    "evaluating": 0,
+    "first rollouts": 0,
+    "rollouts": 2,
+    "scoring": 1,
+    "learning": 2,
+    "report": 2,
+    "writing a checkpoint": 3,
+    "sealing a checkpoint": 3,
+    "last evaluation": 3,
+}
 AFTER = ["export", "closing"]
 RESUMED = ["evaluation before", "rollouts", "learning", "last evaluation"]
 SIGNALS = ["SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1"]
-STORMS = {"twice": ["SIGTERM", "SIGTERM", "SIGUSR1"], "Ctrl-C twice": ["SIGINT", "SIGINT"], "Ctrl-C after all": ["SIGTERM", "SIGINT"]}
+STORMS = {
+    "twice": ["SIGTERM", "SIGTERM", "SIGUSR1"],
+    "Ctrl-C twice": ["SIGINT", "SIGINT"],
+    "Ctrl-C after all": ["SIGTERM", "SIGINT"],
+}
 
 
 def case(at: str, *signals: str, name: str = "", command: str = "train") -> dict:
-    return {"at": at, "signals": list(signals), "words": [command, "c.yaml", f"run.name={name or at.replace(' ', '_')}"]}
+    return {
+        "at": at,
+        "signals": list(signals),
+        "words": [command, "c.yaml", f"run.name={name or at.replace(' ', '_')}"],
+    }
 
 
 def cases() -> dict[str, dict]:
     found = {at: case(at, "SIGTERM") for at in [*BEFORE, *DURING, *AFTER]}
     found |= {name: case("scoring", name, name=name) for name in SIGNALS}
-    found |= {f"{name} early": case("start", name, name=name + "_early") for name in ("SIGINT", "SIGHUP")}
-    found |= {name: case("learning", *signals, name=f"storm_{number}") for number, (name, signals) in enumerate(STORMS.items())}
+    found |= {
+        f"{name} early": case("start", name, name=name + "_early") for name in ("SIGINT", "SIGHUP")
+    }
+    found |= {
+        name: case("learning", *signals, name=f"storm_{number}")
+        for number, (name, signals) in enumerate(STORMS.items())
+    }
     for at in RESUMED:
         found[f"{at}, resumed"] = {"at": "", "words": [*found[at]["words"], "run.resume=true"]}
     resumed = found["rollouts, resumed"]
-    found["resumed, stopped as it starts"] = {"at": "start", "signals": ["SIGTERM"], "words": [*found["SIGHUP"]["words"], "run.resume=true"]}
+    found["resumed, stopped as it starts"] = {
+        "at": "start",
+        "signals": ["SIGTERM"],
+        "words": [*found["SIGHUP"]["words"], "run.resume=true"],
+    }
     found["eval"] = case("evaluating", "SIGTERM", command="eval")
-    found["copying"] = {"at": "copying", "signals": ["SIGTERM"], "words": ["export", f"runs/{resumed['words'][2][9:]}", "out"]}
+    found["copying"] = {
+        "at": "copying",
+        "signals": ["SIGTERM"],
+        "words": ["export", f"runs/{resumed['words'][2][9:]}", "out"],
+    }
     return found
 
 
@@ -56,7 +90,10 @@ def checkpoints(folder: Path, name: str) -> list[str]:
 def test_before_the_first_step_there_is_nothing_to_resume_from(results, at):
     found, folder = results
     assert found[at]["code"] == 143, found[at]
-    assert found[at]["err"] == "stopped by SIGTERM before the first step; there is nothing to resume from\n"
+    assert (
+        found[at]["err"]
+        == "stopped by SIGTERM before the first step; there is nothing to resume from\n"
+    )
     assert "go on" not in found[at]["out"] and not checkpoints(folder, at.replace(" ", "_"))
 
 
@@ -96,7 +133,10 @@ def test_every_signal_counts(results, name):
     assert checkpoints(folder, name) == ["step_1"]
     early = found.get(f"{name} early")
     if early:
-        assert early["code"] == (130 if name == "SIGINT" else 143) and f"stopped by {name} before" in early["err"]
+        assert (
+            early["code"] == (130 if name == "SIGINT" else 143)
+            and f"stopped by {name} before" in early["err"]
+        )
 
 
 def test_more_of_the_same_change_nothing_but_a_second_ctrl_c_stops_at_once(results):
@@ -118,7 +158,10 @@ def test_a_resumed_run_that_is_stopped_as_it_starts_is_still_resumable(results):
 def test_commands_that_do_not_train(results):
     found, folder = results
     for name in ("eval", "copying"):
-        assert found[name]["code"] == 143 and found[name]["err"] == "stopped by SIGTERM before the end\n"
+        assert (
+            found[name]["code"] == 143
+            and found[name]["err"] == "stopped by SIGTERM before the end\n"
+        )
     assert not (folder / "out").exists(), "half a model"
 
 
@@ -133,44 +176,58 @@ def test_the_others_are_handled_too(name):
 
 
 def test_a_signal_that_nohup_ignores_stays_ignored():
-    code = ("import os, signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\nfrom tandem.engine.core import stop\n"
-            "with stop.handled():\n    os.kill(os.getpid(), signal.SIGHUP)\n    print(repr(stop.requested()))\n")
+    code = (
+        "import os, signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\nfrom "
+        "tandem.engine.core import stop\n"
+        "with stop.handled():\n    os.kill(os.getpid(), signal.SIGHUP)\n    "
+        "print(repr(stop.requested()))\n"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert done.stdout == "''\n", done
 
 
 def test_a_signal_while_a_cpp_module_is_imported_does_not_abort_the_process(tmp_path):
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(CONFIG))
-    code = ("import os, signal, sys\n"
-            "class Finder:\n"
-            "    def find_spec(self, name, path=None, target=None):\n"
-            "        if name == 'torch._C':\n"
-            "            os.kill(os.getpid(), signal.SIGTERM)\n"
-            "sys.meta_path.insert(0, Finder())\n"
-            "from tandem.launch import cli\n"
-            "sys.exit(cli.main(['train', 'c.yaml']))\n")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    code = (
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'torch._C':\n"
+        "            os.kill(os.getpid(), signal.SIGTERM)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from tandem.launch import cli\n"
+        "sys.exit(cli.main(['train', 'c.yaml']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == 143 and "nothing to resume from" in done.stderr, done
 
 
 def test_an_exception_lost_in_a_finalizer_is_raised_again():
-    code = ("import os, signal\nfrom tandem.engine.core import stop\n"
-            "class Finalizer:\n    def __del__(self):\n        os.kill(os.getpid(), signal.SIGTERM)\n"
-            "with stop.handled():\n    try:\n        Finalizer()\n        signal.pause()\n"
-            "    except stop.Stopped as signal_name:\n        print(signal_name)\n")
+    code = (
+        "import os, signal\nfrom tandem.engine.core import stop\n"
+        "class Finalizer:\n    def __del__(self):\n        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "with stop.handled():\n    try:\n        Finalizer()\n        signal.pause()\n"
+        "    except stop.Stopped as signal_name:\n        print(signal_name)\n"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert done.stdout == "SIGTERM\n", done
 
 
 def test_ray_gets_no_say():
     """Ray leaves by SystemExit in a handler that it puts in the place of ours."""
-    code = ("import os, signal, sys\nfrom tandem.engine.core import stop\n"
-            "def ray_init():\n"
-            "    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))\n"
-            "    if sys.argv[1] == 'during':\n        os.kill(os.getpid(), signal.SIGTERM)\n"
-            "with stop.handled():\n    try:\n        with stop.keeping():\n            ray_init()\n"
-            "        os.kill(os.getpid(), signal.SIGTERM)\n"
-            "    except stop.Stopped as error:\n        print(error)\n")
+    code = (
+        "import os, signal, sys\nfrom tandem.engine.core import stop\n"
+        "def ray_init():\n"
+        "    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))\n"
+        "    if sys.argv[1] == 'during':\n        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "with stop.handled():\n    try:\n        with stop.keeping():\n            ray_init()\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    except stop.Stopped as error:\n        print(error)\n"
+    )
     for when in ("during", "after"):
-        done = subprocess.run([sys.executable, "-c", code, when], capture_output=True, text=True, timeout=100)
+        done = subprocess.run(
+            [sys.executable, "-c", code, when], capture_output=True, text=True, timeout=100
+        )
         assert done.stdout == "SIGTERM\n", (when, done)

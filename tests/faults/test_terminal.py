@@ -1,4 +1,5 @@
 """Whatever the terminal is or becomes, a run goes on, and its exit code is its own."""
+
 import io
 import json
 import os
@@ -31,8 +32,14 @@ def test_a_run_on_a_terminal_that_fails(results, name):
     assert found[name]["code"] == 0, found[name]
     assert not found[name]["err"]
     run = folder / "runs" / f"caf\u00e9_{name}"
-    steps = [line for line in (run / "metrics.jsonl").read_text().splitlines() if "reward/mean" in line]
-    assert len(steps) == 3 and (run / "checkpoints" / "step_3").is_dir() and (run / "model" / "config.json").exists()
+    steps = [
+        line for line in (run / "metrics.jsonl").read_text().splitlines() if "reward/mean" in line
+    ]
+    assert (
+        len(steps) == 3
+        and (run / "checkpoints" / "step_3").is_dir()
+        and (run / "model" / "config.json").exists()
+    )
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     lost = [event for event in events if event["kind"] == "display_lost"]
     assert len(lost) == (name in ("closed pipe", "full", "gone"))
@@ -40,7 +47,10 @@ def test_a_run_on_a_terminal_that_fails(results, name):
 
 def test_an_ascii_terminal_shows_everything_else(results):
     found, folder = results
-    assert "run folder runs/caf?_ascii" in found["ascii"]["out"] and "checkpoint of step 3 written" in found["ascii"]["out"]
+    assert (
+        "run folder runs/caf?_ascii" in found["ascii"]["out"]
+        and "checkpoint of step 3 written" in found["ascii"]["out"]
+    )
 
 
 def test_a_command_whose_output_is_lost_has_failed(results):
@@ -51,9 +61,21 @@ def test_the_shell_s_own_ways(tmp_path):
     """Real processes: a reader that leaves, and streams that were closed before Python began."""
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(CONFIG))
     tandem = f"{sys.executable} -m tandem.launch.cli"
-    script = f"( {tandem} train c.yaml run.steps=1 <&- 2>&- ; echo $? > code ) | head -1; {tandem} methods >&-; {tandem} methods > /dev/full; echo $?"
-    environment = {name: value for name, value in os.environ.items() if not name.endswith("WORLD_SIZE")}
-    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=200, env=environment)
+    script = (
+        f"( {tandem} train c.yaml run.steps=1 <&- 2>&- ; echo $? > code ) | head -1; {tandem} "
+        f"methods >&-; {tandem} methods > /dev/full; echo $?"
+    )
+    environment = {
+        name: value for name, value in os.environ.items() if not name.endswith("WORLD_SIZE")
+    }
+    done = subprocess.run(
+        ["bash", "-c", script],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=environment,
+    )
     assert (tmp_path / "code").read_text() == "0\n"
     assert done.stdout == "run folder runs/run\n1\n"
     assert done.stderr == "error: standard output could not be written: No space left on device\n"
@@ -84,6 +106,7 @@ def test_the_display_falls_silent_where_the_stream_fails(live):
     class Broken(io.StringIO):
         def write(self, text):
             raise OSError(5, "Input/output error")
+
     display = Display(300, Broken(), live=live)
     show(display)
     assert isinstance(display.lost, OSError)
@@ -96,7 +119,9 @@ def test_the_display_falls_silent_where_it_fails_itself():
     assert display.lost is not None
 
 
-@pytest.mark.parametrize("encoding, shown", [("utf-8", "\u00e9 ?"), ("ascii", "? ?"), ("latin-1", "\u00e9 ?")])
+@pytest.mark.parametrize(
+    "encoding, shown", [("utf-8", "\u00e9 ?"), ("ascii", "? ?"), ("latin-1", "\u00e9 ?")]
+)
 def test_what_the_encoding_does_not_know_is_a_question_mark(tmp_path, encoding, shown):
     with open(tmp_path / "out", "w", encoding=encoding) as stream:
         screen = Screen(stream)

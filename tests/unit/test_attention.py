@@ -1,4 +1,7 @@
-"""Attention of bfloat16 models on a CPU: short bins in float32, long ones and passes without a gradient as they were."""
+"""Attention of bfloat16 models on a CPU: short bins in float32, long ones and passes without a
+gradient as they were.
+"""
+
 import pytest
 import torch
 
@@ -9,7 +12,13 @@ from tandem.engine.model.load import load_policy
 
 def inputs(length, dtype, grad=True):
     generator = torch.Generator().manual_seed(length)
-    qkv = [torch.randn(2, 4, length, 16, generator=generator).to(torch.bfloat16).to(dtype).requires_grad_(grad) for _ in range(3)]
+    qkv = [
+        torch.randn(2, 4, length, 16, generator=generator)
+        .to(torch.bfloat16)
+        .to(dtype)
+        .requires_grad_(grad)
+        for _ in range(3)
+    ]
     mask = torch.ones(length, length, dtype=torch.bool).tril().expand(2, 1, -1, -1)
     return qkv, mask
 
@@ -41,7 +50,16 @@ def test_everything_else_is_left_alone(length, grad):
 
 def test_a_bfloat16_model_uses_it_and_a_float32_model_does_not(tmp_path):
     from tandem.engine.model.tiny import make_tiny
+
     path = str(make_tiny(tmp_path / "tiny", hidden=32, layers=2))
-    assert load_policy(ModelConfig(path=path, dtype="bfloat16")).model.config._attn_implementation == NAME
+    assert (
+        load_policy(ModelConfig(path=path, dtype="bfloat16")).model.config._attn_implementation
+        == NAME
+    )
     assert load_policy(ModelConfig(path=path)).model.config._attn_implementation == "sdpa"
-    assert load_policy(ModelConfig(path=path, dtype="bfloat16", attention="eager")).model.config._attn_implementation == "eager"
+    assert (
+        load_policy(
+            ModelConfig(path=path, dtype="bfloat16", attention="eager")
+        ).model.config._attn_implementation
+        == "eager"
+    )

@@ -1,4 +1,7 @@
-"""Buffers through the CPU channels: every worker gets every byte, whoever is slow, and a peer that is not there is an error, not a wait without end."""
+"""Buffers through the CPU channels: every worker gets every byte, whoever is slow, and a peer that
+is not there is an error, not a wait without end.
+"""
+
 import os
 import socket
 import threading
@@ -24,24 +27,35 @@ def address(monkeypatch):
 
 
 def fill(size, number):
-    return torch.randint(256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
+    return torch.randint(
+        256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(number)
+    )
 
 
 @pytest.mark.parametrize("kind", ["shm", "gloo"])
 def test_two_workers_get_every_buffer_also_the_slow_one(address, kind):
-    """Three updates over one connection. A worker reads its buffer late, when the learner would have filled that place again if it did not wait."""
+    """Three updates over one connection.
+
+    A worker reads its buffer late, when the learner would have filled that place again if it did
+    not wait.
+    """
     store = open_store(*address, 3, 20.0, master=True)
     memory = Memory(store, 2, max(SIZES)) if kind == "shm" else None
     wrong = []
 
     def work(rank):
         mine = open_store(*address, 3, 20.0, master=False)
-        channel = Memory(mine, 2, max(SIZES), memory.place) if kind == "shm" else Gloo(mine, rank, 3, 20.0)
+        channel = (
+            Memory(mine, 2, max(SIZES), memory.place)
+            if kind == "shm"
+            else Gloo(mine, rank, 3, 20.0)
+        )
         for update in range(3):
             for number, buffer in enumerate(channel.receive(SIZES)):
                 time.sleep(0.02 if rank == 2 else 0)
                 if not torch.equal(buffer, fill(SIZES[number], 10 * update + number)):
                     wrong.append((rank, update, number))
+
     workers = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in (1, 2)]
     for worker in workers:
         worker.start()
@@ -59,11 +73,13 @@ def test_two_workers_get_every_buffer_also_the_slow_one(address, kind):
 
 def test_the_learner_gives_up_when_its_patience_ends(address):
     """No worker takes anything: the first buffers have room, the next has to wait for ever."""
+
     class Enough(Exception):
         pass
 
     def patience():
         raise Enough
+
     channel = Memory(open_store(*address, 2, 5.0, master=True), 1, 100)
     for _ in range(SLOTS):
         channel.publish(channel.room(100, patience), patience)
@@ -74,15 +90,25 @@ def test_the_learner_gives_up_when_its_patience_ends(address):
 
 def test_memory_of_another_machine_is_named_as_such(address):
     store, other = open_store(*address, 2, 5.0, master=True), os.open(os.devnull, os.O_RDWR)
-    for place in ((2**22 + 1, 3), (os.getpid(), other)):        # no process has this number; a file of that number is another one
+    # no process has this number; a file of that number is another one
+    for place in ((2**22 + 1, 3), (os.getpid(), other)):
         with pytest.raises(SyncError, match="one machine.*sync.transport=gloo"):
             Memory(store, 1, 100, place)
     os.close(other)
 
 
-@pytest.mark.parametrize("cluster, expected", [
-    ({}, "shm"), ({"address": "auto"}, "gloo"), ({"engine_gpus": 1, "learner_gpus": 1}, "nccl"),
-    ({"engine_gpus": 0.5, "learner_gpus": 0.5, "colocate": True}, "ipc")])
+@pytest.mark.parametrize(
+    "cluster, expected",
+    [
+        ({}, "shm"),
+        ({"address": "auto"}, "gloo"),
+        ({"engine_gpus": 1, "learner_gpus": 1}, "nccl"),
+        ({"engine_gpus": 0.5, "learner_gpus": 0.5, "colocate": True}, "ipc"),
+    ],
+)
 def test_the_transport_fits_the_devices_unless_it_is_chosen(cluster, expected):
     assert transport(Config(cluster=ClusterConfig(**cluster))) == expected
-    assert transport(Config(cluster=ClusterConfig(**cluster), sync=SyncConfig(transport="gloo"))) == "gloo"
+    assert (
+        transport(Config(cluster=ClusterConfig(**cluster), sync=SyncConfig(transport="gloo")))
+        == "gloo"
+    )

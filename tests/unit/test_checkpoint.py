@@ -1,4 +1,5 @@
 """Writing, pruning and reading checkpoints, and the state of a run in them."""
+
 import os
 import pickle
 import random
@@ -28,7 +29,7 @@ def put(checkpoints: Checkpoints, step: int, content: str = "") -> None:
 def test_the_newest_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path / "made on first use", keep=2)
     assert checkpoints.latest() is None
-    for step in (9, 10, 11, 100):       # by number, not by name
+    for step in (9, 10, 11, 100):  # by number, not by name
         put(checkpoints, step)
     assert sorted(os.listdir(checkpoints.folder)) == ["step_100", "step_11"]
     assert checkpoints.latest() == (100, checkpoints.folder / "step_100")
@@ -78,22 +79,60 @@ def test_after_a_damaged_later_checkpoint_the_new_one_survives_pruning(tmp_path)
 
 
 def test_run_state_comes_back_exactly(tmp_path):
-    prompt = Prompt("p", np.array([5, 6], np.int32), [{"role": "user", "content": "hi"}], {"answer": {1, 2}})
-    trajectory = Trajectory("p", np.array([5, 6, 7], np.int32), np.array([0, 0, 1], np.int8), Finish.LENGTH,
-                            np.array([np.nan, np.nan, -0.1], np.float32), np.array([-1, -1, 3], np.int32), group=4)
-    group = ScoredGroup(4, prompt, (trajectory,), np.array([0.5], np.float32), (RewardOutcome(0.5, {"exact": 0.5}),), ("text",))
+    prompt = Prompt(
+        "p", np.array([5, 6], np.int32), [{"role": "user", "content": "hi"}], {"answer": {1, 2}}
+    )
+    trajectory = Trajectory(
+        "p",
+        np.array([5, 6, 7], np.int32),
+        np.array([0, 0, 1], np.int8),
+        Finish.LENGTH,
+        np.array([np.nan, np.nan, -0.1], np.float32),
+        np.array([-1, -1, 3], np.int32),
+        group=4,
+    )
+    group = ScoredGroup(
+        4,
+        prompt,
+        (trajectory,),
+        np.array([0.5], np.float32),
+        (RewardOutcome(0.5, {"exact": 0.5}),),
+        ("text",),
+    )
     request = GenRequest(5, prompt, 8, Sampling(32, seed=9))
-    state = RunState(step=4, producer={"tickets": [(4, [(request, group), (request, None)])]}, cursors={"prompts": {"epoch": 1, "at": 17}},
-                     method={"mu": 0.25}, signals={"entropy": 1.5, "grad_norm": float("inf")}, gated=2)
+    state = RunState(
+        step=4,
+        producer={"tickets": [(4, [(request, group), (request, None)])]},
+        cursors={"prompts": {"epoch": 1, "at": 17}},
+        method={"mu": 0.25},
+        signals={"entropy": 1.5, "grad_norm": float("inf")},
+        gated=2,
+    )
     state.save(tmp_path)
     back = RunState.load(tmp_path)
-    assert (back.step, back.cursors, back.method, back.signals, back.gated) == (4, state.cursors, state.method, state.signals, 2)
+    assert (back.step, back.cursors, back.method, back.signals, back.gated) == (
+        4,
+        state.cursors,
+        state.method,
+        state.signals,
+        2,
+    )
     ((_, ((request_back, group_back), (_, nothing))),) = back.producer["tickets"]
-    assert nothing is None and request_back.sampling == request.sampling and request_back.prompt.columns == prompt.columns
+    assert (
+        nothing is None
+        and request_back.sampling == request.sampling
+        and request_back.prompt.columns == prompt.columns
+    )
     for name in ("tokens", "source", "behaviour_logp", "version"):
         found, expected = getattr(group_back.trajectories[0], name), getattr(trajectory, name)
-        assert found.dtype == expected.dtype and np.array_equal(found, expected, equal_nan=name == "behaviour_logp")
-    assert group_back.trajectories[0].finish is Finish.LENGTH and group_back.rewards.tolist() == [0.5] and group_back.outcomes == group.outcomes
+        assert found.dtype == expected.dtype and np.array_equal(
+            found, expected, equal_nan=name == "behaviour_logp"
+        )
+    assert (
+        group_back.trajectories[0].finish is Finish.LENGTH
+        and group_back.rewards.tolist() == [0.5]
+        and group_back.outcomes == group.outcomes
+    )
 
 
 def test_state_of_another_version_is_refused_by_name(tmp_path):

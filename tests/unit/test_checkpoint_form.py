@@ -1,20 +1,32 @@
 """What the engines are sent has the names and shapes of the checkpoint, and its values."""
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tandem.engine.model.checkpoint_form import CheckpointForm
 
-SMALL = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=16)
+SMALL = dict(
+    vocab_size=40,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    head_dim=16,
+)
 
 
 def config(kind: str):
     import transformers
+
     experts = {"num_experts_per_tok": 2}
     if kind == "Mixtral":
         return transformers.MixtralConfig(**SMALL, **experts, num_local_experts=4)
     if kind == "Qwen3Moe":
-        return transformers.Qwen3MoeConfig(**SMALL, **experts, num_experts=4, moe_intermediate_size=24)
+        return transformers.Qwen3MoeConfig(
+            **SMALL, **experts, num_experts=4, moe_intermediate_size=24
+        )
     if kind == "Olmoe":
         return transformers.OlmoeConfig(**SMALL, **experts, num_experts=4)
     if kind == "GraniteMoe":
@@ -25,6 +37,7 @@ def config(kind: str):
 @pytest.mark.parametrize("kind", ["Llama", "Mixtral", "Qwen3Moe", "Olmoe", "GraniteMoe"])
 def test_parameters_have_the_form_of_the_checkpoint(tmp_path, kind):
     from transformers import AutoModelForCausalLM
+
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config(kind)).save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
@@ -39,8 +52,14 @@ def test_parameters_have_the_form_of_the_checkpoint(tmp_path, kind):
 
 def test_what_cannot_be_converted_alone_keeps_its_names(monkeypatch):
     """A checkpoint's tensor that is made of two parameters."""
+
     def joined(model, state):
-        return {"qkv": torch.cat(list(state.values()))} if len(state) == 2 else {"qkv": next(iter(state.values()))}
+        return (
+            {"qkv": torch.cat(list(state.values()))}
+            if len(state) == 2
+            else {"qkv": next(iter(state.values()))}
+        )
+
     monkeypatch.setattr("transformers.core_model_loading.revert_weight_conversion", joined)
     model = torch.nn.Linear(1, 1)
     model._weight_conversions = ["joins"]

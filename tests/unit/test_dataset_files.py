@@ -1,4 +1,5 @@
 """Files and folders of datasets: what is unlike, torn or of another kind is named with its place."""
+
 import gzip
 import json
 from pathlib import Path
@@ -18,6 +19,7 @@ CHAT = {"prompt": [{"role": "user", "content": "2+2="}], "response": "4"}
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     import datasets
+
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
@@ -30,6 +32,7 @@ def jsonl(path: Path, rows) -> Path:
 def parquet(path: Path, rows) -> Path:
     import pyarrow
     import pyarrow.parquet
+
     path.parent.mkdir(parents=True, exist_ok=True)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     return path
@@ -54,14 +57,17 @@ def write_bom(path: Path) -> None:
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(ROWS).encode())
 
 
-@pytest.mark.parametrize("name, write", [
-    ("r.jsonl.gz", write_gz),
-    ("list.json", lambda path: path.write_text(json.dumps(ROWS, indent=1))),
-    ("lines.json", lambda path: jsonl(path, ROWS)),
-    ("bom.json", write_bom),
-    ("folder/a.jsonl", lambda path: jsonl(path, ROWS)),
-    ("parts.parquet/part-0.parquet", lambda path: parquet(path, ROWS)),
-])
+@pytest.mark.parametrize(
+    "name, write",
+    [
+        ("r.jsonl.gz", write_gz),
+        ("list.json", lambda path: path.write_text(json.dumps(ROWS, indent=1))),
+        ("lines.json", lambda path: jsonl(path, ROWS)),
+        ("bom.json", write_bom),
+        ("folder/a.jsonl", lambda path: jsonl(path, ROWS)),
+        ("parts.parquet/part-0.parquet", lambda path: parquet(path, ROWS)),
+    ],
+)
 def test_kinds_of_files_that_give_the_same_rows(name, write, tmp_path):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
@@ -69,17 +75,24 @@ def test_kinds_of_files_that_give_the_same_rows(name, write, tmp_path):
     assert read(tmp_path / Path(name).parts[0]) == ROWS
 
 
-@pytest.mark.parametrize("name, data, words", [
-    ("nul.jsonl", b"\0" * 100, [":1", "not valid JSON"]),
-    ("deep.jsonl", b'{"prompt":' + b"[" * 100_000 + b"]" * 100_000 + b"}", [":1", "nested too deeply"]),
-    ("deep.json", b"[" * 100_000, ["nested too deeply"]),
-    ("utf16.jsonl", json.dumps(ROWS[0]).encode("utf-16") + b"\n", [":1", "not valid JSON"]),
-    ("cut.json", b'[{"prompt": "a"},', ["not valid JSON", "a list of JSON objects"]),
-    ("numbers.json", b'[{"prompt": "a"}, 3]', [":2", "found int"]),
-    ("cut.jsonl.gz", gzip.compress(b"x" * 1000)[:20], ["cut.jsonl.gz", "cannot be read"]),
-    ("no.jsonl.gz", b"hello", ["no.jsonl.gz", "cannot be read"]),
-    ("r.csv", b"prompt,response\na,b\n", ["path: csv", "data_files: r.csv"]),
-])
+@pytest.mark.parametrize(
+    "name, data, words",
+    [
+        ("nul.jsonl", b"\0" * 100, [":1", "not valid JSON"]),
+        (
+            "deep.jsonl",
+            b'{"prompt":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+            [":1", "nested too deeply"],
+        ),
+        ("deep.json", b"[" * 100_000, ["nested too deeply"]),
+        ("utf16.jsonl", json.dumps(ROWS[0]).encode("utf-16") + b"\n", [":1", "not valid JSON"]),
+        ("cut.json", b'[{"prompt": "a"},', ["not valid JSON", "a list of JSON objects"]),
+        ("numbers.json", b'[{"prompt": "a"}, 3]', [":2", "found int"]),
+        ("cut.jsonl.gz", gzip.compress(b"x" * 1000)[:20], ["cut.jsonl.gz", "cannot be read"]),
+        ("no.jsonl.gz", b"hello", ["no.jsonl.gz", "cannot be read"]),
+        ("r.csv", b"prompt,response\na,b\n", ["path: csv", "data_files: r.csv"]),
+    ],
+)
 def test_files_that_are_no_rows_are_named(name, data, words, tmp_path):
     (tmp_path / name).write_bytes(data)
     found = refusal(tmp_path / name)
@@ -115,6 +128,7 @@ def test_streamed_datasets_are_refused(options, tmp_path):
 
 def test_a_split_that_was_saved_alone_is_not_another_one(tmp_path):
     import datasets
+
     one = datasets.Dataset.from_list(ROWS, split="test")
     one.save_to_disk(str(tmp_path / "one"))
     found = refusal(tmp_path / "one")
@@ -128,6 +142,7 @@ def test_a_split_that_was_saved_alone_is_not_another_one(tmp_path):
 
 def test_a_row_that_cannot_be_decoded_is_named(tmp_path, monkeypatch):
     import datasets
+
     rows = datasets.Dataset.from_list(ROWS)
 
     def decode(batch):
@@ -146,13 +161,16 @@ def test_a_row_that_cannot_be_decoded_is_named(tmp_path, monkeypatch):
 
 def test_rows_far_behind_are_counted_together_and_found(tmp_path, monkeypatch):
     from transformers import AutoTokenizer
+
     monkeypatch.setattr("tandem.engine.data.sources.TOKENISED_ROWS", 1)
     monkeypatch.setattr("tandem.engine.data.sources.BATCH_CHARACTERS", 600)
     model = ModelConfig(path=str(make_tiny(tmp_path / "tiny", hidden=32, layers=1)))
     tokenizer = AutoTokenizer.from_pretrained(model.path)
-    long = [3, 50, 90, 70, 3, 200, 99, 5]       # of é: more bytes than tokens
+    long = [3, 50, 90, 70, 3, 200, 99, 5]  # of é: more bytes than tokens
     path = jsonl(tmp_path / "r.jsonl", [{"prompt": "é" * n, "response": "2"} for n in long])
     data = DataConfig(max_prompt_tokens=100, shuffle=False, overlong="drop")
-    source = ExpertSource(DatasetConfig(path=str(path), response="response"), data, tokenizer, model, 0)
+    source = ExpertSource(
+        DatasetConfig(path=str(path), response="response"), data, tokenizer, model, 0
+    )
     assert [len(t.tokens) - 3 for t in source.take(7)] == [3, 50, 90, 70, 3, 99, 5]
     assert source.dropped == 1 and "r.jsonl:6" in source.describe()

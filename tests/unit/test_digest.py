@@ -1,4 +1,7 @@
-"""engine/weights/digest.py: equal bytes give equal text everywhere; the faults that a weight transfer can have change it."""
+"""engine/weights/digest.py: equal bytes give equal text everywhere; the faults that a weight
+transfer can have change it.
+"""
+
 import subprocess
 import sys
 
@@ -7,7 +10,7 @@ import torch
 
 from tandem.engine.weights.digest import BLOCK, FEWEST, combine, digest
 
-SIZE = 2 * FEWEST * BLOCK + 7    # rows for the matmul, whatever the dtype, and a rest
+SIZE = 2 * FEWEST * BLOCK + 7  # rows for the matmul, whatever the dtype, and a rest
 
 
 def sample(dtype=torch.float32, size=SIZE):
@@ -18,24 +21,37 @@ def sample(dtype=torch.float32, size=SIZE):
 def test_layout_and_alignment_do_not_matter(dtype):
     x = sample(dtype)
     assert digest(x) == digest(x.clone())
-    assert digest(x[1:]) == digest(x[1:].clone())                           # not aligned to a word for 1- and 2-byte types
+    # not aligned to a word for 1- and 2-byte types
+    assert digest(x[1:]) == digest(x[1:].clone())
     square = x[:120].view(10, 12)
     assert digest(square.t()) == digest(square.t().contiguous()) != digest(square)
-    digest(x[:0]), digest(x[0])                                             # empty and scalar
+    digest(x[:0]), digest(x[0])  # empty and scalar
 
 
 def test_another_process_agrees():
-    code = ("import torch; from tandem.engine.weights.digest import digest; "
-            f"print(digest(torch.randn({SIZE}, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)))")
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout.strip() == digest(sample(torch.bfloat16))
+    code = (
+        "import torch; from tandem.engine.weights.digest import digest; "
+        f"print(digest(torch.randn({SIZE}, "
+        "generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)))"
+    )
+    assert subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    ).stdout.strip() == digest(sample(torch.bfloat16))
 
 
 def test_faults_are_seen():
     x = sample()
     seen = {digest(x), digest(x.view(1, -1)), digest(x.view(torch.int32))}  # shape and dtype count
-    for change in (lambda y: y[0].neg_(), lambda y: y[-1].neg_(), lambda y: y[:2].neg_(), lambda y: y.neg_(), lambda y: y.zero_(),
-                   lambda y: y.copy_(torch.cat([y[BLOCK:2 * BLOCK], y[:BLOCK], y[2 * BLOCK:]])), lambda y: y[:2].copy_(y[:2].flip(0)),
-                   lambda y: y[-5:].zero_()):
+    for change in (
+        lambda y: y[0].neg_(),
+        lambda y: y[-1].neg_(),
+        lambda y: y[:2].neg_(),
+        lambda y: y.neg_(),
+        lambda y: y.zero_(),
+        lambda y: y.copy_(torch.cat([y[BLOCK : 2 * BLOCK], y[:BLOCK], y[2 * BLOCK :]])),
+        lambda y: y[:2].copy_(y[:2].flip(0)),
+        lambda y: y[-5:].zero_(),
+    ):
         y = x.clone()
         change(y)
         seen.add(digest(y))
@@ -44,4 +60,7 @@ def test_faults_are_seen():
 
 def test_combine_is_over_names_and_values():
     assert combine({"a": "1", "b": "2"}) == combine({"b": "2", "a": "1"})
-    assert len({combine({"a": "1", "b": "2"}), combine({"a": "2", "b": "1"}), combine({"a": "1"})}) == 3
+    assert (
+        len({combine({"a": "1", "b": "2"}), combine({"a": "2", "b": "1"}), combine({"a": "1"})})
+        == 3
+    )

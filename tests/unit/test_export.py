@@ -1,4 +1,7 @@
-"""An export is the model that was loaded, with the trained weights: names, layout, buffers and files."""
+"""An export is the model that was loaded, with the trained weights: names, layout, buffers and
+files.
+"""
+
 import json
 import shutil
 from types import SimpleNamespace
@@ -20,15 +23,35 @@ from tandem.engine.model.resolve import load_tokenizer
 from tandem.engine.model.tiny import make_tiny
 from tandem.engine.model.weight_files import tensor_shapes
 
-SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-         "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64,
-         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 0}
-DEEPSEEK = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
-            "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 16,
-            "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 0,
+}
+DEEPSEEK = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-GPT2 = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=64,
-                               bos_token_id=1, eos_token_id=0)
+GPT2 = transformers.GPT2Config(
+    vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=0
+)
 FAMILIES = {
     "llama, tied": transformers.LlamaConfig(**SIZES, tie_word_embeddings=True),
     "llama, untied": transformers.LlamaConfig(**SIZES, tie_word_embeddings=False),
@@ -37,9 +60,15 @@ FAMILIES = {
     "mixtral": transformers.MixtralConfig(**SIZES, num_local_experts=4),
     "deepseek_v3": transformers.DeepseekV3Config(**SIZES, **DEEPSEEK),
     "gpt2": GPT2,
-    "gpt_neox": transformers.GPTNeoXConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
-                                           num_hidden_layers=2, num_attention_heads=2,
-                                           bos_token_id=1, eos_token_id=0),
+    "gpt_neox": transformers.GPTNeoXConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=1,
+        eos_token_id=0,
+    ),
     "phi3": transformers.Phi3Config(**SIZES),
     "gemma2": transformers.Gemma2Config(**SIZES, head_dim=16),
     "gemma3": transformers.Gemma3TextConfig(**SIZES, head_dim=16),
@@ -60,7 +89,11 @@ def make_folder(config, folder, **options):
 
 
 def settings(folder):
-    attention = "eager" if json.loads((folder / "config.json").read_text())["model_type"] == "gemma2" else "sdpa"
+    attention = (
+        "eager"
+        if json.loads((folder / "config.json").read_text())["model_type"] == "gemma2"
+        else "sdpa"
+    )
     return ModelConfig(path=str(folder), attention=attention)
 
 
@@ -83,8 +116,11 @@ def logits(model):
 def check_reload(rank, out, model):
     """transformers alone reads the export as the very model that was trained."""
     loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
-        out, output_loading_info=True, attn_implementation=model.attention,
-        trust_remote_code=model.trust_remote_code)
+        out,
+        output_loading_info=True,
+        attn_implementation=model.attention,
+        trust_remote_code=model.trust_remote_code,
+    )
     assert not info["missing_keys"]
     own = rank.engine.module.model
     torch.testing.assert_close(logits(loaded), logits(own), rtol=0, atol=0)
@@ -101,7 +137,7 @@ def test_the_export_is_the_model_that_was_loaded(tmp_path, name):
     rank.export(tmp_path / "out")
     assert tensor_shapes(tmp_path / "out") == tensor_shapes(source)
     check_reload(rank, tmp_path / "out", model)
-    load_policy(settings(tmp_path / "out"))     # and it can be trained again
+    load_policy(settings(tmp_path / "out"))  # and it can be trained again
 
 
 def test_fused_experts_stay_fused(tmp_path):
@@ -154,7 +190,9 @@ def test_a_large_model_is_written_in_several_files(tmp_path, name):
     rank.export(tmp_path / "out")
     (tmp_path / "out" / "model.safetensors").unlink()
     policy = rank.engine.module
-    write_weights(tmp_path / "out", policy.model, policy.origin, rank.engine.full_parameters(), 20_000)
+    write_weights(
+        tmp_path / "out", policy.model, policy.origin, rank.engine.full_parameters(), 20_000
+    )
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len(files) > 1 and sorted(set(index["weight_map"].values())) == files
@@ -204,8 +242,12 @@ class Scaled(LlamaForCausalLM):
 
 
 def test_files_beside_the_weights_are_those_of_the_source(tmp_path, monkeypatch):
-    """Config, generation config (also one the library refuses to write), tokenizer, template and remote code."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    """Config, generation config (also one the library refuses to write), tokenizer, template and
+    remote code.
+    """
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
     source = make_tiny(tmp_path / "source", hidden=32, layers=1)
     (source / "remote.py").write_text(REMOTE)
     (source / "scale.py").write_text("SCALE = 1.0\n")
@@ -225,17 +267,23 @@ def test_files_beside_the_weights_are_those_of_the_source(tmp_path, monkeypatch)
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
     check_reload(rank, tmp_path / "out", model)
     chat = [{"role": "user", "content": "1+1="}]
-    templates = [load_tokenizer(ModelConfig(path=str(folder))).apply_chat_template(chat, tokenize=False)
-                 for folder in (source, tmp_path / "out")]
+    templates = [
+        load_tokenizer(ModelConfig(path=str(folder))).apply_chat_template(chat, tokenize=False)
+        for folder in (source, tmp_path / "out")
+    ]
     assert templates[0] == templates[1]
 
 
 def test_a_tokenizer_of_its_own_goes_with_the_model(tmp_path):
-    source = make_folder(transformers.LlamaConfig(**{**SIZES, "vocab_size": 120}), tmp_path / "source")
+    source = make_folder(
+        transformers.LlamaConfig(**{**SIZES, "vocab_size": 120}), tmp_path / "source"
+    )
     tokenizer = make_tiny(tmp_path / "tokenizer", hidden=32, layers=1)
     model = ModelConfig(path=str(source), tokenizer=str(tokenizer))
     trained(model).export(tmp_path / "out")
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tokenizer / "tokenizer.json").read_bytes()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
+        tokenizer / "tokenizer.json"
+    ).read_bytes()
     assert load_tokenizer(ModelConfig(path=str(tmp_path / "out"))).chat_template
     assert json.loads((tmp_path / "out" / "config.json").read_text())["hidden_size"] == 32
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 120

@@ -1,4 +1,7 @@
-"""`tandem export`: the model of a run or of any checkpoint, copied and compared with the manifest; nothing is started."""
+"""`tandem export`: the model of a run or of any checkpoint, copied and compared with the manifest;
+nothing is started.
+"""
+
 import shutil
 
 import pytest
@@ -46,7 +49,11 @@ def export(source, capsys):
 
 
 def content(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_a_run_and_its_last_checkpoint_hold_the_same_model(run, in_tmp, capsys):
@@ -59,12 +66,15 @@ def test_a_run_and_its_last_checkpoint_hold_the_same_model(run, in_tmp, capsys):
 
 def test_an_earlier_checkpoint_holds_an_earlier_model(run, in_tmp, capsys):
     assert export(run / "checkpoints" / "step_1", capsys)[0] == 0
-    early, late = (load_file(folder / "model.safetensors") for folder in (in_tmp / "out", run / "model"))
+    early, late = (
+        load_file(folder / "model.safetensors") for folder in (in_tmp / "out", run / "model")
+    )
     assert early.keys() == late.keys()
     assert any(not torch.equal(early[name], late[name]) for name in early)
     from tandem.engine.config.schema import ModelConfig
     from tandem.engine.model.load import load_policy
     from tandem.engine.model.resolve import load_tokenizer
+
     load_policy(ModelConfig(path=str(in_tmp / "out")))
     assert load_tokenizer(ModelConfig(path=str(in_tmp / "out"))).chat_template
 
@@ -96,8 +106,12 @@ def of_an_older_version(run):
     seal(folder, 2)
 
 
-KINDS = [(damaged, "its content was changed"), (cut_off, "has 1000 bytes, its manifest says"),
-         (without_manifest, "was not written to the end"), (of_an_older_version, "has no model/ folder")]
+KINDS = [
+    (damaged, "its content was changed"),
+    (cut_off, "has 1000 bytes, its manifest says"),
+    (without_manifest, "was not written to the end"),
+    (of_an_older_version, "has no model/ folder"),
+]
 
 
 @pytest.mark.parametrize("change, said", KINDS)

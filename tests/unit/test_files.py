@@ -1,4 +1,5 @@
 """Files of a run folder in the states that crashes, power cuts and full disks leave them in."""
+
 import json
 import os
 
@@ -17,7 +18,17 @@ from tandem.engine.core.files import (
 )
 from tandem.engine.report.telemetry import Telemetry
 
-BAD_LINES = [b"\0" * 8, b"garbage", b'{"step":1', b'{"step":1}{"step":2}', b"\xff\xfe", b"[1, 2]", b"7", b"", b"[" * 100_000]
+BAD_LINES = [
+    b"\0" * 8,
+    b"garbage",
+    b'{"step":1',
+    b'{"step":1}{"step":2}',
+    b"\xff\xfe",
+    b"[1, 2]",
+    b"7",
+    b"",
+    b"[" * 100_000,
+]
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 100, b'[{"time": "2', b"\xff\xfe[]", b"nothing"])
@@ -31,8 +42,10 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_atomic(path, "old")
     with monkeypatch.context() as patch:
+
         def full(fd):
             raise OSError(28, "No space left on device")
+
         patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
             write_atomic(path, "new")
@@ -94,4 +107,8 @@ def test_numbers_that_are_lost_are_counted(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(lines[0] + b'{"step":null}\n' + lines[2] + lines[3])
     told = []
     Telemetry(Config(), tmp_path, 3, told.append).close()
-    assert "metrics.jsonl:2" in told[0] and "lacks the numbers of 1 of the 3 steps" in told[1] and len(told) == 2
+    assert (
+        "metrics.jsonl:2" in told[0]
+        and "lacks the numbers of 1 of the 3 steps" in told[1]
+        and len(told) == 2
+    )

@@ -1,4 +1,8 @@
-"""The comparison around the first weight update, with scripted engines. Real ones: tests/e2e/test_vllm_experts.py."""
+"""The comparison around the first weight update, with scripted engines.
+
+Real ones: tests/e2e/test_vllm_experts.py.
+"""
+
 import numpy as np
 import pytest
 
@@ -20,14 +24,20 @@ class Tokenizer:
 
 
 class Pool:
-    """Engines whose answers are given: per engine those of before, before again, and after; None: the engine is dead by then."""
+    """Engines whose answers are given: per engine those of before, before again, and after; None:
+    the engine is dead by then.
+    """
 
     def __init__(self, *engines):
         self.engines, self.call = engines, -1
 
     def logprobs(self, tokens):
         self.call += 1
-        return {i: answers[self.call] for i, answers in enumerate(self.engines) if answers[self.call] is not None}
+        return {
+            i: answers[self.call]
+            for i, answers in enumerate(self.engines)
+            if answers[self.call] is not None
+        }
 
 
 def moved(by, tokens=None):
@@ -38,29 +48,41 @@ def moved(by, tokens=None):
 
 
 def check(*engines, dtype="float32", **sync):
-    first = FirstSync(Pool(*engines), Tokenizer(), Config(model=ModelConfig(dtype=dtype), sync=SyncConfig(**sync)))
+    first = FirstSync(
+        Pool(*engines), Tokenizer(), Config(model=ModelConfig(dtype=dtype), sync=SyncConfig(**sync))
+    )
     return first.check()
 
 
-@pytest.mark.parametrize("dtype, after", [
-    ("float32", moved(5e-5)),                   # rounding
-    ("bfloat16", moved(0.003)),
-    ("bfloat16", moved(0.1, tokens=5)),         # five tokens that were sent to another expert by a rounding
-])
+@pytest.mark.parametrize(
+    "dtype, after",
+    [
+        ("float32", moved(5e-5)),  # rounding
+        ("bfloat16", moved(0.003)),
+        # five tokens that were sent to another expert by a rounding
+        ("bfloat16", moved(0.1, tokens=5)),
+    ],
+)
 def test_rounding_passes(dtype, after):
     assert check((BASE, BASE, after), dtype=dtype) > 0
 
 
-@pytest.mark.parametrize("dtype, after", [
-    ("float32", moved(0.08)),
-    ("float32", moved(1e-3, tokens=1)),         # one token is enough
-    ("bfloat16", moved(0.037)),                 # vLLM's experts on a CPU
-    ("bfloat16", moved(0.2, tokens=12)),        # one expert of sixteen
-    ("bfloat16", moved(np.nan, tokens=1)),
-    ("float32", moved(np.nan, tokens=1)),
-])
+@pytest.mark.parametrize(
+    "dtype, after",
+    [
+        ("float32", moved(0.08)),
+        ("float32", moved(1e-3, tokens=1)),  # one token is enough
+        ("bfloat16", moved(0.037)),  # vLLM's experts on a CPU
+        ("bfloat16", moved(0.2, tokens=12)),  # one expert of sixteen
+        ("bfloat16", moved(np.nan, tokens=1)),
+        ("float32", moved(np.nan, tokens=1)),
+    ],
+)
 def test_a_wrong_layer_does_not(dtype, after):
-    with pytest.raises(SyncError, match=r"engine 1 was sent the weights it had loaded itself.* moved by .* mode=inline"):
+    with pytest.raises(
+        SyncError,
+        match=r"engine 1 was sent the weights it had loaded itself.* moved by .* mode=inline",
+    ):
         check((BASE, BASE, BASE), (BASE, BASE, after), dtype=dtype)
 
 

@@ -1,4 +1,7 @@
-"""Who owns a folder: starts at one moment, owners on other machines, dead ones, disks without flock."""
+"""Who owns a folder: starts at one moment, owners on other machines, dead ones, disks without
+flock.
+"""
+
 import json
 import os
 import subprocess
@@ -40,8 +43,15 @@ def write(folder, owner: Owner, age: float) -> None:
 
 
 def test_of_many_starts_at_one_moment_one_wins_and_the_others_name_it(tmp_path):
-    racers = [subprocess.Popen([sys.executable, "-c", RACER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-              for _ in range(6)]
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACER, str(tmp_path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(6)
+    ]
     for racer in racers:
         assert racer.stdout.readline() == "ready\n"
     for racer in racers:
@@ -49,7 +59,9 @@ def test_of_many_starts_at_one_moment_one_wins_and_the_others_name_it(tmp_path):
         racer.stdin.flush()
     said = {racer.pid: racer.stdout.readline() for racer in racers}
     (winner,) = [pid for pid, text in said.items() if text == "won\n"]
-    assert all(f"in use by process {winner} on host" in text for pid, text in said.items() if pid != winner)
+    assert all(
+        f"in use by process {winner} on host" in text for pid, text in said.items() if pid != winner
+    )
     for racer in racers:
         racer.communicate("end\n")
     assert os.listdir(tmp_path) == []
@@ -57,13 +69,23 @@ def test_of_many_starts_at_one_moment_one_wins_and_the_others_name_it(tmp_path):
 
 def test_twice_in_one_process(tmp_path):
     with owned(tmp_path, quiet):
-        with pytest.raises(ConfigError, match=f"in use by process {os.getpid()}"), owned(tmp_path, quiet):
+        with (
+            pytest.raises(ConfigError, match=f"in use by process {os.getpid()}"),
+            owned(tmp_path, quiet),
+        ):
             pass
     with owned(tmp_path, quiet):
         pass
 
 
-@pytest.mark.parametrize("owner", [ELSEWHERE, replace(ELSEWHERE, boot=folder_lock.boot_id()), replace(ELSEWHERE, pid=os.getpid())])
+@pytest.mark.parametrize(
+    "owner",
+    [
+        ELSEWHERE,
+        replace(ELSEWHERE, boot=folder_lock.boot_id()),
+        replace(ELSEWHERE, pid=os.getpid()),
+    ],
+)
 def test_a_record_that_is_old_does_not_count_whoever_wrote_it(tmp_path, owner):
     write(tmp_path, owner, age=2 * folder_lock.STALE_SECONDS)
     told = []
@@ -73,7 +95,9 @@ def test_a_record_that_is_old_does_not_count_whoever_wrote_it(tmp_path, owner):
 
 
 def test_a_record_of_another_machine_is_watched_until_it_is_old(tmp_path, monkeypatch):
-    """A disk whose flock does not reach the other machine: here nobody has it, and the file was touched a moment ago."""
+    """A disk whose flock does not reach the other machine: here nobody has it, and the file was
+    touched a moment ago.
+    """
     monkeypatch.setattr(folder_lock, "STALE_SECONDS", 0.5)
     write(tmp_path, ELSEWHERE, age=0)
     with owned(tmp_path, quiet):
@@ -91,10 +115,15 @@ while True:
 
 def test_a_record_of_another_machine_that_beats_is_alive(tmp_path, capsys):
     write(tmp_path, ELSEWHERE, age=0)
-    beater = subprocess.Popen([sys.executable, "-c", BEATER, str(tmp_path / LOCK)], stdout=subprocess.PIPE, text=True)
+    beater = subprocess.Popen(
+        [sys.executable, "-c", BEATER, str(tmp_path / LOCK)], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert beater.stdout.readline() == "beat\n"
-        with pytest.raises(ConfigError, match="in use by process 7 on host elsewhere"), owned(tmp_path, quiet):
+        with (
+            pytest.raises(ConfigError, match="in use by process 7 on host elsewhere"),
+            owned(tmp_path, quiet),
+        ):
             pass
     finally:
         beater.kill()
@@ -104,7 +133,9 @@ def test_a_record_of_another_machine_that_beats_is_alive(tmp_path, capsys):
 
 
 def test_an_owner_that_lost_its_folder_writes_no_more(tmp_path):
-    """Stopped for so long that another machine took the folder; a lock file that somebody removed is no owner."""
+    """Stopped for so long that another machine took the folder; a lock file that somebody removed
+    is no owner.
+    """
     with owned(tmp_path, quiet) as lock:
         lock.check()
         (tmp_path / LOCK).unlink()
@@ -112,13 +143,16 @@ def test_an_owner_that_lost_its_folder_writes_no_more(tmp_path):
         write(tmp_path, ELSEWHERE, age=0)
         with pytest.raises(FolderTaken, match="owned by process 7 on host elsewhere"):
             lock.check()
-    assert (tmp_path / LOCK).exists()       # the other's
+    assert (tmp_path / LOCK).exists()  # the other's
 
 
 def test_the_target_of_an_export_has_an_owner_before_it_exists(tmp_path):
     out = tmp_path / "new" / "out"
     with owned_from_beside(out):
-        with pytest.raises(ConfigError, match=f"{out} is in use by process"), owned_from_beside(out):
+        with (
+            pytest.raises(ConfigError, match=f"{out} is in use by process"),
+            owned_from_beside(out),
+        ):
             pass
         assert not out.exists()
     assert os.listdir(out.parent) == []
@@ -128,5 +162,8 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written to"), owned(tmp_path / "file", quiet):
         pass
-    with pytest.raises(ConfigError, match="cannot be written to"), owned_from_beside(tmp_path / "file" / "out"):
+    with (
+        pytest.raises(ConfigError, match="cannot be written to"),
+        owned_from_beside(tmp_path / "file" / "out"),
+    ):
         pass

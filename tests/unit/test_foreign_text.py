@@ -1,4 +1,7 @@
-"""Text from outside (columns, ids, messages) can neither stop a run that writes it nor make its files unreadable or huge."""
+"""Text from outside (columns, ids, messages) can neither stop a run that writes it nor make its
+files unreadable or huge.
+"""
+
 import datetime
 import io
 import json
@@ -53,7 +56,7 @@ HOSTILE = {
     "set": {"\ud83d"},
     "mute": Mute(),
     "mute in a list": [Mute()],
-    "long integer": 7 ** 9000,
+    "long integer": 7**9000,
     "deep": nested(500),
     "bytes": b"\xff\x00",
     "long": "x" * 3_000_000,
@@ -67,14 +70,20 @@ HOSTILE = {
 
 def group(columns, prompt_id="p", error=None, text="t") -> ScoredGroup:
     prompt = Prompt(prompt_id, np.array([3], np.int32), "say \ud83d", columns)
-    trajectory = Trajectory(prompt_id, np.array([3, 4], np.int32), np.array([0, 1], np.int8), Finish.STOP)
+    trajectory = Trajectory(
+        prompt_id, np.array([3, 4], np.int32), np.array([0, 1], np.int8), Finish.STOP
+    )
     outcome = RewardOutcome(None, {}, error) if error else RewardOutcome(1.0, {"exact": 1.0})
-    return ScoredGroup(0, prompt, (trajectory,) * 3, np.ones(3, np.float32), (outcome,) * 3, (text,) * 3)
+    return ScoredGroup(
+        0, prompt, (trajectory,) * 3, np.ones(3, np.float32), (outcome,) * 3, (text,) * 3
+    )
 
 
 def strict(data: bytes) -> dict:
     """JSON as a strict reader takes it: valid UTF-8, and no half surrogate pairs in it."""
-    record = json.loads(data.decode("utf-8"), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    record = json.loads(
+        data.decode("utf-8"), parse_constant=lambda word: pytest.fail(f"{word} is not JSON")
+    )
     json.dumps(record, ensure_ascii=False).encode("utf-8")
     return record
 
@@ -96,12 +105,20 @@ def test_any_column_can_be_written_and_read_again(tmp_path, name):
 
 
 def test_columns_that_fit_are_written_as_they_are():
-    whole = {"answer": "4", "text": "x" * COLUMN_CHARACTERS, "list": [1, 2.5, None, "ü"], "nothing": None, "yes": True}
+    whole = {
+        "answer": "4",
+        "text": "x" * COLUMN_CHARACTERS,
+        "list": [1, 2.5, None, "ü"],
+        "nothing": None,
+        "yes": True,
+    }
     assert plain_columns(whole) == (whole, [])
 
 
 def test_a_cut_column_says_so_and_is_named():
-    record, shortened = plain_columns({"tests": "x" * 100_000, "list": ["y"] * 100_000, "answer": "4"})
+    record, shortened = plain_columns(
+        {"tests": "x" * 100_000, "list": ["y"] * 100_000, "answer": "4"}
+    )
     assert shortened == ["tests", "list"] and record["answer"] == "4"
     assert record["tests"].endswith("x [cut: 65536 of 100000 characters]")
     assert record["list"].startswith('["y","y"')
@@ -115,7 +132,11 @@ def test_rewards_never_judge_by_a_column_that_was_recorded_in_part(tmp_path):
         RecordedPrompts(tmp_path / "rollouts.jsonl")
 
 
-@pytest.mark.parametrize("text", ["y" * 3_000_000, "\ud83d" * 3_000_000, "\x00" * 3_000_000, "short \ud83d\x1b[31m"], ids=lambda text: ascii(text[:8]))
+@pytest.mark.parametrize(
+    "text",
+    ["y" * 3_000_000, "\ud83d" * 3_000_000, "\x00" * 3_000_000, "short \ud83d\x1b[31m"],
+    ids=lambda text: ascii(text[:8]),
+)
 def test_messages_are_short_valid_and_harmless_to_a_terminal(tmp_path, text):
     shown = message(text)
     assert len(shown) <= 6 * MESSAGE_CHARACTERS + 60
@@ -124,7 +145,7 @@ def test_messages_are_short_valid_and_harmless_to_a_terminal(tmp_path, text):
     run = Telemetry(Config(), tmp_path)
     run.event("engines_restarted", reason=text)
     run.close()
-    _, line = read_jsonl(tmp_path / "events.jsonl")       # the first is of the start
+    _, line = read_jsonl(tmp_path / "events.jsonl")  # the first is of the start
     assert line["reason"] == shown
 
 
@@ -132,14 +153,17 @@ def test_objects_without_a_text_have_one_here():
     assert "RuntimeError" in text_of(Mute())
 
 
-@pytest.mark.parametrize("given, found", [
-    (None, "rows.jsonl:3"),
-    (7, "7"),
-    ("q-1", "q-1"),
-    ("id \ud83d\x00", "id \\ud83d\\x00"),
-    ("z" * 20_000, "rows.jsonl:3"),
-    (Mute(), "<Mute without a text: its __str__ raised RuntimeError>"),
-])
+@pytest.mark.parametrize(
+    "given, found",
+    [
+        (None, "rows.jsonl:3"),
+        (7, "7"),
+        ("q-1", "q-1"),
+        ("id \ud83d\x00", "id \\ud83d\\x00"),
+        ("z" * 20_000, "rows.jsonl:3"),
+        (Mute(), "<Mute without a text: its __str__ raised RuntimeError>"),
+    ],
+)
 def test_ids_of_rows_are_short_and_valid(given, found):
     assert row_id({"id": given}, "rows.jsonl:3") == found
 

@@ -119,7 +119,8 @@ def test_a_batch_of_one_and_a_filter_that_nothing_passes(tmp_path):
 
 def test_a_method_that_asks_for_its_own_number_of_samples(tmp_path):
     (tmp_path / "mine.py").write_text(
-        "from dataclasses import dataclass, replace\nfrom tandem.algorithms.rl.grpo import GRPO\n\n\n"
+        "from dataclasses import dataclass, replace\nfrom tandem.algorithms.rl.grpo import "
+        "GRPO\n\n\n"
         "@dataclass\nclass Mine(GRPO):\n"
         "    def request(self, group, prompt, sampling, step, budget):\n"
         "        more = replace(budget, samples=4)\n"

@@ -1,4 +1,7 @@
-"""Half-made model folders: one line that names the file, exit code 2, before anything starts; doctor says it too."""
+"""Half-made model folders: one line that names the file, exit code 2, before anything starts;
+doctor says it too.
+"""
+
 import json
 import shutil
 import struct
@@ -30,6 +33,7 @@ class Payload:
 
     def __reduce__(self):
         import os
+
         return os.mkdir, ("run_from_the_pickle",)
 
 
@@ -62,12 +66,14 @@ def index(text):
     def change(folder):
         (folder / "model.safetensors").unlink()
         (folder / INDEX).write_text(text)
+
     return change
 
 
 def write(name, content):
     def change(folder):
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
     return change
 
 
@@ -78,6 +84,7 @@ def pickled(content):
             (folder / "pytorch_model.bin").write_bytes(content)
         else:
             torch.save(content, folder / "pytorch_model.bin")
+
     return change
 
 
@@ -96,12 +103,19 @@ def wrong_shapes(folder):
 KINDS = {
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
     "empty weights": (write("model.safetensors", b""), "model.safetensors (0 bytes) is damaged"),
-    "text as weights": (write("model.safetensors", "version https://git-lfs.github.com/spec/v1"),
-                        "is damaged: its first bytes"),
+    "text as weights": (
+        write("model.safetensors", "version https://git-lfs.github.com/spec/v1"),
+        "is damaged: its first bytes",
+    ),
     "a header that is a list": (write("model.safetensors", header("[1, 2]")), "is damaged"),
-    "a header without offsets": (write("model.safetensors", header('{"a": {"shape": [1]}}')),
-                                 "is damaged"),
-    "one shard lost": (one_shard_lost, "1 of them are not beside it, among them model-1.safetensors"),
+    "a header without offsets": (
+        write("model.safetensors", header('{"a": {"shape": [1]}}')),
+        "is damaged",
+    ),
+    "one shard lost": (
+        one_shard_lost,
+        "1 of them are not beside it, among them model-1.safetensors",
+    ),
     "an empty index": (index(""), f"{INDEX} cannot be read"),
     "an index of nothing": (index('{"weight_map": {}}'), "names 0 weight files"),
     "an index that is a list": (index("[]"), f"{INDEX} cannot be read"),
@@ -109,14 +123,27 @@ KINDS = {
     "an empty pickle": (pickled(b""), "pytorch_model.bin (0 bytes) is damaged"),
     "a pickle without tensors": (pickled({"step": 3}), "holds no weights"),
     "config.json empty": (write("config.json", ""), "its config.json could not be read"),
-    "config.json cut off": (write("config.json", '{"model_type": "lla'), "its config.json could not be read"),
+    "config.json cut off": (
+        write("config.json", '{"model_type": "lla'),
+        "its config.json could not be read",
+    ),
     "config.json a list": (write("config.json", "[]"), "its config.json could not be read"),
     "config.json of no model": (write("config.json", "{}"), "its config.json could not be read"),
     "no config.json": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-    "no tokenizer": (lambda folder: [(folder / name).unlink() for name in ("tokenizer.json", "tokenizer_config.json")],
-                     "no tokenizer could be loaded"),
-    "tokenizer cut off": (write("tokenizer.json", '{"version": "1.0", "mod'), "no tokenizer could be loaded"),
-    "tokenizer_config cut off": (write("tokenizer_config.json", "{"), "no tokenizer could be loaded"),
+    "no tokenizer": (
+        lambda folder: [
+            (folder / name).unlink() for name in ("tokenizer.json", "tokenizer_config.json")
+        ],
+        "no tokenizer could be loaded",
+    ),
+    "tokenizer cut off": (
+        write("tokenizer.json", '{"version": "1.0", "mod'),
+        "no tokenizer could be loaded",
+    ),
+    "tokenizer_config cut off": (
+        write("tokenizer_config.json", "{"),
+        "no tokenizer could be loaded",
+    ),
     "remote code": (remote_code, "model.trust_remote_code=true"),
     "weights of another shape": (wrong_shapes, "could not be loaded"),
 }
@@ -132,12 +159,16 @@ def test_half_made_models(broken, capsys, kind):
     assert not (broken.parent / "run_from_the_pickle").exists()
 
 
-@pytest.mark.parametrize("kind", ["no weights", "one shard lost", "code in a pickle", "tokenizer cut off"])
+@pytest.mark.parametrize(
+    "kind", ["no weights", "one shard lost", "code in a pickle", "tokenizer cut off"]
+)
 def test_doctor_sees_them(broken, kind):
     change, said = KINDS[kind]
     change(broken)
     checks = list(doctor.of_config(load("c.yaml")))
-    assert any(level == doctor.BAD and name == "model" and said in text for level, name, text in checks)
+    assert any(
+        level == doctor.BAD and name == "model" and said in text for level, name, text in checks
+    )
 
 
 def test_whole_pickles_are_read(broken):

@@ -1,4 +1,7 @@
-"""The chunked head equals a plain head in values and gradients, and never makes a [tokens, vocabulary] tensor."""
+"""The chunked head equals a plain head in values and gradients, and never makes a [tokens,
+vocabulary] tensor.
+"""
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -8,8 +11,15 @@ from tandem.engine.model.chunked_head import token_logprobs
 
 def inputs(n=13, hidden=6, vocabulary=37, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    make = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    return make(n, hidden), make(vocabulary, hidden), make(vocabulary), torch.randint(vocabulary, (n,), generator=generator)
+    make = lambda *shape: (
+        torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    )
+    return (
+        make(n, hidden),
+        make(vocabulary, hidden),
+        make(vocabulary),
+        torch.randint(vocabulary, (n,), generator=generator),
+    )
 
 
 def plain(hidden, weight, bias, target, temperature, scale=1.0, cap=None):
@@ -44,10 +54,19 @@ def test_equals_plain_head_in_values_and_gradients(chunk, entropy):
 def test_gradcheck(pick):
     hidden, weight, bias, target = inputs(n=5, hidden=3, vocabulary=7, dtype=torch.float64)
     if pick == "no bias":
-        assert torch.autograd.gradcheck(lambda h, w: token_logprobs(h, w, None, target, 0.7, 2, True), (hidden, weight))
+        assert torch.autograd.gradcheck(
+            lambda h, w: token_logprobs(h, w, None, target, 0.7, 2, True), (hidden, weight)
+        )
         return
-    choose = {"both": lambda pair: pair, "logp": lambda pair: pair[0], "entropy": lambda pair: pair[1]}[pick]
-    assert torch.autograd.gradcheck(lambda h, w, b: choose(token_logprobs(h, w, b, target, 0.7, 2, True)), (hidden, weight, bias))
+    choose = {
+        "both": lambda pair: pair,
+        "logp": lambda pair: pair[0],
+        "entropy": lambda pair: pair[1],
+    }[pick]
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: choose(token_logprobs(h, w, b, target, 0.7, 2, True)),
+        (hidden, weight, bias),
+    )
 
 
 @pytest.mark.parametrize("scale, cap", [(0.0625, None), (1.0, 2.0), (3.0, 0.5)])
@@ -65,13 +84,17 @@ def test_scaled_and_capped_logits(scale, cap, chunk):
         for a, b in zip(*results):
             torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-    without_entropy, none = token_logprobs(hidden, weight, bias, target, 0.7, chunk, False, scale, cap)
+    without_entropy, none = token_logprobs(
+        hidden, weight, bias, target, 0.7, chunk, False, scale, cap
+    )
     torch.testing.assert_close(without_entropy, expected[0], rtol=1e-10, atol=1e-12)
     assert none is None
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the number of elements of the largest tensor that any operation returned, views included."""
+    """Records the number of elements of the largest tensor that any operation returned, views
+    included.
+    """
 
     def __init__(self):
         super().__init__()
@@ -111,7 +134,7 @@ def test_frozen_parts_get_no_gradient():
     hidden, weight, bias, target = inputs()
     logp, _ = token_logprobs(hidden, weight.detach(), None, target, 1.0, 4, False)
     logp.sum().backward()
-    expected, = torch.autograd.grad(plain(hidden, weight, None, target, 1.0)[0].sum(), hidden)
+    (expected,) = torch.autograd.grad(plain(hidden, weight, None, target, 1.0)[0].sum(), hidden)
     torch.testing.assert_close(hidden.grad, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -119,16 +142,21 @@ def test_huge_logits_stay_finite():
     hidden, weight, bias, target = inputs()
     logp, entropy = token_logprobs(hidden * 1e4, weight, bias, target, 1.0, 4, True)
     (logp.sum() + entropy.sum()).backward()
-    assert all(torch.isfinite(x).all() for x in (logp, entropy, hidden.grad, weight.grad, bias.grad))
+    assert all(
+        torch.isfinite(x).all() for x in (logp, entropy, hidden.grad, weight.grad, bias.grad)
+    )
 
 
 def test_bfloat16_softmax_and_weight_gradient_are_summed_in_float32():
-    """The result is as near to exact arithmetic on the same bfloat16 numbers as their rounding allows, and does not drift with more chunks."""
+    """The result is as near to exact arithmetic on the same bfloat16 numbers as their rounding
+    allows, and does not drift with more chunks.
+    """
     hidden, weight, _, target = inputs(n=512, hidden=16, vocabulary=64, dtype=torch.bfloat16)
     exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
     expected, _ = plain(*exact, None, target, 1.0)
     expected.sum().backward()
-    rounding = 2 * (exact[0] @ exact[1].T).detach().abs().max().item() / 2**9        # of the target's logit and of the log-sum, 8 bits each
+    # of the target's logit and of the log-sum, 8 bits each
+    rounding = 2 * (exact[0] @ exact[1].T).detach().abs().max().item() / 2**9
     for chunk in (1, 512):
         hidden.grad = weight.grad = None
         logp, _ = token_logprobs(hidden, weight, None, target, 1.0, chunk, False)

@@ -1,4 +1,5 @@
 """Configs that come with the package: named, listed, and really in the wheel."""
+
 import subprocess
 import sys
 import zipfile
@@ -36,7 +37,9 @@ def test_a_typo_is_named_by_every_command(in_tmp, capsys, command):
     assert "did you mean 'methods/chord_mu'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["tandem:", "tandem:../README", "tandem:demo.yaml", "tandem:/etc/x"])
+@pytest.mark.parametrize(
+    "name", ["tandem:", "tandem:../README", "tandem:demo.yaml", "tandem:/etc/x"]
+)
 def test_what_is_no_packaged_config(name):
     with pytest.raises(ConfigError, match="no such config comes with the package"):
         load(name)

@@ -1,4 +1,5 @@
 """Paths are resolved once, at the start: what the user's code does to the process changes nothing."""
+
 import json
 from pathlib import Path
 
@@ -36,9 +37,14 @@ class Mine(GRPO):
         return super().rows(batch)
 """
 CONFIG = {
-    "mode": "inline", "model": {"path": "models/m"}, "method": {"name": "mine.py:Mine"},
-    "data": {"prompts": {"path": "./data/d.jsonl"}, "evaluation": {"path": "data/d.jsonl"},
-             "max_prompt_tokens": 32},
+    "mode": "inline",
+    "model": {"path": "models/m"},
+    "method": {"name": "mine.py:Mine"},
+    "data": {
+        "prompts": {"path": "./data/d.jsonl"},
+        "evaluation": {"path": "data/d.jsonl"},
+        "max_prompt_tokens": 32,
+    },
     "reward": {"functions": ["rewards/r.py:score"], "options": {"rewards/r.py:score": {}}},
     "rollout": {"prompts_per_step": 2, "samples_per_prompt": 2, "max_tokens": 4},
     "learner": {"head_chunk": 64},
@@ -62,8 +68,14 @@ def project(tmp_path, monkeypatch):
 
 def test_what_is_a_path_becomes_absolute_and_what_is_none_stays(project):
     Path("models/m").mkdir()
-    config = load("c.yaml", ["rollout.record=../x/rollouts.jsonl", "model.tokenizer=~/tok",
-                             "data.experts={path: gsm8k/main, response: a}"])
+    config = load(
+        "c.yaml",
+        [
+            "rollout.record=../x/rollouts.jsonl",
+            "model.tokenizer=~/tok",
+            "data.experts={path: gsm8k/main, response: a}",
+        ],
+    )
     here = str(project)
     assert config.model.path == f"{here}/models/m"
     assert config.model.tokenizer == str(Path.home() / "tok")
@@ -78,10 +90,18 @@ def test_what_is_a_path_becomes_absolute_and_what_is_none_stays(project):
     assert load("again.yaml") == config
 
 
-@pytest.mark.parametrize("key, name", [
-    ("model.path", "tandem:tiny"), ("model.path", "Qwen/Qwen2.5-0.5B"), ("model.path", "gpt2"),
-    ("data.prompts.path", "task:sort"), ("data.prompts.path", "reasoning_gym:gcd"),
-    ("data.prompts.path", "openai/gsm8k"), ("data.prompts.path", "hf://datasets/x/y.parquet")])
+@pytest.mark.parametrize(
+    "key, name",
+    [
+        ("model.path", "tandem:tiny"),
+        ("model.path", "Qwen/Qwen2.5-0.5B"),
+        ("model.path", "gpt2"),
+        ("data.prompts.path", "task:sort"),
+        ("data.prompts.path", "reasoning_gym:gcd"),
+        ("data.prompts.path", "openai/gsm8k"),
+        ("data.prompts.path", "hf://datasets/x/y.parquet"),
+    ],
+)
 def test_names_stay(project, key, name):
     config = to_dict(load("c.yaml", [f"{key}={name}"]))
     for part in key.split("."):
@@ -89,9 +109,15 @@ def test_names_stay(project, key, name):
     assert config == name
 
 
-@pytest.mark.parametrize("value, expected", [
-    ("x.jsonl", "{here}/x.jsonl"), ("[a/*.csv, '/b.csv']", ["{here}/a/*.csv", "/b.csv"]),
-    ("{train: x.csv}", {"train": "{here}/x.csv"}), ("'https://h/x.csv'", "https://h/x.csv")])
+@pytest.mark.parametrize(
+    "value, expected",
+    [
+        ("x.jsonl", "{here}/x.jsonl"),
+        ("[a/*.csv, '/b.csv']", ["{here}/a/*.csv", "/b.csv"]),
+        ("{train: x.csv}", {"train": "{here}/x.csv"}),
+        ("'https://h/x.csv'", "https://h/x.csv"),
+    ],
+)
 def test_files_in_the_options_of_a_builder(project, value, expected):
     options = f"data.prompts={{path: json, options: {{data_files: {value}, field: data}}}}"
     found = load("c.yaml", [options]).data.prompts.options
@@ -102,10 +128,15 @@ def test_files_in_the_options_of_a_builder(project, value, expected):
 def test_a_run_does_not_notice_what_users_code_does_to_the_process(project):
     tiny.make_tiny("models/m", hidden=32, layers=1, heads=1)
     config = load("c.yaml")
-    assert Path.cwd() == project        # the method's file went elsewhere when it was imported
+    assert Path.cwd() == project  # the method's file went elsewhere when it was imported
     assert run.train(config) == 0
     assert sorted(p.name for p in project.iterdir() if p.suffix != ".yaml") == [
-        "data", "mine.py", "models", "rewards", "runs"]
+        "data",
+        "mine.py",
+        "models",
+        "rewards",
+        "runs",
+    ]
     lines = list(read_jsonl(project / "runs/r/rollouts.jsonl"))
     assert {line["prompt_id"].rpartition(":")[0] for line in lines} == {"data/d.jsonl"}
     assert all(line["columns"]["meta"] == {"seen": []} for line in lines)
@@ -120,6 +151,7 @@ def test_worker_and_inline_rewards_get_the_same_rows(project):
 
     from tandem.engine.core.types import Prompt
     from tandem.rollout.rewards.runner import RewardRunner
+
     prompt = Prompt("p", np.zeros(1, np.int32), "p", {"answer": "1", "meta": {"seen": []}})
     tiny.make_tiny("models/m", hidden=32, layers=1, heads=1)
     config = load("c.yaml").reward

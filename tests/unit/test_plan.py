@@ -1,4 +1,7 @@
-"""launch/estimate.py: its predictions of small steps against measured ones, sums by hand, and what must hold for any plan."""
+"""launch/estimate.py: its predictions of small steps against measured ones, sums by hand, and what
+must hold for any plan.
+"""
+
 import argparse
 import json
 from pathlib import Path
@@ -27,20 +30,37 @@ WORK = Work(64, 8, 512, 1024, 4096)
 
 
 def measured():
-    """(workload line, mode, dtype, medians) of every GRPO step that the benchmark recorded, without those of compiled layers."""
+    """(workload line, mode, dtype, medians) of every GRPO step that the benchmark recorded, without
+    those of compiled layers.
+    """
     for line in map(json.loads, MEASURED.read_text().splitlines()):
         for name, found in line["median"].items():
             mode, _, dtype = name.removesuffix(" grpo").partition(" ")
             if name.endswith("grpo") and not line["compile"]:
-                yield pytest.param(line, mode, dtype, found, id=f"{line['workload']} {mode} {dtype}")
+                yield pytest.param(
+                    line, mode, dtype, found, id=f"{line['workload']} {mode} {dtype}"
+                )
 
 
 @pytest.mark.parametrize("line, mode, dtype, found", list(measured()))
 def test_predicts_measured_steps(line, mode, dtype, found):
-    """Prompts count as often as they were run: rows share them. Peaks are those measured beside the step; the efficiencies are plan.py's constants. Rollouts of the cluster come from vLLM, whose CPU kernels it does not know."""
+    """Prompts count as often as they were run: rows share them.
+
+    Peaks are those measured beside the step; the efficiencies are plan.py's constants. Rollouts of
+    the cluster come from vLLM, whose CPU kernels it does not know.
+    """
     sequences = line["prompts"] * line["samples"]
     width = 4 if dtype == "float32" else 2
-    work = Work(line["prompts"], line["samples"], found["tokens/padded"] / sequences - line["tokens"], line["tokens"], line["tokens"], line["micro_batch_tokens"], 0, width)
+    work = Work(
+        line["prompts"],
+        line["samples"],
+        found["tokens/padded"] / sequences - line["tokens"],
+        line["tokens"],
+        line["tokens"],
+        line["micro_batch_tokens"],
+        0,
+        width,
+    )
     device = cpu(line["limits"][dtype], 2 * line["limits"]["copy"], width)
     rollout, learn, step = inline_seconds(SHAPES[line["workload"]], device, work)
     near = lambda predicted, seen: seen / 1.6 <= predicted <= seen * 1.6
@@ -54,9 +74,15 @@ def test_learner_memory_by_hand():
     m = Shape(1e9, 10, 1000, 200, 50_000)
     work = Work(1, 1, 10, 10, 10, micro_batch_tokens=1000)
     activations = 34 * 10 * 1000 * 1000 + 2 * 4 * 1024 * 50_000
-    assert learner_bytes(m, work, 4, 1, False) == pytest.approx(1e9 * (2 + 4 + 12 / 4) + activations)
-    assert learner_bytes(m, work, 4, 3, False) == pytest.approx(1e9 * (2 + 4 + 12) / 4 + activations)
-    assert learner_bytes(m, work, 4, 3, True) == pytest.approx(1e9 * 18 / 4 + (2 * 10 + 34) * 1e6 + 2 * 4 * 1024 * 50_000)
+    assert learner_bytes(m, work, 4, 1, False) == pytest.approx(
+        1e9 * (2 + 4 + 12 / 4) + activations
+    )
+    assert learner_bytes(m, work, 4, 3, False) == pytest.approx(
+        1e9 * (2 + 4 + 12) / 4 + activations
+    )
+    assert learner_bytes(m, work, 4, 3, True) == pytest.approx(
+        1e9 * 18 / 4 + (2 * 10 + 34) * 1e6 + 2 * 4 * 1024 * 50_000
+    )
 
 
 def test_learning_time_is_the_flops_where_nothing_else_counts():
@@ -72,16 +98,27 @@ def test_more_gpus_are_not_slower_and_every_plan_fits(model):
     steps = []
     for gpus in (8, 64, 256):
         found = list(plans(MODELS[model], DEVICES["h100"], WORK, gpus))
-        assert all(max(p.engine_bytes, p.learner_bytes) <= 0.9 * 80e9 and p.engines * p.tensor_parallel + p.ranks == gpus for p in found)
+        assert all(
+            max(p.engine_bytes, p.learner_bytes) <= 0.9 * 80e9
+            and p.engines * p.tensor_parallel + p.ranks == gpus
+            for p in found
+        )
         steps += [min(p.step for p in found)] if found else []
     assert len(steps) >= 2 and steps == sorted(steps, reverse=True)
 
 
 def test_staleness_hides_the_shorter_side():
-    both = {s: best_plan(MODELS["7b"], DEVICES["h100"], Work(64, 8, 512, 1024, 4096, staleness=s), 16) for s in (0, 1)}
+    both = {
+        s: best_plan(MODELS["7b"], DEVICES["h100"], Work(64, 8, 512, 1024, 4096, staleness=s), 16)
+        for s in (0, 1)
+    }
     assert both[1].step < both[0].step
-    assert both[0].step == pytest.approx(both[0].rollout + both[0].learn + both[0].sync + DEVICES["h100"].fixed_seconds)
-    assert both[1].step == pytest.approx(max(both[1].rollout, both[1].learn) + both[1].sync + DEVICES["h100"].fixed_seconds)
+    assert both[0].step == pytest.approx(
+        both[0].rollout + both[0].learn + both[0].sync + DEVICES["h100"].fixed_seconds
+    )
+    assert both[1].step == pytest.approx(
+        max(both[1].rollout, both[1].learn) + both[1].sync + DEVICES["h100"].fixed_seconds
+    )
 
 
 def arguments(*words):
@@ -93,13 +130,24 @@ def arguments(*words):
 def test_output_names_the_bottleneck_and_scales_with_the_price():
     text = describe(arguments("--model", "7b", "--gpus", "16", "--dollars", "2"))
     assert "bottleneck   " in text and "per million trained tokens at $2" in text
-    cost = lambda dollars: float(describe(arguments("--gpus", "16", "--dollars", dollars)).split("cost         $")[1].split()[0])
+    cost = lambda dollars: float(
+        describe(arguments("--gpus", "16", "--dollars", dollars))
+        .split("cost         $")[1]
+        .split()[0]
+    )
     assert cost("200") == pytest.approx(100 * cost("2"), rel=0.05)
 
 
-@pytest.mark.parametrize("words, message", [(("--model", "7B0"), "unknown model '7B0'"), (("--gpu", "h10"), "did you mean 'h100'"), (("--gpus", "0"), "at least 1"),
-                                            (("--model", "70b", "--gpus", "8"), "cannot hold an engine and a learner of 70.6 B"),
-                                            (("--response-tokens", "100", "--max-tokens", "50"), "no larger than the limit")])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("--model", "7B0"), "unknown model '7B0'"),
+        (("--gpu", "h10"), "did you mean 'h100'"),
+        (("--gpus", "0"), "at least 1"),
+        (("--model", "70b", "--gpus", "8"), "cannot hold an engine and a learner of 70.6 B"),
+        (("--response-tokens", "100", "--max-tokens", "50"), "no larger than the limit"),
+    ],
+)
 def test_bad_input_is_explained(words, message):
     with pytest.raises(ConfigError, match=message):
         describe(arguments(*words))

@@ -1,4 +1,8 @@
-"""The rollout pool's deadline is for an engine that is silent, not for a long queue. The engine is a thread here; real ones: tests/faults/test_engine_death.py."""
+"""The rollout pool's deadline is for an engine that is silent, not for a long queue.
+
+The engine is a thread here; real ones: tests/faults/test_engine_death.py.
+"""
+
 import threading
 import time
 from concurrent.futures import Future
@@ -43,8 +47,11 @@ def test_requests_that_queue_longer_than_the_deadline_are_answered_while_the_eng
     pool.bury = lambda slot, handle, reason: buried.append(reason)
     pool.slots = [Slot(0, engine)]
     pool.thread.start()
-    futures = [pool.submit(GenRequest(i, Prompt("p", np.array([1], np.int32), ""), 1, Sampling(4))) for i in range(6)]
-    engine.work()       # three seconds
+    futures = [
+        pool.submit(GenRequest(i, Prompt("p", np.array([1], np.int32), ""), 1, Sampling(4)))
+        for i in range(6)
+    ]
+    engine.work()  # three seconds
     assert [f.result(10) for f in futures] == [()] * 6 and not buried
     silent = pool.submit(GenRequest(9, Prompt("p", np.array([1], np.int32), ""), 1, Sampling(4)))
     while not buried:

@@ -1,4 +1,8 @@
-"""The producer: staleness by construction, order, filtering, faults. Its pool and rewards are scripted here; the real ones have suites of their own."""
+"""The producer: staleness by construction, order, filtering, faults.
+
+Its pool and rewards are scripted here; the real ones have suites of their own.
+"""
+
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -26,7 +30,13 @@ class Pool:
     """Collects requests; the test says when and with which version they finish."""
 
     def __init__(self, instant=True):
-        self.version, self.instant, self.waiting, self.requests, self.aborted = 0, instant, [], [], []
+        self.version, self.instant, self.waiting, self.requests, self.aborted = (
+            0,
+            instant,
+            [],
+            [],
+            [],
+        )
 
     def submit(self, request):
         future = Future()
@@ -40,18 +50,36 @@ class Pool:
         waiting, self.waiting = self.waiting, []
         for i in order or range(len(waiting)):
             request, future = waiting[i]
-            future.set_result(tuple(trajectory([1], [5, 6], [-1.0, -1.0], version=self.version, prompt_id=request.prompt.id, group=request.group)
-                                    for _ in range(request.samples)))
+            future.set_result(
+                tuple(
+                    trajectory(
+                        [1],
+                        [5, 6],
+                        [-1.0, -1.0],
+                        version=self.version,
+                        prompt_id=request.prompt.id,
+                        group=request.group,
+                    )
+                    for _ in range(request.samples)
+                )
+            )
 
     def abort(self, request):
-        """The future stays open, as a real engine's does for a moment; `answer_aborted` is that moment: one sample had ended, one had a token."""
+        """The future stays open, as a real engine's does for a moment; `answer_aborted` is that
+        moment: one sample had ended, one had a token.
+        """
         self.aborted.append(request)
 
     def answer_aborted(self):
         for request, future in self.waiting:
             if any(request is r for r in self.aborted):
                 kw = dict(version=self.version, prompt_id=request.prompt.id, group=request.group)
-                future.set_result((trajectory([1], [5, 6], [-1.0, -1.0], **kw), replace(trajectory([1], [5], [-1.0], **kw), finish=Finish.ABORT)))
+                future.set_result(
+                    (
+                        trajectory([1], [5, 6], [-1.0, -1.0], **kw),
+                        replace(trajectory([1], [5], [-1.0], **kw), finish=Finish.ABORT),
+                    )
+                )
         self.waiting = [(r, f) for r, f in self.waiting if not f.done()]
 
 
@@ -78,9 +106,29 @@ class DropsOdd(Plain):
         return int(group.prompt.id[1:]) % 2 == 0
 
 
-def make(pool, method=None, staleness=0, rewards=None, on_error="drop", recover=lambda: None, over_sample=0):
-    return Producer(method or Plain(), Prompts(), pool, rewards or Rewards(), lambda ids, finish: "", Budget(3, 2, 0, 10), Sampling(8), staleness, on_error, 7, recover,
-                    over_sample=over_sample)
+def make(
+    pool,
+    method=None,
+    staleness=0,
+    rewards=None,
+    on_error="drop",
+    recover=lambda: None,
+    over_sample=0,
+):
+    return Producer(
+        method or Plain(),
+        Prompts(),
+        pool,
+        rewards or Rewards(),
+        lambda ids, finish: "",
+        Budget(3, 2, 0, 10),
+        Sampling(8),
+        staleness,
+        on_error,
+        7,
+        recover,
+        over_sample=over_sample,
+    )
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 3])
@@ -94,7 +142,9 @@ def test_rollouts_are_at_most_staleness_steps_old_and_as_old_as_allowed(stalenes
         _, groups = producer.take(step)
         ages += [step - t.version[-1] for g in groups for t in g.trajectories]
     assert max(ages) == staleness and len(ages) == 10 * 3 * 2
-    assert producer.books.requested == producer.books.accepted == 30, "nothing is requested beyond the last step"
+    assert producer.books.requested == producer.books.accepted == 30, (
+        "nothing is requested beyond the last step"
+    )
 
 
 def test_groups_come_in_the_order_they_were_requested_whatever_finishes_first():
@@ -103,7 +153,11 @@ def test_groups_come_in_the_order_they_were_requested_whatever_finishes_first():
     producer.ensure(0, {})
     pool.finish(order=[2, 0, 1])
     _, groups = producer.take(0)
-    assert [g.group for g in groups] == [0, 1, 2] and [g.prompt.id for g in groups] == ["p0", "p1", "p2"]
+    assert [g.group for g in groups] == [0, 1, 2] and [g.prompt.id for g in groups] == [
+        "p0",
+        "p1",
+        "p2",
+    ]
 
 
 def test_every_request_has_a_seed_of_its_own_that_depends_on_run_seed_and_ordinal_only():
@@ -130,6 +184,7 @@ def test_a_filtered_prompt_with_a_demonstration_is_replaced_by_another_one_also_
 
         def accept(self, group):
             return group.group > 1
+
     producer = make(Pool(), Aligned())
     producer.aligned = Prompts()
     producer.ensure(0, {})
@@ -138,7 +193,9 @@ def test_a_filtered_prompt_with_a_demonstration_is_replaced_by_another_one_also_
     resumed.aligned, resumed.prompts.n = Prompts(), 100
     resumed.aligned.n = 10
     _, groups = producer.take(0)
-    assert (producer.aligned.n, producer.prompts.n) == (4, 1), "two aligned groups were filtered, two aligned prompts take their places"
+    assert (producer.aligned.n, producer.prompts.n) == (4, 1), (
+        "two aligned groups were filtered, two aligned prompts take their places"
+    )
     _, groups = resumed.take(0)
     assert sorted(g.prompt.id for g in groups) == ["p0", "p10", "p11"]
 
@@ -147,13 +204,16 @@ def test_tokens_of_filtered_groups_were_generated_too():
     producer = make(Pool(), DropsOdd())
     producer.ensure(0, {})
     producer.take(0)
-    assert producer.books.tokens == (3 + 2) * 2 * 2, "three accepted and two filtered groups of two samples of two tokens"
+    assert producer.books.tokens == (3 + 2) * 2 * 2, (
+        "three accepted and two filtered groups of two samples of two tokens"
+    )
 
 
 def test_a_filter_that_nothing_passes_ends_in_an_error_not_in_a_loop():
     class Never(Plain):
         def accept(self, group):
             return False
+
     producer = make(Pool(), Never())
     producer.ensure(0, {})
     with pytest.raises(RolloutsExhausted, match="24 prompts"):
@@ -166,6 +226,7 @@ def test_an_engine_death_reissues_its_groups_once_the_engine_is_back():
     def recover():
         calls.append(len(pool.waiting))
         pool.instant = True
+
     producer = make(pool, recover=recover)
     producer.ensure(0, {})
     for request, future in pool.waiting[1:]:
@@ -181,16 +242,22 @@ def test_an_engine_death_reissues_its_groups_once_the_engine_is_back():
 
 def test_failed_rewards_follow_the_policy():
     error = RewardError("timeout", "10 s", "slow")
-    outcome = lambda prompt, i: RewardOutcome(None, error=error) if prompt.id == "p0" or i == 0 else RewardOutcome(1.0)
+    outcome = lambda prompt, i: (
+        RewardOutcome(None, error=error) if prompt.id == "p0" or i == 0 else RewardOutcome(1.0)
+    )
     producer = make(Pool(), rewards=Rewards(outcome))
     producer.ensure(0, {})
     _, groups = producer.take(0)
-    assert [g.prompt.id for g in groups] == ["p1", "p2", "p3"] and all(len(g.trajectories) == 1 for g in groups)
+    assert [g.prompt.id for g in groups] == ["p1", "p2", "p3"] and all(
+        len(g.trajectories) == 1 for g in groups
+    )
     assert producer.books.failed == 1
     zero = make(Pool(), rewards=Rewards(outcome), on_error="zero")
     zero.ensure(0, {})
     group = zero.take(0)[1][1]
-    assert list(group.rewards) == [0.0, 1.0] and group.outcomes[0].error is error, "scored 0, and still visible as an error"
+    assert list(group.rewards) == [0.0, 1.0] and group.outcomes[0].error is error, (
+        "scored 0, and still visible as an error"
+    )
     fail = make(Pool(), rewards=Rewards(outcome), on_error="fail")
     fail.ensure(0, {})
     with pytest.raises(RuntimeError, match="slow.*timeout"):
@@ -209,7 +276,10 @@ def test_resume_keeps_scored_groups_and_asks_again_for_the_rest():
     resumed.load_state_dict(state)
     resumed.reissue()
     assert [r.group for r in again.requests] == [3, 5], "group 4 was scored before the checkpoint"
-    assert [r.sampling.seed for r in again.requests] == [pool.requests[3].sampling.seed, pool.requests[5].sampling.seed]
+    assert [r.sampling.seed for r in again.requests] == [
+        pool.requests[3].sampling.seed,
+        pool.requests[5].sampling.seed,
+    ]
     resumed.prompts.n = producer.prompts.n
     resumed.ensure(1, {})
     _, groups = resumed.take(1)
@@ -220,6 +290,7 @@ def test_idle_engines_need_no_weights():
     class SFTFirst(Plain):
         def demand(self, step, budget, signals):
             return Demand(prompts=0 if step < 3 else 2)
+
     producer = make(Pool(), SFTFirst())
     wants = []
     for step in range(5):
@@ -229,7 +300,8 @@ def test_idle_engines_need_no_weights():
     assert wants == [False, False, False, True, True]
 
 
-# -- over-sampling: a budget of 3 prompts, so `over_sample=2` asks for 5 ---------------------------------------------------------------------------
+# -- over-sampling: a budget of 3 prompts, so `over_sample=2` asks for 5
+
 
 def taken(producer, step):
     """`take` in a thread of its own, as the pool's answers come from another one."""
@@ -247,7 +319,9 @@ def fulfil(result, producer, step):
 
 def balance(producer):
     books, running = producer.books, sum(len(t.slots) for t in producer.tickets)
-    return books.requested == books.accepted + books.filtered + books.failed + books.aborted + running
+    return (
+        books.requested == books.accepted + books.filtered + books.failed + books.aborted + running
+    )
 
 
 def test_the_groups_that_end_first_are_taken_in_order_and_the_tail_is_aborted():
@@ -258,16 +332,26 @@ def test_the_groups_that_end_first_are_taken_in_order_and_the_tail_is_aborted():
     result, slow = taken(producer, 0), [pool.waiting[i] for i in (1, 2)]
     pool.finish(order=[4, 0, 3])
     assert result.result(10) == [0, 3, 4], "by number, whichever ended first"
-    assert [r.group for r in pool.aborted] == [1, 2] and producer.books.aborted == 2 and balance(producer)
+    assert (
+        [r.group for r in pool.aborted] == [1, 2]
+        and producer.books.aborted == 2
+        and balance(producer)
+    )
     assert producer.metrics() == {"rollout/aborted": 2.0}
-    assert producer.books.tokens == 3 * 2 * 2, "the engine has not said yet how far the aborted groups had come"
+    assert producer.books.tokens == 3 * 2 * 2, (
+        "the engine has not said yet how far the aborted groups had come"
+    )
     pool.waiting = slow
     pool.answer_aborted()
     producer.ensure(1, {})
     pool.finish()
     producer.take(1)
-    assert producer.books.tokens == 3 * 2 * 2 + 2 * (2 + 1) + 5 * 2 * 2, "now it has; and of the five groups of step 1 two were not needed"
-    assert rewards.prompts == ["p4", "p0", "p3"] + [f"p{i}" for i in range(5, 10)], "samples of aborted groups are not scored, and their prompts not asked again"
+    assert producer.books.tokens == 3 * 2 * 2 + 2 * (2 + 1) + 5 * 2 * 2, (
+        "now it has; and of the five groups of step 1 two were not needed"
+    )
+    assert rewards.prompts == ["p4", "p0", "p3"] + [f"p{i}" for i in range(5, 10)], (
+        "samples of aborted groups are not scored, and their prompts not asked again"
+    )
     assert balance(producer)
 
 
@@ -282,11 +366,11 @@ def test_of_groups_that_are_there_already_the_lowest_numbers_are_taken():
 
 def test_over_sampled_groups_fill_in_for_filtered_ones_before_new_prompts_are_drawn():
     pool = Pool()
-    producer = make(pool, DropsOdd(), over_sample=2)        # p0 p2 p4 pass
+    producer = make(pool, DropsOdd(), over_sample=2)  # p0 p2 p4 pass
     producer.ensure(0, {})
     assert [g.prompt.id for g in producer.take(0)[1]] == ["p0", "p2", "p4"]
     assert (producer.books.requested, producer.books.filtered, producer.books.aborted) == (5, 2, 0)
-    producer = make(pool, DropsOdd(), over_sample=1)        # of four, two pass
+    producer = make(pool, DropsOdd(), over_sample=1)  # of four, two pass
     producer.ensure(0, {})
     assert [g.prompt.id for g in producer.take(0)[1]] == ["p0", "p2", "p4"]
     assert (producer.books.requested, producer.books.filtered, producer.books.aborted) == (5, 2, 0)
@@ -294,6 +378,7 @@ def test_over_sampled_groups_fill_in_for_filtered_ones_before_new_prompts_are_dr
     class Never(Plain):
         def accept(self, group):
             return False
+
     producer = make(pool, Never(), over_sample=2)
     producer.ensure(0, {})
     with pytest.raises(RolloutsExhausted, match="26 prompts"):
@@ -306,6 +391,7 @@ def test_over_sampling_waits_for_rewards_not_only_for_generation():
 
         def submit(self, prompt, texts, ids):
             return self.waiting.setdefault(prompt.id, Future())
+
     pool, rewards = Pool(), Slow()
     producer = make(pool, rewards=rewards, over_sample=2)
     producer.ensure(0, {})
@@ -319,6 +405,7 @@ def test_a_failed_reward_runner_is_an_error_not_a_wait_for_ever():
     class Broken(Rewards):
         def submit(self, prompt, texts, ids):
             raise RuntimeError("too many failures")
+
     producer = make(Pool(), rewards=Broken(), over_sample=2)
     producer.ensure(0, {})
     with pytest.raises(RuntimeError, match="too many failures"):
@@ -332,10 +419,16 @@ def test_over_sampled_tickets_of_later_steps_are_left_alone():
     result, tail = taken(producer, 0), pool.waiting[3:5]
     pool.finish(order=[5, 0, 1, 2, 9, 8])
     assert result.result(10) == [0, 1, 2]
-    assert [r.group for r in pool.aborted] == [3, 4] == [r.group for r, _ in tail] and balance(producer)
+    assert [r.group for r in pool.aborted] == [3, 4] == [r.group for r, _ in tail] and balance(
+        producer
+    )
     assert [s.request.group for s in producer.tickets[0].slots] == [5, 6, 7, 8, 9]
     producer.ensure(1, {})
-    assert taken(producer, 1).result(10) == [5, 8, 9] and [r.group for r in pool.aborted] == [3, 4, 6, 7] and balance(producer)
+    assert (
+        taken(producer, 1).result(10) == [5, 8, 9]
+        and [r.group for r in pool.aborted] == [3, 4, 6, 7]
+        and balance(producer)
+    )
 
 
 def test_groups_with_a_demonstration_are_never_aborted_and_never_in_excess():
@@ -344,6 +437,7 @@ def test_groups_with_a_demonstration_are_never_aborted_and_never_in_excess():
 
         def demand(self, step, budget, signals):
             return Demand(prompts=3, experts=1 if step == 0 else 3)
+
     pool = Pool(instant=False)
     producer = make(pool, Aligned(), over_sample=2)
     producer.aligned = Prompts()
@@ -352,12 +446,18 @@ def test_groups_with_a_demonstration_are_never_aborted_and_never_in_excess():
     late, result = pool.waiting[0], taken(producer, 0)
     pool.finish(order=[4, 2])
     while len(pool.aborted) < 2:
-        assert not result.done()                # it waits for group 0, but no longer for 1 and 3
+        assert not result.done()  # it waits for group 0, but no longer for 1 and 3
     pool.waiting = [late]
     pool.finish()
-    assert result.result(10) == [0, 2, 4] and [r.group for r in pool.aborted] == [1, 3] and balance(producer)
+    assert (
+        result.result(10) == [0, 2, 4]
+        and [r.group for r in pool.aborted] == [1, 3]
+        and balance(producer)
+    )
     producer.ensure(1, {})
-    assert len(pool.waiting) == 3, "a step whose groups all have a demonstration has nothing to over-sample"
+    assert len(pool.waiting) == 3, (
+        "a step whose groups all have a demonstration has nothing to over-sample"
+    )
 
 
 def test_a_dead_engine_is_replaced_while_the_fastest_groups_are_waited_for():
@@ -365,11 +465,12 @@ def test_a_dead_engine_is_replaced_while_the_fastest_groups_are_waited_for():
 
     def recover():
         calls.append([r.group for r, _ in pool.waiting])
+
     producer = make(pool, staleness=1, recover=recover, over_sample=2)
     producer.ensure(0, {})
     result, first = taken(producer, 0), pool.waiting
     pool.waiting = []
-    for i in (0, 1, 6):                          # its engine had these three
+    for i in (0, 1, 6):  # its engine had these three
         first[i][1].set_exception(EngineDied("engine 0"))
     while len(pool.waiting) < 3:
         assert not result.done()
@@ -378,13 +479,17 @@ def test_a_dead_engine_is_replaced_while_the_fastest_groups_are_waited_for():
     pool.waiting = [first[3], again[1], first[4]]
     pool.finish()
     assert result.result(10) == [1, 3, 4], "a group that was asked for again counts like any other"
-    assert [(r.group, r.attempt) for r in pool.aborted] == [(0, 1), (2, 0)], "and is aborted under the attempt that runs"
+    assert [(r.group, r.attempt) for r in pool.aborted] == [(0, 1), (2, 0)], (
+        "and is aborted under the attempt that runs"
+    )
     assert producer.books.reissued == 3 and balance(producer)
     again[0][1].set_exception(EngineDied("engine 1"))
     pool.waiting = [again[2], *first[5:6], *first[7:8]]
     pool.finish()
     producer.ensure(1, {})
-    assert taken(producer, 1).result(10) == [5, 6, 7] and len(calls) == 1, "an aborted group that dies is nobody's loss"
+    assert taken(producer, 1).result(10) == [5, 6, 7] and len(calls) == 1, (
+        "an aborted group that dies is nobody's loss"
+    )
 
 
 def test_an_over_sampled_run_resumes_with_what_was_scored():
@@ -398,7 +503,9 @@ def test_an_over_sampled_run_resumes_with_what_was_scored():
     resumed = make(again, staleness=1, over_sample=2)
     resumed.load_state_dict(state)
     resumed.reissue()
-    assert [r.group for r in again.requests] == [5, 6, 7, 8], "group 9 was scored before the checkpoint, groups 3 and 4 were aborted"
+    assert [r.group for r in again.requests] == [5, 6, 7, 8], (
+        "group 9 was scored before the checkpoint, groups 3 and 4 were aborted"
+    )
     resumed.prompts.n = producer.prompts.n
     resumed.ensure(1, {})
     result = taken(resumed, 1)

@@ -1,4 +1,7 @@
-"""What a resume compares, without a run: one spelling for what means the same, content in the place of names."""
+"""What a resume compares, without a run: one spelling for what means the same, content in the place
+of names.
+"""
+
 import json
 import os
 import shutil
@@ -32,13 +35,20 @@ def config(in_tmp):
     def config(*overrides: str) -> Config:
         (in_tmp / "c.yaml").write_text(yaml.safe_dump(CONFIG))
         return load("c.yaml", overrides)
+
     return config
 
 
 def facts(config: Config) -> Facts:
     """As they come back out of a manifest."""
     path = resolve_model(config.model)
-    prompts = PromptSource(config.data.prompts, config.data, load_tokenizer(config.model), config.model, config.run.seed)
+    prompts = PromptSource(
+        config.data.prompts,
+        config.data,
+        load_tokenizer(config.model),
+        config.model,
+        config.run.seed,
+    )
     found = resume.facts_of(config, contents(config, {"data.prompts": prompts}, path))
     return Facts(**json.loads(json.dumps(found.__dict__)))
 
@@ -49,25 +59,36 @@ def changes(before: Config | Facts, now: Config) -> list[str]:
     return resume.check_changes(now, former, facts(now))
 
 
-@pytest.mark.parametrize("override", [
-    "method={name: grpo, policy: grpo}",
-    "reward.weights=[1.0]",
-    "data.prompts.options={seed: 0, digits: 8, size: null}",
-    "rollout.backend=hf",
-    "learner.learning_rate=0.000001",
-    "data.chat=null",
-])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "method={name: grpo, policy: grpo}",
+        "reward.weights=[1.0]",
+        "data.prompts.options={seed: 0, digits: 8, size: null}",
+        "rollout.backend=hf",
+        "learner.learning_rate=0.000001",
+        "data.chat=null",
+    ],
+)
 def test_other_words_for_the_same(config, override):
     assert changes(config(), config(override)) == []
     assert changes(config(override), config()) == []
 
 
-@pytest.mark.parametrize("override, key", [
-    ("mode=cluster", "mode"), ("method.name=rl_with_sft", "method.name"), ("learner.zero_stage=2", "learner.zero_stage"),
-    ("model.dtype=bfloat16", "model.dtype"),
-])
+@pytest.mark.parametrize(
+    "override, key",
+    [
+        ("mode=cluster", "mode"),
+        ("method.name=rl_with_sft", "method.name"),
+        ("learner.zero_stage=2", "learner.zero_stage"),
+        ("model.dtype=bfloat16", "model.dtype"),
+    ],
+)
 def test_what_no_key_allows(config, override, key):
-    more = ["data.experts={path: 'task:sort', response: answer, options: {size: 4}}", "data.experts_per_step=1"]
+    more = [
+        "data.experts={path: 'task:sort', response: answer, options: {size: 4}}",
+        "data.experts_per_step=1",
+    ]
     allowed = f"run.resume_changes=[{key}]"
     with pytest.raises(ConfigError, match=f"does not fit(.|\n)*  {key}: "):
         resume.check_fixed(config(override, allowed, *more), resume.facts_of(config(*more)), 1)
@@ -75,7 +96,9 @@ def test_what_no_key_allows(config, override, key):
 
 def test_all_that_differs_is_one_list(config):
     with pytest.raises(ConfigError) as caught:
-        changes(config(), config("run.seed=3", "learner.grad_clip=2", "data.prompts.options.digits=3"))
+        changes(
+            config(), config("run.seed=3", "learner.grad_clip=2", "data.prompts.options.digits=3")
+        )
     lines = [line.strip() for line in str(caught.value).splitlines() if line.startswith("  ")]
     assert lines[0].startswith("data.prompts: the content differs")
     assert lines[1:] == ["learner.grad_clip: 1.0 -> 2.0", "run.seed: 0 -> 3"]
@@ -84,7 +107,10 @@ def test_all_that_differs_is_one_list(config):
 
 def test_what_the_message_says_is_what_allows_it(config):
     allowed = "run.resume_changes=[data.prompts, learner.grad_clip, run.seed]"
-    told = changes(config(), config("run.seed=3", "learner.grad_clip=2", "data.prompts.options.digits=3", allowed))
+    told = changes(
+        config(),
+        config("run.seed=3", "learner.grad_clip=2", "data.prompts.options.digits=3", allowed),
+    )
     assert len(told) == 3 and all(text.startswith("resumed with a change: ") for text in told)
 
 
@@ -95,20 +121,26 @@ def test_a_key_to_allow_that_is_none(config, key):
 
 
 def test_longer_is_free_but_a_schedule_moves(config):
-    assert changes(config(), config("run.steps=20")) == ["resumed with a change: run.steps: 10 -> 20"]
+    assert changes(config(), config("run.steps=20")) == [
+        "resumed with a change: run.steps: 10 -> 20"
+    ]
     cosine = "learner.schedule=cosine"
     told = changes(config(cosine), config(cosine, "run.steps=20"))
     assert "learning rate of the steps to come is that of a run of 20 steps, not 10" in told[-1]
 
 
 def test_a_project_that_moved_is_the_same(config, in_tmp, monkeypatch):
-    config()        # writes c.yaml
+    config()  # writes c.yaml
     (in_tmp / "a").mkdir()
     (in_tmp / "a" / "rows.jsonl").write_text('{"prompt": "sort 21=", "answer": "12"}\n')
     (in_tmp / "a" / "reward.py").write_text(REWARD)
     shutil.copytree(resolve_model(config().model), in_tmp / "a" / "model")
-    overrides = ("data.prompts.path=./rows.jsonl", "reward.functions=[reward.py:score]", "model.path=./model",
-                 "reward.options={'reward.py:score': {}}")
+    overrides = (
+        "data.prompts.path=./rows.jsonl",
+        "reward.functions=[reward.py:score]",
+        "model.path=./model",
+        "reward.options={'reward.py:score': {}}",
+    )
     monkeypatch.chdir(in_tmp / "a")
     before = facts(load("../c.yaml", overrides))
     monkeypatch.chdir(in_tmp)
@@ -125,7 +157,9 @@ def test_an_edited_reward_is_told(config, in_tmp):
     mine = "reward.functions=[reward.py:score]"
     before = facts(config(mine))
     (in_tmp / "reward.py").write_text(REWARD + "# mended\n")
-    assert changes(before, config(mine)) == [f"warning: {in_tmp / 'reward.py'} was edited since the checkpoint was written"]
+    assert changes(before, config(mine)) == [
+        f"warning: {in_tmp / 'reward.py'} was edited since the checkpoint was written"
+    ]
 
 
 def test_a_model_that_was_trained_further_in_its_place_is_another(in_tmp):
@@ -141,7 +175,11 @@ def test_a_model_that_was_trained_further_in_its_place_is_another(in_tmp):
 
 def test_a_config_of_an_older_version_lacks_new_keys(config):
     tree = to_dict(config())
-    del tree["run"]["resume_changes"], tree["learner"]["head_chunk"], tree["data"]["prompts"]["limit"]
+    del (
+        tree["run"]["resume_changes"],
+        tree["learner"]["head_chunk"],
+        tree["data"]["prompts"]["limit"],
+    )
     assert changes(Facts(tree), config()) == []
     tree["learner"]["grad_clip"] = 3.0
     with pytest.raises(ConfigError, match="learner.grad_clip: 3.0 -> 1.0"):
@@ -155,4 +193,7 @@ def test_settings_of_the_optimizer_that_were_allowed_to_change_do_change():
     optimizer = adamw([weight], now)
     optimizer.load_state_dict(saved)
     follow(optimizer, now)
-    assert optimizer.param_groups[0]["betas"] == (0.5, 0.6) and optimizer.param_groups[0]["weight_decay"] == 0.3
+    assert (
+        optimizer.param_groups[0]["betas"] == (0.5, 0.6)
+        and optimizer.param_groups[0]["weight_decay"] == 0.3
+    )

@@ -1,4 +1,7 @@
-"""Ropes that depend on a row's length: a packed row is what it would be alone, whatever stands beside it."""
+"""Ropes that depend on a row's length: a packed row is what it would be alone, whatever stands
+beside it.
+"""
+
 import pytest
 import torch
 import transformers
@@ -10,8 +13,15 @@ from tandem.engine.model.policy import Policy
 from tandem.engine.model.rope import follow_engines, separate_rows
 from tandem.engine.model.self_check import can_share, self_check
 
-SIZES = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-         "num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0}
 SWITCH = 16
@@ -19,8 +29,12 @@ SWITCH = 16
 
 def make_config(name):
     if name == "longrope":
-        return transformers.Phi3Config(**SIZES, max_position_embeddings=64, rope_scaling=LONG,
-                                       original_max_position_embeddings=SWITCH)
+        return transformers.Phi3Config(
+            **SIZES,
+            max_position_embeddings=64,
+            rope_scaling=LONG,
+            original_max_position_embeddings=SWITCH,
+        )
     return transformers.LlamaConfig(**SIZES, max_position_embeddings=SWITCH, rope_scaling=DYNAMIC)
 
 
@@ -52,7 +66,7 @@ def test_rows_on_both_sides_of_the_switch(name):
     rows = [torch.randint(40, (length,), generator=generator) for length in lengths]
     alone = []
     for row in rows:
-        fresh = make_model(name)        # the library's own forward, with no memory of other rows
+        fresh = make_model(name)  # the library's own forward, with no memory of other rows
         log_p = fresh(input_ids=row[None], use_cache=False).logits[0, :-1].log_softmax(-1)
         alone.append(log_p.gather(-1, row[1:, None]).squeeze(-1))
     plain = Policy(make_model(name))
@@ -77,8 +91,9 @@ def test_a_loaded_model_keeps_rows_apart(name, tmp_path):
     policy = load_policy(ModelConfig(path=str(tmp_path)))
     rows = [torch.arange(1, 9), torch.arange(40)]
     with torch.no_grad():
-        torch.testing.assert_close(packed(policy, rows)[0], packed(policy, rows[:1])[0],
-                                   rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            packed(policy, rows)[0], packed(policy, rows[:1])[0], rtol=0, atol=1e-5
+        )
 
 
 @torch.no_grad()
@@ -90,7 +105,7 @@ def test_long_factors_for_all_rows_as_an_engine_has_them():
     follow_engines(model, longest=SWITCH)
     assert not model.model.rotary_emb.always_long
     follow_engines(model, longest=SWITCH + 1)
-    found, = packed(policy, [row])
+    (found,) = packed(policy, [row])
     only_long = make_config("longrope")
     only_long.rope_parameters["short_factor"] = LONG["long_factor"]
     expected = transformers.AutoModelForCausalLM.from_config(only_long).eval()

@@ -1,4 +1,7 @@
-"""The run folder: one owner, nothing of the user's overwritten, torn files, and what a resume compares."""
+"""The run folder: one owner, nothing of the user's overwritten, torn files, and what a resume
+compares.
+"""
+
 import json
 import os
 import signal
@@ -19,8 +22,13 @@ from tandem.launch import cli
 CONFIG = {
     "mode": "inline",
     "model": {"path": "tandem:tiny"},
-    "data": {"prompts": {"path": "d.jsonl"}, "experts": {"path": "task:sort", "options": {"digits": 3, "size": 8}},
-             "experts_per_step": 2, "max_prompt_tokens": 32, "max_expert_tokens": 16},
+    "data": {
+        "prompts": {"path": "d.jsonl"},
+        "experts": {"path": "task:sort", "options": {"digits": 3, "size": 8}},
+        "experts_per_step": 2,
+        "max_prompt_tokens": 32,
+        "max_expert_tokens": 16,
+    },
     "method": {"name": "chord_mu"},
     "rollout": {"prompts_per_step": 2, "samples_per_prompt": 2, "max_tokens": 4},
     "reward": {"functions": ["exact"]},
@@ -43,8 +51,12 @@ def refused(folder, capsys):
         capsys.readouterr()
         code = cli.main(["train", "c.yaml", *overrides])
         message = capsys.readouterr().err
-        assert code == 2 and message.startswith("error: ") and "Traceback" not in message, (code, message)
+        assert code == 2 and message.startswith("error: ") and "Traceback" not in message, (
+            code,
+            message,
+        )
         return message
+
     return run
 
 
@@ -53,11 +65,17 @@ def train(*overrides: str) -> int:
 
 
 def steps() -> list[int]:
-    return [json.loads(line)["step"] for line in Path("runs/run/metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["step"] for line in Path("runs/run/metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def files(place: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(place)): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(place)): path.read_bytes()
+        for path in place.rglob("*")
+        if path.is_file()
+    }
 
 
 HOLDER = """
@@ -71,7 +89,9 @@ with owned(Path(sys.argv[1])):
 
 
 def holder(place: Path) -> subprocess.Popen:
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(place)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(place)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "owned\n"
     return process
 
@@ -85,7 +105,7 @@ def test_a_folder_has_one_owner_who_is_named_and_a_dead_one_does_not_count(folde
         for resume in ("false", "true", "auto"):
             message = refused(f"run.resume={resume}")
             assert f"process {process.pid} on host" in message or resume == "true"
-        assert files(place) == before       # the one that was refused wrote nothing
+        assert files(place) == before  # the one that was refused wrote nothing
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -123,7 +143,10 @@ def test_where_there_is_no_flock_an_owner_that_beats_is_alive(tmp_path, monkeypa
     monkeypatch.setattr(folder_lock, "BEAT_SECONDS", 0.05)
     monkeypatch.setattr(folder_lock, "STALE_SECONDS", 2.0)
     monkeypatch.setattr(folder_lock, "SETTLE_SECONDS", 0.05)
-    with owned(tmp_path, lambda text: None), pytest.raises(ConfigError, match="is in use by process"):
+    with (
+        owned(tmp_path, lambda text: None),
+        pytest.raises(ConfigError, match="is in use by process"),
+    ):
         with owned(tmp_path, lambda text: None):
             pass
 
@@ -159,7 +182,11 @@ def test_one_command_for_the_first_start_and_every_restart(folder, refused, caps
     command = ("run.resume=auto", "run.checkpoint_every=1", "run.steps=2")
     assert "run.resume=auto" in refused("run.resume=true")
     assert train(*command) == 0 and steps() == [0, 1]
-    assert train("run.resume=auto", "run.checkpoint_every=1", "run.steps=3") == 0 and steps() == [0, 1, 2]
+    assert train("run.resume=auto", "run.checkpoint_every=1", "run.steps=3") == 0 and steps() == [
+        0,
+        1,
+        2,
+    ]
     # an attempt that died before its first checkpoint
     place = folder / "runs" / "early"
     assert train("run.name=early") == 0
@@ -203,25 +230,42 @@ def test_a_torn_file_beside_the_checkpoints_does_not_stop_a_resume(folder, name)
 def test_checkpoints_of_another_run_are_refused(folder, refused):
     assert train("run.name=other") == 0
     assert train() == 0
-    (folder / "runs" / "other" / "checkpoints" / "step_1").rename(folder / "runs" / "run" / "checkpoints" / "step_7")
+    (folder / "runs" / "other" / "checkpoints" / "step_1").rename(
+        folder / "runs" / "run" / "checkpoints" / "step_7"
+    )
     message = refused("run.resume=true", "run.steps=9")
     assert "is a checkpoint of run" in message and "step_7" in message
 
 
-@pytest.mark.parametrize("override, key", [
-    ("learner.learning_rate=5e-2", "learner.learning_rate"), ("rollout.temperature=0.3", "rollout.temperature"),
-    ("rollout.samples_per_prompt=4", "rollout.samples_per_prompt"), ("run.seed=1", "run.seed"),
-    ("method={name: chord_mu, mu: 0.4}", "method.mu"), ("learner.betas=[0.5,0.5]", "learner.betas"),
-    ("data.experts.options.seed=77", "data.experts"), ("reward.functions=[length]", "reward.functions"),
-    ("learner.schedule=cosine", "learner.schedule"), ("rollout.staleness=1", "rollout.staleness"),
-])
+@pytest.mark.parametrize(
+    "override, key",
+    [
+        ("learner.learning_rate=5e-2", "learner.learning_rate"),
+        ("rollout.temperature=0.3", "rollout.temperature"),
+        ("rollout.samples_per_prompt=4", "rollout.samples_per_prompt"),
+        ("run.seed=1", "run.seed"),
+        ("method={name: chord_mu, mu: 0.4}", "method.mu"),
+        ("learner.betas=[0.5,0.5]", "learner.betas"),
+        ("data.experts.options.seed=77", "data.experts"),
+        ("reward.functions=[length]", "reward.functions"),
+        ("learner.schedule=cosine", "learner.schedule"),
+        ("rollout.staleness=1", "rollout.staleness"),
+    ],
+)
 def test_what_would_make_it_another_run_is_refused_unless_allowed(folder, refused, override, key):
-    more = ("reward.options={length: {max_tokens: 8, buffer_tokens: 4}}",) if "length" in override else ()
+    more = (
+        ("reward.options={length: {max_tokens: 8, buffer_tokens: 4}}",)
+        if "length" in override
+        else ()
+    )
     assert train() == 0
     message = refused("run.resume=true", "run.steps=2", override, *more)
     assert f"\n  {key}" in message and "run.resume_changes" in message
     sections = "method,learner,rollout,data,reward,run.seed"
-    assert train("run.resume=true", "run.steps=2", override, *more, f"run.resume_changes=[{sections}]") == 0
+    assert (
+        train("run.resume=true", "run.steps=2", override, *more, f"run.resume_changes=[{sections}]")
+        == 0
+    )
     assert steps() == [0, 1]
 
 
@@ -229,7 +273,9 @@ def test_data_count_by_content_and_paths_by_where_they_lead(folder, refused):
     assert train() == 0
     assert train("run.resume=true", "run.steps=2", "data.prompts.path=./d.jsonl") == 0
     (folder / "moved.jsonl").write_text(ROWS)
-    assert train("run.resume=true", "run.steps=3", f"data.prompts.path={folder / 'moved.jsonl'}") == 0
+    assert (
+        train("run.resume=true", "run.steps=3", f"data.prompts.path={folder / 'moved.jsonl'}") == 0
+    )
     (folder / "d.jsonl").write_text(ROWS.replace("12=", "21="))
     message = refused("run.resume=true", "run.steps=4")
     assert "data.prompts: the content differs" in message and "d.jsonl" in message
@@ -237,12 +283,23 @@ def test_data_count_by_content_and_paths_by_where_they_lead(folder, refused):
 
 def test_what_does_not_matter_may_differ_and_every_start_keeps_its_config(folder, capsys):
     assert train() == 0
-    changes = ("run.steps=2", "run.checkpoint_every=1", "reward.timeout=20", "eval.samples=2", "rollout.max_sequences=32")
+    changes = (
+        "run.steps=2",
+        "run.checkpoint_every=1",
+        "reward.timeout=20",
+        "eval.samples=2",
+        "rollout.max_sequences=32",
+    )
     assert train("run.resume=true", *changes) == 0
     assert "resumed with a change: run.steps: 1 -> 2" in capsys.readouterr().out
     kept = folder / "runs" / "run" / "configs"
-    assert [yaml.safe_load((kept / f"start_{n}.yaml").read_text())["run"]["steps"] for n in (1, 2)] == [1, 2]
-    assert [entry["resumed_from"] for entry in json.loads((kept.parent / "environment.json").read_text())] == [None, 1]
+    assert [
+        yaml.safe_load((kept / f"start_{n}.yaml").read_text())["run"]["steps"] for n in (1, 2)
+    ] == [1, 2]
+    assert [
+        entry["resumed_from"]
+        for entry in json.loads((kept.parent / "environment.json").read_text())
+    ] == [None, 1]
 
 
 def test_a_model_that_the_run_did_not_write_is_kept(folder):
@@ -250,7 +307,9 @@ def test_a_model_that_the_run_did_not_write_is_kept(folder):
     assert train("run.save_model=true") == 0
     weights = (place / "model" / "model.safetensors").read_bytes()
     assert train("run.resume=true", "run.steps=2", "run.save_model=true") == 0
-    assert (place / "model" / "model.safetensors").read_bytes() != weights and not (place / "model_1").exists()
+    assert (place / "model" / "model.safetensors").read_bytes() != weights and not (
+        place / "model_1"
+    ).exists()
     mark = json.loads((place / "run.json").read_text())
     (place / "run.json").write_text(json.dumps({**mark, "model": False}))
     assert train("run.resume=true", "run.steps=3", "run.save_model=true") == 0

@@ -1,4 +1,8 @@
-"""Run.sync under faults: engines that die while they are connected, sent weights or probed. Learner and pool are scripted; the real ones: tests/faults."""
+"""Run.sync under faults: engines that die while they are connected, sent weights or probed.
+
+Learner and pool are scripted; the real ones: tests/faults.
+"""
+
 from types import SimpleNamespace
 
 import pytest
@@ -10,12 +14,16 @@ from tandem.launch.run.components import Run
 
 
 class Rig:
-    """A learner and a pool; each of `faults` (connect, send, probe) raises EngineDied so many times, and leaves an engine dead if `dead`."""
+    """A learner and a pool; each of `faults` (connect, send, probe) raises EngineDied so many
+    times, and leaves an engine dead if `dead`.
+    """
 
     def __init__(self, dead=True, **faults):
         self.faults, self.dead, self.down, self.calls = faults, dead, 0, []
         self.synced = None
-        self.run = Run(Config(rollout=RolloutConfig(staleness=1)), SimpleNamespace(message=lambda text: None))
+        self.run = Run(
+            Config(rollout=RolloutConfig(staleness=1)), SimpleNamespace(message=lambda text: None)
+        )
         self.run.telemetry = SimpleNamespace(event=lambda kind, **facts: None)
         self.run.learner = self.run.pool = self
         self.run.probe = lambda version: self.happen("probe")
@@ -40,10 +48,14 @@ class Rig:
         return down
 
 
-@pytest.mark.parametrize("fault, calls", [
-    ("connect", ["connect", "recover", "connect", "send", "probe"]),
-    ("send", ["connect", "send", "recover", "connect", "send", "probe"]),
-    ("probe", ["connect", "send", "probe", "recover", "connect", "send", "probe"])])
+@pytest.mark.parametrize(
+    "fault, calls",
+    [
+        ("connect", ["connect", "recover", "connect", "send", "probe"]),
+        ("send", ["connect", "send", "recover", "connect", "send", "probe"]),
+        ("probe", ["connect", "send", "probe", "recover", "connect", "send", "probe"]),
+    ],
+)
 def test_an_engine_that_dies_at_any_moment_of_a_sync_is_replaced_and_sent_the_weights(fault, calls):
     rig = Rig(**{fault: 1})
     rig.run.sync(3)

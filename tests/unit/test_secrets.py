@@ -1,4 +1,5 @@
 """Secrets are used in memory and written nowhere; ${NAME} stands for an environment variable."""
+
 import pickle
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from tandem.launch import cli
 from tandem.launch.run import run
 
 CONFIG = {
-    "mode": "inline", "model": {"path": "tandem:tiny"}, "method": {"name": "grpo"},
+    "mode": "inline",
+    "model": {"path": "tandem:tiny"},
+    "method": {"name": "grpo"},
     "data": {"prompts": {"path": "task:sort"}, "max_prompt_tokens": 32},
     "reward": {"functions": ["rw.py:judge"]},
     "rollout": {"prompts_per_step": 2, "samples_per_prompt": 2, "max_tokens": 4},
@@ -67,13 +70,18 @@ def test_a_reference_has_the_value_and_is_written_as_itself(project):
     assert load("again.yaml") == config
 
 
-@pytest.mark.parametrize("where, found", [
-    ("run.wandb=${JUDGE_KEY}", lambda c: c.run.wandb),
-    ("model.system_prompt=say ${JUDGE_KEY}", lambda c: c.model.system_prompt),
-    ("data.prompts.options={x: [{y: '${JUDGE_KEY}'}]}",
-     lambda c: c.data.prompts.options["x"][0]["y"]),
-    ("run.dir=${JUDGE_KEY}/x", lambda c: c.run.dir),
-])
+@pytest.mark.parametrize(
+    "where, found",
+    [
+        ("run.wandb=${JUDGE_KEY}", lambda c: c.run.wandb),
+        ("model.system_prompt=say ${JUDGE_KEY}", lambda c: c.model.system_prompt),
+        (
+            "data.prompts.options={x: [{y: '${JUDGE_KEY}'}]}",
+            lambda c: c.data.prompts.options["x"][0]["y"],
+        ),
+        ("run.dir=${JUDGE_KEY}/x", lambda c: c.run.dir),
+    ],
+)
 def test_references_work_in_every_text(project, where, found):
     config = load("c.yaml", [where])
     assert "from-environment" in found(config)
@@ -93,12 +101,15 @@ def test_a_template_of_a_task_keeps_its_dollars(project):
     assert load("c.yaml", [options]).data.prompts.options["response"] == "${answer}$"
 
 
-@pytest.mark.parametrize("text, words", [
-    ("${ABSENT}", "the environment variable ABSENT is not set"),
-    ("x${JUDGE_KEYS}", "did you mean 'JUDGE_KEY'"),
-    ("${oc.env:JUDGE_KEY}", "expected ${NAME}"),
-    ("${}", "expected ${NAME}"),
-])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("${ABSENT}", "the environment variable ABSENT is not set"),
+        ("x${JUDGE_KEYS}", "did you mean 'JUDGE_KEY'"),
+        ("${oc.env:JUDGE_KEY}", "expected ${NAME}"),
+        ("${}", "expected ${NAME}"),
+    ],
+)
 def test_a_reference_to_nothing_names_the_key(project, text, words):
     with pytest.raises(ConfigError) as caught:
         load("c.yaml", [key(text)])
@@ -106,39 +117,97 @@ def test_a_reference_to_nothing_names_the_key(project, text, words):
     assert "write $" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["api_key", "apikey", "API_KEY", "openai-api-key", "token", "auth",
-                                  "hf_token", "password", "passwd", "secret", "client_secret",
-                                  "Authorization", "credentials", "aws_secret_access_key"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "api_key",
+        "apikey",
+        "API_KEY",
+        "openai-api-key",
+        "token",
+        "auth",
+        "hf_token",
+        "password",
+        "passwd",
+        "secret",
+        "client_secret",
+        "Authorization",
+        "credentials",
+        "aws_secret_access_key",
+    ],
+)
 def test_keys_of_secrets(name):
     assert secrets.hide({name: "abc"}) == {name: "<redacted>"}
     assert secrets.hide({"x": {name: {"deep": [1, "y"]}}}) == {
-        "x": {name: {"deep": ["<redacted>", "<redacted>"]}}}
+        "x": {name: {"deep": ["<redacted>", "<redacted>"]}}
+    }
 
 
-@pytest.mark.parametrize("name", ["max_tokens", "tokenizer", "token_weight", "token_budget", "tokens",
-                                  "eos_token", "pad_token", "key", "author", "keyword", "monkey",
-                                  "micro_batch_tokens", "secretary"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "max_tokens",
+        "tokenizer",
+        "token_weight",
+        "token_budget",
+        "tokens",
+        "eos_token",
+        "pad_token",
+        "key",
+        "author",
+        "keyword",
+        "monkey",
+        "micro_batch_tokens",
+        "secretary",
+    ],
+)
 def test_keys_of_no_secrets(name):
     assert secrets.hide({name: "abc"}) == {name: "abc"}
 
 
-@pytest.mark.parametrize("text", [
-    "sk-proj-abcdefghijkl", "hf_abcdefghijklmn", "ghp_abcdefghijklmnopqrst", "AKIAABCDEFGHIJKLMNOP",
-    "xoxb-123456789-abc", "https://user:hunter22@host/x", "glpat-abcdefghijklmnopq",
-    "eyJhbGciOiJIUzI1.eyJzdWIiOiIxMjM0.abc"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sk-proj-abcdefghijkl",
+        "hf_abcdefghijklmn",
+        "ghp_abcdefghijklmnopqrst",
+        "AKIAABCDEFGHIJKLMNOP",
+        "xoxb-123456789-abc",
+        "https://user:hunter22@host/x",
+        "glpat-abcdefghijklmnopq",
+        "eyJhbGciOiJIUzI1.eyJzdWIiOiIxMjM0.abc",
+    ],
+)
 def test_shapes_of_tokens_are_hidden_wherever_they_stand(text):
     assert "<redacted>" in secrets.redact(f"a {text} b")
     assert "<redacted>" in secrets.hide({"x": [text]})["x"][0]
 
 
-@pytest.mark.parametrize("text", ["api_key=abcdef", "{api_key: abcdef}", "--token=abcdef",
-                                  '"password": "abcdef"', "Authorization: Bearer abcdef"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "api_key=abcdef",
+        "{api_key: abcdef}",
+        "--token=abcdef",
+        '"password": "abcdef"',
+        "Authorization: Bearer abcdef",
+    ],
+)
 def test_assignments_in_running_text(text):
     assert "abcdef" not in secrets.redact(text)
 
 
-@pytest.mark.parametrize("text", ["api_key: ${NAME}", "max_tokens=256", "unexpected token: <eos>",
-                                  "task-sort sk-1 risk-free", "run.steps=10", "http://127.0.0.1:80/a"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "api_key: ${NAME}",
+        "max_tokens=256",
+        "unexpected token: <eos>",
+        "task-sort sk-1 risk-free",
+        "run.steps=10",
+        "http://127.0.0.1:80/a",
+    ],
+)
 def test_other_text_stays(text):
     assert secrets.redact(text) == text
 
@@ -146,13 +215,29 @@ def test_other_text_stays(text):
 def test_a_run_with_a_secret_in_plain_text_writes_it_nowhere(project, monkeypatch):
     """The command line, a reward that fails with the key in its words, a crash, and the resume."""
     secret = "plain-old-secret"
-    command = ["train", "c.yaml", key(secret), "run.checkpoint_every=1", "reward.max_error_rate=1",
-               "reward.on_error=zero"]
+    command = [
+        "train",
+        "c.yaml",
+        key(secret),
+        "run.checkpoint_every=1",
+        "reward.max_error_rate=1",
+        "reward.on_error=zero",
+    ]
     monkeypatch.setattr("sys.argv", ["tandem", *command])
     assert cli.main(list(command)) == 0
     assert cli.main([*command, "run.steps=2", "run.resume=true"]) == 0
-    assert cli.main([*command, "run.name=crash", "reward.max_error_rate=0", "run.steps=50",
-                     "reward.on_error=drop"]) == 1
+    assert (
+        cli.main(
+            [
+                *command,
+                "run.name=crash",
+                "reward.max_error_rate=0",
+                "run.steps=50",
+                "reward.on_error=drop",
+            ]
+        )
+        == 1
+    )
     assert (project / "runs/crash/error.log").is_file()
     assert found_below(project / "runs", secret) == []
     assert "<redacted>" in (project / "runs/w/environment.json").read_text()
@@ -175,6 +260,7 @@ def test_workers_get_the_value(project):
 
     from tandem.engine.core.types import Prompt
     from tandem.rollout.rewards.runner import RewardRunner
+
     runner = RewardRunner(load("c.yaml", [key("${JUDGE_KEY}")]).reward)
     prompt = Prompt("p", np.zeros(1, np.int32), "p", {"answer": "1"})
     outcomes = runner.submit(prompt, ["a"], [np.zeros(1, np.int32)]).result(60)

@@ -1,4 +1,7 @@
-"""Engines and learner ranks that share a place, engines that sleep meanwhile, and processes with cores of their own: what is asked of Ray, and what is refused."""
+"""Engines and learner ranks that share a place, engines that sleep meanwhile, and processes with
+cores of their own: what is asked of Ray, and what is refused.
+"""
+
 import os
 from types import SimpleNamespace
 
@@ -13,8 +16,13 @@ from tandem.engine.core import process as core_process
 from tandem.engine.core.errors import ConfigError
 from tandem.launch import machine, placement
 
-TREE = {"model": {"path": "tandem:tiny"}, "data": {"prompts": {"path": "task:sort"}}, "method": {"name": "grpo"}, "reward": {"functions": ["exact"]},
-        "cluster": {"engines": 2, "learner_ranks": 2, "engine_cpus": 0.25, "learner_cpus": 0.25}}
+TREE = {
+    "model": {"path": "tandem:tiny"},
+    "data": {"prompts": {"path": "task:sort"}},
+    "method": {"name": "grpo"},
+    "reward": {"functions": ["exact"]},
+    "cluster": {"engines": 2, "learner_ranks": 2, "engine_cpus": 0.25, "learner_cpus": 0.25},
+}
 HALVES = ["cluster.colocate=true", "cluster.engine_gpus=0.5", "cluster.learner_gpus=0.5"]
 
 
@@ -25,41 +33,97 @@ def tree(tmp_path):
 
 
 def test_a_colocated_pair_has_one_bundle_with_the_resources_of_both(tree):
-    plan = placement.plan(load(tree, [*HALVES, "cluster.engine_gpus=0.6", "cluster.learner_gpus=0.3", "rollout.sleep=true"]))
+    plan = placement.plan(
+        load(
+            tree,
+            [*HALVES, "cluster.engine_gpus=0.6", "cluster.learner_gpus=0.3", "rollout.sleep=true"],
+        )
+    )
     assert plan.bundles == ({"CPU": 0.5, "GPU": 0.9},) * 2
-    assert [plan.engine_bundle(i) for i in (0, 1)] == [plan.learner_bundle(r) for r in (0, 1)] == [0, 1]
-    assert "2 place(s) of {CPU 0.5, GPU 0.9}, each with engine and learner rank (cluster.colocate)" in plan.describe()
+    assert (
+        [plan.engine_bundle(i) for i in (0, 1)]
+        == [plan.learner_bundle(r) for r in (0, 1)]
+        == [0, 1]
+    )
+    assert (
+        "2 place(s) of {CPU 0.5, GPU 0.9}, each with engine and learner rank (cluster.colocate)"
+        in plan.describe()
+    )
     apart = placement.plan(load(tree, []))
     assert len(apart.bundles) == 4 and [apart.learner_bundle(r) for r in (0, 1)] == [2, 3]
 
 
 def test_the_place_of_a_pair_stays_whole_where_one_side_is_missing():
-    """Else two engines with half a GPU each, made for a GPU of their own beside a learner, would get the same one in an evaluation."""
-    cluster = ClusterConfig(engines=2, learner_ranks=2, colocate=True, engine_gpus=0.5, learner_gpus=0.5)
+    """Else two engines with half a GPU each, made for a GPU of their own beside a learner, would
+    get the same one in an evaluation.
+    """
+    cluster = ClusterConfig(
+        engines=2, learner_ranks=2, colocate=True, engine_gpus=0.5, learner_gpus=0.5
+    )
     plan = placement.plan(Config(cluster=cluster, run=RunConfig(rollout_only=True)))
     assert [b["GPU"] for b in plan.bundles] == [1.0, 1.0] and plan.ranks == 0
 
 
 def test_the_weights_of_a_sleeping_engine_are_counted_as_host_memory(tree, tmp_path):
     save_file({"w": torch.zeros(1000)}, tmp_path / "model.safetensors")
-    engine = lambda *more: machine.memory_plan(load(tree, [*HALVES, *more]), tmp_path).engine - machine.ENGINE_RUNTIME
+    engine = lambda *more: (
+        machine.memory_plan(load(tree, [*HALVES, *more]), tmp_path).engine - machine.ENGINE_RUNTIME
+    )
     assert engine() == 0 and engine("rollout.sleep=true") == 4000
 
 
-@pytest.mark.parametrize("overrides, words", [
-    (["cluster.colocate=true", "cluster.engines=3"], ["cluster.engines is 3", "cluster.learner_ranks 2"]),
-    (["cluster.colocate=true", "cluster.tensor_parallel=2"], ["cluster.colocate", "cluster.tensor_parallel is 2"]),
-    (["cluster.colocate=true", "cluster.engine_gpus=1", "cluster.learner_gpus=1"], ["cluster.engine_gpus is 1", "cluster.learner_gpus is 1", "together at most 1"]),
-    (["cluster.colocate=true", "cluster.engine_gpus=0.2", "cluster.learner_gpus=0.2"], ["more than 0.5"]),
-    ([*HALVES, "sync.transport=nccl"], ["sync.transport is nccl", "cluster.colocate"]),
-    (["cluster.colocate=true", "mode=inline", "cluster.learner_ranks=1", "cluster.engines=1"], ["cluster.colocate", "mode=inline"]),
-    (["rollout.sleep=true"], ["rollout.sleep", "cluster.colocate is false", "cluster.engine_gpus is 0"]),
-    (["rollout.sleep=true", "cluster.colocate=true"], ["rollout.sleep", "cluster.engine_gpus is 0"]),
-    ([*HALVES, "rollout.sleep=true", "rollout.staleness=1"], ["rollout.sleep", "rollout.staleness is 1"]),
-    (["cluster.pin_cores=true", "cluster.address=auto"], ["cluster.pin_cores", "cluster.address is 'auto'"]),
-    (["cluster.pin_cores=true", *HALVES], ["cluster.pin_cores", "cluster.engine_gpus is 0.5"]),
-    (["cluster.pin_cores=true", "mode=inline", "cluster.learner_ranks=1"], ["cluster.pin_cores", "mode=inline"]),
-])
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (
+            ["cluster.colocate=true", "cluster.engines=3"],
+            ["cluster.engines is 3", "cluster.learner_ranks 2"],
+        ),
+        (
+            ["cluster.colocate=true", "cluster.tensor_parallel=2"],
+            ["cluster.colocate", "cluster.tensor_parallel is 2"],
+        ),
+        (
+            ["cluster.colocate=true", "cluster.engine_gpus=1", "cluster.learner_gpus=1"],
+            ["cluster.engine_gpus is 1", "cluster.learner_gpus is 1", "together at most 1"],
+        ),
+        (
+            ["cluster.colocate=true", "cluster.engine_gpus=0.2", "cluster.learner_gpus=0.2"],
+            ["more than 0.5"],
+        ),
+        ([*HALVES, "sync.transport=nccl"], ["sync.transport is nccl", "cluster.colocate"]),
+        (
+            [
+                "cluster.colocate=true",
+                "mode=inline",
+                "cluster.learner_ranks=1",
+                "cluster.engines=1",
+            ],
+            ["cluster.colocate", "mode=inline"],
+        ),
+        (
+            ["rollout.sleep=true"],
+            ["rollout.sleep", "cluster.colocate is false", "cluster.engine_gpus is 0"],
+        ),
+        (
+            ["rollout.sleep=true", "cluster.colocate=true"],
+            ["rollout.sleep", "cluster.engine_gpus is 0"],
+        ),
+        (
+            [*HALVES, "rollout.sleep=true", "rollout.staleness=1"],
+            ["rollout.sleep", "rollout.staleness is 1"],
+        ),
+        (
+            ["cluster.pin_cores=true", "cluster.address=auto"],
+            ["cluster.pin_cores", "cluster.address is 'auto'"],
+        ),
+        (["cluster.pin_cores=true", *HALVES], ["cluster.pin_cores", "cluster.engine_gpus is 0.5"]),
+        (
+            ["cluster.pin_cores=true", "mode=inline", "cluster.learner_ranks=1"],
+            ["cluster.pin_cores", "mode=inline"],
+        ),
+    ],
+)
 def test_each_contradiction_names_both_keys(tree, overrides, words):
     with pytest.raises(ConfigError) as caught:
         load(tree, overrides)
@@ -68,7 +132,13 @@ def test_each_contradiction_names_both_keys(tree, overrides, words):
 
 def test_more_pinned_threads_than_cores_are_refused_before_anything_starts(tree):
     cores = len(os.sched_getaffinity(0))
-    with pytest.raises(ConfigError, match=rf"2 engine\(s\) and 2 learner rank\(s\) cluster.threads={cores} .* {4 * cores} in all, but this process may use {cores}"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            rf"2 engine\(s\) and 2 learner rank\(s\) cluster.threads={cores} .* {4 * cores} in "
+            rf"all, but this process may use {cores}"
+        ),
+    ):
         placement.preflight(load(tree, ["cluster.pin_cores=true", f"cluster.threads={cores}"]))
 
 

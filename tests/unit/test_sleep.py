@@ -1,7 +1,9 @@
-"""Sleeping engines, without a GPU: the order in which vLLM is asked, what an engine refuses while it sleeps, and when the loop lets engines sleep.
+"""Sleeping engines, without a GPU: the order in which vLLM is asked, what an engine refuses while
+it sleeps, and when the loop lets engines sleep.
 
 vLLM's object is a recorder here; that its sleep mode does what it says has not been tried on a GPU.
 """
+
 import asyncio
 from types import SimpleNamespace
 
@@ -23,7 +25,10 @@ from tandem.engine.loop import train as loop
 from tandem.launch.run.components import Run
 from tandem.rollout.vllm.backend import VllmBackend, engine_arguments
 
-CONFIG = Config(rollout=RolloutConfig(sleep=True), cluster=ClusterConfig(colocate=True, engine_gpus=0.5, learner_gpus=0.5))
+CONFIG = Config(
+    rollout=RolloutConfig(sleep=True),
+    cluster=ClusterConfig(colocate=True, engine_gpus=0.5, learner_gpus=0.5),
+)
 
 
 class Recorder:
@@ -36,15 +41,28 @@ class Recorder:
 
     def __getattr__(self, name):
         async def call(*args, **kwargs):
-            shown = f"{name} {kwargs['tags']}" if "tags" in kwargs else f"{name} {args[0]}" if name == "collective_rpc" else name
+            shown = (
+                f"{name} {kwargs['tags']}"
+                if "tags" in kwargs
+                else f"{name} {args[0]}"
+                if name == "collective_rpc"
+                else name
+            )
             self.calls.append(shown)
             if shown == self.fails:
                 raise RuntimeError("out of memory")
             if name == "finish_weight_update":
                 self.weight_version = kwargs["weight_version"]
-            answers = {"get_weight_version": self.weight_version, "reset_prefix_cache": True, "wake_up": kwargs.get("tags") == ["kv_cache"],
-                       "collective_rpc": [{"w": "1"}] if args[:1] in (("tandem_received",), ("tandem_held",)) else [[]]}
+            answers = {
+                "get_weight_version": self.weight_version,
+                "reset_prefix_cache": True,
+                "wake_up": kwargs.get("tags") == ["kv_cache"],
+                "collective_rpc": [{"w": "1"}]
+                if args[:1] in (("tandem_received",), ("tandem_held",))
+                else [[]],
+            }
             return answers.get(name)
+
         return call
 
 
@@ -68,11 +86,21 @@ def test_weights_wake_before_the_update_and_the_kv_cache_after_it():
     assert engine.llm.calls == ["sleep"], "an engine that sleeps is left alone"
     asyncio.run(update(engine, 1))
     calls = engine.llm.calls[1:]
-    order = ["wake_up ['weights']", "start_weight_update", "update_weights", "finish_weight_update", "reset_prefix_cache", "wake_up ['kv_cache']", "resume_generation"]
+    order = [
+        "wake_up ['weights']",
+        "start_weight_update",
+        "update_weights",
+        "finish_weight_update",
+        "reset_prefix_cache",
+        "wake_up ['kv_cache']",
+        "resume_generation",
+    ]
     assert [call for call in calls if call in order] == order
     assert not engine.asleep and engine.version == 1
     asyncio.run(update(engine, 2))
-    assert not [call for call in engine.llm.calls[1 + len(calls):] if call.startswith("wake_up")], "nothing to wake"
+    assert not [
+        call for call in engine.llm.calls[1 + len(calls) :] if call.startswith("wake_up")
+    ], "nothing to wake"
 
 
 def test_an_engine_that_sleeps_refuses_to_generate_until_an_update_has_ended():
@@ -107,18 +135,29 @@ def test_sleep_in_the_middle_of_an_update_is_refused():
 
 
 def test_vllm_is_started_with_its_sleep_mode():
-    assert engine_arguments("m", CONFIG, 0)["enable_sleep_mode"] is True and engine_arguments("m", Config(), 0)["enable_sleep_mode"] is False
+    assert (
+        engine_arguments("m", CONFIG, 0)["enable_sleep_mode"] is True
+        and engine_arguments("m", Config(), 0)["enable_sleep_mode"] is False
+    )
 
 
 class Scripted:
-    """Learner, pool, producer and method of a run, recording the order of what is asked of them. `demands` are prompts per step, `skipped` the steps without a finite gradient."""
+    """Learner, pool, producer and method of a run, recording the order of what is asked of them.
+
+    `demands` are prompts per step, `skipped` the steps without a finite gradient.
+    """
 
     ranks, synced, shares_prompts, forward, aligned = 1, None, False, None, False
 
     def __init__(self, monkeypatch, demands, skipped=()):
         self.demands, self.skipped, self.log = demands, skipped, []
-        cfg = Config(rollout=RolloutConfig(sleep=True), learner=LearnerConfig(max_skipped_steps=9), sync=SyncConfig(gate_steps=0), cluster=CONFIG.cluster,
-                     run=type(CONFIG.run)(steps=len(demands)))
+        cfg = Config(
+            rollout=RolloutConfig(sleep=True),
+            learner=LearnerConfig(max_skipped_steps=9),
+            sync=SyncConfig(gate_steps=0),
+            cluster=CONFIG.cluster,
+            run=type(CONFIG.run)(steps=len(demands)),
+        )
         self.run = run = Run(cfg, SimpleNamespace(message=lambda text: None))
         run.telemetry = SimpleNamespace(evaluations={}, event=lambda kind, **facts: None)
         run.learner = run.pool = run.producer = run.method = self
@@ -126,7 +165,13 @@ class Scripted:
         run.report = run.checkpoint = run.dump_step = lambda *args: None
         run.eval_prompts = ["held out"]
         self.backends, self.books = [self], SimpleNamespace(tokens=0)
-        monkeypatch.setattr(loop, "update", lambda run, step, *rest: self.log.append(f"learn {step}") or StepReport({}, step in self.skipped))
+        monkeypatch.setattr(
+            loop,
+            "update",
+            lambda run, step, *rest: (
+                self.log.append(f"learn {step}") or StepReport({}, step in self.skipped)
+            ),
+        )
 
     def wants_weights(self, step, signals):
         return step < len(self.demands) and self.demands[step] > 0
@@ -136,7 +181,9 @@ class Scripted:
             self.log.append(f"generate {step}")
 
     def take(self, step):
-        return SimpleNamespace(prompts=self.demands[step], experts=0, set_reference=False, optimizer="main"), ()
+        return SimpleNamespace(
+            prompts=self.demands[step], experts=0, set_reference=False, optimizer="main"
+        ), ()
 
     def sleep(self):
         self.log.append("sleep")
@@ -150,7 +197,9 @@ class Scripted:
     def send(self, version):
         self.log.append(f"sync {version}")
         self.version = version
-        return Delivery({"w": str(version)}, [Installed({"w": str(version)}, version, str(version))], 4)
+        return Delivery(
+            {"w": str(version)}, [Installed({"w": str(version)}, version, str(version))], 4
+        )
 
     def rows(self, batch):
         return []
@@ -162,11 +211,38 @@ class Scripted:
         return rows
 
 
-@pytest.mark.parametrize("demands, skipped, log", [
-    ([1, 1], (), "sync 0, evaluate 0, generate 0, sleep, learn 0, release, sync 1, generate 1, sleep, learn 1, release, sync 2, evaluate 2"),
-    ([1, 1], (0,), "sync 0, evaluate 0, generate 0, sleep, learn 0, release, sync 1, generate 1, sleep, learn 1, release, sync 2, evaluate 2"),
-    ([1, 0, 1], (), "sync 0, evaluate 0, generate 0, sleep, learn 0, sleep, learn 1, release, sync 2, generate 2, sleep, learn 2, release, sync 3, evaluate 3")])
-def test_engines_sleep_while_the_learner_works_and_get_weights_before_they_generate(monkeypatch, demands, skipped, log):
+@pytest.mark.parametrize(
+    "demands, skipped, log",
+    [
+        (
+            [1, 1],
+            (),
+            (
+                "sync 0, evaluate 0, generate 0, sleep, learn 0, release, sync 1, generate 1, "
+                "sleep, learn 1, release, sync 2, evaluate 2"
+            ),
+        ),
+        (
+            [1, 1],
+            (0,),
+            (
+                "sync 0, evaluate 0, generate 0, sleep, learn 0, release, sync 1, generate 1, "
+                "sleep, learn 1, release, sync 2, evaluate 2"
+            ),
+        ),
+        (
+            [1, 0, 1],
+            (),
+            (
+                "sync 0, evaluate 0, generate 0, sleep, learn 0, sleep, learn 1, release, sync "
+                "2, generate 2, sleep, learn 2, release, sync 3, evaluate 3"
+            ),
+        ),
+    ],
+)
+def test_engines_sleep_while_the_learner_works_and_get_weights_before_they_generate(
+    monkeypatch, demands, skipped, log
+):
     rig = Scripted(monkeypatch, demands, skipped)
     rig.run.sync(0)
     loop.train(rig.run)

@@ -148,8 +148,11 @@ def test_before_the_first_update_the_ratio_is_one_and_the_kl_zero(tmp_path):
     source = (
         "from dataclasses import dataclass, replace\n"
         "from typing import ClassVar\n"
-        "from tandem.algorithms.base import Method, Term; from tandem.algorithms.rows import expert_row\n"
-        "from tandem.algorithms.parts.objectives.nll import NLL; from tandem.algorithms.parts.objectives.entropy import KLToReference; from tandem.algorithms.parts.objectives.policy import PPOClip\n\n\n"
+        "from tandem.algorithms.base import Method, Term; from tandem.algorithms.rows import "
+        "expert_row\n"
+        "from tandem.algorithms.parts.objectives.nll import NLL; from "
+        "tandem.algorithms.parts.objectives.entropy import KLToReference; from "
+        "tandem.algorithms.parts.objectives.policy import PPOClip\n\n\n"
     )
     import inspect
 

@@ -1,4 +1,7 @@
-"""What a run writes: lines that read as one run across a resume, rollouts that can be trained on again, output kept apart from the display."""
+"""What a run writes: lines that read as one run across a resume, rollouts that can be trained on
+again, output kept apart from the display.
+"""
+
 import io
 import json
 import re
@@ -30,12 +33,32 @@ NAN = float("nan")
 
 def group(ordinal: int, rewards=(0.25, 0.0)) -> ScoredGroup:
     rng = np.random.default_rng(ordinal)
-    prompt = Prompt(f"p{ordinal}", np.array([3, 4], np.int32), [{"role": "user", "content": "Größe?"}], {"answer": np.int64(7), "when": complex(1, 2)},
-                    demonstration=np.array([8, 9], np.int32))
-    trajectories = tuple(Trajectory(prompt.id, np.array([3, 4, 5, 6, 7], np.int32), np.array([0, 0, 3, 1, 1], np.int8), Finish.STOP,
-                                    np.array([NAN, NAN, NAN, *-rng.random(2)], np.float32), np.array([-1, -1, -1, 2, 3], np.int32), ordinal) for _ in rewards)
-    outcomes = (RewardOutcome(0.25, {"exact": 0.0, "format": 0.25}), RewardOutcome(None, {}, RewardError("timeout", "10 s", "score")))
-    return ScoredGroup(ordinal, prompt, trajectories, np.array(rewards, np.float32), outcomes, ("a", "b\u2028c"))
+    prompt = Prompt(
+        f"p{ordinal}",
+        np.array([3, 4], np.int32),
+        [{"role": "user", "content": "Größe?"}],
+        {"answer": np.int64(7), "when": complex(1, 2)},
+        demonstration=np.array([8, 9], np.int32),
+    )
+    trajectories = tuple(
+        Trajectory(
+            prompt.id,
+            np.array([3, 4, 5, 6, 7], np.int32),
+            np.array([0, 0, 3, 1, 1], np.int8),
+            Finish.STOP,
+            np.array([NAN, NAN, NAN, *-rng.random(2)], np.float32),
+            np.array([-1, -1, -1, 2, 3], np.int32),
+            ordinal,
+        )
+        for _ in rewards
+    )
+    outcomes = (
+        RewardOutcome(0.25, {"exact": 0.0, "format": 0.25}),
+        RewardOutcome(None, {}, RewardError("timeout", "10 s", "score")),
+    )
+    return ScoredGroup(
+        ordinal, prompt, trajectories, np.array(rewards, np.float32), outcomes, ("a", "b\u2028c")
+    )
 
 
 def write(run_dir, first, last, resume_step=None):
@@ -57,7 +80,9 @@ def without_time(path):
 
 @pytest.mark.parametrize("torn", [b"", b'{"step":6,"sec'])
 def test_a_resumed_run_reads_as_one(tmp_path, torn):
-    """Stopped after 7 steps, resumed from the checkpoint of step 4: the files equal those of a run that was never stopped."""
+    """Stopped after 7 steps, resumed from the checkpoint of step 4: the files equal those of a run
+    that was never stopped.
+    """
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     write(whole, 0, 8)
     write(resumed, 0, 7)
@@ -99,11 +124,25 @@ def test_another_run_is_not_overwritten(tmp_path):
 
 def test_lines_are_strict_json_whatever_the_numbers(tmp_path):
     import torch
+
     run = Telemetry(Config(), tmp_path)
-    run.step(0, {"a": NAN, "b": float("inf"), "c": np.float32(0.1), "d": np.int64(3), "e": torch.tensor(0.5), "f": np.float32("nan"), "g": True})
+    run.step(
+        0,
+        {
+            "a": NAN,
+            "b": float("inf"),
+            "c": np.float32(0.1),
+            "d": np.int64(3),
+            "e": torch.tensor(0.5),
+            "f": np.float32("nan"),
+            "g": True,
+        },
+    )
     run.close()
+
     def refuse(word):
         raise AssertionError(f"{word} is not JSON")
+
     line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
     assert [line[k] for k in "abcdefg"] == [None, None, 0.1, 3, 0.5, None, True]
 
@@ -113,37 +152,81 @@ def test_rollouts_read_back_as_they_were(tmp_path):
     run.rollouts(5, [group(0), group(1)], version=4)
     run.close()
     records = list(read_rollouts(tmp_path / "rollouts.jsonl"))
-    assert [(line["step"], line["learner_version"], line["group"], line["sample"]) for line, _, _ in records] == [(5, 4, 0, 0), (5, 4, 0, 1), (5, 4, 1, 0), (5, 4, 1, 1)]
+    assert [
+        (line["step"], line["learner_version"], line["group"], line["sample"])
+        for line, _, _ in records
+    ] == [(5, 4, 0, 0), (5, 4, 0, 1), (5, 4, 1, 0), (5, 4, 1, 1)]
     expected = group(1)
     line, prompt, found = records[3]
-    for name, dtype in (("tokens", np.int32), ("source", np.int8), ("version", np.int32), ("behaviour_logp", np.float32)):
+    for name, dtype in (
+        ("tokens", np.int32),
+        ("source", np.int8),
+        ("version", np.int32),
+        ("behaviour_logp", np.float32),
+    ):
         assert getattr(found, name).dtype == dtype
-        assert np.array_equal(getattr(found, name), getattr(expected.trajectories[1], name), equal_nan=name == "behaviour_logp"), name
+        assert np.array_equal(
+            getattr(found, name),
+            getattr(expected.trajectories[1], name),
+            equal_nan=name == "behaviour_logp",
+        ), name
     assert (found.finish, found.group, found.prompt_id) == (Finish.STOP, 1, "p1")
-    assert prompt.tokens.tolist() == [3, 4] and prompt.demonstration.tolist() == [8, 9] and prompt.content == expected.prompt.content
+    assert (
+        prompt.tokens.tolist() == [3, 4]
+        and prompt.demonstration.tolist() == [8, 9]
+        and prompt.content == expected.prompt.content
+    )
     assert prompt.columns == {"answer": 7, "when": "(1+2j)"}
-    assert line["text"] == "b\u2028c" and line["error"] == {"kind": "timeout", "message": "10 s", "function": "score"}
-    assert records[2][0]["parts"] == {"exact": 0.0, "format": 0.25} and records[2][0]["reward"] == 0.25
+    assert line["text"] == "b\u2028c" and line["error"] == {
+        "kind": "timeout",
+        "message": "10 s",
+        "function": "score",
+    }
+    assert (
+        records[2][0]["parts"] == {"exact": 0.0, "format": 0.25} and records[2][0]["reward"] == 0.25
+    )
 
 
 def test_redirected_output_goes_to_the_file_down_to_child_processes(tmp_path):
-    code = ("import os, sys\n"
-            "from tandem.engine.core.process import redirect_output\n"
-            "print('before')\n"
-            "with redirect_output(sys.argv[1]) as to:\n"
-            "    print('python'); os.write(1, b'fd 1\\n'); os.write(2, b'fd 2\\n'); os.system('echo child; echo child error >&2')\n"
-            "    print('display', file=to.terminal)\n"
-            "print('after')\n"
-            "raise SystemExit('the error')\n")
+    code = (
+        "import os, sys\n"
+        "from tandem.engine.core.process import redirect_output\n"
+        "print('before')\n"
+        "with redirect_output(sys.argv[1]) as to:\n"
+        "    print('python'); os.write(1, b'fd 1\\n'); os.write(2, b'fd 2\\n'); "
+        "os.system('echo child; echo child error >&2')\n"
+        "    print('display', file=to.terminal)\n"
+        "print('after')\n"
+        "raise SystemExit('the error')\n"
+    )
     log = tmp_path / "logs" / "driver.log"
-    done = subprocess.run([sys.executable, "-c", code, str(log)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(log)], capture_output=True, text=True, timeout=60
+    )
     assert done.stdout.split() == ["before", "display", "after"] and done.stderr == "the error\n"
-    assert sorted(log.read_text().splitlines()) == ["child", "child error", "fd 1", "fd 2", "python"]
+    assert sorted(log.read_text().splitlines()) == [
+        "child",
+        "child error",
+        "fd 1",
+        "fd 2",
+        "python",
+    ]
 
 
-@pytest.mark.parametrize("environment, netrc, expected", [
-    ({}, "", False), ({"WANDB_API_KEY": "k"}, "", True), ({}, "machine api.wandb.ai login user password k", True),
-    ({}, "machine example.org login user password k", False), ({"WANDB_BASE_URL": "https://example.org"}, "machine example.org login user password k", True)])
+@pytest.mark.parametrize(
+    "environment, netrc, expected",
+    [
+        ({}, "", False),
+        ({"WANDB_API_KEY": "k"}, "", True),
+        ({}, "machine api.wandb.ai login user password k", True),
+        ({}, "machine example.org login user password k", False),
+        (
+            {"WANDB_BASE_URL": "https://example.org"},
+            "machine example.org login user password k",
+            True,
+        ),
+    ],
+)
 def test_wandb_login_is_found_without_asking(tmp_path, monkeypatch, environment, netrc, expected):
     for name in ("WANDB_API_KEY", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
@@ -156,7 +239,10 @@ def test_wandb_login_is_found_without_asking(tmp_path, monkeypatch, environment,
 
 
 def test_trackers_get_the_numbers(tmp_path, monkeypatch):
-    """Both for real: W&B offline, since nobody is logged in, and TensorBoard read back by its own reader."""
+    """Both for real:
+
+    W&B offline, since nobody is logged in, and TensorBoard read back by its own reader.
+    """
     wandb = pytest.importorskip("wandb")
     pytest.importorskip("tensorboard")
     for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE"):
@@ -166,34 +252,69 @@ def test_trackers_get_the_numbers(tmp_path, monkeypatch):
     run.evaluation(0, {"accuracy": 0.25})
     run.step(0, {"mu": 0.75})
     run.close()
-    wandb.teardown()        # its service process would live as long as this one
+    wandb.teardown()  # its service process would live as long as this one
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
-    assert [(e.step, e.value) for tag in ("eval/accuracy", "mu") for e in board.Scalars(tag)] == [(0, 0.25), (0, 0.75)]
+    assert [(e.step, e.value) for tag in ("eval/accuracy", "mu") for e in board.Scalars(tag)] == [
+        (0, 0.25),
+        (0, 0.75),
+    ]
     (record,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     assert b"eval/accuracy" in record.read_bytes()
 
 
-# -- display ------------------------------------------------------------------------------------------------------------------------------------------
+# -- display
 
-METRICS = {"reward/mean": 0.5, "entropy": 1.25, "grad_norm": 123.4, "gap/max": 3e-6, "rollout/tokens_per_second": 12345.0, "rollout/idle": 0.12,
-           "learner/tokens_per_second": 812.0, "learner/idle": 1.0}
+METRICS = {
+    "reward/mean": 0.5,
+    "entropy": 1.25,
+    "grad_norm": 123.4,
+    "gap/max": 3e-6,
+    "rollout/tokens_per_second": 12345.0,
+    "rollout/idle": 0.12,
+    "learner/tokens_per_second": 812.0,
+    "learner/idle": 1.0,
+}
 
 
 def test_plain_lines_are_aligned_and_fit_80_columns():
     stream = io.StringIO()
     with Display(1000, stream) as display:
-        display.step(0, {"entropy": NAN})                               # a step without rollouts or evaluation
+        # a step without rollouts or evaluation
+        display.step(0, {"entropy": NAN})
         display.evaluation(1, 0.375)
         display.step(998, METRICS, {"mu": 0.05})
         display.step(999, METRICS, {"mu": 0.05})
         display.message("a message of its own")
     lines = stream.getvalue().splitlines()
     assert lines[-1] == "a message of its own" and max(map(len, lines)) <= 80
-    header, first, second = lines[2:5]                                  # the columns changed with mu: a new header
-    assert header.split() == ["step", "reward", "held", "entropy", "mu", "roll/s", "idle", "learn/s", "idle", "left"]
-    assert first.split()[:9] == ["999/1000", "0.500", "0.375", "1.250", "0.050", "12.3k", "12%", "812", "100%"]
+    # the columns changed with mu: a new header
+    header, first, second = lines[2:5]
+    assert header.split() == [
+        "step",
+        "reward",
+        "held",
+        "entropy",
+        "mu",
+        "roll/s",
+        "idle",
+        "learn/s",
+        "idle",
+        "left",
+    ]
+    assert first.split()[:9] == [
+        "999/1000",
+        "0.500",
+        "0.375",
+        "1.250",
+        "0.050",
+        "12.3k",
+        "12%",
+        "812",
+        "100%",
+    ]
     ends = lambda line: [m.end() for m in re.finditer(r"\S+", line)]
     assert ends(header) == ends(first) == ends(second)
     assert second.split()[0] == "1000/1000" and second.split()[-1] == "0:00"
@@ -213,11 +334,24 @@ def test_the_panel_shows_everything_and_gives_the_cursor_back(monkeypatch):
             display.message("checkpoint written")
             raise KeyboardInterrupt
     raw = stream.getvalue()
-    assert raw.rindex("\x1b[?25h") > raw.rindex("\x1b[?25l")            # the cursor is shown again
+    assert raw.rindex("\x1b[?25h") > raw.rindex("\x1b[?25l")  # the cursor is shown again
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", raw).replace("\r", "\n")
     assert max(map(len, text.splitlines())) <= 80
-    for words in ("demo", "step 50/200", "0.500", "0.300", "0.400 after 20 steps", "mu 0.425", "entropy 1.250", "12.3k", "12%", "812", "100%",
-                  "collecting rollouts", "checkpoint written"):
+    for words in (
+        "demo",
+        "step 50/200",
+        "0.500",
+        "0.300",
+        "0.400 after 20 steps",
+        "mu 0.425",
+        "entropy 1.250",
+        "12.3k",
+        "12%",
+        "812",
+        "100%",
+        "collecting rollouts",
+        "checkpoint written",
+    ):
         assert words in text, words
 
 
@@ -243,26 +377,46 @@ class Terminal(io.StringIO):
 
 
 def test_short_forms():
-    assert [number(x) for x in (0.0, 0.12345, 12.3456, 3e-6, 123456.0, NAN, None)] == ["0.000", "0.123", "12.346", "3e-06", "1.2e+05", "-", "-"]
+    assert [number(x) for x in (0.0, 0.12345, 12.3456, 3e-6, 123456.0, NAN, None)] == [
+        "0.000",
+        "0.123",
+        "12.346",
+        "3e-06",
+        "1.2e+05",
+        "-",
+        "-",
+    ]
     assert [rate(x) for x in (12.0, 12345.0, 2.5e6, None)] == ["12", "12.3k", "2.50M", "-"]
     assert [clock(x) for x in (0, 59.9, 61, 3661, None)] == ["0:00", "0:59", "1:01", "1:01:01", "-"]
     assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
-    assert sparkline([0, 0, 1, 1], 2) == "▁█" and sparkline([], 5) == "" and sparkline([1, 1], 5) == "▁▁" and sparkline([NAN, 1.0, 2.0], 5) == "▁█"
+    assert (
+        sparkline([0, 0, 1, 1], 2) == "▁█"
+        and sparkline([], 5) == ""
+        and sparkline([1, 1], 5) == "▁▁"
+        and sparkline([NAN, 1.0, 2.0], 5) == "▁█"
+    )
     assert len(sparkline(list(range(1000)), 24)) == 24
 
 
-# -- pictures -----------------------------------------------------------------------------------------------------------------------------------------
+# -- pictures
+
 
 def test_pictures_of_runs(tmp_path):
     pytest.importorskip("matplotlib")
     from tandem.launch.plot import plot_run, plot_runs
+
     for name in ("a", "b"):
         write(tmp_path / name, 0, 6)
     plot_run(tmp_path / "a", tmp_path / "run.png")
     plot_runs({"A": [tmp_path / "a", tmp_path / "b"], "B": [tmp_path / "b"]}, tmp_path / "runs.png")
-    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("run.png", "runs.png"))
+    assert all(
+        (tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("run.png", "runs.png")
+    )
     write(tmp_path / "none in common", 1, 1)
-    for wrong in (lambda: plot_run(tmp_path / "nowhere", tmp_path / "x.png"), lambda: plot_run(tmp_path / "none in common", tmp_path / "x.png"),
-                  lambda: plot_runs({}, tmp_path / "x.png")):
+    for wrong in (
+        lambda: plot_run(tmp_path / "nowhere", tmp_path / "x.png"),
+        lambda: plot_run(tmp_path / "none in common", tmp_path / "x.png"),
+        lambda: plot_runs({}, tmp_path / "x.png"),
+    ):
         with pytest.raises(ConfigError, match="plot"):
             wrong()

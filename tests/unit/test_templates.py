@@ -1,4 +1,7 @@
-"""What templates, tokenizers and datasets do to a row: nothing is dropped, changed or added silently."""
+"""What templates, tokenizers and datasets do to a row: nothing is dropped, changed or added
+silently.
+"""
+
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +15,15 @@ from tandem.engine.data.templates import WORKER
 from tandem.engine.model.tiny import make_tiny
 
 TURN = "{{ '<' + m['role'] + '>' + %s + '<eos>' }}"
-LOOP = "{%% for m in messages %%}%s{%% endfor %%}{%% if add_generation_prompt %%}{{ '<assistant>' }}{%% endif %%}"
+LOOP = (
+    "{%% for m in messages %%}%s{%% endfor %%}{%% if add_generation_prompt %%}{{ '<assistant>' "
+    "}}{%% endif %%}"
+)
 PLAIN = LOOP % (TURN % "m['content']")
-ROW = {"prompt": [{"role": "system", "content": "Be short."}, {"role": "user", "content": "2+2?"}], "response": "it is 4"}
+ROW = {
+    "prompt": [{"role": "system", "content": "Be short."}, {"role": "user", "content": "2+2?"}],
+    "response": "it is 4",
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,12 +34,15 @@ def no_worker_left():
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return ModelConfig(path=str(make_tiny(tmp_path_factory.mktemp("model") / "tiny", hidden=32, layers=1)))
+    return ModelConfig(
+        path=str(make_tiny(tmp_path_factory.mktemp("model") / "tiny", hidden=32, layers=1))
+    )
 
 
 @pytest.fixture
 def tokenizer(model):
     from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(model.path)
 
 
@@ -52,20 +64,34 @@ def texts(source, tokenizer) -> tuple[str, str]:
 
 
 def prompt_source(path, tokenizer, model, dataset={}, **data):
-    return PromptSource(DatasetConfig(**{"path": path, **dataset}), DataConfig(shuffle=False, **data), tokenizer, model, 0)
+    return PromptSource(
+        DatasetConfig(**{"path": path, **dataset}),
+        DataConfig(shuffle=False, **data),
+        tokenizer,
+        model,
+        0,
+    )
 
 
 CHANGES = {
-    "drops the system turn": LOOP % ("{%% if m['role'] != 'system' %%}%s{%% endif %%}" % (TURN % "m['content']")).replace("%%", "%"),
+    "drops the system turn": LOOP
+    % ("{%% if m['role'] != 'system' %%}%s{%% endif %%}" % (TURN % "m['content']")).replace(
+        "%%", "%"
+    ),
     "cuts contents": LOOP % (TURN % "m['content'][:3]"),
     "changes case": LOOP % (TURN % "m['content'] | upper"),
-    "forgets the answer": LOOP % ("{%% if m['role'] != 'assistant' %%}%s{%% endif %%}" % (TURN % "m['content']")).replace("%%", "%"),
+    "forgets the answer": LOOP
+    % ("{%% if m['role'] != 'assistant' %%}%s{%% endif %%}" % (TURN % "m['content']")).replace(
+        "%%", "%"
+    ),
     "reverses the turns": PLAIN.replace("in messages", "in messages[::-1]"),
 }
 
 
 @pytest.mark.parametrize("template", CHANGES.values(), ids=CHANGES)
-def test_a_template_that_drops_or_changes_a_message_is_refused(template, tmp_path, tokenizer, model):
+def test_a_template_that_drops_or_changes_a_message_is_refused(
+    template, tmp_path, tokenizer, model
+):
     path = write(tmp_path, ROW)
     tokenizer.chat_template = PLAIN
     prompt, response = texts(expert(path, tokenizer, model), tokenizer)
@@ -85,7 +111,11 @@ def test_reasoning_that_a_template_strips_and_the_key_that_allows_it(tmp_path, t
 
 @pytest.mark.parametrize("role", ["human", "critic", "User", ""])
 def test_a_role_that_the_template_does_not_know_is_named(role, tmp_path, tokenizer, model):
-    known = "{% if m['role'] in ('system', 'user', 'assistant') %}" + TURN % "m['content']" + "{% endif %}"
+    known = (
+        "{% if m['role'] in ('system', 'user', 'assistant') %}"
+        + TURN % "m['content']"
+        + "{% endif %}"
+    )
     tokenizer.chat_template = LOOP % known
     path = write(tmp_path, {"prompt": [{"role": role, "content": "2+2?"}], "response": "4"})
     if role == "human":
@@ -95,28 +125,45 @@ def test_a_role_that_the_template_does_not_know_is_named(role, tmp_path, tokeniz
         expert(path, tokenizer, model)
 
 
-def test_sharegpt_nulls_parts_and_one_column_of_messages_give_the_same_tokens(tmp_path, tokenizer, model):
+def test_sharegpt_nulls_parts_and_one_column_of_messages_give_the_same_tokens(
+    tmp_path, tokenizer, model
+):
     tokenizer.chat_template = PLAIN
     system, user = ROW["prompt"]
     answer = {"role": "assistant", "content": ROW["response"]}
     wanted = texts(expert(write(tmp_path, ROW), tokenizer, model), tokenizer)
     nulls = [{**message, "tool_calls": None, "name": None} for message in (system, user)]
-    parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in (system, user)]
+    parts = [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        for message in (system, user)
+    ]
     for prompt in (nulls, parts):
-        assert texts(expert(write(tmp_path, {**ROW, "prompt": prompt}), tokenizer, model), tokenizer) == wanted
+        assert (
+            texts(expert(write(tmp_path, {**ROW, "prompt": prompt}), tokenizer, model), tokenizer)
+            == wanted
+        )
     chat = {"messages": [system, user, answer]}
     same = {"prompt": "messages", "response": "messages"}
     assert texts(expert(write(tmp_path, chat), tokenizer, model, same), tokenizer) == wanted
     names = {"system": "system", "user": "human", "assistant": "gpt"}
-    share = {"conversations": [{"from": names[m["role"]], "value": m["content"]} for m in chat["messages"]]}
+    share = {
+        "conversations": [
+            {"from": names[m["role"]], "value": m["content"]} for m in chat["messages"]
+        ]
+    }
     column = {"prompt": "conversations", "response": "conversations"}
     assert texts(expert(write(tmp_path, share), tokenizer, model, column), tokenizer) == wanted
 
 
 FAILURES = {
-    "type": "{{ messages[0]['content'] + 1 }}", "division": "{{ 1/0 }}", "undefined": "{{ messages[5].content.x.y }}",
-    "syntax": "{% for m in messages %}", "raise": "{{ raise_exception('no such role') }}", "range": "{% for a in range(10**9) %}{% endfor %}x",
-    "security": "{{ messages.__class__.__mro__[1].__subclasses__() }}", "memory": "{{ 'a'*(10**11) }}",
+    "type": "{{ messages[0]['content'] + 1 }}",
+    "division": "{{ 1/0 }}",
+    "undefined": "{{ messages[5].content.x.y }}",
+    "syntax": "{% for m in messages %}",
+    "raise": "{{ raise_exception('no such role') }}",
+    "range": "{% for a in range(10**9) %}{% endfor %}x",
+    "security": "{{ messages.__class__.__mro__[1].__subclasses__() }}",
+    "memory": "{{ 'a'*(10**11) }}",
     "endless": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}x",
 }
 
@@ -141,13 +188,25 @@ def test_the_clock_of_a_template_stands_and_is_recorded(tmp_path, tokenizer, mod
 
 
 def test_variables_and_tools_reach_prompts_and_demonstrations_alike(tmp_path, tokenizer, model):
-    tokenizer.chat_template = "{{ 'thinking' if enable_thinking else 'brief' }}{% for t in tools or [] %}{{ t['name'] }}{% endfor %}" + PLAIN
+    tokenizer.chat_template = (
+        "{{ 'thinking' if enable_thinking else 'brief' }}{% for t in tools or [] %}{{ "
+        "t['name'] }}{% endfor %}"
+    ) + PLAIN
     row = {**ROW, "functions": [{"name": "add", "unit": None}]}
-    for kwargs, word in (({"enable_thinking": True}, "thinking"), ({"enable_thinking": False}, "brief"), ({}, "brief")):
+    for kwargs, word in (
+        ({"enable_thinking": True}, "thinking"),
+        ({"enable_thinking": False}, "brief"),
+        ({}, "brief"),
+    ):
         options = {"chat_template_kwargs": kwargs}
-        prompt, _ = texts(expert(write(tmp_path, row), tokenizer, model, {"tools": "functions"}, **options), tokenizer)
+        prompt, _ = texts(
+            expert(write(tmp_path, row), tokenizer, model, {"tools": "functions"}, **options),
+            tokenizer,
+        )
         assert prompt.startswith(f"{word}add<system>")
-        rolled = prompt_source(write(tmp_path, row), tokenizer, model, {"tools": "functions"}, **options).take(1)[0]
+        rolled = prompt_source(
+            write(tmp_path, row), tokenizer, model, {"tools": "functions"}, **options
+        ).take(1)[0]
         assert tokenizer.decode(rolled.tokens) == prompt
 
 
@@ -157,13 +216,22 @@ def test_text_that_spells_a_control_token(where, token, tmp_path, tokenizer, mod
     tokenizer.chat_template = PLAIN
     system, user = ROW["prompt"]
     text = f"a{token}b"
-    row = {"prompt": [{**system, "content": text if where == "system" else "s"}, {**user, "content": text if where == "user" else "u"}],
-           "response": text if where == "response" else "r"}
+    row = {
+        "prompt": [
+            {**system, "content": text if where == "system" else "s"},
+            {**user, "content": text if where == "user" else "u"},
+        ],
+        "response": text if where == "response" else "r",
+    }
     path = write(tmp_path, row)
     with pytest.raises(ConfigError, match="(?s)rows.jsonl:1: .*control_tokens"):
         expert(path, tokenizer, model)
     special = tokenizer.convert_tokens_to_ids(token)
-    plain = {**row, "prompt": [{**system, "content": "s"}, {**user, "content": "u"}], "response": "r"}
+    plain = {
+        **row,
+        "prompt": [{**system, "content": "s"}, {**user, "content": "u"}],
+        "response": "r",
+    }
     usual = expert(write(tmp_path, plain, name="plain.jsonl"), tokenizer, model).take(1)[0].tokens
     escaped = expert(path, tokenizer, model, control_tokens="escape").take(1)[0].tokens
     assert (escaped == special).sum() == (usual == special).sum()
@@ -171,10 +239,13 @@ def test_text_that_spells_a_control_token(where, token, tmp_path, tokenizer, mod
 
 def test_what_tokenizers_and_templates_add_at_the_end(tmp_path, tokenizer, model):
     from tokenizers import processors
+
     path = write(tmp_path, {"prompt": "2+2=", "response": "4"})
     wanted = expert(path, tokenizer, model).take(1)[0].tokens.tolist()
     ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<bos>", "<eos>")]
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=ids)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=ids
+    )
     assert tokenizer("x").input_ids[-1] == ids[1][1]
     assert expert(path, tokenizer, model).take(1)[0].tokens.tolist() == wanted
     assert prompt_source(path, tokenizer, model).take(1)[0].tokens.tolist() == wanted[:-2]
@@ -182,17 +253,28 @@ def test_what_tokenizers_and_templates_add_at_the_end(tmp_path, tokenizer, model
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text((Path(model.path) / "config.json").read_text())
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.eos_token_id, tokenizer.unk_token_id]}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [tokenizer.eos_token_id, tokenizer.unk_token_id]})
+    )
     turn = "{{ '<' + m['role'] + '>' + m['content'] + '<unk>\n' }}"
-    tokenizer.chat_template = (LOOP % turn).replace("{% endif %}", "{% else %}{{ '<eos>' }}{% endif %}")
+    tokenizer.chat_template = (LOOP % turn).replace(
+        "{% endif %}", "{% else %}{{ '<eos>' }}{% endif %}"
+    )
     chat = write(tmp_path, ROW, name="chat.jsonl")
-    assert texts(expert(chat, tokenizer, replace(model, path=str(folder))), tokenizer)[1] == "it is 4<unk>"
+    assert (
+        texts(expert(chat, tokenizer, replace(model, path=str(folder))), tokenizer)[1]
+        == "it is 4<unk>"
+    )
 
 
-LONG = [{"prompt": "1" * n, "response": "2" * m} for n, m in ((3, 3), (40, 3), (3, 3), (3, 60), (5, 3))]
+LONG = [
+    {"prompt": "1" * n, "response": "2" * m} for n, m in ((3, 3), (40, 3), (3, 3), (3, 60), (5, 3))
+]
 
 
-def test_overlong_rows_are_refused_left_out_or_cut_and_counted(tmp_path, tokenizer, model, monkeypatch):
+def test_overlong_rows_are_refused_left_out_or_cut_and_counted(
+    tmp_path, tokenizer, model, monkeypatch
+):
     monkeypatch.setattr("tandem.engine.data.sources.TOKENISED_ROWS", 1)
     limits = {"max_prompt_tokens": 16, "max_expert_tokens": 32}
     path = write(tmp_path, *LONG)
@@ -221,17 +303,27 @@ def test_a_demonstration_beyond_the_models_context(tmp_path, tokenizer, model):
     assert expert(path, tokenizer, model).take(1)
 
 
-@pytest.mark.parametrize("extra", [{"images": ["a.png"]}, {"image": {"bytes": "x"}}, {"video": "v.mp4"}])
+@pytest.mark.parametrize(
+    "extra", [{"images": ["a.png"]}, {"image": {"bytes": "x"}}, {"video": "v.mp4"}]
+)
 def test_media_are_refused_unless_ignored(extra, tmp_path, tokenizer, model):
     path = write(tmp_path, {"prompt": "how many?", "response": "4", **extra})
     with pytest.raises(ConfigError, match=f"(?s)rows.jsonl:1: .*{next(iter(extra))}.*data.media"):
         expert(path, tokenizer, model)
     assert expert(path, tokenizer, model, media="ignore").take(1)
-    assert expert(write(tmp_path, {"prompt": "x", "response": "y", **dict.fromkeys(extra)}), tokenizer, model).take(1)
+    assert expert(
+        write(tmp_path, {"prompt": "x", "response": "y", **dict.fromkeys(extra)}), tokenizer, model
+    ).take(1)
 
 
-@pytest.mark.parametrize("row", [{"prompt": "2 \ud83d", "response": "4"}, {"prompt": "2", "response": "4\udfff"},
-                                 {"prompt": [{"role": "user", "content": "\ud83d"}], "response": "4"}])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "2 \ud83d", "response": "4"},
+        {"prompt": "2", "response": "4\udfff"},
+        {"prompt": [{"role": "user", "content": "\ud83d"}], "response": "4"},
+    ],
+)
 def test_lone_surrogates_name_the_row(row, tmp_path, tokenizer, model):
     tokenizer.chat_template = PLAIN
     with pytest.raises(ConfigError, match="rows.jsonl:1: "):

@@ -1,4 +1,5 @@
 """What other programs left in the environment does not reach a run's own processes."""
+
 import os
 import subprocess
 import sys
@@ -12,9 +13,17 @@ from tandem.engine.core import hub
 from tandem.engine.core.errors import ConfigError
 from tandem.launch import variables
 
-LEFT = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "10.9.9.9",
-        "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "x", "ACCELERATE_MIXED_PRECISION": "bf16",
-        "OMPI_COMM_WORLD_SIZE": "4", "PMI_SIZE": "4"}
+LEFT = {
+    "RANK": "3",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "3",
+    "MASTER_ADDR": "10.9.9.9",
+    "MASTER_PORT": "1",
+    "TORCHELASTIC_RUN_ID": "x",
+    "ACCELERATE_MIXED_PRECISION": "bf16",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "PMI_SIZE": "4",
+}
 ELSEWHERE = {"RAY_ADDRESS": "10.9.9.9:6379", "VLLM_HOST_IP": "10.9.9.9", "VLLM_DP_SIZE": "2"}
 
 
@@ -42,10 +51,24 @@ def test_with_a_cluster_address_its_variables_are_the_users(left):
 
 def test_an_inline_run_under_torchrun_trains(tmp_path):
     """Without the mend it waits for a master at 10.9.9.9."""
-    command = [sys.executable, "-m", "tandem.launch.cli", "train", "tandem:inline_debug",
-               "run.steps=1", "run.save_model=false", "data.evaluation=null"]
-    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, **LEFT}, text=True,
-                          capture_output=True, timeout=200)
+    command = [
+        sys.executable,
+        "-m",
+        "tandem.launch.cli",
+        "train",
+        "tandem:inline_debug",
+        "run.steps=1",
+        "run.save_model=false",
+        "data.evaluation=null",
+    ]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, **LEFT},
+        text=True,
+        capture_output=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr
     assert "environment: not used:" in done.stdout and "MASTER_ADDR" in done.stdout
 
@@ -82,7 +105,14 @@ def test_no_folder_for_sockets_is_an_error_that_names_all(no_ray_folder, monkeyp
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:1", "http://nowhere.invalid", "http://x:y"])
 def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, endpoint):
     hub.unreachable.cache_clear()
-    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+    for name in (
+        "http_proxy",
+        "https_proxy",
+        "all_proxy",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "ALL_PROXY",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
@@ -92,14 +122,24 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, endpoint):
     hub.unreachable.cache_clear()
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["run.name=\u00e9"], "bytes that are no ascii"),
-    (["run={name: \"\\u00e9\"}"], "run.name is '\\xe9', which holds characters"),
-    (["run.dir=\"\\u00e9\""], "run.dir is '\\xe9', which holds characters"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["run.name=\u00e9"], "bytes that are no ascii"),
+        (['run={name: "\\u00e9"}'], "run.name is '\\xe9', which holds characters"),
+        (['run.dir="\\u00e9"'], "run.dir is '\\xe9', which holds characters"),
+    ],
+)
 def test_a_locale_that_cannot_write_a_name(tmp_path, arguments, words):
     env = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-    command = [sys.executable, "-m", "tandem.launch.cli", "train", "tandem:inline_debug", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "tandem.launch.cli",
+        "train",
+        "tandem:inline_debug",
+        *arguments,
+    ]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, timeout=100)
     assert done.returncode == 2 and words in done.stderr.decode("ascii")
     assert b"PYTHONUTF8=1" in done.stderr
@@ -107,6 +147,7 @@ def test_a_locale_that_cannot_write_a_name(tmp_path, arguments, words):
 
 def test_doctor_tells_what_a_run_will_not_use(left, in_tmp, monkeypatch):
     from tandem.launch import doctor
+
     monkeypatch.setattr(variables, "can_write", lambda folder: folder == "/tmp")
     checks = {name: (state, detail) for state, name, detail in doctor.surroundings(None)}
     assert checks["environment"][0] == doctor.WARN and "MASTER_ADDR" in checks["environment"][1]

@@ -1,4 +1,5 @@
 """Weight sync against real backends, and against backends that each have one real fault."""
+
 import asyncio
 
 import numpy as np
@@ -24,6 +25,7 @@ from tandem.rollout.local import LocalPool
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory):
     from tandem.engine.model.tiny import make_tiny
+
     return str(make_tiny(tmp_path_factory.mktemp("model") / "tiny", hidden=32, layers=2))
 
 
@@ -36,7 +38,14 @@ class Pool:
 
 def start(model_path, *kinds):
     """(learner, pool), connected."""
-    config = Config(mode="inline", model=ModelConfig(path=model_path), data=DataConfig(max_prompt_tokens=32), rollout=RolloutConfig(max_tokens=8), learner=LearnerConfig(), method=METHOD)
+    config = Config(
+        mode="inline",
+        model=ModelConfig(path=model_path),
+        data=DataConfig(max_prompt_tokens=32),
+        rollout=RolloutConfig(max_tokens=8),
+        learner=LearnerConfig(),
+        method=METHOD,
+    )
     learner = InlineLearner.start(config, model_path)
     pool = Pool([kind(model_path, config, 0) for kind in kinds])
     learner.connect(pool)
@@ -48,19 +57,31 @@ def test_engines_compute_with_the_learners_weights(model_path):
     weights.sync(learner, 0)
     learner.step(make_plan(make_rows(), learning_rate=0.01))
     report = weights.sync(learner, 1)
-    assert report.version == 1 and report.bytes == sum(p.numel() * 4 for p in learner.rank.engine.module.model.parameters()) and report.seconds > 0
+    assert (
+        report.version == 1
+        and report.bytes
+        == sum(p.numel() * 4 for p in learner.rank.engine.module.model.parameters())
+        and report.seconds > 0
+    )
     for backend in pool.backends:
-        (t, *_) = asyncio.run(backend.generate(GenRequest(0, Prompt("p", np.array([1, 50, 51], np.int32), ""), 1, Sampling(8))))
+        (t, *_) = asyncio.run(
+            backend.generate(
+                GenRequest(0, Prompt("p", np.array([1, 50, 51], np.int32), ""), 1, Sampling(8))
+            )
+        )
         mask = t.source == Source.POLICY
         (logp,) = learner.logprobs([Row(t.tokens, t.source, {"x": mask.astype(np.float32)})], 1.0)
-        assert np.allclose(logp[mask], t.behaviour_logp[mask], atol=1e-5) and (t.version[mask] == 1).all()
+        assert (
+            np.allclose(logp[mask], t.behaviour_logp[mask], atol=1e-5)
+            and (t.version[mask] == 1).all()
+        )
 
 
 def test_local_pool_and_an_unchanged_learner(model_path):
     learner, pool = start(model_path, HFBackend)
     pool = LocalPool(pool.backends[0])
     learner.connect(pool)
-    for version in (0, 1, 1):       # nothing was trained: same weights sent, same weights held
+    for version in (0, 1, 1):  # nothing was trained: same weights sent, same weights held
         assert weights.sync(learner, version).version == version
 
 
@@ -97,7 +118,9 @@ class KeepsOldVersion(HFBackend):
 
 
 class Ignores(HFBackend):
-    """Takes and confirms every byte, and goes on with the weights it had: the fault of a tied head that is never packed again, but for all weights."""
+    """Takes and confirms every byte, and goes on with the weights it had: the fault of a tied head
+    that is never packed again, but for all weights.
+    """
 
     @torch.no_grad()
     async def update_weights(self, update_info):
@@ -107,13 +130,40 @@ class Ignores(HFBackend):
             p.copy_(before[name])
 
 
-@pytest.mark.parametrize("kind, message", [
-    (Drops, r"engine 1 did not receive 1 parameter\(s\) of weights 1: model\.norm\.weight; sent 20, received 19"),
-    (Garbles, r"engine 1 received other bytes than were sent for 1 of 20 parameter\(s\) of weights 1: model\.embed_tokens\.weight \(sent \w+, received \w+\)"),
-    (Invents, r"engine 1 received, without it being sent, 1 parameter\(s\) of weights 1: model\.ghost"),
-    (KeepsOldVersion, r"engine 1 stamps its tokens with weight version 0 after weights 1 were sent, expected 1"),
-    (Ignores, r"engines compute with different weights after version 1"),
-])
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        (
+            Drops,
+            (
+                r"engine 1 did not receive 1 parameter\(s\) of weights 1: model\.norm\.weight; "
+                r"sent 20, received 19"
+            ),
+        ),
+        (
+            Garbles,
+            (
+                r"engine 1 received other bytes than were sent for 1 of 20 parameter\(s\) of "
+                r"weights 1: model\.embed_tokens\.weight \(sent \w+, received \w+\)"
+            ),
+        ),
+        (
+            Invents,
+            (
+                r"engine 1 received, without it being sent, 1 parameter\(s\) of weights 1: "
+                r"model\.ghost"
+            ),
+        ),
+        (
+            KeepsOldVersion,
+            (
+                r"engine 1 stamps its tokens with weight version 0 after weights 1 were sent, "
+                r"expected 1"
+            ),
+        ),
+        (Ignores, r"engines compute with different weights after version 1"),
+    ],
+)
 def test_a_fault_in_one_of_two_engines_is_named(model_path, kind, message):
     learner, pool = start(model_path, HFBackend, kind)
     learner.step(make_plan(make_rows(), learning_rate=0.01))
@@ -122,11 +172,19 @@ def test_a_fault_in_one_of_two_engines_is_named(model_path, kind, message):
 
 
 def test_engines_that_all_keep_their_old_weights_are_found(model_path):
-    """No difference between engines shows it, and every byte was confirmed: only the held digest, which did not move, does."""
+    """No difference between engines shows it, and every byte was confirmed: only the held digest,
+    which did not move, does.
+    """
     learner, pool = start(model_path, Ignores, Ignores)
     weights.sync(learner, 0)
     learner.step(make_plan(make_rows(), learning_rate=0.01))
-    with pytest.raises(SyncError, match=r"weights 1 differ from those sent before, but the weights the engines compute with are the same as those before"):
+    with pytest.raises(
+        SyncError,
+        match=(
+            r"weights 1 differ from those sent before, but the weights the engines compute with "
+            r"are the same as those before"
+        ),
+    ):
         weights.sync(learner, 1)
 
 
@@ -139,8 +197,15 @@ def test_an_engine_whose_weights_change_by_themselves_is_found(model_path):
         async def held_digest(self):
             self.parameters["model.norm.weight"].mul_(0.5)
             return await super().held_digest()
+
     pool.backends[0].__class__ = Decays
-    with pytest.raises(SyncError, match=r"weights 1 are the same as those sent before, but the weights the engines compute with differ from"):
+    with pytest.raises(
+        SyncError,
+        match=(
+            r"weights 1 are the same as those sent before, but the weights the engines compute "
+            r"with differ from"
+        ),
+    ):
         weights.sync(learner, 1)
 
 
@@ -153,10 +218,22 @@ def test_no_engine_is_an_error(model_path):
 
 
 def test_bfloat16_travels_as_bfloat16(model_path):
-    config = Config(mode="inline", model=ModelConfig(path=model_path, dtype="bfloat16"), rollout=RolloutConfig(max_tokens=8), method=METHOD)
+    config = Config(
+        mode="inline",
+        model=ModelConfig(path=model_path, dtype="bfloat16"),
+        rollout=RolloutConfig(max_tokens=8),
+        method=METHOD,
+    )
     learner = InlineLearner.start(config, model_path)
     pool = Pool([HFBackend(model_path, config, 0)])
     learner.connect(pool)
     learner.step(make_plan(make_rows(), learning_rate=0.01))
-    assert weights.sync(learner, 1).bytes == sum(p.numel() * 2 for p in learner.rank.engine.module.model.parameters())
-    assert all(torch.equal(p, q) for p, q in zip(learner.rank.engine.module.model.parameters(), pool.backends[0].model.parameters()))
+    assert weights.sync(learner, 1).bytes == sum(
+        p.numel() * 2 for p in learner.rank.engine.module.model.parameters()
+    )
+    assert all(
+        torch.equal(p, q)
+        for p, q in zip(
+            learner.rank.engine.module.model.parameters(), pool.backends[0].model.parameters()
+        )
+    )

@@ -1,4 +1,5 @@
 """Correction of the gap between the rollout engine's policy and the learner's."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -10,11 +11,14 @@ from tandem.algorithms.parts.objectives.tokens import Tokens, clamped_exp
 
 @dataclass(frozen=True)
 class RolloutCorrection:
-    """Truncated importance sampling between learner snapshot and rollout engine: w = exp(log pi_old - log pi_rollout), no gradient.
+    """Truncated importance sampling between learner snapshot and rollout engine: w = exp(log pi_old
+    - log pi_rollout), no gradient.
 
-    It multiplies the loss outside the clip, on tokens that a rollout engine sampled; all others keep weight 1.
+    It multiplies the loss outside the clip, on tokens that a rollout engine sampled; all others
+    keep weight 1.
     level     token: w_t;  sequence: the product of w_t over the row's sampled tokens
-    mode      truncate: min(w, cap) (TIS, default cap 2 as in verl);  mask: w where floor <= w <= cap, else 0; floor None is 1/cap. IcePop: 0.5 and 5
+    mode      truncate: min(w, cap) (TIS, default cap 2 as in verl);  mask: w where floor <= w <=
+              cap, else 0; floor None is 1/cap. IcePop: 0.5 and 5
     """
 
     level: str = "token"
@@ -27,7 +31,9 @@ class RolloutCorrection:
         log_w = torch.nan_to_num(tokens.old.detach() - tokens.behaviour_logp, nan=0.0)
         if self.level == "sequence":
             rows = int(tokens.segment.max()) + 1 if len(log_w) else 0
-            log_w = torch.zeros(rows, device=log_w.device).index_add_(0, tokens.segment, log_w)[tokens.segment]
+            log_w = torch.zeros(rows, device=log_w.device).index_add_(0, tokens.segment, log_w)[
+                tokens.segment
+            ]
         w = clamped_exp(log_w)
         if self.mode == "truncate":
             w = w.clamp(max=self.cap)

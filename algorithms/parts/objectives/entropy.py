@@ -1,4 +1,5 @@
 """Objectives that hold the policy's distribution: entropy bonus, KL to the reference policy."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -16,7 +17,10 @@ class EntropyBonus:
 
 @dataclass(frozen=True)
 class KLToReference:
-    """k3 estimator exp(d) - d - 1 with d = log pi_ref - log pi, d clamped to +-10. GRPO eq. 4 (arXiv 2402.03300)."""
+    """k3 estimator exp(d) - d - 1 with d = log pi_ref - log pi, d clamped to +-10.
+
+    GRPO eq. 4 (arXiv 2402.03300).
+    """
 
     def __call__(self, tokens: Tokens):
         d = (tokens.ref_logp - tokens.logp).clamp(-10.0, 10.0)

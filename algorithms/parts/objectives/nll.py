@@ -1,4 +1,5 @@
 """Objectives on demonstrations: negative log-likelihood and its weighted forms."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -15,7 +16,8 @@ class NLL:
 
     weight  w(p)                    source
     one     1                       SFT
-    p       p                       SFT-IS, CHORD's rejected variant (arXiv 2508.11408), also DFT (arXiv 2508.05629)
+    p       p                       SFT-IS, CHORD's rejected variant (arXiv 2508.11408), also DFT
+            (arXiv 2508.05629)
     phi     p (1 - p)               CHORD-phi, arXiv 2508.11408 sec. 4.2
     The weight carries no gradient: the paper's formula is silent, both public codes detach.
     """
@@ -30,9 +32,11 @@ class NLL:
 
 @dataclass(frozen=True)
 class ExpertRatio:
-    """-A f(p) on expert tokens whose behaviour probability is taken as 1, so that the ratio is p itself; no clip. The gradient goes through f.
+    """-A f(p) on expert tokens whose behaviour probability is taken as 1, so that the ratio is p
+    itself; no clip. The gradient goes through f.
 
-    f(p) = p/(p + gamma)    LUFFY's shaping, arXiv 2504.14945 eq. 8: weight A gamma p/(p + gamma)^2 on grad log pi, largest at p = gamma
+    f(p) = p/(p + gamma)    LUFFY's shaping, arXiv 2504.14945 eq. 8: weight A gamma p/(p + gamma)^2
+                            on grad log pi, largest at p = gamma
     f(p) = p                gamma None: plain importance sampling, weight A p
     """
 
@@ -40,12 +44,17 @@ class ExpertRatio:
 
     def __call__(self, tokens: Tokens):
         p = tokens.logp.exp()
-        return -tokens.advantage * (p if self.gamma is None else p / (p + self.gamma)), {"p": p.detach()}
+        return -tokens.advantage * (p if self.gamma is None else p / (p + self.gamma)), {
+            "p": p.detach()
+        }
 
 
 @dataclass(frozen=True)
 class BySource:
-    """One term, one denominator, two objectives: `expert` on expert tokens, `rollout` on all others. Metrics of either are named by it: expert/p."""
+    """One term, one denominator, two objectives:
+
+    `expert` on expert tokens, `rollout` on all others. Metrics of either are named by it: expert/p.
+    """
 
     rollout: object
     expert: object
@@ -53,7 +62,10 @@ class BySource:
     def __call__(self, tokens: Tokens):
         loss = torch.zeros_like(tokens.logp)
         is_expert, metrics = tokens.source == int(Source.EXPERT), {}
-        for objective, name, chosen in ((self.rollout, "rollout", ~is_expert), (self.expert, "expert", is_expert)):
+        for objective, name, chosen in (
+            (self.rollout, "rollout", ~is_expert),
+            (self.expert, "expert", is_expert),
+        ):
             index = chosen.nonzero().squeeze(-1)
             if len(index):
                 part, metrics[name] = objective(tokens.take(index))
@@ -64,7 +76,9 @@ class BySource:
 
 @dataclass(frozen=True)
 class EntropyWeightedNLL:
-    """-sg[scale exp(sign H)] log p, H the mean token entropy of the row (level `sequence`) or the token's own (`token`). SRFT, arXiv 2506.19767 eq. 7."""
+    """-sg[scale exp(sign H)] log p, H the mean token entropy of the row (level `sequence`) or the
+    token's own (`token`). SRFT, arXiv 2506.19767 eq. 7.
+    """
 
     scale: float = 0.5
     sign: float = -1.0
@@ -77,7 +91,10 @@ class EntropyWeightedNLL:
 
 @dataclass(frozen=True)
 class SelfReinforce:
-    """-sg[scale exp(H)] log p on samples with A > 0, +log p on the others: no baseline, no clip. SRFT, arXiv 2506.19767 eq. 10."""
+    """-sg[scale exp(H)] log p on samples with A > 0, +log p on the others: no baseline, no clip.
+
+    SRFT, arXiv 2506.19767 eq. 10.
+    """
 
     scale: float = 0.1
     level: str = "sequence"
@@ -85,7 +102,10 @@ class SelfReinforce:
     def __call__(self, tokens: Tokens):
         weight = entropy_weight(tokens, self.scale, 1.0, self.level)
         right = tokens.advantage > 0
-        return torch.where(right, -weight, torch.ones_like(weight)) * tokens.logp, {"weight": weight, "right": right.float()}
+        return torch.where(right, -weight, torch.ones_like(weight)) * tokens.logp, {
+            "weight": weight,
+            "right": right.float(),
+        }
 
 
 def entropy_weight(tokens: Tokens, scale: float, sign: float, level: str) -> torch.Tensor:
@@ -95,9 +115,11 @@ def entropy_weight(tokens: Tokens, scale: float, sign: float, level: str) -> tor
 
 @dataclass(frozen=True)
 class PrefixSelected:
-    """`objective`, but of each row's PREFIX tokens only the share `keep` with the highest entropy is pushed; the others count, with advantage 0.
+    """`objective`, but of each row's PREFIX tokens only the share `keep` with the highest entropy
+    is pushed; the others count, with advantage 0.
 
-    Prefix-RFT, arXiv 2507.01679: entropy-based clipping. ceil(keep * tokens) per row, so that the choice does not depend on the micro-batch.
+    Prefix-RFT, arXiv 2507.01679: entropy-based clipping. ceil(keep * tokens) per row, so that the
+    choice does not depend on the micro-batch.
     """
 
     objective: object
@@ -110,7 +132,8 @@ class PrefixSelected:
         if len(index):
             segment = tokens.segment[index]
             order = index[torch.argsort(tokens.entropy[index], descending=True, stable=True)]
-            order = order[torch.argsort(tokens.segment[order], stable=True)]        # by row, within a row by falling entropy
+            # by row, within a row by falling entropy
+            order = order[torch.argsort(tokens.segment[order], stable=True)]
             count = torch.bincount(segment, minlength=int(segment.max()) + 1)
             start = torch.cumsum(count, 0) - count
             place = torch.arange(len(order), device=order.device) - start[tokens.segment[order]]

@@ -1,4 +1,5 @@
 """Policy-gradient objectives on the policy's own samples."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -10,9 +11,11 @@ from tandem.algorithms.parts.objectives.tokens import Tokens, clamped_exp, segme
 
 @dataclass(frozen=True)
 class PPOClip:
-    """max(-A rho, -A clamp(rho, 1 - clip_low, 1 + clip_high)) with rho = pi/pi_old, PPO eq. 7 (arXiv 1707.06347).
+    """max(-A rho, -A clamp(rho, 1 - clip_low, 1 + clip_high)) with rho = pi/pi_old, PPO eq. 7
+    (arXiv 1707.06347).
 
-    dual_clip c > 1 bounds the loss of tokens with A < 0 by -A c (arXiv 1912.09729). None switches it off.
+    dual_clip c > 1 bounds the loss of tokens with A < 0 by -A c (arXiv 1912.09729). None switches
+    it off.
     """
 
     clip_low: float = 0.2
@@ -26,14 +29,19 @@ class PPOClip:
         if self.dual_clip is not None:
             loss = torch.where(a < 0, torch.minimum(-a * self.dual_clip, loss), loss)
         clipped = ((a > 0) & (rho > 1.0 + self.clip_high)) | ((a < 0) & (rho < 1.0 - self.clip_low))
-        return loss, {"clip_fraction": clipped.float(), "ppo_kl": (tokens.old - tokens.logp).detach()}
+        return loss, {
+            "clip_fraction": clipped.float(),
+            "ppo_kl": (tokens.old - tokens.logp).detach(),
+        }
 
 
 @dataclass(frozen=True)
 class GSPO:
-    """PPO's clip on the sequence ratio s_i = exp(mean_t (log pi - log pi_old)), GSPO arXiv 2507.18071 eq. 5-7.
+    """PPO's clip on the sequence ratio s_i = exp(mean_t (log pi - log pi_old)), GSPO arXiv
+    2507.18071 eq. 5-7.
 
-    Written per token as sg[s_i] pi/sg[pi], the paper's token form (eq. 14-15), whose gradient with equal advantages is that of the sequence form.
+    Written per token as sg[s_i] pi/sg[pi], the paper's token form (eq. 14-15), whose gradient with
+    equal advantages is that of the sequence form.
     """
 
     clip_low: float = 3e-4
@@ -45,12 +53,16 @@ class GSPO:
         a = tokens.advantage
         loss = torch.maximum(-a * rho, -a * rho.clamp(1.0 - self.clip_low, 1.0 + self.clip_high))
         clipped = ((a > 0) & (rho > 1.0 + self.clip_high)) | ((a < 0) & (rho < 1.0 - self.clip_low))
-        return loss, {"clip_fraction": clipped.float(), "ppo_kl": (tokens.old - tokens.logp).detach()}
+        return loss, {
+            "clip_fraction": clipped.float(),
+            "ppo_kl": (tokens.old - tokens.logp).detach(),
+        }
 
 
 @dataclass(frozen=True)
 class CISPO:
-    """-sg[clamp(rho, 1 - clip_low, 1 + clip_high)] A log pi: a token outside the range keeps a bounded gradient. MiniMax-M1, arXiv 2506.13585 eq. 4-5.
+    """-sg[clamp(rho, 1 - clip_low, 1 + clip_high)] A log pi: a token outside the range keeps a
+    bounded gradient. MiniMax-M1, arXiv 2506.13585 eq. 4-5.
 
     Clamped on both sides as in verl; TRL clamps above only (`clip_low: 1.0` is that).
     """
@@ -61,8 +73,13 @@ class CISPO:
     def __call__(self, tokens: Tokens):
         rho = clamped_exp(tokens.logp - tokens.old).detach()
         clipped = (rho > 1.0 + self.clip_high) | (rho < 1.0 - self.clip_low)
-        loss = -rho.clamp(1.0 - self.clip_low, 1.0 + self.clip_high) * tokens.advantage * tokens.logp
-        return loss, {"clip_fraction": clipped.float(), "ppo_kl": (tokens.old - tokens.logp).detach()}
+        loss = (
+            -rho.clamp(1.0 - self.clip_low, 1.0 + self.clip_high) * tokens.advantage * tokens.logp
+        )
+        return loss, {
+            "clip_fraction": clipped.float(),
+            "ppo_kl": (tokens.old - tokens.logp).detach(),
+        }
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,12 @@
-"""Token objectives: pure functions from what is known about the trained tokens of a micro-batch to a loss per token.
+"""Token objectives: pure functions from what is known about the trained tokens of a micro-batch to
+a loss per token.
 
-An objective is a frozen dataclass (its fields are its constants) with `__call__(tokens: Tokens) -> (loss [n], {metric: [n]})`. What it reports of m of
-its tokens alone stands a level deeper, {part: {metric: [m]}}, and is averaged over those.
-The loss must be differentiable in `tokens.logp`; everything else is data. `weight`, `reduction` and `coefficient` are not its business.
+An objective is a frozen dataclass (its fields are its constants) with `__call__(tokens: Tokens) ->
+(loss [n], {metric: [n]})`. What it reports of m of its tokens alone stands a level deeper, {part:
+{metric: [m]}}, and is averaged over those. The loss must be differentiable in `tokens.logp`;
+everything else is data. `weight`, `reduction` and `coefficient` are not its business.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -11,37 +14,52 @@ from dataclasses import dataclass, field
 
 import torch
 
-LOG_RATIO_LIMIT = 20.0   # log-ratios are clamped to +-20 before exp, as in verl: e^20 is already far outside any clip range
+# log-ratios are clamped to +-20 before exp, as in verl: e^20 is already far outside any clip range
+LOG_RATIO_LIMIT = 20.0
 
 
 @dataclass(frozen=True)
 class Tokens:
     """The trained tokens of one micro-batch, flat. Streams that no row has are None."""
 
-    logp: torch.Tensor                          # float32 [n], requires grad
-    segment: torch.Tensor                       # int64 [n] row number, 0-based: tokens of a row stand together
-    group: torch.Tensor                         # int64 [n]
-    source: torch.Tensor                        # int8 [n]
-    advantage: torch.Tensor | None = None       # float32 [n]
-    old_logp: torch.Tensor | None = None        # float32 [n]; None means: this forward is the first since the snapshot, so old == sg[logp]
-    behaviour_logp: torch.Tensor | None = None  # float32 [n], NaN on tokens that no rollout engine sampled
-    ref_logp: torch.Tensor | None = None        # float32 [n]
-    entropy: torch.Tensor | None = None         # float32 [n]
-    value: torch.Tensor | None = None           # float32 [n], requires grad: the critic's present value of the state in which the token was chosen
-    old_value: torch.Tensor | None = None       # float32 [n] the same before the update
-    returns: torch.Tensor | None = None         # float32 [n]
-    extra: Mapping[str, torch.Tensor] = field(default_factory=dict)     # {name: float32 [n]} from a method's own forward
+    logp: torch.Tensor  # float32 [n], requires grad
+    # int64 [n] row number, 0-based: tokens of a row stand together
+    segment: torch.Tensor
+    group: torch.Tensor  # int64 [n]
+    source: torch.Tensor  # int8 [n]
+    advantage: torch.Tensor | None = None  # float32 [n]
+    # float32 [n]; None means: this forward is the first since the snapshot, so old == sg[logp]
+    old_logp: torch.Tensor | None = None
+    # float32 [n], NaN on tokens that no rollout engine sampled
+    behaviour_logp: torch.Tensor | None = None
+    ref_logp: torch.Tensor | None = None  # float32 [n]
+    entropy: torch.Tensor | None = None  # float32 [n]
+    # float32 [n], requires grad: the critic's present value of the state in which the token was
+    # chosen
+    value: torch.Tensor | None = None
+    old_value: torch.Tensor | None = None  # float32 [n] the same before the update
+    returns: torch.Tensor | None = None  # float32 [n]
+    # {name: float32 [n]} from a method's own forward
+    extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def old(self) -> torch.Tensor:
-        """log pi_old: the snapshot's log-prob where the plan has one, else the present one without gradient."""
+        """log pi_old: the snapshot's log-prob where the plan has one, else the present one without
+        gradient.
+        """
         if self.old_logp is None:
             return self.logp.detach()
         return torch.where(torch.isnan(self.old_logp), self.logp.detach(), self.old_logp)
 
     def take(self, index: torch.Tensor) -> Tokens:
         """The same tokens, `index` (int64 [m]) of them."""
-        pick = lambda x: None if x is None else {k: v[index] for k, v in x.items()} if isinstance(x, Mapping) else x[index]
+        pick = lambda x: (
+            None
+            if x is None
+            else {k: v[index] for k, v in x.items()}
+            if isinstance(x, Mapping)
+            else x[index]
+        )
         return Tokens(*(pick(getattr(self, f)) for f in self.__dataclass_fields__))
 
 

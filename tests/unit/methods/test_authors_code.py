@@ -135,7 +135,7 @@ def test_a_regulariser_has_the_reduction_of_the_policy_term_unless_told_otherwis
     }
 
 
-# -- the RL layer, section 14 -------------------------------------------------------------------
+# -- the RL layer, section 14
 
 
 @pytest.mark.parametrize("advantage", ["reinforce_pp", "reinforce_pp_baseline"])

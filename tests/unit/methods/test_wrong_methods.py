@@ -32,7 +32,7 @@ def test_right_is_right():
     assert look(Right()).loss == pytest.approx(1.5 * np.log(2), rel=1e-5)
 
 
-# -- what objectives return ---------------------------------------------------------------------
+# -- what objectives return
 
 
 def loss(function):
@@ -123,7 +123,7 @@ def test_an_error_of_the_objectives_own_is_left_as_it_is():
         look(with_objective(broken))
 
 
-# -- terms --------------------------------------------------------------------------------------
+# -- terms
 
 
 @dataclass
@@ -229,7 +229,7 @@ def test_a_tuple_of_terms_and_a_negative_or_zero_coefficient_are_fine():
     assert look(wrong(terms=lambda self, batch: terms)).loss == pytest.approx(-0.5 * np.log(2))
 
 
-# -- rows ---------------------------------------------------------------------------------------
+# -- rows
 
 
 def floats(row, value=1.0):
