@@ -109,15 +109,15 @@ def draw(facts: dict, path: Path) -> None:
 
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
     for (name, run), (colour, dash) in zip(
-        facts["runs"].items(), (("#0072B2", "-"), ("#E69F00", "--"), ("#CC79A7", ":"))
+        facts["runs"].items(), (("#0072B2", "-"), ("#E69F00", "--"), ("#CC79A7", ":")), strict=False
     ):
-        steps, seconds, accuracy, error = zip(*run["evaluations"])
-        for ax, x in zip(axes, (steps, [s / 60 for s in seconds])):
+        steps, seconds, accuracy, error = zip(*run["evaluations"], strict=False)
+        for ax, x in zip(axes, (steps, [s / 60 for s in seconds]), strict=False):
             ax.plot(x, accuracy, color=colour, linestyle=dash, linewidth=2, label=name)
             ax.fill_between(
                 x,
-                [a - e for a, e in zip(accuracy, error)],
-                [a + e for a, e in zip(accuracy, error)],
+                [a - e for a, e in zip(accuracy, error, strict=True)],
+                [a + e for a, e in zip(accuracy, error, strict=True)],
                 color=colour,
                 alpha=0.2,
                 linewidth=0,

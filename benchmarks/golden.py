@@ -47,7 +47,10 @@ UNSTABLE = ("time/", "seconds", "memory", "cpu_seconds", "tokens_per_second", "i
 
 
 def train(folder: Path, config: Path, *overrides: str) -> None:
-    """Run `tandem train` in `folder`. Raises RuntimeError with the end of its output if it fails."""
+    """Run `tandem train` in `folder`.
+
+    Raises RuntimeError with the end of its output if it fails.
+    """
     command = [sys.executable, "-m", "tandem.launch.cli", "train", str(config), *SMALL]
     command += [f"run.dir={folder}", *overrides]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True)

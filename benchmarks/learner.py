@@ -32,7 +32,10 @@ def ragged(count: int, vocabulary: int) -> list:
 
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(np.log(110), 0.75, count), 20, 400).astype(int)
-    weight = lambda n: np.r_[0.0, np.ones(n - 1)].astype(np.float32)
+
+    def weight(n):
+        return np.r_[0.0, np.ones(n - 1)].astype(np.float32)
+
     return [
         Row(
             rng.integers(0, vocabulary, n).astype(np.int32),
@@ -93,7 +96,7 @@ def throughput(args, path: str) -> None:
     alternate(sides, 1)  # warm up
     found = alternate(sides, args.repeats)
     limit = max((name for name in found if name != "learner"), key=lambda name: median(found[name]))
-    ratio = median(a / b for a, b in zip(found["learner"], found[limit]))
+    ratio = median(a / b for a, b in zip(found["learner"], found[limit], strict=True))
     # the last token of a row predicts nothing and is not run
     useful = (last["tokens/real"] - args.rows) / last["tokens/padded"]
     parameters = sum(p.numel() for p in model.parameters())
@@ -151,14 +154,16 @@ def one_head(kind: str, vocabulary: int, tokens: int, hidden: int = 576) -> dict
         )
         logp.mean().backward()
 
-    status = lambda key: (
-        next(
-            int(line.split()[1])
-            for line in Path("/proc/self/status").read_text().splitlines()
-            if line.startswith(key)
+    def status(key):
+        return (
+            next(
+                int(line.split()[1])
+                for line in Path("/proc/self/status").read_text().splitlines()
+                if line.startswith(key)
+            )
+            * 1024
         )
-        * 1024
-    )
+
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = status("VmRSS")
     taken = seconds(run)

@@ -287,7 +287,7 @@ def picture(runs: list[dict], out: Path) -> None:
             squeeze=False,
             layout="constrained",
         )
-        for ax, name in zip(axes.flat, names):
+        for ax, name in zip(axes.flat, names, strict=False):
             for other, colour, width in (("sft_rl", "0.75", 1.5), (name, "#0072B2", 1.0)):
                 curves = [
                     np.array(r["points"], float)

@@ -95,9 +95,10 @@ def against_vllm(args, path: str, prompts: list[np.ndarray], tokenizer) -> None:
     # every round has prompts of its own: the prefix cache may help within a group only, on both
     # sides
     turn = iter(range(10**6))
-    share = lambda number: [
-        prompts[(number * w.prompts + i) % len(prompts)] for i in range(w.prompts)
-    ]
+
+    def share(number):
+        return [prompts[(number * w.prompts + i) % len(prompts)] for i in range(w.prompts)]
+
     child = subprocess.Popen(
         [sys.executable, __file__, *sys.argv[1:], "--bare", path],
         stdin=subprocess.PIPE,
@@ -162,7 +163,7 @@ def against_vllm(args, path: str, prompts: list[np.ndarray], tokenizer) -> None:
             places.close()
             child.stdin.close()
             child.wait(timeout=60)
-    ratio = median(a / b for a, b in zip(found["pool"], found["bare vLLM"]))
+    ratio = median(a / b for a, b in zip(found["pool"], found["bare vLLM"], strict=True))
     shape = (
         f"{w.prompts} prompts x {samples} samples x {w.tokens} tokens, {args.dtype}, "
         f"{args.threads} thread(s)"
@@ -227,7 +228,7 @@ def against_generate(args, path: str, prompts: list[np.ndarray]) -> None:
     }
     alternate(sides, 1)
     found = alternate(sides, args.repeats)
-    ratio = median(a / b for a, b in zip(found["backend"], found["generate"]))
+    ratio = median(a / b for a, b in zip(found["backend"], found["generate"], strict=True))
     emit(
         "rollout inline",
         {

@@ -198,7 +198,7 @@ def take_turns(args, sides: list[str], folder: Path) -> dict[str, dict[str, list
             }
             results[side]["time/rollout"] = [
                 step - sum(line[f"time/{phase}"] for phase in ("learn", "sync", "prepare"))
-                for step, line in zip(results[side]["time/step"], lines)
+                for step, line in zip(results[side]["time/step"], lines, strict=True)
             ]
     return results
 

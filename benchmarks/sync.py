@@ -84,9 +84,12 @@ def main() -> None:
         np.full(32, Source.EXPERT, np.int8),
         {"sft": np.r_[0.0, np.ones(31)].astype(np.float32)},
     )
-    step = lambda: StepPlan(
-        0, (term,), denominators((term,), [row]), pack([row], (term,), 1, 64, 0), 1e-5
-    )
+
+    def step():
+        return StepPlan(
+            0, (term,), denominators((term,), [row]), pack([row], (term,), 1, 64, 0), 1e-5
+        )
+
     prompt = Prompt("p", np.random.default_rng(0).integers(100, 200, 200).astype(np.int32), "")
 
     with tempfile.TemporaryDirectory() as folder:
@@ -113,7 +116,7 @@ def main() -> None:
             ]
             gap = max(
                 float(np.nanmax(np.abs(l - t.behaviour_logp)))
-                for l, t in zip(learner.logprobs(rows, 1.0), sampled)
+                for l, t in zip(learner.logprobs(rows, 1.0), sampled, strict=True)
             )
             sent, received = (
                 phases(Path(folder) / "logs/learner_0.log"),
@@ -127,11 +130,17 @@ def main() -> None:
     source, target = torch.zeros(size, dtype=torch.uint8), torch.ones(size, dtype=torch.uint8)
     copy = median(seconds(lambda: target.copy_(source)) for _ in range(9))
     times = [report.seconds for report in reports[1:]]  # the first one allocates
-    middle = lambda found: {phase: median(one[phase] for one in found[1:]) for phase in found[-1]}
+
+    def middle(found):
+        return {phase: median(one[phase] for one in found[1:]) for phase in found[-1]}
+
     whole = median(times)
     sent, received = middle(sent), middle(received)
     sent["compare, versions, held digests"] = whole - sum(sent.values())
-    show = lambda found: ", ".join(f"{phase} {value:.2f}" for phase, value in found.items())
+
+    def show(found):
+        return ", ".join(f"{phase} {value:.2f}" for phase, value in found.items())
+
     emit(
         "sync",
         {

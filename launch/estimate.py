@@ -200,7 +200,10 @@ def learner_bytes(m: Shape, w: Work, ranks: int, stage: int, checkpointing: bool
     """Per rank: weights, float32 gradients, float32 master and moments, activations of a
     micro-batch, logits of a chunk. float32 weights are their own master.
     """
-    split = lambda since: 1.0 / ranks if stage >= since else 1.0
+
+    def split(since):
+        return 1.0 / ranks if stage >= since else 1.0
+
     optimizer = 12 if w.width == 2 else 8
     model = m.parameters * (w.width * split(3) + 4 * split(2) + optimizer * split(1))
     longest = max(w.micro_batch_tokens, w.prompt + w.longest)
@@ -398,7 +401,10 @@ def describe(args: argparse.Namespace) -> str:
         args.staleness,
     )
     p = best_plan(m, d, w, args.gpus)
-    idle = lambda busy: 100 * max(0.0, 1 - busy / p.step)
+
+    def idle(busy):
+        return 100 * max(0.0, 1 - busy / p.step)
+
     return "\n".join(
         [
             (

@@ -129,13 +129,19 @@ def memory_plan(config: Config, model_path: str | Path) -> MemoryPlan | None:
         return None
     c, size = config.cluster, 4 if config.model.dtype == "float32" else 2
     optimizer, stage = (8 if size == 4 else 12), config.learner.zero_stage
-    share = lambda since: 1.0 / c.learner_ranks if stage >= since else 1.0
+
+    def share(since):
+        return 1.0 / c.learner_ranks if stage >= since else 1.0
+
     # the weights of an engine that sleeps
     waiting = parameters * size if config.rollout.sleep else 0
     engine = ENGINE_RUNTIME + (
         waiting if c.engine_gpus else parameters * size + config.rollout.kv_cache_gib * GIB
     )
-    on_host = lambda held: held if not c.learner_gpus else 0.0
+
+    def on_host(held):
+        return held if not c.learner_gpus else 0.0
+
     rank = LEARNER_RUNTIME + parameters * (
         on_host(size * share(3))
         + on_host(size * share(2))

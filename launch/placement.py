@@ -116,10 +116,11 @@ def plan(config: Config) -> Plan:
     c = config.cluster
     engines = config.engine_count
     ranks = 0 if config.run.rollout_only else c.learner_ranks
+
     # rounded: 0.6 + 0.3 is 0.8999 to Ray, in which both would not fit
-    bundle = lambda cpus, gpus: {
-        name: round(float(n), 4) for name, n in (("CPU", cpus), ("GPU", gpus)) if n
-    }
+    def bundle(cpus, gpus):
+        return {name: round(float(n), 4) for name, n in (("CPU", cpus), ("GPU", gpus)) if n}
+
     if c.colocate:
         return Plan(
             engines,
@@ -168,11 +169,14 @@ def preflight(config: Config, model_path: str | Path | None = None) -> None:
         )
     if c.address is not None:
         return
-    asked = lambda engine, rank: (
-        f"{len(wanted.bundles)} colocated pair(s) x {engine:g} + {rank:g}"
-        if wanted.colocated
-        else f"engines {wanted.engines} x {engine:g}, learner {wanted.ranks} x {rank:g}"
-    )
+
+    def asked(engine, rank):
+        return (
+            f"{len(wanted.bundles)} colocated pair(s) x {engine:g} + {rank:g}"
+            if wanted.colocated
+            else f"engines {wanted.engines} x {engine:g}, learner {wanted.ranks} x {rank:g}"
+        )
+
     if (gpus := wanted.total("GPU")) > gpu_count():
         raise ConfigError(
             f"the cluster section asks for {gpus:g} GPU(s) "

@@ -75,7 +75,7 @@ def plot_run(run_dir: str | Path, out_png: str | Path, title: str | None = None)
                 *mu, color=RED, linestyle="--", label="mu: weight of the demonstrations"
             )
             twin.set_ylim(-0.03, 1.03)
-            if len(reward[1]) and 0 <= reward[1].min() and reward[1].max() <= 1:
+            if len(reward[1]) and reward[1].min() >= 0 and reward[1].max() <= 1:
                 bottom.set_ylim(-0.03, 1.03)
             twin.set_ylabel("mu")
             twin.spines["right"].set_visible(True)
@@ -132,9 +132,10 @@ def plot_runs(
             "cannot be told apart; make two pictures"
         )
     everything = []
-    for (label, folders), (color, dash) in zip(runs.items(), STYLES):
+    for (label, folders), (color, dash) in zip(runs.items(), STYLES, strict=False):
         curves = [
-            dict(zip(*series(read_metrics(folder)[1], "eval/accuracy"))) for folder in folders
+            dict(zip(*series(read_metrics(folder)[1], "eval/accuracy"), strict=False))
+            for folder in folders
         ]
         x = sorted(set.intersection(*(set(curve) for curve in curves)))
         if not x:
@@ -203,7 +204,7 @@ def read_metrics(run_dir: str | Path) -> tuple[list[dict], list[dict]]:
 def series(lines: Sequence[Mapping], key: str) -> tuple[np.ndarray, np.ndarray]:
     """(steps, values) of the lines that have a number under `key`."""
     pairs = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-    x, y = zip(*pairs) if pairs else ((), ())
+    x, y = zip(*pairs, strict=True) if pairs else ((), ())
     return np.array(x, float), np.array(y, float)
 
 

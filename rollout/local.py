@@ -57,7 +57,7 @@ class LocalPool:
             for _, future in waiting:
                 future.set_exception(error)
             return
-        for (_, future), trajectories in zip(waiting, answers):
+        for (_, future), trajectories in zip(waiting, answers, strict=True):
             future.set_result(trajectories)
 
     def recover(self) -> int:

@@ -156,7 +156,7 @@ def gone() -> None:
 
 def stopped_terminal() -> None:
     """A terminal after Ctrl-S."""
-    master, slave = pty.openpty()
+    _master, slave = pty.openpty()
     fill(slave)
     os.dup2(slave, 1)
 

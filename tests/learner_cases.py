@@ -104,7 +104,10 @@ def poison(rows):
 def siblings(rows):
     """The same rows, with one prompt for all whose prompts are equally long."""
     prompt = np.arange(50, 60, dtype=np.int32)
-    first = lambda row: int(row.trained.argmax())
+
+    def first(row):
+        return int(row.trained.argmax())
+
     return [
         replace(row, tokens=np.r_[prompt[: first(row)], row.tokens[first(row) :]].astype(np.int32))
         for row in rows
@@ -127,7 +130,10 @@ def make_plan(rows, ranks=1, budget=64, terms=TERMS, share=False, **changes):
 def hook_plan(name, ranks=1):
     """A step of a method with a forward of its own, ift or carft."""
     rng = np.random.default_rng(7)
-    draw = lambda n: rng.integers(7, 100, n)
+
+    def draw(n):
+        return rng.integers(7, 100, n)
+
     groups = [
         group(
             [trajectory([1], draw(n)) for n in (5, 8, 3)],
@@ -143,7 +149,10 @@ def hook_plan(name, ranks=1):
     method = make_method(
         name, {} if name == "ift" else {"contrast": 1.0, "policy": {"critic": {"kl": 0.0}}}
     )
-    zeros = lambda row: np.zeros(len(row.tokens), np.float32)
+
+    def zeros(row):
+        return np.zeros(len(row.tokens), np.float32)
+
     rows, terms = (
         method.credit([replace(row, old_value=zeros(row)) for row in method.rows(batch)], batch),
         method.terms(batch),

@@ -111,7 +111,9 @@ def look(
 
 def by_source(out, source) -> list[np.ndarray]:
     """The gradients of the rows that have tokens of `source`."""
-    return [g for g, row in zip(out.gradients, out.rows) if (row.source == source).any()]
+    return [
+        g for g, row in zip(out.gradients, out.rows, strict=True) if (row.source == source).any()
+    ]
 
 
 BUDGET = Budget(prompts=4, samples=4, experts=3, steps=100, seed=7)

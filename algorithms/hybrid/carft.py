@@ -143,10 +143,10 @@ class CARFT(Method):
             return rows
         paired = {g.group for g in batch.groups if g.prompt.demonstration is not None}
         right = [r >= self.correct for g in batch.groups for r in g.rewards]
-        attracted = [ok and row.group in paired for row, ok in zip(rows, right)]
+        attracted = [ok and row.group in paired for row, ok in zip(rows, right, strict=True)]
         if self.as_ == "code" and any(attracted):
             attracted = [row.group in paired for row in rows]
-        rows = [with_contrast(row) if ok else row for row, ok in zip(rows, attracted)]
+        rows = [with_contrast(row) if ok else row for row, ok in zip(rows, attracted, strict=True)]
         drawn = {row.group for row in rows if "contrast" in row.weights}
         return rows + [
             replace(expert_row(demonstration(g), "anchor"), group=g.group)

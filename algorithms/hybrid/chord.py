@@ -65,8 +65,9 @@ class ChordMu(Method):
 
     def terms(self, batch: Batch):
         self.now = self.mu(batch.step, batch.signals)
-        return self.policy.terms(batch, 1.0 - self.now) + [
-            Term("expert", NLL(self.token_weight), coefficient=self.now)
+        return [
+            *self.policy.terms(batch, 1.0 - self.now),
+            Term("expert", NLL(self.token_weight), coefficient=self.now),
         ]
 
     def metrics(self, step):

@@ -93,7 +93,9 @@ class PrefixRFT(Method):
     def rows(self, batch: Batch) -> list[Row]:
         # apart, since a prefix inflates success
         rewards = {"reward_hybrid": [], "reward_plain": []}
-        for t, reward in ((t, r) for g in batch.groups for t, r in zip(g.trajectories, g.rewards)):
+        for t, reward in (
+            (t, r) for g in batch.groups for t, r in zip(g.trajectories, g.rewards, strict=True)
+        ):
             rewards[
                 "reward_hybrid" if (t.source == Source.PREFIX).any() else "reward_plain"
             ].append(reward)

@@ -46,4 +46,4 @@ class RLWithSFT(Method):
 
     def terms(self, batch: Batch):
         coefficient = self.policy.mean_weight * self.coefficient(batch.step, batch.signals)
-        return self.policy.terms(batch) + [Term("expert", NLL(), coefficient=coefficient)]
+        return [*self.policy.terms(batch), Term("expert", NLL(), coefficient=coefficient)]

@@ -68,7 +68,7 @@ class SRFT(Method):
         for group in batch.groups:
             own = [
                 policy_row(t, 1.0 if r > 0 else -1.0, "self")
-                for t, r in zip(group.trajectories, group.rewards)
+                for t, r in zip(group.trajectories, group.rewards, strict=True)
             ]
             united, demos = with_demonstration(group, group.demonstration_reward), []
             if united is not group:

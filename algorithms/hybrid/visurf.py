@@ -97,10 +97,14 @@ class ViSurf(Method):
         self.smoothed = sum(matched) / max(1, len(matched))
         groups = [self.united(g) for g in batch.groups]
         rows = []
-        for group, same, advantages in zip(groups, matched, self.policy.advantages(groups)):
+        for group, same, advantages in zip(
+            groups, matched, self.policy.advantages(groups), strict=True
+        ):
             if same:
                 advantages[-1] = 0.0  # what the mean gives but for rounding
-            rows += [self.policy.row(t, a) for t, a in zip(group.trajectories, advantages)]
+            rows += [
+                self.policy.row(t, a) for t, a in zip(group.trajectories, advantages, strict=True)
+            ]
         return rows
 
     def terms(self, batch: Batch):

@@ -165,7 +165,7 @@ class PolicyLoss:
 
     @property
     def uses_reference(self) -> bool:
-        return not self.kl.off or self.critic is not None and not self.critic.kl.off
+        return not self.kl.off or (self.critic is not None and not self.critic.kl.off)
 
     def accept(self, group: ScoredGroup) -> bool:
         """False for a group that teaches nothing and is to be redrawn."""
@@ -210,8 +210,8 @@ class PolicyLoss:
         """
         return [
             self.row(t, a)
-            for g, advantages in zip(groups, self.advantages(groups))
-            for t, a in zip(g.trajectories, advantages)
+            for g, advantages in zip(groups, self.advantages(groups), strict=True)
+            for t, a in zip(g.trajectories, advantages, strict=True)
         ]
 
     @property

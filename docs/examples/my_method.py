@@ -40,4 +40,4 @@ class FocalMix(Method):
 
     def terms(self, batch):
         mu = self.mu(batch.step, batch.signals)
-        return self.policy.terms(batch, 1 - mu) + [Term("expert", FocalNLL(self.k), coefficient=mu)]
+        return [*self.policy.terms(batch, 1 - mu), Term("expert", FocalNLL(self.k), coefficient=mu)]

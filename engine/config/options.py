@@ -114,4 +114,4 @@ def read_number(kind: type, value: Any) -> float | int | None:
         number = float(value)
     except (TypeError, ValueError):
         return None
-    return None if math.isnan(number) or kind is int and not number.is_integer() else kind(number)
+    return None if math.isnan(number) or (kind is int and not number.is_integer()) else kind(number)

@@ -39,7 +39,7 @@ def resolve_paths(config):
     model, reward = config.model, config.reward
     check_locale(config.run.name, "run.name")
     functions = tuple(code(name, "reward.functions") for name in reward.functions)
-    renamed = dict(zip(reward.functions, functions))
+    renamed = dict(zip(reward.functions, functions, strict=True))
     options = {renamed.get(name, name): value for name, value in reward.options.items()}
     record = config.rollout.record
     datasets = {}

@@ -41,7 +41,7 @@ class redirect_output:
     def __exit__(self, *exception) -> None:
         flush_streams()
         self.terminal.close()
-        for fd, saved in zip((1, 2), self._saved):
+        for fd, saved in zip((1, 2), self._saved, strict=True):
             os.dup2(saved, fd)
             os.close(saved)
 

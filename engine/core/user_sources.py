@@ -90,7 +90,7 @@ def with_imports(name: str) -> dict[str, Source]:
 def folder_of(name: str) -> Path:
     """The folder in which an imported module, or its outermost package, lies."""
     module = sys.modules[name]
-    file = Path(module.__file__ or Path(list(module.__path__)[0], "__init__.py"))
+    file = Path(module.__file__ or Path(next(iter(module.__path__)), "__init__.py"))
     inner = name.count(".") + (file.name == "__init__.py")
     return file.parents[inner]
 
@@ -146,7 +146,7 @@ def find_source(name: str, home: Path) -> Source | None:
     if spec is None:
         return None
     namespace = spec.origin is None and spec.submodule_search_locations
-    file = Path(list(namespace)[0], "__init__.py") if namespace else Path(spec.origin or "")
+    file = Path(next(iter(namespace)), "__init__.py") if namespace else Path(spec.origin or "")
     if file.suffix != ".py" or is_installed(name, file, home):
         return None
     try:

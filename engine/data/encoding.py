@@ -222,7 +222,10 @@ class Encoder:
     # -- tokens
 
     def prompt_tokens(self, text: str, chat: bool, label: str) -> np.ndarray:
-        """All tokens of the prompt, int32 [T]. Raises TooLong unless too long a one is to be cut."""
+        """All tokens of the prompt, int32 [T].
+
+        Raises TooLong unless too long a one is to be cut.
+        """
         limit = self.data.max_prompt_tokens
         cut = self.data.overlong == "truncate_left"
         if not cut:

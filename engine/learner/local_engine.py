@@ -146,7 +146,7 @@ class LocalEngine:
         """Add gradients of bfloat16 weights to their masters' in fp32, so that many micro-batches
         do not round each other away.
         """
-        for weight, master in zip(self.weights, self.masters):
+        for weight, master in zip(self.weights, self.masters, strict=True):
             if weight is not master and weight.grad is not None:
                 master.grad = (
                     weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
@@ -167,7 +167,7 @@ class LocalEngine:
 
     @torch.no_grad()
     def _refresh(self) -> None:
-        for weight, master in zip(self.weights, self.masters):
+        for weight, master in zip(self.weights, self.masters, strict=True):
             if weight is not master:
                 weight.copy_(master)
 

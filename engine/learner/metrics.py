@@ -67,7 +67,7 @@ def numbers(sums: dict[str, torch.Tensor]) -> dict[str, float]:
         if sums
         else []
     )
-    return dict(zip(sums, values))
+    return dict(zip(sums, values, strict=True))
 
 
 def gather(mine: dict[str, float], ranks: int) -> dict[str, float]:

@@ -134,7 +134,10 @@ class LearnerRank:
 
     def _forward(self, forward, micro: MicroBatch, temperature: float, entropy: bool, custom=None):
         check_vocabulary(micro, self.engine.module.model.get_input_embeddings().num_embeddings)
-        move = lambda array: torch.as_tensor(array, device=self.engine.device)
+
+        def move(array):
+            return torch.as_tensor(array, device=self.engine.device)
+
         if custom is None:
             hook = (None, None, None if micro.tree is None else move(micro.tree))
         else:
@@ -185,7 +188,10 @@ class LearnerRank:
         )[self.rank]
         results = [(micro, self._forward(forward, micro, temperature, False)) for micro in share]
         out: list[np.ndarray | None] = [None] * len(rows)
-        empty = lambda row: np.full((len(names), len(row.tokens)), np.nan, np.float32)
+
+        def empty(row):
+            return np.full((len(names), len(row.tokens)), np.nan, np.float32)
+
         if self.rank == 0:  # the packer leaves out rows without a trained token
             out = [None if row.trained.any() else empty(row) for row in rows]
         for micro, (logp, _, value) in results:

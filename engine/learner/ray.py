@@ -133,9 +133,12 @@ def actors(config: Config, model_path: str, placement, run_dir: str | Path) -> l
     if config.method:
         configured(config.method)  # loads the user's code, so that it is among what travels
     code, folder = user_code(), os.path.abspath(run_dir)
-    place = lambda rank: PlacementGroupSchedulingStrategy(
-        placement.group, placement_group_bundle_index=placement.learner_bundle(rank)
-    )
+
+    def place(rank):
+        return PlacementGroupSchedulingStrategy(
+            placement.group, placement_group_bundle_index=placement.learner_bundle(rank)
+        )
+
     return [
         ray.remote(RankActor)
         .options(
@@ -186,7 +189,10 @@ class RayLearner:
         """
         import ray
 
-        refs = [getattr(actor, method).remote(*args) for actor, args in zip(self.actors, arguments)]
+        refs = [
+            getattr(actor, method).remote(*args)
+            for actor, args in zip(self.actors, arguments, strict=True)
+        ]
         results, failures, waiting, end = {}, {}, list(refs), time.monotonic() + deadline
         while waiting:
             left = max(0.0, end - time.monotonic())
@@ -258,9 +264,12 @@ class RayLearner:
         import ray
 
         parts = self._all("streams", ray.put(list(rows)), temperature, reference)
-        complete = lambda lists: [
-            next(one for one in found if one is not None) for found in zip(*lists, strict=True)
-        ]
+
+        def complete(lists):
+            return [
+                next(one for one in found if one is not None) for found in zip(*lists, strict=True)
+            ]
+
         return {name: complete([part[name] for part in parts]) for name in parts[0]}
 
     def set_reference(self) -> None:
@@ -303,7 +312,10 @@ class RayLearner:
         return self._all("rss", deadline=CLOSE_SECONDS)
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
-        """End all ranks, by force where they do not end by themselves within `seconds`. Idempotent."""
+        """End all ranks, by force where they do not end by themselves within `seconds`.
+
+        Idempotent.
+        """
         import ray
 
         if not ray.is_initialized():

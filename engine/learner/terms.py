@@ -73,9 +73,14 @@ def streams(
     """The objective's view of a micro-batch. logp, entropy, the critic's value and a custom
     forward's extra streams: float32 [n] on the compute device.
     """
-    tensor = lambda name: (
-        torch.as_tensor(micro.streams[name], device=logp.device) if name in micro.streams else None
-    )
+
+    def tensor(name):
+        return (
+            torch.as_tensor(micro.streams[name], device=logp.device)
+            if name in micro.streams
+            else None
+        )
+
     return Tokens(
         logp=logp,
         segment=torch.as_tensor(micro.segment, device=logp.device),
@@ -153,7 +158,10 @@ def means(sums: Mapping[str, float]) -> dict[str, float]:
     names = [
         key.removeprefix("sum/") for key in sums if key.startswith("sum/") and key.count("/") >= 2
     ]
-    count = lambda name: (
-        sums.get(f"count/{name.rpartition('/')[0]}") or sums[f"count/{name.partition('/')[0]}"]
-    )
+
+    def count(name):
+        return (
+            sums.get(f"count/{name.rpartition('/')[0]}") or sums[f"count/{name.partition('/')[0]}"]
+        )
+
     return {name: sums[f"sum/{name}"] / count(name) for name in names}

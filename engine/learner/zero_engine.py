@@ -27,7 +27,10 @@ BUCKET = 50_000_000
 def zero_config(
     stage: int, dtype: torch.dtype, clip: float, offload: bool, persistent: int
 ) -> dict:
-    """DeepSpeed's settings. Gradient clipping is written out because its default is 1.0, not off."""
+    """DeepSpeed's settings.
+
+    Gradient clipping is written out because its default is 1.0, not off.
+    """
     # Stage 0 reduces at a boundary that we set; from stage 1 on DeepSpeed lets the caller own it
     # ("unmanaged") and `step` is the boundary.
     config = {

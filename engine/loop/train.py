@@ -184,13 +184,16 @@ def update(
         with naming(run.method):
             reports.append(run.learner.step(plan))
     keys = {key: None for report in reports for key in report.metrics}
-    over = lambda key: (
-        np.sum
-        if key.startswith(("tokens/", "seconds/"))
-        else np.max
-        if key == "gap/max"
-        else np.mean
-    )
+
+    def over(key):
+        return (
+            np.sum
+            if key.startswith(("tokens/", "seconds/"))
+            else np.max
+            if key == "gap/max"
+            else np.mean
+        )
+
     return StepReport(
         {
             key: float(over(key)([r.metrics[key] for r in reports if key in r.metrics]))

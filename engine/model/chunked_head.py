@@ -98,7 +98,10 @@ class ChunkedHead(torch.autograd.Function):
                 d_weight.addmm_(d_z.T, hidden[part])
             elif d_weight is not None:
                 d_weight += d_z.T @ hidden[part]
-        cast = lambda grad, like: None if grad is None else grad.to(like.dtype)
+
+        def cast(grad, like):
+            return None if grad is None else grad.to(like.dtype)
+
         return (
             d_hidden,
             cast(d_weight, weight),
@@ -134,6 +137,9 @@ def final_logits(
 def cap_slope(
     log_p: torch.Tensor, lse: torch.Tensor, temperature: float, cap: float
 ) -> torch.Tensor:
-    """1 - tanh^2 at the capped logits that gave `log_p` [chunk, V]; lse [chunk, 1]. A fresh tensor."""
+    """1 - tanh^2 at the capped logits that gave `log_p` [chunk, V]; lse [chunk, 1].
+
+    A fresh tensor.
+    """
     tanh = (log_p + lse).mul_(temperature / cap)
     return tanh.square_().neg_().add_(1.0)

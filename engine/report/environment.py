@@ -31,7 +31,10 @@ PACKAGES = (
 
 
 def record_environment(path: Path, report: Callable[[str], None], **facts: Any) -> None:
-    """Append an entry for this start, with `facts` in it. `report` is told if the file was damaged."""
+    """Append an entry for this start, with `facts` in it.
+
+    `report` is told if the file was damaged.
+    """
     starts = earlier_starts(path, report)
     starts.append(
         {

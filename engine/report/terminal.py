@@ -7,6 +7,7 @@ it never waits for the reader. Both fall silent at the first failure, and keep i
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import queue
@@ -114,10 +115,8 @@ class Screen(io.TextIOBase):
 
     def write(self, text: str) -> int:
         if self.error is None:
-            try:
+            with contextlib.suppress(queue.Full):
                 self.waiting.put_nowait(text)
-            except queue.Full:
-                pass
         return len(text)
 
     def drain(self) -> None:
@@ -133,10 +132,8 @@ class Screen(io.TextIOBase):
     def finish(self) -> None:
         """Write what waits, if the reader takes it, and end the thread."""
         self.drain()
-        try:
+        with contextlib.suppress(queue.Full):
             self.waiting.put_nowait(None)
-        except queue.Full:
-            pass
         if not self.slow:
             self.thread.join(PATIENCE)
 

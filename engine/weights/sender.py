@@ -395,7 +395,10 @@ def trainer_engine(
         init = IPCTrainerInitInfo(
             packed=True, packed_buffer_size_bytes=max(size, largest), rank=rank
         )
-    connect = lambda: WeightTransferTrainerFactory.trainer_init(init, client=client, source=source)
+
+    def connect():
+        return WeightTransferTrainerFactory.trainer_init(init, client=client, source=source)
+
     return Sender(
         connect()
         if transport in ("shm", "gloo") or client is None

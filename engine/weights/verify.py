@@ -56,7 +56,10 @@ def sync(learner, version: int) -> SyncReport:
         )
     last = learner.synced
     if last is not None and (last.sent == sent) != (last.held == held[0]):
-        moved = lambda a, b: "are the same as" if a == b else "differ from"
+
+        def moved(a, b):
+            return "are the same as" if a == b else "differ from"
+
         raise SyncError(
             f"weights {version} {moved(last.sent, sent)} those sent before, but the weights "
             f"the engines compute with {moved(last.held, held[0])} "

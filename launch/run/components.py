@@ -205,26 +205,30 @@ class Run:
         if cfg.mode == "inline" or self.replaying:
             from tandem.rollout.local import LocalPool
 
-            start_pool = lambda: LocalPool.start(cfg, self.model_path, self.folder)
+            def start_pool():
+                return LocalPool.start(cfg, self.model_path, self.folder)
+
         if cfg.mode == "inline":
             from tandem.engine.learner.inline import InlineLearner
 
-            start_learner = lambda: InlineLearner.start(cfg, self.model_path)
+            def start_learner():
+                return InlineLearner.start(cfg, self.model_path)
         else:
             from tandem.engine.learner.ray import RayLearner
             from tandem.launch import placement
 
             self.placement = placement.start(cfg, self.folder, self.display.message)
             self.stack.callback(self.placement.close)
-            start_learner = lambda: RayLearner.start(
-                cfg, self.model_path, self.placement, self.folder
-            )
+
+            def start_learner():
+                return RayLearner.start(cfg, self.model_path, self.placement, self.folder)
+
             if not self.replaying:
                 from tandem.rollout.pool import EnginePool
 
-                start_pool = lambda: EnginePool.start(
-                    cfg, self.model_path, self.placement, self.folder
-                )
+                def start_pool():
+                    return EnginePool.start(cfg, self.model_path, self.placement, self.folder)
+
         # one after the other: transformers cannot load two models in one process at once, and a
         # vLLM engine measures its GPU while nobody else takes memory of it
         in_turn = cfg.mode == "inline" or (cfg.cluster.colocate and cfg.cluster.engine_gpus > 0)
@@ -378,7 +382,7 @@ class Run:
             np.abs(l - r.behaviour_logp)[
                 r.trained & (r.source == Source.POLICY) & (r.version == version)
             ]
-            for l, r in zip(logps, rows)
+            for l, r in zip(logps, rows, strict=True)
             if r.behaviour_logp is not None and r.version is not None
         ]
         gaps = np.concatenate([np.zeros(0, np.float32), *gaps])

@@ -118,7 +118,10 @@ def rollout_only(run: Run) -> None:
 
 def summary(run: Run) -> None:
     if run.last_eval is not None:
-        show = lambda r: f"{r.accuracy:.3f} +- {r.standard_error:.3f}"
+
+        def show(r):
+            return f"{r.accuracy:.3f} +- {r.standard_error:.3f}"
+
         run.display.message(
             f"held-out accuracy   before {show(run.first_eval)}   after "
             f"{show(run.last_eval)}   ({run.last_eval.describe()})"

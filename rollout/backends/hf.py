@@ -92,7 +92,7 @@ class HFBackend:
         waiting = [row for group in rows for row in group if row.room > 0]
         for start in range(0, len(waiting), self.max_sequences):
             decode(self.model, waiting[start : start + self.max_sequences], self.eos)
-        for request, group in zip(requests, rows):
+        for request, group in zip(requests, rows, strict=True):
             if not all(np.isfinite(row.logp).all() for row in group):
                 raise RuntimeError(
                     f"prompt {request.prompt.id!r}: the model's output is not finite with "
@@ -102,7 +102,7 @@ class HFBackend:
         self.generated_tokens += sum(len(row.tokens) for row in waiting)
         return [
             tuple(self.trajectory(request, row) for row in group)
-            for request, group in zip(requests, rows)
+            for request, group in zip(requests, rows, strict=True)
         ]
 
     def rows(self, request: GenRequest) -> list[Sample]:
@@ -141,7 +141,7 @@ class HFBackend:
                 sampling,
                 u,
             )
-            for prefix, u in zip(prefixes, uniforms)
+            for prefix, u in zip(prefixes, uniforms, strict=True)
         ]
 
     def trajectory(self, request: GenRequest, row: Sample) -> Trajectory:

@@ -95,7 +95,7 @@ class Reply:
     wrong.
     """
 
-    values: tuple[float | None | RewardError, ...]
+    values: tuple[float | RewardError | None, ...]
     returned: str = ""  # type that the function returned, for people
     seconds: float = 0.0
     traceback: str = ""
@@ -167,7 +167,7 @@ class RewardFunction:
         )
         return Reply(entries, returned, time.perf_counter() - start, trace)
 
-    def values(self, result: Any, samples: int) -> tuple[float | None | values.Failure, ...]:
+    def values(self, result: Any, samples: int) -> tuple[float | values.Failure | None, ...]:
         """The function's result as one checked entry per text."""
         if self.signature.per_group:
             return values.of_group(result, samples)

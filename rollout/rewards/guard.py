@@ -16,7 +16,10 @@ LOST_CONNECTION = 70  # exit code
 
 
 class Guard:
-    """The state of this process as it is now. `connection` is the descriptor over which it answers."""
+    """The state of this process as it is now.
+
+    `connection` is the descriptor over which it answers.
+    """
 
     def __init__(self, connection: int):
         self.connection = connection

@@ -10,6 +10,7 @@ such outcomes exceed reward.max_error_rate.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import math
 import os
 import pickle
@@ -195,7 +196,7 @@ class RewardRunner:
             errors: list[RewardError] = []
             weighted: list[tuple[float, float]] = []
             for number, (name, signature, weight) in enumerate(
-                zip(self.names, self.signatures, self.weights)
+                zip(self.names, self.signatures, self.weights, strict=True)
             ):
                 first = 0 if signature.per_group else i
                 reply = replies[number, first].result()
@@ -322,7 +323,10 @@ class Worker(threading.Thread):
         """One call, its deadline included. Raises ConfigError for a row that cannot be sent."""
         message = packed(number, call)
         name = self.runner.signatures[number].name
-        failed = lambda kind, text: Reply((RewardError(kind, text, name),) * len(call.texts))
+
+        def failed(kind, text):
+            return Reply((RewardError(kind, text, name),) * len(call.texts))
+
         if self.process is None or self.process.poll() is not None:
             self.kill()
             if isinstance(answer := self.start_process(), str):
@@ -471,10 +475,8 @@ class Worker(threading.Thread):
         if self.process is None:
             return
         self.signal_group(signal.SIGTERM)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            pass
         self.signal_group(signal.SIGKILL)
         self.process.wait()
         self.connection.close()

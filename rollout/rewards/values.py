@@ -27,7 +27,7 @@ class Failure:
     message: str
 
 
-def of_group(result: Any, samples: int) -> tuple[float | None | Failure, ...]:
+def of_group(result: Any, samples: int) -> tuple[float | Failure | None, ...]:
     """The entries of a result for a whole group: any ordered collection of numbers, generators too.
 
     None: does not apply.

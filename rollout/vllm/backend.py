@@ -246,7 +246,7 @@ class VllmBackend:
                 final = answer
         except EngineDeadError as error:
             raise EngineDied(f"vLLM's engine process died: {error}") from error
-        pairs = zip(tokens.tolist(), final.prompt_logprobs)
+        pairs = zip(tokens.tolist(), final.prompt_logprobs, strict=False)
         scores = [found[token].logprob for token, found in pairs if found is not None]
         return np.array(scores, np.float32)
 

@@ -91,7 +91,7 @@ class CpuReceiver(WeightTransferEngine[CpuInitInfo, CpuUpdateInfo]):
         ]
         plan = list(buckets(meta, self.bucket_bytes))
         # the channel first: it is told that the last buffer is done with, too
-        for buffer, bucket in zip(self.channel.receive(map(size_of, plan)), plan):
+        for buffer, bucket in zip(self.channel.receive(map(size_of, plan)), plan, strict=True):
             self.watch.lap("receive")
             weights = [
                 (m.name, buffer[start : start + size].view(m.dtype).view(m.shape))
@@ -279,7 +279,9 @@ class WorkerExtension:
         }
         # the learner waits meanwhile, so that its core is free
         with ThreadPoolExecutor(2) as threads:
-            return dict(zip(jobs, threads.map(lambda job: job[0](job[1]), jobs.values())))
+            return dict(
+                zip(jobs, threads.map(lambda job: job[0](job[1]), jobs.values()), strict=True)
+            )
 
     def tandem_die_with(self, parent: int) -> None:
         """Exit when process `parent` is gone: a worker whose owner was killed would hold its memory

@@ -133,7 +133,7 @@ class Case:
         """The answer to one of REQUESTS, all asked at once with the first weights."""
         if not self.answers:
             assert self.version == 0
-            self.answers = dict(zip(REQUESTS, self.generate(*REQUESTS.values())))
+            self.answers = dict(zip(REQUESTS, self.generate(*REQUESTS.values()), strict=True))
         return self.answers[name]
 
     def update(self, change) -> dict[str, str]:
@@ -371,7 +371,7 @@ def test_every_token_has_its_source_log_prob_and_version(case):
 def test_a_response_ends_with_end_of_sequence_or_at_max_tokens(case):
     seen = set()
     for name, request in REQUESTS.items():
-        for i, t in enumerate(case.answer(name)):
+        for _i, t in enumerate(case.answer(name)):
             response = t.response
             assert EOS not in response[:-1] and len(response) <= request.sampling.max_tokens
             if t.finish == Finish.STOP:
@@ -399,7 +399,7 @@ def test_log_probs_are_those_of_the_sampled_distribution(case, name):
 
 @every_backend
 def test_forced_prefixes_are_kept_and_count_towards_max_tokens(case):
-    for prefix, t in zip(REQUESTS["prefixed"].prefixes, case.answer("prefixed")):
+    for prefix, t in zip(REQUESTS["prefixed"].prefixes, case.answer("prefixed"), strict=True):
         assert np.array_equal(t.response[: len(prefix)], prefix)
         assert gap(t, reference(case.model, t)) < GAP
     assert (
@@ -427,7 +427,10 @@ def test_same_seed_same_tokens_and_samples_differ(case):
     request = REQUESTS["plain"]
     other_seed = replace(request, sampling=replace(request.sampling, seed=99))
     (a,), (b,), (c,) = case.generate(request), case.generate(request), case.generate(other_seed)
-    tokens = lambda answer: [t.tokens.tolist() for t in answer]
+
+    def tokens(answer):
+        return [t.tokens.tolist() for t in answer]
+
     assert tokens(a) == tokens(b) != tokens(c)
     assert len({tuple(t) for t in tokens(a)}) > request.samples / 2
 
@@ -497,7 +500,7 @@ def test_groups_come_back_in_the_order_of_the_requests(case):
         )
         for i in range(12)
     ]
-    for request, answer in zip(requests, case.generate(*requests)):
+    for request, answer in zip(requests, case.generate(*requests), strict=True):
         assert len(answer) == request.samples
         assert all(
             t.group == request.group

@@ -113,7 +113,7 @@ def test_nothing_but_trained_tokens_has_a_gradient(name, options):
         make_method(name, options),
         batch(groups=[aligned([0, 1, 0, 0], 1.0, prefix=True), hinted((0, 1), 1)]),
     )
-    for row, g in zip(out.rows, out.gradients):
+    for row, g in zip(out.rows, out.gradients, strict=True):
         assert not g[row.source == Source.PROMPT].any() and not g[~row.trained].any()
         shared = [w for w in row.weights.values()]
         assert all(a is b or not np.shares_memory(a, b) for a in shared for b in shared) and len(
@@ -131,7 +131,10 @@ def test_order_and_packing_change_nothing(name, options):
     groups = [
         aligned([0, 1, 0, 2] if n else [0, 0, 0, 0], 1.0, number=n, prefix=n == 2) for n in range(3)
     ]
-    other_ids = lambda t, n: replace(t, tokens=t.tokens + 20 * n * (t.source == Source.POLICY))
+
+    def other_ids(t, n):
+        return replace(t, tokens=t.tokens + 20 * n * (t.source == Source.POLICY))
+
     groups = [
         replace(g, trajectories=tuple(other_ids(t, n) for t in g.trajectories))
         for n, g in enumerate(groups)
@@ -154,16 +157,18 @@ def test_order_and_packing_change_nothing(name, options):
     assert split.terms == {
         term: pytest.approx(value, rel=1e-5, abs=1e-6) for term, value in whole.terms.items()
     }
-    theirs = {(row.group, *row.tokens): g for row, g in zip(split.rows, split.gradients)}
+    theirs = {
+        (row.group, *row.tokens): g for row, g in zip(split.rows, split.gradients, strict=True)
+    }
     assert len(theirs) == len(split.rows) == len(whole.rows)
-    for row, g in zip(whole.rows, whole.gradients):
+    for row, g in zip(whole.rows, whole.gradients, strict=True):
         np.testing.assert_allclose(theirs[(row.group, *row.tokens)], g, rtol=1e-4, atol=1e-7)
 
 
 def assert_same_steps(ours, theirs):
     assert len(ours) == len(theirs) > 0
     for (demand, rows, loss, gs, signals), (demand_, rows_, loss_, gs_, signals_) in zip(
-        ours, theirs
+        ours, theirs, strict=True
     ):
         assert demand == demand_ and loss == loss_ and signals == signals_
         for a, b in zip(rows, rows_, strict=True):
@@ -206,12 +211,14 @@ def test_draws_depend_on_seed_and_step_alone(name, options):
 
 
 def test_another_seed_draws_another_switch():
-    kinds = lambda seed: [
-        demand.kind
-        for demand, *_ in drive(
-            make_method("sasr", {"warmup": 1}), range(30), budget=replace(BUDGET, seed=seed)
-        )[0]
-    ]
+    def kinds(seed):
+        return [
+            demand.kind
+            for demand, *_ in drive(
+                make_method("sasr", {"warmup": 1}), range(30), budget=replace(BUDGET, seed=seed)
+            )[0]
+        ]
+
     assert kinds(1) == kinds(1) != kinds(2) and {"sft", "rl"} == set(kinds(1))
 
 

@@ -88,14 +88,17 @@ def test_four_steps_equal_two_resumed_for_two_more_to_the_bit(tmp_path, method, 
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
-    timeless = lambda run: [
-        {
-            k: v
-            for k, v in line.items()
-            if not any(w in k for w in ("seconds", "time/", "per_second", "idle"))
-        }
-        for line in lines(run / "metrics.jsonl")
-    ]
+
+    def timeless(run):
+        return [
+            {
+                k: v
+                for k, v in line.items()
+                if not any(w in k for w in ("seconds", "time/", "per_second", "idle"))
+            }
+            for line in lines(run / "metrics.jsonl")
+        ]
+
     assert timeless(whole) == timeless(parts)
     assert lines(whole / "rollouts.jsonl") == lines(parts / "rollouts.jsonl")
 
@@ -343,11 +346,18 @@ def test_a_step_without_rollouts_leaves_what_goes_by_the_reward_where_it_was(tmp
         "       return super().rows(batch)\n"
         "    def metrics(self, step):\n        return {'mu': self.now}\n"
     )
-    run = lambda *more: train(
-        config(
-            tmp_path, {"name": f"{method}:Mine", "every": 2}, SHORT, "data.evaluation=null", *more
+
+    def run(*more):
+        return train(
+            config(
+                tmp_path,
+                {"name": f"{method}:Mine", "every": 2},
+                SHORT,
+                "data.evaluation=null",
+                *more,
+            )
         )
-    )
+
     assert run("run.steps=3") == run("run.steps=6", "run.resume=true") == 0
     steps = [line for line in lines(tmp_path / "run" / "metrics.jsonl") if "mu" in line]
     assert ["reward/mean" in line for line in steps] == [False, True] * 3

@@ -88,7 +88,7 @@ def run_workers(stage, ranks, model_path, folder):
         for rank, log in enumerate(logs)
     ]
     try:
-        for worker, log in zip(workers, logs):
+        for worker, log in zip(workers, logs, strict=True):
             assert worker.wait(timeout=200) == 0, (
                 f"stage {stage}, {log.name}:\n{log.read_text()[-3000:]}"
             )
@@ -124,7 +124,7 @@ def test_gradient_equals_plain_pytorch_for_every_term_and_split(results, expecte
     """Section 0.6 (I-0a) of the methods dossier: unequal micro-batches, ZeRO 1 to 3, offload, one
     and two ranks.
     """
-    stage, ranks, cases = results
+    _stage, _ranks, cases = results
     for case, outs in cases.items():
         for out in outs if case != "bfloat16" else ():
             assert {count for _, count in out["gradients"]} == {1, 3, 8}
@@ -145,7 +145,7 @@ def test_gradient_equals_plain_pytorch_for_every_term_and_split(results, expecte
 
 @pytest.mark.parametrize("name", ["ift", "carft"])
 def test_a_forward_of_the_methods_own_gives_the_same_step_at_every_stage(results, model_path, name):
-    stage, ranks, cases = results
+    _stage, _ranks, cases = results
     right = local(model_path).step(hook_plan(name)).metrics
     assert right["grad_norm"] > 0 and ("contrast/similarity" in right or "ift/guessed" in right)
     for case in cases.keys() - {"bfloat16"}:
@@ -167,7 +167,7 @@ def test_the_stage_is_real(results, model_path):
     """Offload offloads, and stage 3 has partitioned every parameter: else the other tests would
     test nothing.
     """
-    stage, ranks, cases = results
+    stage, _ranks, cases = results
     assert all(
         out["offloaded"] == (case == "offload") for case, outs in cases.items() for out in outs
     )
@@ -177,7 +177,7 @@ def test_the_stage_is_real(results, model_path):
 
 
 def test_report_is_that_of_the_global_batch(results, model_path):
-    stage, ranks, cases = results
+    _stage, _ranks, cases = results
     whole = local(model_path).step(make_plan(make_rows(0))).metrics
     for out in cases["plain"]:
         assert out["first"].keys() == whole.keys()
@@ -186,7 +186,7 @@ def test_report_is_that_of_the_global_batch(results, model_path):
 
 
 def test_several_steps_with_clipping_and_moment_sets_equal_one_process(results, model_path):
-    stage, ranks, cases = results
+    _stage, _ranks, cases = results
     one = local(model_path)
     assert one.step(make_plan(make_rows(0))).metrics["grad_norm"] > CLIP
     one.step(make_plan(make_rows(1), optimizer="sft"))
@@ -212,7 +212,7 @@ def local(model_path):
 
 
 def test_non_finite_gradient_of_one_rank_changes_nothing_on_any(results):
-    stage, ranks, cases = results
+    _stage, _ranks, cases = results
     for case, outs in cases.items():
         for out in outs:
             skipped, norm = out["poisoned"]
@@ -226,7 +226,7 @@ def test_non_finite_gradient_of_one_rank_changes_nothing_on_any(results):
 
 def test_resume_is_exact(results):
     """Weights, the moments of all sets and the random state, in the same engine and in a new one."""
-    stage, ranks, cases = results
+    _stage, _ranks, cases = results
     for case, outs in cases.items():
         for out in outs:
             assert torch.equal(out["noise"], out["noise again"])
@@ -240,7 +240,7 @@ def test_resume_is_exact(results):
 
 
 def test_the_export_of_every_stage_is_the_whole_model(results):
-    stage, ranks, cases = results
+    _stage, _ranks, cases = results
     for case, outs in cases.items():
         right = {
             name: tensor
@@ -251,12 +251,12 @@ def test_the_export_of_every_stage_is_the_whole_model(results):
 
 
 def test_logprobs_and_values_of_all_ranks_together_are_those_of_one_process(results, model_path):
-    stage, ranks, cases = results
+    _stage, _ranks, cases = results
     one = local(model_path)
     one.step(make_plan(make_rows(0)))
     rows = make_rows(5)
     for name, streams in one.streams(rows, 0.8).items():
-        for i, (row, right) in enumerate(zip(rows, streams)):
+        for i, (row, right) in enumerate(zip(rows, streams, strict=True)):
             found = [
                 out["streams"][name][i]
                 for out in cases["plain"]

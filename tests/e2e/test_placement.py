@@ -138,10 +138,13 @@ def test_a_colocated_engine_is_where_its_learner_rank_is_and_nobody_else(
     places = placement.start(cfg, in_tmp / "run", said.append)
     try:
         engines, ranks = actors_of(cfg, places, in_tmp / "run")
-        where = lambda actor: (
-            __import__("ray").get_runtime_context().get_node_id(),
-            __import__("ray").get_gpu_ids(),
-        )
+
+        def where(actor):
+            return (
+                __import__("ray").get_runtime_context().get_node_id(),
+                __import__("ray").get_gpu_ids(),
+            )
+
         found = ray.get(
             [actor.__ray_call__.remote(where) for actor in (*engines, *ranks)], timeout=120
         )
@@ -204,13 +207,15 @@ def test_local_ray_gives_engines_and_ranks_their_places_and_ends(in_tmp):
                 os.environ["DS_ACCELERATOR"],
             )
 
-        at = lambda bundle, cpus, env: probe.options(
-            num_cpus=cpus,
-            runtime_env={"env_vars": env},
-            scheduling_strategy=PlacementGroupSchedulingStrategy(
-                places.group, placement_group_bundle_index=bundle
-            ),
-        ).remote()
+        def at(bundle, cpus, env):
+            return probe.options(
+                num_cpus=cpus,
+                runtime_env={"env_vars": env},
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    places.group, placement_group_bundle_index=bundle
+                ),
+            ).remote()
+
         bundles = [
             places.engine_bundle(0),
             places.engine_bundle(1),
@@ -245,10 +250,13 @@ def test_pinned_engine_and_rank_have_a_core_each_with_all_their_threads(in_tmp):
     places = placement.start(cfg, in_tmp / "run", lambda line: None)
     try:
         engines, ranks = actors_of(cfg, places, in_tmp / "run")
-        threads = lambda actor: [
-            sorted(__import__("os").sched_getaffinity(int(t)))
-            for t in __import__("os").listdir("/proc/self/task")
-        ]
+
+        def threads(actor):
+            return [
+                sorted(__import__("os").sched_getaffinity(int(t)))
+                for t in __import__("os").listdir("/proc/self/task")
+            ]
+
         engine, rank = ray.get(
             [actor.__ray_call__.remote(threads) for actor in (*engines, *ranks)], timeout=120
         )

@@ -53,7 +53,7 @@ def sampled_gap(pool, learner, seed):
     ]
     return max(
         float(np.nanmax(np.abs(l - t.behaviour_logp)))
-        for l, t in zip(learner.logprobs(rows, TEMPERATURE), trajectories)
+        for l, t in zip(learner.logprobs(rows, TEMPERATURE), trajectories, strict=True)
     ), trajectories
 
 
@@ -107,13 +107,13 @@ def test_two_ranks_and_an_engine(model_path, tmp_path):
             )
             assert all(
                 np.allclose(a, b, atol=1e-4, equal_nan=True)
-                for a, b in zip(learner.logprobs(rows, 1.0), one.logprobs(rows, 1.0))
+                for a, b in zip(learner.logprobs(rows, 1.0), one.logprobs(rows, 1.0), strict=True)
             )
             assert len(learner.rss()) == 2 and min(learner.rss()) > 50e6
             learner.save(tmp_path / "checkpoint")
             learner.step(make_plan(rows, ranks=2))
             # the engine is asked to confirm weights it was never sent
-            with pytest.raises(SyncError, match="other bytes|differ"):
+            with pytest.raises(SyncError, match=r"other bytes|differ"):
                 learner.synced = weights.Synced("0" * 32, learner.synced.held)
                 learner.load(tmp_path / "checkpoint")
                 weights.sync(learner, 3)

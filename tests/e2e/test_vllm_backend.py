@@ -53,7 +53,10 @@ def test_same_seed_same_samples_other_group_other_samples(rig):
         rig.wait(rig.backend.generate(request)),
         rig.generate(PROMPT),
     )
-    same = lambda a, b: [x.tokens.tolist() for x in a] == [x.tokens.tolist() for x in b]
+
+    def same(a, b):
+        return [x.tokens.tolist() for x in a] == [x.tokens.tolist() for x in b]
+
     assert same(first, again) and not same(first, other)
 
 
@@ -127,10 +130,13 @@ def test_update_in_flight_stamps_two_versions(rig):
     running = asyncio.run_coroutine_threadsafe(
         rig.backend.generate(rig.request(PROMPT, 4, max_tokens=600, min_tokens=600)), rig.loop
     )
-    progress = lambda: [
-        s.detokenizer.num_output_tokens()
-        for s in list(rig.backend.llm.output_processor.request_states.values())
-    ]
+
+    def progress():
+        return [
+            s.detokenizer.num_output_tokens()
+            for s in list(rig.backend.llm.output_processor.request_states.values())
+        ]
+
     while not (progress() and min(progress()) > 20):
         assert not running.done()
     rig.change_weights()
@@ -150,9 +156,10 @@ def test_update_in_flight_stamps_two_versions(rig):
 
 def test_aborted_requests_end_at_once_and_vllm_forgets_them(rig):
     tables = rig.backend.llm.output_processor
-    start = lambda request: asyncio.run_coroutine_threadsafe(
-        rig.backend.generate(request), rig.loop
-    )
+
+    def start(request):
+        return asyncio.run_coroutine_threadsafe(rig.backend.generate(request), rig.loop)
+
     # the first leaves no room to sample
     ended = [np.arange(40, 640).astype(np.int32), np.zeros(0, np.int32)]
     requests = [
@@ -163,9 +170,10 @@ def test_aborted_requests_end_at_once_and_vllm_forgets_them(rig):
         [start(r) for r in requests],
         start(rig.request(PROMPT, 2, max_tokens=200, min_tokens=200)),
     )
-    progress = lambda: [
-        s.detokenizer.num_output_tokens() for s in list(tables.request_states.values())
-    ]
+
+    def progress():
+        return [s.detokenizer.num_output_tokens() for s in list(tables.request_states.values())]
+
     while not (len(progress()) == 7 and min(progress()) > 10):
         assert not any(f.done() for f in doomed)
     for request in requests:
@@ -191,7 +199,7 @@ def test_missing_parameter_is_found(rig):
     # a third of a fused layer
     name = "model.layers.2.self_attn.k_proj.weight"
     sender = rig.connect(skip=[name])
-    with pytest.raises(SyncError, match="layers.2.self_attn.qkv_proj"):
+    with pytest.raises(SyncError, match=r"layers.2.self_attn.qkv_proj"):
         rig.sync(sender)
     # half-loaded weights never sample a token
     with pytest.raises(EngineDied, match="incomplete"):

@@ -85,7 +85,7 @@ def test_full_while_metrics_or_rollouts_are_written(results):
 
 
 def test_no_room_for_one_checkpoint_is_found_before_the_run(results):
-    found, folder = results
+    found, _folder = results
     assert found["no room"]["code"] == 2, found["no room"]
     assert (
         "MiB are free on the disk of" in found["no room"]["err"]

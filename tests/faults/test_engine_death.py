@@ -118,7 +118,7 @@ def test_engines_share_the_work_and_agree(rig):
     # by load, ties by index: the same every time
     assert loads == [[4, 2], [3, 1]]
     for future in futures:
-        (group,) = {t.group for t in future.result(60)}
+        (_group,) = {t.group for t in future.result(60)}
         assert all((t.version[t.source == Source.POLICY] == 1).all() for t in future.result())
     stats = rig.pool.stats()
     assert stats["engines"] == 2 and stats["busy_seconds"] > 0
@@ -134,7 +134,7 @@ def pinned(rig):
     """cluster.pin_cores: each engine has a core of its own, for all threads of its actor and of
     vLLM's process.
     """
-    for pids, core in zip(rig.ask("process_ids"), sorted(os.sched_getaffinity(0))):
+    for pids, core in zip(rig.ask("process_ids"), sorted(os.sched_getaffinity(0)), strict=False):
         threads = [thread.id for pid in pids for thread in psutil.Process(pid).threads()]
         assert (
             len(pids) == 2
@@ -175,7 +175,7 @@ def test_an_aborted_request_frees_its_engine(rig):
 
 
 def test_engine_killed_mid_group(rig):
-    victim, survivor = rig.ask("process_ids")
+    victim, _survivor = rig.ask("process_ids")
     futures = rig.submit(2, samples=32, max_tokens=900, min_tokens=900)
     time.sleep(0.2)
     # the actor; vLLM's process must not outlive it
@@ -227,7 +227,7 @@ def test_engine_killed_mid_transfer(rig):
     # vLLM itself would leave the call unanswered for ever
     assert time.monotonic() - begin < CONFIG.sync.timeout
     # the survivor is stuck in the update, so it counts as dead as well
-    with pytest.raises(RolloutPoolExhausted, match="engine 0: .*\n.*engine 1: "):
+    with pytest.raises(RolloutPoolExhausted, match=r"engine 0: .*\n.*engine 1: "):
         rig.pool.recover()
     with pytest.raises(EngineDied):
         rig.submit(1)[0].result(10)

@@ -216,7 +216,7 @@ def test_a_worker_that_died_idle_is_replaced_at_no_cost(start):
 def test_too_many_failures_stop_the_run(start):
     runner = start(MISBEHAVE, max_error_rate=0.05)
     assert [o.value for o in outcomes(runner, *["good"] * 18)] == [1.0] * 18
-    with pytest.raises(RewardFailure, match="(?s)2 of 20 samples.*KeyError: 'lost'.*SIGSEGV"):
+    with pytest.raises(RewardFailure, match=r"(?s)2 of 20 samples.*KeyError: 'lost'.*SIGSEGV"):
         outcomes(runner, "raise", "segfault")
     with pytest.raises(RewardFailure):
         submit(runner, "good")

@@ -158,7 +158,7 @@ def test_only_the_listed_environment_reaches_workers(start, monkeypatch):
     monkeypatch.setenv("TMPDIR", "/tmp")
     monkeypatch.setenv("LC_ALL", "C.UTF-8")
     runner = start(source, environment=("MY_JUDGE_URL", "MY_TOKEN"))
-    assert dict(zip(names, [o.value for o in outcomes(runner, *names)])) == names
+    assert dict(zip(names, [o.value for o in outcomes(runner, *names)], strict=True)) == names
 
 
 def test_an_error_that_speaks_of_a_withheld_variable_says_how_to_pass_it(start, monkeypatch):
@@ -167,12 +167,12 @@ def test_an_error_that_speaks_of_a_withheld_variable_says_how_to_pass_it(start, 
     (outcome,) = outcomes(start(source), "a")
     assert "set reward.environment=[MY_JUDGE_URL]" in outcome.error.message
     assert outcomes(start(source, environment=("MY_JUDGE_URL",)), "a")[0].value == 12.0
-    with pytest.raises(ConfigError, match="set reward.environment=.MY_JUDGE_URL"):
+    with pytest.raises(ConfigError, match=r"set reward.environment=.MY_JUDGE_URL"):
         start("import os\nURL = os.environ['MY_JUDGE_URL']\ndef score(completion): return 1.0")
 
 
 def test_a_variable_that_is_not_set_is_refused(start):
-    with pytest.raises(ConfigError, match="reward.environment names 'NOT_SET_ANYWHERE'"):
+    with pytest.raises(ConfigError, match=r"reward.environment names 'NOT_SET_ANYWHERE'"):
         start("def score(completion): return 1.0", environment=("NOT_SET_ANYWHERE",))
 
 

@@ -46,7 +46,7 @@ def test_a_run_on_a_terminal_that_fails(results, name):
 
 
 def test_an_ascii_terminal_shows_everything_else(results):
-    found, folder = results
+    found, _folder = results
     assert (
         "run folder runs/caf?_ascii" in found["ascii"]["out"]
         and "checkpoint of step 3 written" in found["ascii"]["out"]

@@ -146,7 +146,7 @@ def test_math_compares_what_was_meant(completion, answer, value):
     ],
 )
 def test_a_solution_is_no_answer(answer):
-    with pytest.raises(ValueError, match="the expected answer is (a solution|prose)"):
+    with pytest.raises(ValueError, match=r"the expected answer is (a solution|prose)"):
         equal("72", answer)
 
 
@@ -220,7 +220,7 @@ def test_every_row_is_looked_at_before_a_run(name, row):
 
 
 def test_the_first_rows_are_named_and_the_others_counted():
-    with pytest.raises(ConfigError, match="(?s)jsonl:1:.*jsonl:2:.*jsonl:3:.*and 5 more rows"):
+    with pytest.raises(ConfigError, match=r"(?s)jsonl:1:.*jsonl:2:.*jsonl:3:.*and 5 more rows"):
         check_answers(["exact"], Dataset([{"answer": None}] * 8), "data.evaluation")
 
 
@@ -258,6 +258,6 @@ def test_a_run_refuses_rows_without_answers_unless_told_otherwise(tmp_path, allo
         assert train(load(tmp_path / "c.yaml")) == 0
         return
     with pytest.raises(
-        ConfigError, match="rows.jsonl:8: reward 'exact': the expected answer is missing"
+        ConfigError, match=r"rows.jsonl:8: reward 'exact': the expected answer is missing"
     ):
         train(load(tmp_path / "c.yaml"))

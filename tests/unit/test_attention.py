@@ -38,7 +38,7 @@ def test_short_bins_are_as_exact_as_float32():
     assert out.dtype == torch.bfloat16 and torch.equal(out, reference.to(torch.bfloat16))
     out.float().square().sum().backward()
     reference.to(torch.bfloat16).float().square().sum().backward()
-    for mine, theirs in zip(qkv, exact):
+    for mine, theirs in zip(qkv, exact, strict=True):
         assert torch.equal(mine.grad, theirs.grad.to(torch.bfloat16))
 
 

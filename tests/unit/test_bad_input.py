@@ -254,5 +254,5 @@ def test_a_method_whose_options_would_be_ignored_is_refused(tmp_path):
     file.write_text(
         "from tandem.algorithms.rl.grpo import GRPO\nclass Mine(GRPO):\n    weight: float = 0.5\n"
     )
-    with pytest.raises(ValueError, match="weight.*@dataclass"):
+    with pytest.raises(ValueError, match=r"weight.*@dataclass"):
         method_class(f"{file}:Mine")

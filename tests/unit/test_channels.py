@@ -92,7 +92,7 @@ def test_memory_of_another_machine_is_named_as_such(address):
     store, other = open_store(*address, 2, 5.0, master=True), os.open(os.devnull, os.O_RDWR)
     # no process has this number; a file of that number is another one
     for place in ((2**22 + 1, 3), (os.getpid(), other)):
-        with pytest.raises(SyncError, match="one machine.*sync.transport=gloo"):
+        with pytest.raises(SyncError, match=r"one machine.*sync.transport=gloo"):
             Memory(store, 1, 100, place)
     os.close(other)
 

@@ -46,10 +46,9 @@ def test_the_same_step_again_replaces(tmp_path):
 def test_a_failed_block_leaves_no_trace_and_its_error_goes_on(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1)
     put(checkpoints, 1)
-    with pytest.raises(KeyboardInterrupt):
-        with checkpoints.write(2) as folder:
-            (folder / "half").write_text("x")
-            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), checkpoints.write(2) as folder:
+        (folder / "half").write_text("x")
+        raise KeyboardInterrupt
     assert os.listdir(tmp_path) == ["step_1"] and checkpoints.latest()[0] == 1
 
 
@@ -142,7 +141,9 @@ def test_state_of_another_version_is_refused_by_name(tmp_path):
 
 
 def test_random_generators_go_on_where_they_were():
-    draw = lambda: (random.random(), float(np.random.rand()), float(torch.rand(())))
+    def draw():
+        return (random.random(), float(np.random.rand()), float(torch.rand(())))
+
     before = rng_state()
     try:
         draw()

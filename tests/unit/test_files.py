@@ -34,7 +34,7 @@ BAD_LINES = [
 @pytest.mark.parametrize("content", [b"", b"\0" * 100, b'[{"time": "2', b"\xff\xfe[]", b"nothing"])
 def test_damaged_json_is_named(tmp_path, content):
     (tmp_path / "state.json").write_bytes(content)
-    with pytest.raises(TornFile, match="state.json is damaged"):
+    with pytest.raises(TornFile, match=r"state.json is damaged"):
         read_json(tmp_path / "state.json")
 
 
@@ -62,7 +62,7 @@ def test_damaged_lines_are_left_out_and_told_with_file_and_line(tmp_path, bad):
     assert list(read_jsonl(path, told.append)) == [{"step": 0}, {"step": 2}]
     (line,) = told
     assert line.startswith(f"{path}:2: ") and len(line) < len(str(path)) + 200
-    with pytest.raises(ConfigError, match="metrics.jsonl:2"):
+    with pytest.raises(ConfigError, match=r"metrics.jsonl:2"):
         list(read_jsonl(path))
 
 

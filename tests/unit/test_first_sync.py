@@ -89,7 +89,7 @@ def test_a_wrong_layer_does_not(dtype, after):
 def test_an_engine_with_noise_of_its_own_is_judged_by_it():
     noisy = (BASE, moved(0.01), moved(-0.02))
     assert check(noisy, dtype="bfloat16") == pytest.approx(0.02, rel=1e-3)
-    with pytest.raises(SyncError, match="without an update they move by 0.01"):
+    with pytest.raises(SyncError, match=r"without an update they move by 0.01"):
         check((BASE, moved(0.01), moved(0.1)), dtype="bfloat16")
 
 

@@ -128,7 +128,7 @@ def test_rewards_never_judge_by_a_column_that_was_recorded_in_part(tmp_path):
     run = Telemetry(Config(), tmp_path)
     run.rollouts(0, [group({"answer": "4", "tests": "x" * 100_000})], 0)
     run.close()
-    with pytest.raises(ConfigError, match="the columns tests were too long.*set data.prompts"):
+    with pytest.raises(ConfigError, match=r"the columns tests were too long.*set data.prompts"):
         RecordedPrompts(tmp_path / "rollouts.jsonl")
 
 

@@ -67,7 +67,7 @@ def policy(name, advantage, **more):
 def test_refused(tmp_path, method):
     with pytest.raises(
         ConfigError,
-        match="samples_per_prompt is 1, but method.policy.advantage is .* each has advantage 0",
+        match=r"samples_per_prompt is 1, but method.policy.advantage is .* each has advantage 0",
     ):
         check_group_size(config(tmp_path, method))
     assert check_group_size(config(tmp_path, method, "rollout.samples_per_prompt=2")) is None

@@ -82,7 +82,7 @@ def test_before_the_first_update_the_policy_is_the_old_one(model_path):
     rank, rows = make_rank(model_path), make_rows()
     rows = [
         replace(row, old_logp=old, advantage=np.abs(row.advantage) + 1)
-        for row, old in zip(rows, rank.logprobs(rows, TEMPERATURE))
+        for row, old in zip(rows, rank.logprobs(rows, TEMPERATURE), strict=True)
     ]
     tight = [replace(TERMS[0], objective=PPOClip(1e-5, 1e-5))]
     found = rank.step(
@@ -127,7 +127,7 @@ def test_rows_behind_one_copy_of_their_prompt_give_the_same_gradient_and_streams
     alone = make_rank(model_path, micro_batch_tokens=budget)
     alone.shares_prompts = lambda: False
     for name, found in rank.streams(rows, 0.8).items():
-        for mine, theirs in zip(found, alone.streams(rows, 0.8)[name]):
+        for mine, theirs in zip(found, alone.streams(rows, 0.8)[name], strict=True):
             np.testing.assert_allclose(mine, theirs, atol=2e-6)
     captured = {}
     rank.engine.optimizer.register_step_pre_hook(
@@ -175,7 +175,7 @@ def test_compiled_layers_give_the_same_gradient(model_path):
         results.append((captured, rank.logprobs(make_rows(count=4), 0.8)))
     (plain, logps), (fused, again) = results
     assert all(torch.allclose(fused[name], plain[name], rtol=1e-4, atol=1e-6) for name in plain)
-    for a, b in zip(logps, again):
+    for a, b in zip(logps, again, strict=True):
         # after one optimizer step each: AdamW's first step has the size of the learning rate
         np.testing.assert_allclose(a, b, atol=2e-3)
 
@@ -199,7 +199,7 @@ def test_activations_that_wait_on_the_cpu_give_the_same_gradient(model_path):
 
 def test_liger_that_is_not_installed_is_an_error_that_says_so(model_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "liger_kernel", None)
-    with pytest.raises(ConfigError, match="learner.liger is true.*pip install liger-kernel"):
+    with pytest.raises(ConfigError, match=r"learner.liger is true.*pip install liger-kernel"):
         make_policy(
             Config(
                 model=ModelConfig(path=model_path), method=METHOD, learner=LearnerConfig(liger=True)
@@ -216,7 +216,7 @@ def test_compile_without_a_compiler_is_an_error_that_says_so(model_path, monkeyp
     )
     from tandem.engine.learner.rank import build_policy
 
-    with pytest.raises(ConfigError, match="learner.compile is true.*C.. compiler"):
+    with pytest.raises(ConfigError, match=r"learner.compile is true.*C.. compiler"):
         build_policy(config, model_path)
 
 
@@ -225,7 +225,7 @@ def test_gap_is_measured_on_fresh_sampled_tokens(model_path):
     logps = rank.logprobs(rows, 0.8)
     shifted = [
         replace(row, behaviour_logp=logp + np.float32(0.25))
-        for row, logp in zip(rows, logps)
+        for row, logp in zip(rows, logps, strict=True)
         if row.behaviour_logp is not None
     ]
     stale = replace(
@@ -268,9 +268,12 @@ def test_values_are_those_of_the_states_in_which_the_tokens_were_chosen(model_pa
 
     rank, row = make_rank(model_path), make_rows(count=1)[0]
     assert row.trained[-2:].all()
-    changed = lambda t: replace(
-        row, tokens=np.where(np.arange(len(row.tokens)) == t, 101, row.tokens).astype(np.int32)
-    )
+
+    def changed(t):
+        return replace(
+            row, tokens=np.where(np.arange(len(row.tokens)) == t, 101, row.tokens).astype(np.int32)
+        )
+
     found = rank.streams([row, changed(len(row.tokens) - 1), changed(len(row.tokens) - 2)], 1.0)
     same, last, before = found["value"]
     assert (
@@ -301,7 +304,10 @@ def test_a_new_critic_says_zero(model_path):
         ),
         make_rows(),
     )
-    assert all(not v[row.trained].any() for v, row in zip(rank.streams(rows, 1.0)["value"], rows))
+    assert all(
+        not v[row.trained].any()
+        for v, row in zip(rank.streams(rows, 1.0)["value"], rows, strict=True)
+    )
     assert build_policy(replace(config, method={"name": "grpo"}), model_path).critic is None
 
 
@@ -313,7 +319,10 @@ def test_reference_set_to_the_present_weights_survives_a_resume(model_path, tmp_
     rank.set_reference()
     rank.step(make_plan(rows))
     rank.save(tmp_path / "ck")
-    same = lambda a, b: all(np.array_equal(x, y, equal_nan=True) for x, y in zip(a, b, strict=True))
+
+    def same(a, b):
+        return all(np.array_equal(x, y, equal_nan=True) for x, y in zip(a, b, strict=True))
+
     assert same(rank.logprobs(rows, 1.0, reference=True), expected) and not same(
         rank.logprobs(rows, 1.0), expected
     )
@@ -332,7 +341,7 @@ def test_reference_is_the_original_model_also_after_steps(model_path):
     before = rank.logprobs(rows, 1.0)
     rank.step(make_plan(rows))
     reference, now = rank.logprobs(rows, 1.0, reference=True), rank.logprobs(rows, 1.0)
-    assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(before, reference))
+    assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(before, reference, strict=True))
     assert not np.array_equal(before[0], now[0], equal_nan=True)
 
 
@@ -393,7 +402,7 @@ def test_moment_sets_are_independent(model_path):
     reference = make_rank(model_path)
     reference.step(make_plan(rows))
     with torch.no_grad():
-        for mine, theirs in zip(fresh.engine.masters, reference.engine.masters):
+        for mine, theirs in zip(fresh.engine.masters, reference.engine.masters, strict=True):
             mine.copy_(theirs)
     fresh.step(make_plan(other))
     assert equal(after_b, weights(fresh))
@@ -435,7 +444,11 @@ def test_bfloat16_keeps_small_updates_in_its_masters(model_path):
         rank.step(make_plan(rows, learning_rate=1e-6))
     assert all(p.dtype == torch.bfloat16 for p in rank.engine.weights)
     assert (
-        min(float((m - f).detach().abs().max()) for m, f in zip(rank.engine.masters, first)) > 1e-6
+        min(
+            float((m - f).detach().abs().max())
+            for m, f in zip(rank.engine.masters, first, strict=True)
+        )
+        > 1e-6
     )
 
 
@@ -449,7 +462,7 @@ def test_gradient_checkpointing_gives_the_same_step(model_path):
         rank.step(make_plan(rows))
     assert all(
         torch.allclose(a, b, atol=1e-6)
-        for a, b in zip(weights(plain).values(), weights(saving).values())
+        for a, b in zip(weights(plain).values(), weights(saving).values(), strict=True)
     )
 
 

@@ -39,9 +39,9 @@ def test_packages(tmp_path, monkeypatch):
     package = tmp_path / "hunted_package"
     package.mkdir()
     (package / "inner.py").write_text("import nowhere_at_all")
-    with pytest.raises(ValueError, match="cannot be imported: .*'nowhere_at_all'.*inner.py:1"):
+    with pytest.raises(ValueError, match=r"cannot be imported: .*'nowhere_at_all'.*inner.py:1"):
         load_object("hunted_package.inner:Mine", "method")
-    with pytest.raises(ValueError, match="no module named 'hunted_package.other'; for a file"):
+    with pytest.raises(ValueError, match=r"no module named 'hunted_package.other'; for a file"):
         load_object("hunted_package.other:Mine", "method")
     with pytest.raises(ValueError, match="hunted_package has no 'Mine'"):
         load_object("hunted_package:Mine", "method")

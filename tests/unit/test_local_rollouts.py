@@ -79,7 +79,9 @@ def test_requests_wait_and_are_generated_together(folder):
 
 
 def test_samples_do_not_depend_on_what_is_decoded_beside_them(folder):
-    tokens = lambda futures: [[t.tokens.tolist() for t in f.result()] for f in futures]
+    def tokens(futures):
+        return [[t.tokens.tolist() for t in f.result()] for f in futures]
+
     together = pool(folder)
     expected = tokens([together.submit(r) for r in REQUESTS])
     for rows in (1, 4):
@@ -93,9 +95,10 @@ def test_a_request_is_sampled_with_the_weights_of_its_submission(folder):
     before = local.submit(request(0))
     send(local.backends[0], 1.1, 7)
     after = local.submit(request(0))
-    versions = lambda future: {
-        int(v) for t in future.result() for v in t.version[t.source == Source.POLICY]
-    }
+
+    def versions(future):
+        return {int(v) for t in future.result() for v in t.version[t.source == Source.POLICY]}
+
     assert versions(before) == {0} and versions(after) == {7}
 
 
@@ -122,7 +125,7 @@ def test_weights_that_do_not_fit_are_refused(folder):
         asyncio.run(backend.start_weight_update())
         with pytest.raises(SyncError, match=complaint):
             asyncio.run(backend.update_weights({"named": [(name, tensor)]}))
-    with pytest.raises(SyncError, match="1 of .*norm.weight"):
+    with pytest.raises(SyncError, match=r"1 of .*norm.weight"):
         send(backend, 1.0, 1, skip="model.norm.weight")
     with pytest.raises(EngineDied):
         backend.generate_all([request(0)])
@@ -186,11 +189,14 @@ def replay(recording) -> LocalPool:
 
 def test_replay_serves_by_ordinal_then_by_prompt(folder, recording):
     expected = [pool(folder).submit(r).result() for r in RECORDED]
-    same = lambda answer, recorded: all(
-        np.array_equal(x.tokens, y.tokens)
-        and np.array_equal(x.behaviour_logp, y.behaviour_logp, equal_nan=True)
-        for x, y in zip(answer, recorded, strict=True)
-    )
+
+    def same(answer, recorded):
+        return all(
+            np.array_equal(x.tokens, y.tokens)
+            and np.array_equal(x.behaviour_logp, y.behaviour_logp, equal_nan=True)
+            for x, y in zip(answer, recorded, strict=True)
+        )
+
     by_ordinal, gapless = replay(recording), replay(recording)
     for i in (2, 1, 0):
         assert same(by_ordinal.submit(RECORDED[i]).result(), expected[i])

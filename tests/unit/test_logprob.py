@@ -11,9 +11,12 @@ from tandem.engine.model.chunked_head import token_logprobs
 
 def inputs(n=13, hidden=6, vocabulary=37, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    make = lambda *shape: (
-        torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    )
+
+    def make(*shape):
+        return (
+            torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        )
+
     return (
         make(n, hidden),
         make(vocabulary, hidden),
@@ -46,7 +49,7 @@ def test_equals_plain_head_in_values_and_gradients(chunk, entropy):
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
     if entropy:
         torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-5)
-    for a, b in zip(*results):
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
 
 
@@ -81,7 +84,7 @@ def test_scaled_and_capped_logits(scale, cap, chunk):
             loss = up[0] * logp.square().sum() + up[1] * entropy.square().sum()
             results.append(torch.autograd.grad(loss, (hidden, weight, bias), retain_graph=True))
             found = token_logprobs(hidden, weight, bias, target, 0.7, chunk, True, scale, cap)
-        for a, b in zip(*results):
+        for a, b in zip(*results, strict=True):
             torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     without_entropy, none = token_logprobs(
@@ -131,7 +134,7 @@ def test_no_tokens_stay_attached():
 
 
 def test_frozen_parts_get_no_gradient():
-    hidden, weight, bias, target = inputs()
+    hidden, weight, _bias, target = inputs()
     logp, _ = token_logprobs(hidden, weight.detach(), None, target, 1.0, 4, False)
     logp.sum().backward()
     (expected,) = torch.autograd.grad(plain(hidden, weight, None, target, 1.0)[0].sum(), hidden)

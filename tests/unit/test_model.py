@@ -137,7 +137,9 @@ def test_packed_equals_alone(name):
         logp, entropy = run(Policy(model), micro, temperature=0.7)
         expected = [
             torch.cat(both)
-            for both in zip(*(alone(model, rows[i], temperature=0.7) for i in micro.rows))
+            for both in zip(
+                *(alone(model, rows[i], temperature=0.7) for i in micro.rows), strict=True
+            )
         ]
         torch.testing.assert_close(logp, expected[0], rtol=0, atol=1e-5)
         torch.testing.assert_close(entropy, expected[1], rtol=0, atol=1e-5)

@@ -96,13 +96,15 @@ def test_transformers_tells_rows_and_padding_apart(seed):
             start = micro.index[micro.segment == number][0] + 1 - rows[i].trained.nonzero()[0][0]
             expected[start // width, start % width : start % width + needed(rows[i])] = number
         for ours, theirs in zip(
-            expected, np.zeros_like(expected) if found is None else found.numpy()
+            expected, np.zeros_like(expected) if found is None else found.numpy(), strict=True
         ):
             np.testing.assert_array_equal(ours[:, None] == ours, theirs[:, None] == theirs)
 
 
 def test_hand_made_batch():
-    weight = lambda *x: np.array(x, np.float32)
+    def weight(*x):
+        return np.array(x, np.float32)
+
     sampled = Row(
         np.array([5, 6, 7, 8], np.int32),
         np.array([0, 1, 1, 1], np.int8),
@@ -261,7 +263,7 @@ def test_behind_a_shared_prompt_every_token_sees_its_own_row_up_to_itself(seed, 
         mask, width = tree_mask(torch.as_tensor(micro.tree))[:, 0].numpy(), micro.tokens.shape[1]
         for number, i in enumerate(micro.rows):
             mine = micro.index[micro.segment == number]
-            for flat, t in zip(mine, rows[i].trained.nonzero()[0]):
+            for flat, t in zip(mine, rows[i].trained.nonzero()[0], strict=True):
                 b, place = divmod(flat, width)
                 seen = mask[b, place].nonzero()[0]
                 order = seen[np.argsort(micro.positions[b, seen])]

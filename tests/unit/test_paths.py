@@ -183,7 +183,7 @@ def test_the_tiny_model_goes_where_it_can_be_written(in_tmp, monkeypatch):
 def test_a_half_made_tiny_model_is_named(in_tmp):
     (in_tmp / "models/tiny").mkdir(parents=True)
     (in_tmp / "models/tiny/model.safetensors").write_text("")
-    with pytest.raises(ConfigError, match="models/tiny.*no config.json"):
+    with pytest.raises(ConfigError, match=r"models/tiny.*no config.json"):
         resolve_model(ModelConfig(path="tandem:tiny"))
 
 

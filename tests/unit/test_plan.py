@@ -63,7 +63,10 @@ def test_predicts_measured_steps(line, mode, dtype, found):
     )
     device = cpu(line["limits"][dtype], 2 * line["limits"]["copy"], width)
     rollout, learn, step = inline_seconds(SHAPES[line["workload"]], device, work)
-    near = lambda predicted, seen: seen / 1.6 <= predicted <= seen * 1.6
+
+    def near(predicted, seen):
+        return seen / 1.6 <= predicted <= seen * 1.6
+
     assert near(learn, found["time/learn"]), (learn, found["time/learn"])
     if mode == "inline":
         assert near(rollout, found["time/rollout"]), (rollout, found["time/rollout"])
@@ -130,11 +133,14 @@ def arguments(*words):
 def test_output_names_the_bottleneck_and_scales_with_the_price():
     text = describe(arguments("--model", "7b", "--gpus", "16", "--dollars", "2"))
     assert "bottleneck   " in text and "per million trained tokens at $2" in text
-    cost = lambda dollars: float(
-        describe(arguments("--gpus", "16", "--dollars", dollars))
-        .split("cost         $")[1]
-        .split()[0]
-    )
+
+    def cost(dollars):
+        return float(
+            describe(arguments("--gpus", "16", "--dollars", dollars))
+            .split("cost         $")[1]
+            .split()[0]
+        )
+
     assert cost("200") == pytest.approx(100 * cost("2"), rel=0.05)
 
 

@@ -229,7 +229,7 @@ def test_an_engine_death_reissues_its_groups_once_the_engine_is_back():
 
     producer = make(pool, recover=recover)
     producer.ensure(0, {})
-    for request, future in pool.waiting[1:]:
+    for _request, future in pool.waiting[1:]:
         future.set_exception(EngineDied("engine 0"))
     pool.waiting = pool.waiting[:1]
     pool.finish()
@@ -242,9 +242,12 @@ def test_an_engine_death_reissues_its_groups_once_the_engine_is_back():
 
 def test_failed_rewards_follow_the_policy():
     error = RewardError("timeout", "10 s", "slow")
-    outcome = lambda prompt, i: (
-        RewardOutcome(None, error=error) if prompt.id == "p0" or i == 0 else RewardOutcome(1.0)
-    )
+
+    def outcome(prompt, i):
+        return (
+            RewardOutcome(None, error=error) if prompt.id == "p0" or i == 0 else RewardOutcome(1.0)
+        )
+
     producer = make(Pool(), rewards=Rewards(outcome))
     producer.ensure(0, {})
     _, groups = producer.take(0)
@@ -260,7 +263,7 @@ def test_failed_rewards_follow_the_policy():
     )
     fail = make(Pool(), rewards=Rewards(outcome), on_error="fail")
     fail.ensure(0, {})
-    with pytest.raises(RuntimeError, match="slow.*timeout"):
+    with pytest.raises(RuntimeError, match=r"slow.*timeout"):
         fail.take(0)
 
 

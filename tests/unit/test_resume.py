@@ -148,7 +148,7 @@ def test_a_project_that_moved_is_the_same(config, in_tmp, monkeypatch):
     monkeypatch.chdir(in_tmp / "b")
     assert changes(before, load("../c.yaml", overrides)) == []
     (in_tmp / "b" / "reward.py").write_text(REWARD.replace("1.0", "0.5"))
-    with pytest.raises(ConfigError, match="reward.functions: "):
+    with pytest.raises(ConfigError, match=r"reward.functions: "):
         changes(before, load("../c.yaml", overrides))
 
 
@@ -182,7 +182,7 @@ def test_a_config_of_an_older_version_lacks_new_keys(config):
     )
     assert changes(Facts(tree), config()) == []
     tree["learner"]["grad_clip"] = 3.0
-    with pytest.raises(ConfigError, match="learner.grad_clip: 3.0 -> 1.0"):
+    with pytest.raises(ConfigError, match=r"learner.grad_clip: 3.0 -> 1.0"):
         changes(Facts(tree), config())
 
 

@@ -277,7 +277,7 @@ def test_missing_columns_are_found_before_a_run(user):
     ):
         runner.require_columns({"answer": "x"})
     with pytest.raises(
-        ConfigError, match="reward_model.ground_truth, ground_truth, answer; the row has none"
+        ConfigError, match=r"reward_model.ground_truth, ground_truth, answer; the row has none"
     ):
         RewardRunner(builtin("exact"), inline=True).require_columns({})
 
@@ -355,7 +355,10 @@ def test_too_many_failures_stop_the_run_with_the_first_tracebacks(user):
         inline=True,
     )
     prompt = Prompt(id="p", tokens=np.zeros(1, np.int32), content="?")
-    submit = lambda *texts: runner.submit(prompt, texts, [np.zeros(1, np.int32)] * len(texts))
+
+    def submit(*texts):
+        return runner.submit(prompt, texts, [np.zeros(1, np.int32)] * len(texts))
+
     assert submit("bad", "bad").exception() is None  # 100 %, but of 2 samples only
     assert submit(*["good"] * 18).exception() is None  # 2 of 20 is the bound itself
     assert runner.error_rate == pytest.approx(0.1)
@@ -456,7 +459,10 @@ def test_reasoning_gym():
         }
         right = entry["answer"]
         wrong = str(int(right) + 1)
-        run = lambda texts, **options: values(builtin("reasoning_gym", **options), texts, **row)
+
+        def run(texts, **options):
+            return values(builtin("reasoning_gym", **options), texts, **row)
+
         assert run([f"so <answer> {right} </answer>"]) == [1.0]
         assert max(run([f"<answer>{wrong}</answer>", f"{right} without tags"])) < 0.1
         assert run([f"first {wrong} then {right}."], extract="last_integer") == [1.0]
@@ -494,7 +500,8 @@ def test_check_reports_values_of_three_rows(user):
 def test_check_fails_with_the_error_in_its_report(user):
     config = user("def score(completion, answer): return answer.lower()")
     with pytest.raises(
-        ConfigError, match="(?s)failed on 2 .*AttributeError: 'int' object has no attribute 'lower'"
+        ConfigError,
+        match=r"(?s)failed on 2 .*AttributeError: 'int' object has no attribute 'lower'",
     ):
         check(config, [{"prompt": "x", "answer": 3}])
 

@@ -70,11 +70,11 @@ def test_rows_on_both_sides_of_the_switch(name):
         log_p = fresh(input_ids=row[None], use_cache=False).logits[0, :-1].log_softmax(-1)
         alone.append(log_p.gather(-1, row[1:, None]).squeeze(-1))
     plain = Policy(make_model(name))
-    gap = max((a - b).abs().max() for a, b in zip(packed(plain, rows), alone))
+    gap = max((a - b).abs().max() for a, b in zip(packed(plain, rows), alone, strict=True))
     assert gap > 0.01, "transformers alone would mix them"
     model = make_model(name)
     separate_rows(model)
-    for found, expected in zip(packed(Policy(model), rows), alone):
+    for found, expected in zip(packed(Policy(model), rows), alone, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert not can_share(Policy(model)), "a shared prompt would have two lengths"
 

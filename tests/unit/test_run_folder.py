@@ -146,9 +146,9 @@ def test_where_there_is_no_flock_an_owner_that_beats_is_alive(tmp_path, monkeypa
     with (
         owned(tmp_path, lambda text: None),
         pytest.raises(ConfigError, match="is in use by process"),
+        owned(tmp_path, lambda text: None),
     ):
-        with owned(tmp_path, lambda text: None):
-            pass
+        pass
 
 
 @pytest.mark.parametrize("name", ["", " ", ".", "..", "a/b", "/abs", "..\\x", "-x", "a\nb", "a\0b"])

@@ -66,9 +66,13 @@ def test_the_place_of_a_pair_stays_whole_where_one_side_is_missing():
 
 def test_the_weights_of_a_sleeping_engine_are_counted_as_host_memory(tree, tmp_path):
     save_file({"w": torch.zeros(1000)}, tmp_path / "model.safetensors")
-    engine = lambda *more: (
-        machine.memory_plan(load(tree, [*HALVES, *more]), tmp_path).engine - machine.ENGINE_RUNTIME
-    )
+
+    def engine(*more):
+        return (
+            machine.memory_plan(load(tree, [*HALVES, *more]), tmp_path).engine
+            - machine.ENGINE_RUNTIME
+        )
+
     assert engine() == 0 and engine("rollout.sleep=true") == 4000
 
 

@@ -160,16 +160,14 @@ def test_tiny_model_is_reproducible_and_ties_its_embeddings(tmp_path):
 
 
 def test_complete_folder_is_complete_or_absent(tmp_path):
-    with pytest.raises(RuntimeError):
-        with complete_folder(tmp_path / "model") as temporary:
-            (temporary / "config.json").write_text("{}")
-            raise RuntimeError("torn")
+    with pytest.raises(RuntimeError), complete_folder(tmp_path / "model") as temporary:
+        (temporary / "config.json").write_text("{}")
+        raise RuntimeError("torn")
     assert list(tmp_path.iterdir()) == []
     with complete_folder(tmp_path / "model") as temporary:
         (temporary / "config.json").write_text("{}")
-    with pytest.raises(FileExistsError):
-        with complete_folder(tmp_path / "model"):
-            pass
+    with pytest.raises(FileExistsError), complete_folder(tmp_path / "model"):
+        pass
     assert [f.name for f in (tmp_path / "model").iterdir()] == ["config.json"] and len(
         list(tmp_path.iterdir())
     ) == 1

@@ -315,7 +315,10 @@ def test_plain_lines_are_aligned_and_fit_80_columns():
         "812",
         "100%",
     ]
-    ends = lambda line: [m.end() for m in re.finditer(r"\S+", line)]
+
+    def ends(line):
+        return [m.end() for m in re.finditer(r"\S+", line)]
+
     assert ends(header) == ends(first) == ends(second)
     assert second.split()[0] == "1000/1000" and second.split()[-1] == "0:00"
 
@@ -324,15 +327,14 @@ def test_the_panel_shows_everything_and_gives_the_cursor_back(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("LINES", "24")
     stream = Terminal()
-    with pytest.raises(KeyboardInterrupt):
-        with Display(200, stream, title="demo") as display:
-            display.evaluation(0, 0.1)
-            display.evaluation(20, 0.4)
-            display.evaluation(40, 0.3)
-            display.step(49, METRICS, {"mu": 0.425})
-            display.status("collecting rollouts")
-            display.message("checkpoint written")
-            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), Display(200, stream, title="demo") as display:
+        display.evaluation(0, 0.1)
+        display.evaluation(20, 0.4)
+        display.evaluation(40, 0.3)
+        display.step(49, METRICS, {"mu": 0.425})
+        display.status("collecting rollouts")
+        display.message("checkpoint written")
+        raise KeyboardInterrupt
     raw = stream.getvalue()
     assert raw.rindex("\x1b[?25h") > raw.rindex("\x1b[?25l")  # the cursor is shown again
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", raw).replace("\r", "\n")

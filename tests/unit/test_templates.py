@@ -52,7 +52,9 @@ def write(folder: Path, *rows, name="rows.jsonl") -> str:
     return str(path)
 
 
-def expert(path, tokenizer, model, dataset={}, **data):
+def expert(path, tokenizer, model, dataset=None, **data):
+    if dataset is None:
+        dataset = {}
     settings = DatasetConfig(**{"path": path, "response": "response", **dataset})
     return ExpertSource(settings, DataConfig(shuffle=False, **data), tokenizer, model, 0)
 
@@ -63,7 +65,9 @@ def texts(source, tokenizer) -> tuple[str, str]:
     return tokenizer.decode(trajectory.tokens[:split]), tokenizer.decode(trajectory.response)
 
 
-def prompt_source(path, tokenizer, model, dataset={}, **data):
+def prompt_source(path, tokenizer, model, dataset=None, **data):
+    if dataset is None:
+        dataset = {}
     return PromptSource(
         DatasetConfig(**{"path": path, **dataset}),
         DataConfig(shuffle=False, **data),
@@ -97,14 +101,14 @@ def test_a_template_that_drops_or_changes_a_message_is_refused(
     prompt, response = texts(expert(path, tokenizer, model), tokenizer)
     assert "Be short." in prompt and "2+2?" in prompt and response == "it is 4<eos>"
     tokenizer.chat_template = template
-    with pytest.raises(ConfigError, match="rows.jsonl:1: "):
+    with pytest.raises(ConfigError, match=r"rows.jsonl:1: "):
         expert(path, tokenizer, model)
 
 
 def test_reasoning_that_a_template_strips_and_the_key_that_allows_it(tmp_path, tokenizer, model):
     tokenizer.chat_template = LOOP % (TURN % "m['content'].split('</think>')[-1]")
     path = write(tmp_path, {**ROW, "response": "<think>two and two</think>4"})
-    with pytest.raises(ConfigError, match="(?s)rows.jsonl:1: .*two and two.*template_changes"):
+    with pytest.raises(ConfigError, match=r"(?s)rows.jsonl:1: .*two and two.*template_changes"):
         expert(path, tokenizer, model)
     assert texts(expert(path, tokenizer, model, template_changes="allow"), tokenizer)[1] == "4<eos>"
 
@@ -121,7 +125,7 @@ def test_a_role_that_the_template_does_not_know_is_named(role, tmp_path, tokeniz
     if role == "human":
         assert "<user>2+2?" in texts(expert(path, tokenizer, model), tokenizer)[0]
         return
-    with pytest.raises(ConfigError, match="rows.jsonl:1: "):
+    with pytest.raises(ConfigError, match=r"rows.jsonl:1: "):
         expert(path, tokenizer, model)
 
 
@@ -171,7 +175,7 @@ FAILURES = {
 @pytest.mark.parametrize("template", FAILURES.values(), ids=FAILURES)
 def test_a_template_that_fails_or_does_not_end_names_the_row(template, tmp_path, tokenizer, model):
     tokenizer.chat_template = template
-    with pytest.raises(ConfigError, match="rows.jsonl:1: "):
+    with pytest.raises(ConfigError, match=r"rows.jsonl:1: "):
         prompt_source(write(tmp_path, ROW), tokenizer, model)
     tokenizer.chat_template = PLAIN
     assert prompt_source(write(tmp_path, ROW), tokenizer, model).take(1)
@@ -224,7 +228,7 @@ def test_text_that_spells_a_control_token(where, token, tmp_path, tokenizer, mod
         "response": text if where == "response" else "r",
     }
     path = write(tmp_path, row)
-    with pytest.raises(ConfigError, match="(?s)rows.jsonl:1: .*control_tokens"):
+    with pytest.raises(ConfigError, match=r"(?s)rows.jsonl:1: .*control_tokens"):
         expert(path, tokenizer, model)
     special = tokenizer.convert_tokens_to_ids(token)
     plain = {
@@ -278,7 +282,7 @@ def test_overlong_rows_are_refused_left_out_or_cut_and_counted(
     monkeypatch.setattr("tandem.engine.data.sources.TOKENISED_ROWS", 1)
     limits = {"max_prompt_tokens": 16, "max_expert_tokens": 32}
     path = write(tmp_path, *LONG)
-    with pytest.raises(ConfigError, match="rows.jsonl:2: .*max_prompt_tokens"):
+    with pytest.raises(ConfigError, match=r"rows.jsonl:2: .*max_prompt_tokens"):
         expert(path, tokenizer, model, **limits)
     source = expert(path, tokenizer, model, overlong="drop", **limits)
     assert len(source) == 3 and source.dropped == 2 and "2 left out" in source.describe()
@@ -288,7 +292,7 @@ def test_overlong_rows_are_refused_left_out_or_cut_and_counted(
     assert other.take(1)[0].prompt_id == source.take(1)[0].prompt_id
     cut = prompt_source(path, tokenizer, model, overlong="truncate_left", **limits)
     assert [len(p.tokens) for p in cut.take(5)] == [4, 16, 4, 4, 6] and cut.truncated == 1
-    with pytest.raises(ConfigError, match="rows.jsonl:4: .*max_expert_tokens"):
+    with pytest.raises(ConfigError, match=r"rows.jsonl:4: .*max_expert_tokens"):
         expert(path, tokenizer, model, overlong="truncate_left", **limits)
 
 
@@ -298,7 +302,7 @@ def test_a_demonstration_beyond_the_models_context(tmp_path, tokenizer, model):
     config = json.loads((Path(model.path) / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
     path = write(tmp_path, {"prompt": "1", "response": "2" * 70})
-    with pytest.raises(ConfigError, match="rows.jsonl:1: .*64"):
+    with pytest.raises(ConfigError, match=r"rows.jsonl:1: .*64"):
         expert(path, tokenizer, replace(model, path=str(folder)))
     assert expert(path, tokenizer, model).take(1)
 
@@ -326,5 +330,5 @@ def test_media_are_refused_unless_ignored(extra, tmp_path, tokenizer, model):
 )
 def test_lone_surrogates_name_the_row(row, tmp_path, tokenizer, model):
     tokenizer.chat_template = PLAIN
-    with pytest.raises(ConfigError, match="rows.jsonl:1: "):
+    with pytest.raises(ConfigError, match=r"rows.jsonl:1: "):
         expert(write(tmp_path, row), tokenizer, model)

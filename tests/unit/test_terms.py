@@ -58,7 +58,7 @@ def test_reductions_by_hand(reduction, expected):
     """Section 0.3 of the methods dossier."""
     rows = [expert([1, 1, 1]), expert([0, 0.5]), expert([0, 0])]
     terms = [Term("sft", NLL(), reduction, coefficient=3.0)]
-    loss, sums, logp = step(rows, terms, {0: [-1, -2, -3], 1: [-8]})
+    loss, sums, _logp = step(rows, terms, {0: [-1, -2, -3], 1: [-8]})
     assert loss.item() == pytest.approx(3 * expected, rel=1e-6)
     assert (
         sums["loss/sft"].item() == pytest.approx(expected, rel=1e-6)
@@ -118,7 +118,10 @@ def mixed_rows(count=16, seed=0):
         length = int(rng.integers(4, 40))
         mask = (np.arange(length) >= rng.integers(1, 4)).astype(np.float32)
         demo = i % 3 == 0
-        noise = lambda: np.where(mask > 0, rng.normal(-4.5, 0.5, length), np.nan).astype(np.float32)
+
+        def noise():
+            return np.where(mask > 0, rng.normal(-4.5, 0.5, length), np.nan).astype(np.float32)
+
         rows.append(
             Row(
                 rng.integers(0, 96, length).astype(np.int32),

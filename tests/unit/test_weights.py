@@ -165,7 +165,7 @@ class Ignores(HFBackend):
     ],
 )
 def test_a_fault_in_one_of_two_engines_is_named(model_path, kind, message):
-    learner, pool = start(model_path, HFBackend, kind)
+    learner, _pool = start(model_path, HFBackend, kind)
     learner.step(make_plan(make_rows(), learning_rate=0.01))
     with pytest.raises(SyncError, match=message):
         weights.sync(learner, 1)
@@ -175,7 +175,7 @@ def test_engines_that_all_keep_their_old_weights_are_found(model_path):
     """No difference between engines shows it, and every byte was confirmed: only the held digest,
     which did not move, does.
     """
-    learner, pool = start(model_path, Ignores, Ignores)
+    learner, _pool = start(model_path, Ignores, Ignores)
     weights.sync(learner, 0)
     learner.step(make_plan(make_rows(), learning_rate=0.01))
     with pytest.raises(
@@ -234,6 +234,8 @@ def test_bfloat16_travels_as_bfloat16(model_path):
     assert all(
         torch.equal(p, q)
         for p, q in zip(
-            learner.rank.engine.module.model.parameters(), pool.backends[0].model.parameters()
+            learner.rank.engine.module.model.parameters(),
+            pool.backends[0].model.parameters(),
+            strict=True,
         )
     )

@@ -53,13 +53,16 @@ class Tokens:
 
     def take(self, index: torch.Tensor) -> Tokens:
         """The same tokens, `index` (int64 [m]) of them."""
-        pick = lambda x: (
-            None
-            if x is None
-            else {k: v[index] for k, v in x.items()}
-            if isinstance(x, Mapping)
-            else x[index]
-        )
+
+        def pick(x):
+            return (
+                None
+                if x is None
+                else {k: v[index] for k, v in x.items()}
+                if isinstance(x, Mapping)
+                else x[index]
+            )
+
         return Tokens(*(pick(getattr(self, f)) for f in self.__dataclass_fields__))
 
 

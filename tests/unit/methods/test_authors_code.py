@@ -52,10 +52,14 @@ def found(method, b):
     out = look(method, b, constant(math.log(P)), entropy=constant(0.7))
     grads = np.zeros((3, 3))
     policy = [
-        g[1:] for g, row in zip(out.gradients, out.rows) if (row.source == Source.POLICY).any()
+        g[1:]
+        for g, row in zip(out.gradients, out.rows, strict=True)
+        if (row.source == Source.POLICY).any()
     ]
     expert = [
-        g[1:] for g, row in zip(out.gradients, out.rows) if (row.source == Source.EXPERT).any()
+        g[1:]
+        for g, row in zip(out.gradients, out.rows, strict=True)
+        if (row.source == Source.EXPERT).any()
     ]
     for place, row in enumerate((*policy[:2], expert[0])):
         grads[place, : len(row)] = row
@@ -116,7 +120,7 @@ def test_the_machine_is_one_gpu_unless_given_and_belongs_to_that_code():
         {"code_micro_batches": 2},
         {"preset": "luffy_code", "reduction_length": 8, "code_gpus": 0},
     ):
-        with pytest.raises(ValueError, match="method.policy.code_"):
+        with pytest.raises(ValueError, match=r"method.policy.code_"):
             PolicyLoss.parse(options)
     with pytest.raises(ValueError, match="reduction"):
         PolicyLoss.parse({"regulariser_reduction": "mean"})
@@ -184,9 +188,13 @@ def test_a_correction_leaves_prefix_tokens_alone(level, mode, expected):
         behaviour_logp=np.array([np.nan, np.nan, np.nan, -3.0, -1.0 + math.log(2)], np.float32),
     )
     one = group([hybrid, trajectory([1], [7], [-1.0])], [1.0, 0.0])
-    make = lambda correction: make_method(
-        "prefix_rft", {"keep": 1.0, "policy": {"correction": correction, "correction_mode": mode}}
-    )
+
+    def make(correction):
+        return make_method(
+            "prefix_rft",
+            {"keep": 1.0, "policy": {"correction": correction, "correction_mode": mode}},
+        )
+
     corrected, plain = (
         inspect(make(c), batch(groups=[one]), constant(-1.0), entropy=constant(0.1))
         for c in (level, "none")

@@ -47,7 +47,7 @@ GROUPS = tuple(
 def gradients(method, b, **more) -> dict:
     """{token ids: gradient} of the rows that have one."""
     out = look(method, b, ids, **more)
-    return {tuple(row.tokens): g for row, g in zip(out.rows, out.gradients) if g.any()}
+    return {tuple(row.tokens): g for row, g in zip(out.rows, out.gradients, strict=True) if g.any()}
 
 
 def assert_same(ours: dict, theirs: dict):
@@ -156,9 +156,11 @@ def test_without_rollouts_a_method_is_its_sft_parent(name):
     ours = gradients(make_method(name, options), Batch(step, groups, EXPERTS))
     parent = look(make_method("sft", {}), Batch(step, (), EXPERTS), ids)
     if weight is None:
-        assert_same(ours, {tuple(r.tokens): g for r, g in zip(parent.rows, parent.gradients)})
+        assert_same(
+            ours, {tuple(r.tokens): g for r, g in zip(parent.rows, parent.gradients, strict=True)}
+        )
         return
-    for row, g in zip(parent.rows, parent.gradients):
+    for row, g in zip(parent.rows, parent.gradients, strict=True):
         np.testing.assert_allclose(ours[tuple(row.tokens)], g * weight(np.exp(ids(row))), rtol=1e-5)
 
 
@@ -273,7 +275,7 @@ def test_in_a_group_the_demonstration_has_the_weighted_gradient_of_sft(name, wei
     sft = sft_gradients()
     rows = {
         tuple(r.tokens): (r, g)
-        for r, g in zip(out.rows, out.gradients)
+        for r, g in zip(out.rows, out.gradients, strict=True)
         if (r.source == Source.EXPERT).any()
     }
     assert rows.keys() == sft.keys()

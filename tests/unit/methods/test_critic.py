@@ -206,7 +206,9 @@ def test_on_policy_reft_has_the_gradient_of_the_sequence_mean():
     out = inspect(
         method, Batch(0, (g,), ()), flat(LOGP), reference=flat(LOGP - 0.1), value=at(0.2, 0.6, 0.4)
     )
-    for row, gradient, value_gradient in zip(out.rows, out.gradients, out.value_gradients):
+    for row, gradient, value_gradient in zip(
+        out.rows, out.gradients, out.value_gradients, strict=True
+    ):
         n = len(row.tokens) - 1
         np.testing.assert_allclose(gradient, -row.advantage / n / 2, rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(
@@ -263,11 +265,11 @@ def test_a_hybrid_takes_a_critic_like_any_other_option():
 
 
 def test_options_that_contradict_are_refused():
-    with pytest.raises(ValueError, match="policy.advantage is 'grpo', which has no critic"):
+    with pytest.raises(ValueError, match=r"policy.advantage is 'grpo', which has no critic"):
         make_method("grpo", {"policy": {"critic": {"lam": 0.9}}})
     with pytest.raises(ValueError, match="did you mean 'lam'"):
         make_method("ppo", {"policy": {"critic": {"lamb": 0.9}}})
-    with pytest.raises(ValueError, match="policy.critic.lam is 1.5"):
+    with pytest.raises(ValueError, match=r"policy.critic.lam is 1.5"):
         Critic(lam=1.5)
     assert (
         not make_method("grpo", {}).critic

@@ -63,10 +63,12 @@ def test_a_token_pays_for_what_follows():
     attached.sum().backward()
     assert torch.equal(attached, loss)
     e = np.array([1.0, 2.0, 4.0])
-    value = lambda e: (
-        3
-        * ((e @ (raw := np.array([e[0] + e[1] / 2 + e[2] / 4, e[1] + e[2] / 2, e[2]]))) / raw.sum())
-    )
+
+    def value(e):
+        return 3 * (
+            (e @ (raw := np.array([e[0] + e[1] / 2 + e[2] / 4, e[1] + e[2] / 2, e[2]]))) / raw.sum()
+        )
+
     numeric = [(value(e + d) - value(e - d)) / 2e-5 for d in 1e-5 * np.eye(3)]
     np.testing.assert_allclose(-through.logp.grad[:3], numeric, rtol=1e-4)
     assert not np.allclose(through.logp.grad, t.logp.grad, atol=0.05)
@@ -100,7 +102,7 @@ def run(rank, rows, terms, forward, budget=10_000):
         with torch.no_grad():
             logp, _, _, extra = rank._forward(rank.engine.forward, micro, 1.0, False, forward)
         place = micro.positions.reshape(-1)[micro.index] + 1
-        for i, (segment, t) in enumerate(zip(micro.segment, place)):
+        for i, (segment, t) in enumerate(zip(micro.segment, place, strict=True)):
             found[micro.rows[segment], int(t)] = {
                 "logp": float(logp[i]),
                 **{k: float(v[i]) for k, v in extra.items()},
@@ -173,9 +175,12 @@ def pair(rewards, demonstration=(9, 8, 3), number=0):
 def test_carft_without_contrast_is_reft():
     """Section 11(g)."""
     batch = Batch(0, (pair([1.0, 0.1]), pair([0.0], number=1)), ())
-    look = lambda method: inspect(
-        method, batch, ramp, reference=lambda r: ramp(r) - 0.1, value=lambda r: 0.1 * ramp(r)
-    )
+
+    def look(method):
+        return inspect(
+            method, batch, ramp, reference=lambda r: ramp(r) - 0.1, value=lambda r: 0.1 * ramp(r)
+        )
+
     ours, reft = (
         look(make_method("carft", {"contrast": 0.0})),
         look(make_method("reft", {"sft_steps": 0, "policy": {"critic": {"kl": 0.05}}})),
@@ -192,15 +197,21 @@ def test_carft_without_contrast_is_reft():
 
 
 def test_only_right_answers_of_questions_with_a_solution_are_drawn():
-    """Section 11(g): none right, no loss and no NaN. Each right sample counts once, however long."""
-    look = lambda *groups: inspect(
-        make_method("carft", {}),
-        Batch(0, groups, ()),
-        ramp,
-        reference=ramp,
-        value=ramp,
-        extra={"similarity": lambda r: np.full(len(r.tokens), 0.5)},
-    )
+    """Section 11(g): none right, no loss and no NaN.
+
+    Each right sample counts once, however long.
+    """
+
+    def look(*groups):
+        return inspect(
+            make_method("carft", {}),
+            Batch(0, groups, ()),
+            ramp,
+            reference=ramp,
+            value=ramp,
+            extra={"similarity": lambda r: np.full(len(r.tokens), 0.5)},
+        )
+
     wrong = look(pair([0.1, 0.0]))
     assert wrong.terms["contrast"] == 0.0 and np.isfinite(wrong.loss) and len(wrong.rows) == 2
     out = look(
@@ -221,7 +232,7 @@ def test_carft_as_code_adds_up_all_samples_where_one_is_right():
     similarities = {5: 0.5, 6: -0.2, 7: 0.95, 8: 0.1}
     groups = [
         group([trajectory([1], [first])], [reward], demonstration=[9, 3], number=n)
-        for n, (first, reward) in enumerate(zip(similarities, (1.0, 0.1, 0.0, 1.0)))
+        for n, (first, reward) in enumerate(zip(similarities, (1.0, 0.1, 0.0, 1.0), strict=True))
     ]
     loss = -np.minimum(list(similarities.values()), 0.9) / 0.2
     correct = np.array([1.0, 0.0, 0.0, 1.0])
@@ -232,9 +243,12 @@ def test_carft_as_code_adds_up_all_samples_where_one_is_right():
     extra = {
         "similarity": lambda r: np.full(len(r.tokens), similarities.get(int(r.tokens[-1]), 0.0))
     }
-    look = lambda method, groups=groups: inspect(
-        method, Batch(0, tuple(groups), ()), ramp, reference=ramp, value=ramp, extra=extra
-    )
+
+    def look(method, groups=groups):
+        return inspect(
+            method, Batch(0, tuple(groups), ()), ramp, reference=ramp, value=ramp, extra=extra
+        )
+
     out = look(make_method("carft", {"as": "code", "micro_batch": 2, "contrast": 0.3}))
     assert out.coefficients["contrast"] * out.terms["contrast"] == pytest.approx(
         0.3 * np.mean(parts), rel=1e-5
@@ -319,7 +333,11 @@ def test_carft_trains_the_same_however_it_is_packed_and_draws_answers_closer(mod
         assert rank.engine.module.critic.embedding.shape == (64, 32)
         rows = method.rows(batch)
         rows = method.credit(
-            [replace(r, old_value=v) for r, v in zip(rows, rank.streams(rows, 1.0)["value"])], batch
+            [
+                replace(r, old_value=v)
+                for r, v in zip(rows, rank.streams(rows, 1.0)["value"], strict=True)
+            ],
+            batch,
         )
         micros = pack(rows, terms, 1, budget, version=0)
         for micro in micros[0]:

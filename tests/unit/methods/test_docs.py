@@ -33,7 +33,10 @@ def test_the_page_shows_the_example_as_it_is():
 
 def test_the_example_by_hand():
     """(1 - 1/2)^2 = 1/4 on five tokens; without SFT it is GRPO, with k = 0 plain SFT."""
-    make = lambda **options: make_method(f"{EXAMPLE}:FocalMix", options)
+
+    def make(**options):
+        return make_method(f"{EXAMPLE}:FocalMix", options)
+
     out = look(make(mu=1.0), Batch(0, (), EXPERTS), half)
     np.testing.assert_allclose(out.gradients[0], [0, 0, -0.05, -0.05, -0.05], rtol=1e-6)
     assert look(make(mu=0.0), batch(), ramp).loss == pytest.approx(GRPO_LOSS, rel=1e-5)

@@ -68,7 +68,9 @@ def test_luffy_reports_each_source_by_its_own_tokens(split):
         p[row.source == Source.EXPERT] = [0.1, 0.2, 0.6][: int((row.source == Source.EXPERT).sum())]
         return np.log(p)
 
-    old = lambda row: logp(row) - 0.5 * (row.advantage > 0)
+    def old(row):
+        return logp(row) - 0.5 * (row.advantage > 0)
+
     out = inspect(
         make_method("luffy", {}),
         batch(groups=[with_demo((1, 0))]),
@@ -163,7 +165,10 @@ def test_luffy_fades_where_all_is_solved_and_is_strongest_where_nothing_is():
 
 def test_luffy_keeps_the_groups_size():
     method, sampling = make_method("luffy", {}), Sampling(8)
-    prompt = lambda demo: Prompt("p", np.array([1], np.int32), "", {}, demo)
+
+    def prompt(demo):
+        return Prompt("p", np.array([1], np.int32), "", {}, demo)
+
     assert (
         method.request(0, prompt(np.array(DEMO)), sampling, 0, BUDGET).samples == BUDGET.samples - 1
     )
@@ -254,7 +259,10 @@ def test_visurf_smoothing_allows_for_rounding():
     """Section 9(f)4: 0.99 counts as 1 within a tolerance of 0.02, not by default, where 1 - 1e-7
     does.
     """
-    fires = lambda best, **options: make_method("visurf", options).matched(with_demo((best, 0)))
+
+    def fires(best, **options):
+        return make_method("visurf", options).matched(with_demo((best, 0)))
+
     assert fires(0.99, tolerance=0.02) and not fires(0.99) and fires(1 - 1e-7)
 
 
@@ -314,7 +322,10 @@ def test_srft_as_code_by_hand():
 
     Rewards 1, 0, 1: A = 1/sqrt(3).
     """
-    entropies = lambda row: 0.1 * np.arange(len(row.tokens), dtype=np.float32)
+
+    def entropies(row):
+        return 0.1 * np.arange(len(row.tokens), dtype=np.float32)
+
     out = look(
         make_method("srft", {"as": "code"}),
         batch(groups=[with_demo((1, 0))]),
@@ -356,9 +367,13 @@ def test_srft_pushes_down_all_wrong_rollouts_and_up_the_demonstration():
 
 def test_srft_reads_any_reward_above_zero_as_right():
     """Section 2(c): rewards {+1, -1} or {1, 0}, and parts of 1."""
-    signs = lambda rewards: [
-        row.advantage[-1] for row in make_method("srft", {}).rows(batch(groups=[rollouts(rewards)]))
-    ]
+
+    def signs(rewards):
+        return [
+            row.advantage[-1]
+            for row in make_method("srft", {}).rows(batch(groups=[rollouts(rewards)]))
+        ]
+
     assert signs((0.1, 0.0)) == signs((1.0, -1.0)) == [1.0, -1.0]
 
 

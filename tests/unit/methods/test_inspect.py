@@ -133,7 +133,7 @@ def test_batches_of_which_something_would_be_lost(made, more, words):
 
 
 def test_the_name_of_a_method_is_not_a_method():
-    with pytest.raises(ValueError, match="method is 'grpo', expected a Method, e.g. make_method"):
+    with pytest.raises(ValueError, match=r"method is 'grpo', expected a Method, e.g. make_method"):
         inspect("grpo", batch(), FLAT)
 
 
@@ -142,9 +142,14 @@ def test_a_demonstration_with_its_reward_joins_its_group():
 
     A = 1/3, -2/3, 1/3. Without a reward it takes no part.
     """
-    make = lambda reward: Batch(
-        0, (group([RIGHT, WRONG], [1, 0], demonstration=[5, 3], demonstration_reward=reward),), ()
-    )
+
+    def make(reward):
+        return Batch(
+            0,
+            (group([RIGHT, WRONG], [1, 0], demonstration=[5, 3], demonstration_reward=reward),),
+            (),
+        )
+
     rows = look(make_method("luffy", {}), make(1.0)).rows
     assert [float(row.advantage[-1]) for row in rows] == pytest.approx(
         [1 / 3, -2 / 3, 1 / 3]

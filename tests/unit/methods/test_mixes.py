@@ -21,7 +21,10 @@ def test_chord_mixes_two_means_with_their_own_denominators():
 
 def test_chord_mu_decays_as_published():
     method = make_method("chord_mu", {})
-    mu = lambda step: inspect(method, batch(step=step), ramp).coefficients["expert"]
+
+    def mu(step):
+        return inspect(method, batch(step=step), ramp).coefficients["expert"]
+
     assert (
         mu(0) == 0.9
         and mu(100) == pytest.approx(0.475)
@@ -32,7 +35,12 @@ def test_chord_mu_decays_as_published():
 
 def test_chord_demands_only_what_has_weight():
     """Section 1(f)5: the half with weight zero is not run at all."""
-    demand = lambda mu, signals={}: make_method("chord_mu", {"mu": mu}).demand(0, BUDGET, signals)
+
+    def demand(mu, signals=None):
+        if signals is None:
+            signals = {}
+        return make_method("chord_mu", {"mu": mu}).demand(0, BUDGET, signals)
+
     assert [(d.prompts, d.experts) for d in map(demand, (0.0, 0.5, 1.0))] == [
         (4, 0),
         (4, 3),
@@ -43,7 +51,10 @@ def test_chord_demands_only_what_has_weight():
 def test_adaptive_mu_is_the_gap_to_a_target_reward():
     """CHORD's max(0, tau - mean reward), tau = 0.5."""
     method = make_method("chord_mu", {"mu": {"kind": "reward_gap", "peak": 0.5}})
-    mu = lambda signals: inspect(method, batch(signals=signals), ramp).coefficients["expert"]
+
+    def mu(signals):
+        return inspect(method, batch(signals=signals), ramp).coefficients["expert"]
+
     assert [
         mu(s) for s in ({}, {"reward/mean": 0.2}, {"reward/mean": 0.9}, {"reward/mean": -1.0})
     ] == [0.5, pytest.approx(0.3), 0.0, 0.5]
@@ -213,7 +224,10 @@ def test_schedules_of_a_signal():
 
 
 def test_a_signal_that_a_step_does_not_measure_keeps_its_last_value():
-    """No reward in an SFT step, no finite gradient in a skipped one. At the start nothing is known."""
+    """No reward in an SFT step, no finite gradient in a skipped one.
+
+    At the start nothing is known.
+    """
     gap, norm = Schedule("reward_gap", peak=0.5), Schedule("saturating", peak=1.0, threshold=1.0)
     signals, found = {}, []
     for metrics in (

@@ -25,7 +25,9 @@ RATIOS, ADVANTAGES = [0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 1.27, 1.29, 2.9, 3.1], [
 
 
 def tokens(logp, advantage=None, segment=None, **streams) -> Tokens:
-    tensor = lambda x: None if x is None else torch.tensor(np.asarray(x, np.float32))
+    def tensor(x):
+        return None if x is None else torch.tensor(np.asarray(x, np.float32))
+
     logp = tensor(logp).requires_grad_()
     zeros = torch.zeros(len(logp), dtype=torch.int64)
     return Tokens(
@@ -189,7 +191,10 @@ def test_order_and_packing_change_nothing_whatever_the_rl_half(options):
 
     GSPO's and the correction's sequences must not mix where rows share a micro-batch.
     """
-    own = lambda t, n: replace(t, tokens=t.tokens + 20 * n * (t.source == Source.POLICY))
+
+    def own(t, n):
+        return replace(t, tokens=t.tokens + 20 * n * (t.source == Source.POLICY))
+
     groups = [aligned([0, 1, 0, 2], None, number=n) for n in range(3)]
     groups = [
         replace(g, trajectories=tuple(own(t, n) for t in g.trajectories))
@@ -198,7 +203,10 @@ def test_order_and_packing_change_nothing_whatever_the_rl_half(options):
     turned = [
         replace(g, trajectories=g.trajectories[::-1], rewards=g.rewards[::-1]) for g in groups[::-1]
     ]
-    old = lambda row: ids(row) + 0.3 * np.sin(row.tokens)
+
+    def old(row):
+        return ids(row) + 0.3 * np.sin(row.tokens)
+
     whole = look(make_method("grpo", {"policy": options}), batch(groups=groups), ids, old=old)
     split = look(
         make_method("grpo", {"policy": options}),
@@ -211,7 +219,9 @@ def test_order_and_packing_change_nothing_whatever_the_rl_half(options):
     assert split.loss == pytest.approx(whole.loss, rel=1e-5, abs=1e-6) and any(
         g.any() for g in whole.gradients
     )
-    theirs = {(row.group, *row.tokens): g for row, g in zip(split.rows, split.gradients)}
+    theirs = {
+        (row.group, *row.tokens): g for row, g in zip(split.rows, split.gradients, strict=True)
+    }
     for row, g in zip(whole.rows, whole.gradients, strict=True):
         np.testing.assert_allclose(theirs[(row.group, *row.tokens)], g, rtol=1e-4, atol=1e-7)
 

@@ -55,9 +55,10 @@ def test_prefix_rft_by_hand():
     Of five prefix tokens the ceil(0.2 5) = 1 with the highest entropy is pushed, the other four
     count.
     """
-    entropy = lambda row: np.array([0, 0.1, 0.9, 0.3, 0.2, 0.1, 5, 5], np.float32)[
-        : len(row.tokens)
-    ]
+
+    def entropy(row):
+        return np.array([0, 0.1, 0.9, 0.3, 0.2, 0.1, 5, 5], np.float32)[: len(row.tokens)]
+
     out = look(make_method("prefix_rft", {}), batch(groups=[hybrid()]), entropy=entropy)
     a = 0.5 / (math.sqrt(0.5) + 1e-6)
     np.testing.assert_allclose(out.gradients[0][1:], [a / 10] * 3, rtol=1e-5)
@@ -90,9 +91,12 @@ def test_exactly_the_kept_share_of_prefix_tokens_is_pushed(keep):
 def test_a_fully_kept_hybrid_is_an_ordinary_rollout():
     """Section 3(g); and at rho = 1 the advantages of a group sum to 0."""
     g = hybrid()
-    sampled = lambda t: replace(
-        t, source=np.where(t.source == Source.PREFIX, Source.POLICY, t.source).astype(np.int8)
-    )
+
+    def sampled(t):
+        return replace(
+            t, source=np.where(t.source == Source.PREFIX, Source.POLICY, t.source).astype(np.int8)
+        )
+
     out = look(make_method("prefix_rft", {"keep": 1.0}), batch(groups=[g]))
     plain = inspect(
         make_method("grpo", {}),
@@ -151,9 +155,12 @@ def test_prefix_lengths_follow_their_schedule():
 
 def test_prefixes_are_drawn_from_seed_and_group():
     method = make_method("prefix_rft", {"low": 0.0})
-    lengths = lambda budget: [
-        len(r.prefixes[-1]) if r.prefixes else 0 for r in requests(method, 5, budget=budget)
-    ]
+
+    def lengths(budget):
+        return [
+            len(r.prefixes[-1]) if r.prefixes else 0 for r in requests(method, 5, budget=budget)
+        ]
+
     assert lengths(BUDGET) == lengths(BUDGET) != lengths(replace(BUDGET, seed=8))
 
 
@@ -300,9 +307,10 @@ def test_short_demonstrations_have_fewer_segments(tokens, boundaries):
 
 def test_a_hint_probability_can_follow_the_reward():
     method = make_method("uft", {"p": {"kind": "gate", "peak": 1.0, "threshold": 0.5}})
-    length = lambda: [
-        len(r.prefixes[0]) if r.prefixes else 0 for r in requests(method, 3, groups=[0])
-    ]
+
+    def length():
+        return [len(r.prefixes[0]) if r.prefixes else 0 for r in requests(method, 3, groups=[0])]
+
     method.demand(3, BUDGET, {"reward/mean": 0.4})
     assert length() == [19]
     method.demand(3, BUDGET, {"reward/mean": 0.6})
@@ -336,7 +344,10 @@ def test_each_hybrid_keeps_its_own_share():
             replace(t, group=1, tokens=t.tokens + 20) for t in hybrid().trajectories
         ),
     )
-    entropy = lambda row: np.arange(len(row.tokens)) + (100.0 if row.tokens[0] > 20 else 0.0)
+
+    def entropy(row):
+        return np.arange(len(row.tokens)) + (100.0 if row.tokens[0] > 20 else 0.0)
+
     out = look(make_method("prefix_rft", {}), batch(groups=[hybrid(), second]), entropy=entropy)
     assert [np.flatnonzero(g).tolist() for g in by_source(out, Source.PREFIX)] == [[5, 6, 7]] * 2
 
@@ -350,7 +361,10 @@ def test_a_prompt_drawn_again_after_a_resume_goes_by_the_same_signals(name, key)
     one, two = (make_method(name, {key: {"kind": "reward_gap", "peak": 0.9}}) for _ in range(2))
     one.demand(3, BUDGET, {"reward/mean": 0.6})
     two.load_state_dict(one.state_dict())
-    lengths = lambda method: [len(r.prefixes[-1]) if r.prefixes else 0 for r in requests(method, 3)]
+
+    def lengths(method):
+        return [len(r.prefixes[-1]) if r.prefixes else 0 for r in requests(method, 3)]
+
     assert (
         lengths(one)
         == lengths(two)

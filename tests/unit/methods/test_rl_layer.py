@@ -66,7 +66,10 @@ def test_sft_has_the_gradient_of_transformers_token_mean():
     count = sum(2 * n + 1 for n in (1, 4, 2, 7))
     for part in (experts[:2], experts[2:]):
         width = max(len(t.tokens) for t in part)
-        pad = lambda values, fill: torch.tensor([[*v, *[fill] * (width - len(v))] for v in values])
+
+        def pad(values, fill):
+            return torch.tensor([[*v, *[fill] * (width - len(v))] for v in values])
+
         labels = pad([np.where(t.source == 2, t.tokens, -100).tolist() for t in part], -100)
         mask = pad([[1] * len(t.tokens) for t in part], 0)
         model(
@@ -187,7 +190,9 @@ def test_weights_on_expert_tokens(objective, w, largest, at, peak, peak_at):
 
 
 def test_clip_stops_the_gradient_of_tokens_already_moved_far_enough():
-    moved = lambda row: ramp(row) + 0.5  # ratio e^0.5 > 1.2
+    def moved(row):
+        return ramp(row) + 0.5  # ratio e^0.5 > 1.2
+
     out = inspect(grpo(), batch(), moved, old=ramp)
     assert not out.gradients[0].any(), (
         "positive advantage and ratio above 1 + clip_high: no gradient"
@@ -200,7 +205,10 @@ def test_clip_stops_the_gradient_of_tokens_already_moved_far_enough():
 
 def test_dual_clip_bounds_what_a_wrong_token_costs():
     """Section 14.2: A < 0 and rho = e^2 > 3: the loss is -3A and the gradient gone."""
-    moved = lambda row: ramp(row) + 2.0
+
+    def moved(row):
+        return ramp(row) + 2.0
+
     out, plain = (
         inspect(grpo(dual_clip=c), batch(groups=[rollouts()]), moved, old=ramp) for c in (3.0, None)
     )
@@ -212,7 +220,10 @@ def test_dual_clip_bounds_what_a_wrong_token_costs():
 
 def test_without_bounds_nothing_is_clipped():
     """Section 14.7: eps = inf, the ratio itself."""
-    moved = lambda row: ramp(row) + 0.5
+
+    def moved(row):
+        return ramp(row) + 0.5
+
     out = inspect(grpo(clip_low=math.inf, clip_high=math.inf), batch(), moved, old=ramp)
     np.testing.assert_allclose(out.gradients[0][1:], [-A * math.exp(0.5) / 4] * 3, rtol=1e-5)
     assert out.metrics["policy/clip_fraction"] == 0
@@ -263,7 +274,10 @@ def test_rollout_correction(level, mode, expected):
         [trajectory([1], [5, 6], [-3.0, -1.0 + math.log(2)]), trajectory([1], [7], [-1.0])],
         [1.0, 0.0],
     )
-    make = lambda correction: grpo(correction=correction, advantage="dr_grpo", correction_mode=mode)
+
+    def make(correction):
+        return grpo(correction=correction, advantage="dr_grpo", correction_mode=mode)
+
     out = inspect(make(level), batch(groups=[g]), constant(-1.0))
     np.testing.assert_allclose(out.gradients[0][1:], -0.5 * np.array(expected) / 3, rtol=1e-5)
     plain = inspect(make("none"), batch(groups=[g]), constant(-1.0))
@@ -291,14 +305,17 @@ def test_correction_is_the_identity_without_mismatch(level):
         for c in (level, "none")
     )
     assert ours.loss == plain.loss
-    for a, b in zip(ours.gradients, plain.gradients):
+    for a, b in zip(ours.gradients, plain.gradients, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_advantages():
     """Section 14.7."""
     r = np.array([1.0, 0.0, 0.0, 3.0])
-    one = lambda name, rewards: ESTIMATORS[name]([rewards], [np.ones(len(rewards))])[0]
+
+    def one(name, rewards):
+        return ESTIMATORS[name]([rewards], [np.ones(len(rewards))])[0]
+
     np.testing.assert_allclose(one("dr_grpo", r), [0, -1, -1, 2])
     np.testing.assert_allclose(one("rloo", r), [0, -4 / 3, -4 / 3, 8 / 3], rtol=1e-6)
     np.testing.assert_allclose(
@@ -317,7 +334,7 @@ def test_a_constant_on_all_rewards_changes_no_gradient_and_equal_rewards_have_no
         inspect(method, batch(groups=[rollouts(r)]), ramp)
         for r in ((1.0, 0.0), (4.0, 3.0), (1.0, 1.0))
     )
-    for a, b, none in zip(plain.gradients, shifted.gradients, equal.gradients):
+    for a, b, none in zip(plain.gradients, shifted.gradients, equal.gradients, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
         assert not none.any() and a.any()
 
@@ -335,14 +352,15 @@ def test_reinforce_pp_is_white_over_the_tokens_of_the_batch():
 @pytest.mark.parametrize("preset", ["grpo", "cispo", "gspo", "rloo"])
 def test_on_policy_the_objectives_have_the_gradient_of_reinforce(preset):
     """Section 14.7: rho = 1."""
-    make = lambda preset, **more: grpo(
-        preset=preset, advantage="grpo", reduction="seq_mean_token_mean", **more
-    )
+
+    def make(preset, **more):
+        return grpo(preset=preset, advantage="grpo", reduction="seq_mean_token_mean", **more)
+
     ours, plain = (
         inspect(make(preset), batch(), ramp),
         inspect(make("grpo", objective="reinforce"), batch(), ramp),
     )
-    for a, b in zip(ours.gradients, plain.gradients):
+    for a, b in zip(ours.gradients, plain.gradients, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
@@ -350,9 +368,12 @@ def test_gspo_clips_whole_sequences():
     """Ratio of the sequence: mean of (0.5, 0.5, -0.85) is 0.05 > 0.0004, so a positive advantage
     gets no gradient anywhere, though one token went down.
     """
-    moved = lambda row: (
-        ramp(row) + (np.array([0, 0.5, 0.5, -0.85], np.float32) if len(row.tokens) == 4 else 0)
-    )
+
+    def moved(row):
+        return ramp(row) + (
+            np.array([0, 0.5, 0.5, -0.85], np.float32) if len(row.tokens) == 4 else 0
+        )
+
     out = inspect(grpo(preset="gspo"), batch(), moved, old=ramp)
     assert not out.gradients[0].any()
     # one token: the sequence ratio is PPO's

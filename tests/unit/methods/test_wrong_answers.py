@@ -96,11 +96,11 @@ def test_metrics_of_other_libraries():
 
 
 def test_state_that_would_be_lost():
-    with pytest.raises(MethodError, match="state_dict.. returned None"):
+    with pytest.raises(MethodError, match=r"state_dict.. returned None"):
         checked_state(wrong(state_dict=lambda self: None))
     for value in (lambda: 3, (i for i in range(3))):
         method = wrong(state_dict=lambda self, value=value: {"mine": value})
-        with pytest.raises(MethodError, match="'mine' is a .* cannot be pickled"):
+        with pytest.raises(MethodError, match=r"'mine' is a .* cannot be pickled"):
             checked_state(method)
     checked_state(Right())
 
@@ -122,7 +122,7 @@ class Mine(Method):
 def test_an_annotation_that_is_not_there_when_options_are_read(tmp_path):
     path = tmp_path / "late.py"
     path.write_text(LATE)
-    with pytest.raises(ValueError, match="Mine: an annotation .* names 'Path'.*TYPE_CHECKING"):
+    with pytest.raises(ValueError, match=r"Mine: an annotation .* names 'Path'.*TYPE_CHECKING"):
         make_method(f"{path}:Mine", {"where": "x"})
 
 

@@ -96,7 +96,7 @@ def test_the_reference_is_seen_by_terms_that_asked_or_brought_their_own():
     """Rows outside the term that asked are not scored, so another term would read NaN there."""
     ask = Term("again", NLL(), needs=frozenset({"ref_logp"}))
     read = Term("sft", loss(lambda t: t.logp - t.ref_logp))
-    with pytest.raises(MethodError, match="term 'sft'.*(?s:.)*does not have here: .*ref_logp"):
+    with pytest.raises(MethodError, match=r"term 'sft'.*(?s:.)*does not have here: .*ref_logp"):
         look(with_terms(read, ask), reference=half)
     assert np.isfinite(look(with_terms(read, Term("again", NLL())), reference=half).loss)
 
@@ -372,7 +372,7 @@ def test_a_needed_advantage_must_be_there_on_every_token_of_the_term():
         terms=lambda self, batch: [needs, Term("again", NLL())],
         credit=lambda self, rows, batch: [replace(rows[0], advantage=floats(rows[0])), *rows[1:]],
     )
-    with pytest.raises(MethodError, match="row 1 .*: term 'sft' needs 'advantage'"):
+    with pytest.raises(MethodError, match=r"row 1 .*: term 'sft' needs 'advantage'"):
         look(method)
 
 
@@ -386,7 +386,10 @@ def test_a_needed_advantage_must_be_there_on_every_token_of_the_term():
 def test_rows_without_what_others_of_the_term_have(stream, objective):
     """The packer puts NaN where a row has none. NLL does not look: the rows are fine for it."""
     first = type(with_row(lambda r: replace(r, **{stream: floats(r)}))).rows
-    asks = lambda self, batch: [Term("sft", objective), Term("again", NLL())]
+
+    def asks(self, batch):
+        return [Term("sft", objective), Term("again", NLL())]
+
     with pytest.raises(MethodError, match=f"term 'sft'.*NaN on tokens whose row has no {stream}"):
         look(wrong(rows=first, terms=asks))
     assert np.isfinite(look(wrong(rows=first)).loss)
