@@ -1,7 +1,5 @@
-"""The learner on one NVIDIA GPU:
-
-MFU of a 0.5 B and a 1.5 B model with random weights, and memory and time of the head against a
-naive one and Liger's.
+"""The learner on one NVIDIA GPU: MFU of a 0.5 B and a 1.5 B model with random weights, and memory
+and time of the head against a naive one and Liger's.
 
     bash benchmarks/gpu.sh            or: python benchmarks/gpu.py [--models 0.5b 1.5b] [--tokens
                                       8192] [--sequence 1024] [--steps 6]

@@ -61,10 +61,8 @@ def alternate(sides: Mapping[str, Callable[[], float]], repeats: int) -> dict[st
 
 
 def limits() -> dict[str, float]:
-    """What this machine can do at best:
-
-    FLOP/s of a 2048 x 2048 matmul per dtype, bytes/s of a memory copy; with as many threads as
-    torch has now.
+    """What this machine can do at best: FLOP/s of a 2048 x 2048 matmul per dtype, bytes/s of a
+    memory copy; with as many threads as torch has now.
     """
     import torch
 

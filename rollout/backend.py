@@ -17,10 +17,8 @@ class Backend(Protocol):
     """One inference engine. All calls are coroutines; in-process backends simply do not await."""
 
     async def generate(self, request: GenRequest) -> Sequence[Trajectory]:
-        """All samples of one request:
-
-        POLICY tokens carry the log-prob under the distribution they were sampled from and the
-        weight version.
+        """All samples of one request: POLICY tokens carry the log-prob under the distribution they
+        were sampled from and the weight version.
         """
 
     async def abort(self, request: GenRequest) -> None:

@@ -120,9 +120,8 @@ BUDGET = Budget(prompts=4, samples=4, experts=3, steps=100, seed=7)
 
 
 def drive(method, steps, signals=None, budget=BUDGET, staleness=0, tickets=None):
-    """What a run does, on random numbers that depend on the step alone:
-
-    [(demand, rows, loss, gradients, metrics)] and what a checkpoint would hold.
+    """What a run does, on random numbers that depend on the step alone: [(demand, rows, loss,
+    gradients, metrics)] and what a checkpoint would hold.
     """
     signals, tickets, record = dict(signals or {}), dict(tickets or {}), []
     for step in steps:

@@ -1,6 +1,5 @@
-"""Static mix:
-
-RL and SFT losses in fixed proportion, the simplest hybrid and a control for every schedule.
+"""Static mix: RL and SFT losses in fixed proportion, the simplest hybrid and a control for every
+schedule.
 
     L = (1 - mu) L_GRPO + mu L_SFT,    mu constant
 

@@ -1,7 +1,5 @@
-"""A critic for the RL half of a method:
-
-GAE advantages from a value head, with the KL to the reference in the reward. `policy: {advantage:
-gae, critic: {...}}`
+"""A critic for the RL half of a method: GAE advantages from a value head, with the KL to the
+reference in the reward. `policy: {advantage: gae, critic: {...}}`
 
     r_t   = -kl (log pi_old(y_t) - log pi_ref(y_t)) + 1[t = T] R
           kl: beta

@@ -1,7 +1,5 @@
-"""IFT, intuitive fine-tuning:
-
-SFT on contexts that are partly the model's own guesses, each token paying for the errors that
-follow it. Experimental.
+"""IFT, intuitive fine-tuning: SFT on contexts that are partly the model's own guesses, each token
+paying for the errors that follow it. Experimental.
 
     xhat    greedy next tokens of a first pass over the demonstration, without gradient
     inputs  (1 - lam) E(y*_t) + lam E(xhat_t) for response tokens, prompt tokens as they are;    ell_t = -log p(y*_t | mixed inputs)

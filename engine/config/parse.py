@@ -218,8 +218,7 @@ def setting(config: Config, key: str):
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Plain nested dict, for the run folder, trackers and --dry-run:
-
-    `${NAME}` as such, secrets redacted.
+    """Plain nested dict, for the run folder, trackers and --dry-run: `${NAME}` as such, secrets
+    redacted.
     """
     return hide(dataclasses.asdict(config))

@@ -135,9 +135,8 @@ def make_importable(folder: str) -> None:
 
 
 def check_neighbours(spec: str, path: Path, source: Source, kind: str) -> None:
-    """Raise ValueError if the file would get the neighbour of another file:
-
-    Python knows one module of a name.
+    """Raise ValueError if the file would get the neighbour of another file: Python knows one module
+    of a name.
     """
     others = [folder for folder in FOLDERS if folder != str(path.parent)]
     for name in imported_names(source.data, ""):

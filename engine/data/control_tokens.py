@@ -1,6 +1,5 @@
-"""Control tokens spelled out in a dataset's text:
-
-`<|im_end|>` typed into a prompt ends the turn there.
+"""Control tokens spelled out in a dataset's text: `<|im_end|>` typed into a prompt ends the turn
+there.
 
 A control token is one at which generation stops, the BOS, EOS, padding, separator and class tokens,
 and every special token that the chat template writes or that is called after a role (<|user|>).

@@ -1,7 +1,5 @@
-"""Generated data:
-
-`task:NAME` (the small tasks of this file) and `reasoning_gym:TASK`, as rows made on the fly from
-(seed, number).
+"""Generated data: `task:NAME` (the small tasks of this file) and `reasoning_gym:TASK`, as rows made
+on the fly from (seed, number).
 
     path: task:sort            options: {size: 100, seed: 1, digits: 8, response: "{steps}"}
     path: reasoning_gym:gcd    options: {size: null, seed: 0, response: "<answer>{answer}</answer>",
@@ -73,9 +71,8 @@ def held_out(question: str) -> bool:
 
 
 class GeneratedRows:
-    """Rows of a generated dataset, by number:
-
-    `rows[i]` -> dict with prompt, answer, response and the task's other columns.
+    """Rows of a generated dataset, by number: `rows[i]` -> dict with prompt, answer, response and
+    the task's other columns.
 
     Raises ConfigError for an unknown task, split or option, and for a `size` larger than the number
     of different problems that can be found.

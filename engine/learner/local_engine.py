@@ -1,6 +1,5 @@
-"""The two engines under the learner:
-
-`ZeroEngine` (DeepSpeed ZeRO 0-3, any number of ranks) and `LocalEngine` (Accelerate, one process).
+"""The two engines under the learner: `ZeroEngine` (DeepSpeed ZeRO 0-3, any number of ranks) and
+`LocalEngine` (Accelerate, one process).
 
 Both have the same methods and the same contract:
   * The caller owns the step boundary: any number of `backward` calls, then one `step`. Nothing is
@@ -219,9 +218,8 @@ class LocalEngine:
 
 
 def join(rank: int, ranks: int, address: str, port: int, timeout: float, gpu: bool = False) -> None:
-    """Join the learner's process group:
-
-    NCCL with a GPU per rank, else gloo. Once per process, before any ZeroEngine.
+    """Join the learner's process group: NCCL with a GPU per rank, else gloo. Once per process,
+    before any ZeroEngine.
     """
     if not gpu:  # also on a machine that has some
         os.environ["DS_ACCELERATOR"] = "cpu"

@@ -12,10 +12,8 @@ from tandem.engine.learner import terms as term_losses
 def observe(
     micro: MicroBatch, logp: torch.Tensor, entropy: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
-    """What a micro-batch shows beside its losses:
-
-    `observed/` for sums, which no term's name can meet, and `max/` for maxima. Indices are made on
-    the host, so that the GPU is not waited for.
+    """What a micro-batch shows beside its losses: `observed/` for sums, which no term's name can
+    meet, and `max/` for maxima. Indices are made on the host, so that the GPU is not waited for.
     """
     found = {
         "tokens/trained": torch.tensor(float(len(micro.index))),

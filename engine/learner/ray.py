@@ -329,9 +329,8 @@ class RayLearner:
 
 
 def check_sendable(plan: StepPlan) -> None:
-    """Raise ConfigError that names the part of a method which cannot be pickled:
-
-    Ray's own error names none.
+    """Raise ConfigError that names the part of a method which cannot be pickled: Ray's own error
+    names none.
     """
     from ray import cloudpickle
 

@@ -170,9 +170,8 @@ class ZeroEngine:
             size += bytes_
 
     def save(self, folder: str | Path) -> None:
-        """All ranks write into the same folder:
-
-        DeepSpeed's own checkpoint, and rank_R.pt with what DeepSpeed does not know of.
+        """All ranks write into the same folder: DeepSpeed's own checkpoint, and rank_R.pt with what
+        DeepSpeed does not know of.
         """
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.engine.save_checkpoint(str(folder), tag="zero", save_latest=False)

@@ -36,9 +36,8 @@ def number(text_config, name: str) -> float | None:
 
 
 class Head(nn.Module):
-    """The chunked head as a module with the output embedding's own parameters (not copies):
-
-    ZeRO-3 gathers parameters per module call.
+    """The chunked head as a module with the output embedding's own parameters (not copies): ZeRO-3
+    gathers parameters per module call.
     """
 
     def __init__(self, output: nn.Module, scale: float = 1.0, cap: float | None = None):

@@ -116,9 +116,8 @@ def beside_a_long_row(policy: Policy, a: torch.Tensor, b: torch.Tensor) -> torch
 
 @torch.no_grad()
 def can_share(policy: Policy) -> bool:
-    """Whether rows may stand behind one copy of their prompt:
-
-    SDPA with full attention in every layer, and the right log-probs on real numbers.
+    """Whether rows may stand behind one copy of their prompt: SDPA with full attention in every
+    layer, and the right log-probs on real numbers.
 
     Layers with a window would lose it to the mask; flash attention takes no mask; eager attention
     takes another kind; a recurrent layer would see the rows before.

@@ -29,9 +29,8 @@ ROWS = 1 << 16  # at a time, which bounds the memory for products to 4 MiB
 
 @cache
 def mixing_matrix(device: torch.device) -> torch.Tensor:
-    """int8 [BLOCK, COLUMNS] in -64 .. 63, the same on every machine:
-
-    SHAKE-256 is a standard, a random generator is not.
+    """int8 [BLOCK, COLUMNS] in -64 .. 63, the same on every machine: SHAKE-256 is a standard, a
+    random generator is not.
     """
     words = np.frombuffer(
         hashlib.shake_256(b"tandem weight digest").digest(BLOCK * COLUMNS), np.uint8

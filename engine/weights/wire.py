@@ -19,10 +19,8 @@ ALIGN = 16  # bytes; a view of a packed buffer must start where its dtype may st
 
 
 class Stopwatch:
-    """Seconds by phase:
-
-    `lap(phase)` books the time since the lap before. Shown in the logs of learner and engine, one
-    line per weight sync.
+    """Seconds by phase: `lap(phase)` books the time since the lap before. Shown in the logs of
+    learner and engine, one line per weight sync.
     """
 
     def __init__(self):

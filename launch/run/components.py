@@ -22,7 +22,7 @@ from tandem.algorithms.base import Budget, Demand
 from tandem.algorithms.checks.method import check_metrics, checked_state
 from tandem.algorithms.registry import configured
 from tandem.algorithms.rows import policy_row
-from tandem.engine.config import names as templates
+from tandem.engine.data import templates
 from tandem.engine.config.paths import shown_code
 from tandem.engine.config.schema import Config
 from tandem.engine.core import stop

@@ -25,9 +25,8 @@ END = 1 << 20
 
 
 def contents(config: Config, sources: dict[str, Any], model_path: str) -> dict[str, str]:
-    """Digests by config key. sources: {key of a dataset:
-
-    PromptSource or ExpertSource, or None where the method needs none}.
+    """Digests by config key. sources: {key of a dataset: PromptSource or ExpertSource, or None
+    where the method needs none}.
     """
     found = {"model.path": model_digest(model_path)}
     if config.model.tokenizer:

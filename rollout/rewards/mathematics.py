@@ -1,6 +1,5 @@
-"""Mathematical equality by math-verify:
-
-`0.5` equals `\\frac{1}{2}`. Words and dates are compared as such (words.py).
+"""Mathematical equality by math-verify: `0.5` equals `\\frac{1}{2}`. Words and dates are compared
+as such (words.py).
 
 math-verify bounds its own time with SIGALRM and answers "not equal" when the alarm rings, which
 would be a silent 0. Here its alarms are off and reward.timeout ends the call, so that the outcome

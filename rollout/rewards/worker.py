@@ -1,6 +1,5 @@
-"""A reward worker process:
-
-`python -m tandem.rollout.rewards.worker FD PARENT`, started by runner.py and by nobody else.
+"""A reward worker process: `python -m tandem.rollout.rewards.worker FD PARENT`, started by
+runner.py and by nobody else.
 
 It is told the reward config, answers with the functions' signatures and source (or why they cannot
 be used), then answers one call at a time. It is started as a program of its own, not by

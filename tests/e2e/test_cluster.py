@@ -1,6 +1,5 @@
-"""Whole runs on the real stack:
-
-Ray actors, a vLLM engine, DeepSpeed ranks over gloo, started by the command a user types.
+"""Whole runs on the real stack: Ray actors, a vLLM engine, DeepSpeed ranks over gloo, started by
+the command a user types.
 """
 
 import json

@@ -1,7 +1,5 @@
-"""One rank of the learner tests:
-
-`python zero_worker.py RANK RANKS PORT STAGE MODEL FOLDER`. Results go to FOLDER/CASE_rankR.pt; see
-test_learner_zero.py.
+"""One rank of the learner tests: `python zero_worker.py RANK RANKS PORT STAGE MODEL FOLDER`.
+Results go to FOLDER/CASE_rankR.pt; see test_learner_zero.py.
 
 One process group per process, and one ZeRO stage per group: engines of different stages in one
 process have hung.
@@ -28,6 +26,7 @@ from learner_cases import (
 from safetensors.torch import load_file
 
 from tandem.engine.config.schema import Config, LearnerConfig, ModelConfig
+from tandem.engine.learner import local_engine
 from tandem.engine.learner import zero_engine as zero
 from tandem.engine.learner.rank import LearnerRank
 from tandem.engine.learner.ray import share
@@ -134,7 +133,7 @@ def go_on(learner, ranks):
 
 
 def main(rank, ranks, port, stage, model, folder):
-    zero.join(rank, ranks, "127.0.0.1", port, 120.0)
+    local_engine.join(rank, ranks, "127.0.0.1", port, 120.0)
     zero.adamw = lambda parameters, learner: Probe(
         parameters, lr=0.0, betas=learner.betas, weight_decay=learner.weight_decay
     )

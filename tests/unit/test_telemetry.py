@@ -23,7 +23,7 @@ from tandem.engine.core.types import (
     ScoredGroup,
     Trajectory,
 )
-from tandem.engine.report import telemetry
+from tandem.engine.report import telemetry, trackers
 from tandem.engine.report.display import Display, clock, number, rate, sparkline
 from tandem.engine.report.rollouts import read_rollouts
 from tandem.engine.report.telemetry import Telemetry
@@ -235,13 +235,12 @@ def test_wandb_login_is_found_without_asking(tmp_path, monkeypatch, environment,
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert telemetry.wandb_login() is expected
+    assert trackers.wandb_login() is expected
 
 
 def test_trackers_get_the_numbers(tmp_path, monkeypatch):
-    """Both for real:
-
-    W&B offline, since nobody is logged in, and TensorBoard read back by its own reader.
+    """Both for real: W&B offline, since nobody is logged in, and TensorBoard read back by its own
+    reader.
     """
     wandb = pytest.importorskip("wandb")
     pytest.importorskip("tensorboard")

@@ -51,9 +51,8 @@ class ExpertRatio:
 
 @dataclass(frozen=True)
 class BySource:
-    """One term, one denominator, two objectives:
-
-    `expert` on expert tokens, `rollout` on all others. Metrics of either are named by it: expert/p.
+    """One term, one denominator, two objectives: `expert` on expert tokens, `rollout` on all
+    others. Metrics of either are named by it: expert/p.
     """
 
     rollout: object

@@ -261,10 +261,8 @@ def test_srft_of_demonstrations_alone_is_sft_at_zero_entropy():
     [("luffy", lambda p: 0.1 * p / (p + 0.1) ** 2), ("visurf", lambda p: np.ones_like(p))],
 )
 def test_in_a_group_the_demonstration_has_the_weighted_gradient_of_sft(name, weight):
-    """Sections 7(g) and 9(g):
-
-    A_demo times the token's weight, over a denominator shared with the rollouts (here 12 + 10
-    tokens).
+    """Sections 7(g) and 9(g): A_demo times the token's weight, over a denominator shared with the
+    rollouts (here 12 + 10 tokens).
     """
     out = look(
         make_method(name, {"policy": {"reduction": "token_mean", "advantage": "dr_grpo"}}),

@@ -1,6 +1,5 @@
-"""Methods whose demonstration joins its prompt's group:
-
-SRFT, LUFFY, ViSurf. Sections 2, 7 and 9 of the methods dossier.
+"""Methods whose demonstration joins its prompt's group: SRFT, LUFFY, ViSurf. Sections 2, 7 and 9 of
+the methods dossier.
 """
 
 import math
@@ -39,9 +38,8 @@ def with_demo(rewards, demo_reward=1.0, **more):
 
 
 def test_luffy_by_hand():
-    """Rewards 1, 0 and 1 for the demonstration, no std:
-
-    A = 1/3, -2/3, 1/3. Z = 3 + 1 + 3. At p = 1/2 a demonstration token weighs A 0.1 0.5/0.6^2.
+    """Rewards 1, 0 and 1 for the demonstration, no std: A = 1/3, -2/3, 1/3. Z = 3 + 1 + 3. At p =
+    1/2 a demonstration token weighs A 0.1 0.5/0.6^2.
     """
     out = look(make_method("luffy", {}), batch(groups=[with_demo((1, 0))], experts=()), half)
     f, weight = 0.5 / 0.6, 0.1 * 0.5 / 0.36
@@ -207,9 +205,8 @@ def test_dynamic_sampling_judges_the_group_with_its_demonstration(name):
 
 
 def test_visurf_by_hand():
-    """Rewards 0, 0 and 1 for y: mean 1/3, unbiased std 1/sqrt(3):
-
-    A = -1/sqrt(3) twice, A_y = 2/sqrt(3) = G/sqrt(G + 1).
+    """Rewards 0, 0 and 1 for y: mean 1/3, unbiased std 1/sqrt(3): A = -1/sqrt(3) twice, A_y =
+    2/sqrt(3) = G/sqrt(G + 1).
 
     Means over 3, 1 and 3 tokens, then over the three.
     """

@@ -138,9 +138,8 @@ def test_the_name_of_a_method_is_not_a_method():
 
 
 def test_a_demonstration_with_its_reward_joins_its_group():
-    """Rewards 1, 0 and 1 for the demonstration:
-
-    A = 1/3, -2/3, 1/3. Without a reward it takes no part.
+    """Rewards 1, 0 and 1 for the demonstration: A = 1/3, -2/3, 1/3. Without a reward it takes no
+    part.
     """
 
     def make(reward):

@@ -187,9 +187,8 @@ OPTIONS = [
     "options", OPTIONS, ids=lambda options: "-".join(map(str, options.values()))
 )
 def test_order_and_packing_change_nothing_whatever_the_rl_half(options):
-    """Section 0.6, I-0b, off policy:
-
-    GSPO's and the correction's sequences must not mix where rows share a micro-batch.
+    """Section 0.6, I-0b, off policy: GSPO's and the correction's sequences must not mix where rows
+    share a micro-batch.
     """
 
     def own(t, n):

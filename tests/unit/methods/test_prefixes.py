@@ -1,6 +1,5 @@
-"""Methods that make rollouts start from the demonstration:
-
-Prefix-RFT and UFT. Sections 3 and 6 of the methods dossier.
+"""Methods that make rollouts start from the demonstration: Prefix-RFT and UFT. Sections 3 and 6 of
+the methods dossier.
 """
 
 import math
@@ -259,9 +258,8 @@ def test_the_hints_gradient_is_that_of_its_nll_whatever_the_reward():
 
 
 def test_hint_lengths_are_binomial_and_end_with_the_schedule():
-    """Section 6(g):
-
-    E[l]/n_seg = p(t), boundaries at whole segments, none from T on, all samples share the hint.
+    """Section 6(g): E[l]/n_seg = p(t), boundaries at whole segments, none from T on, all samples
+    share the hint.
     """
     method = make_method("uft", {})
     for step, p in (
@@ -355,7 +353,6 @@ def test_each_hybrid_keeps_its_own_share():
 @pytest.mark.parametrize("name, key", [("prefix_rft", "low"), ("uft", "p")])
 def test_a_prompt_drawn_again_after_a_resume_goes_by_the_same_signals(name, key):
     """The producer may replace a filtered group of a step that was announced before the checkpoint:
-
     `demand` is not asked again then.
     """
     one, two = (make_method(name, {key: {"kind": "reward_gap", "peak": 0.9}}) for _ in range(2))

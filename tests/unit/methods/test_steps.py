@@ -1,6 +1,5 @@
-"""Methods that decide per prompt or per step which loss it is:
-
-ReLIFT, SASR, HPT. Sections 4, 5 and 8 of the methods dossier.
+"""Methods that decide per prompt or per step which loss it is: ReLIFT, SASR, HPT. Sections 4, 5 and
+8 of the methods dossier.
 """
 
 import math
@@ -169,9 +168,8 @@ def test_relift_resumed_does_not_announce_an_sft_step_twice():
 
 
 def test_any_reward_above_zero_is_a_success_for_both_gates():
-    """Sections 4(b) and 8(b):
-
-    ReFT's 0.1 for a readable answer as well; a reward that means failure has to be 0 or less.
+    """Sections 4(b) and 8(b): ReFT's 0.1 for a readable answer as well; a reward that means failure
+    has to be 0 or less.
     """
     partial = rollouts((0.1, 0.0), demo=DEMO)
     assert not make_method("relift", {}).hardest(partial) and not make_method("hpt", {}).gated(
@@ -217,10 +215,8 @@ def warm_sasr(g_warm=2.0, g_last=2.0, **options):
     ],
 )
 def test_sasr_probability_by_hand(last, gamma, expected):
-    """Section 5(g):
-
-    G/(G + gamma G_warm): 1/(1 + gamma) where nothing changed; gamma 0 is pure SFT, gamma without
-    end pure RL.
+    """Section 5(g): G/(G + gamma G_warm): 1/(1 + gamma) where nothing changed; gamma 0 is pure SFT,
+    gamma without end pure RL.
     """
     method = warm_sasr(g_last=last, gamma=gamma)
     assert method.p(6, {}) == pytest.approx(expected, abs=1e-9)
