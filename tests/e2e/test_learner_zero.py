@@ -64,7 +64,7 @@ def run_workers(stage, ranks, model_path, folder):
     script, port = Path(__file__).with_name("zero_worker.py"), str(free_port())
     env = {
         **os.environ,
-        "PYTHONPATH": str(script.parent.parent),
+        "PYTHONPATH": str(script.parents[1] / "support"),
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
     }

@@ -12,7 +12,7 @@ from tandem.engine.config.parse import load
 from tandem.engine.core.errors import ConfigError
 from tandem.launch import cli
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 
 
 def test_every_packaged_config_is_listed_with_a_line_about_it(capsys):

@@ -16,7 +16,7 @@ from tandem.engine.core.types import Finish, Source
 from tandem.engine.data.sources import ExpertSource, PromptSource
 from tandem.engine.model.tiny import make_tiny
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 ROWS = [{"prompt": f"{i}+{i}=", "answer": str(2 * i), "response": str(2 * i)} for i in range(7)]
 CHAT = [
     {

@@ -24,7 +24,7 @@ from tandem.launch.estimate import (
     plans,
 )
 
-MEASURED = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "step.jsonl"
+MEASURED = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "step.jsonl"
 SHAPES = {"w1": Shape(134.5e6, 30, 576, 192, 49152), "w4": Shape(3.3e6, 4, 256, 256, 512)}
 WORK = Work(64, 8, 512, 1024, 4096)
 

@@ -3,9 +3,8 @@
 Sections are those of the methods dossier: 0.1 and 14.
 
 The engine's own invariants (section 0.6: any split of a batch gives one gradient, an absent source
-gives exactly 0) and the reductions of section 0.3 are in tests/unit/test_terms.py,
-test_learner_inline.py and tests/e2e/test_learner_zero.py; the token objectives over a grid of
-ratios in test_objectives.py.
+gives exactly 0) and the reductions of section 0.3 are in tests/unit/learner and
+tests/e2e/test_learner_zero.py; the token objectives over a grid of ratios in test_objectives.py.
 """
 
 import math

@@ -202,7 +202,7 @@ def test_words_that_are_no_override_are_refused(config, capsys):
 
 
 def test_the_readmes_own_reward_and_method_train(config, in_tmp, capsys):
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    readme = (Path(__file__).parents[3] / "README.md").read_text()
     blocks = re.findall(r"```python\n(# (\w+\.py).*?)```", readme, re.DOTALL)
     for text, name in blocks:
         (in_tmp / name).write_text(text)

@@ -516,7 +516,7 @@ def test_check_fails_with_the_error_in_its_report(user):
 def test_the_examples_of_the_docs_work(user, number, name, expected):
     blocks = re.findall(
         r"```python\n(.*?)```",
-        (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(),
+        (Path(__file__).parents[3] / "docs" / "rewards.md").read_text(),
         re.DOTALL,
     )
     assert len(blocks) == 3
