@@ -168,7 +168,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def read(args: argparse.Namespace) -> Config:
-    from tandem.engine.config.parse import load
+    from tandem.launch.check_config import load
 
     config = load(args.config, args.overrides)
     sys.argv[:] = [redact(word) for word in sys.argv]  # trackers record it

@@ -12,13 +12,17 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from tandem.engine.config.config_file import find_config, read_tree
-from tandem.engine.config.paths import process_kept, resolve_paths
+from tandem.engine.config.keys import describe, hint_of
+from tandem.engine.config.paths import resolve_paths
+from tandem.engine.config.rules import validate
 from tandem.engine.config.schema import Config
 from tandem.engine.config.secrets import REDACTED, find_redacted, hide, resolve
 from tandem.engine.config.yaml_reader import dotted, kind
@@ -32,8 +36,6 @@ def load(path: str | Path, overrides: list[str] = (), redacted: bool = False) ->
     Paths are made absolute here. Raises ConfigError, also for a value that was <redacted> when the
     config was written, unless `redacted`: for a config that is only to be looked at.
     """
-    from tandem.engine.config.rules import validate
-
     path = find_config(path)
     tree = read_tree(path, overrides)
     origin = tree.overridden
@@ -47,14 +49,23 @@ def load(path: str | Path, overrides: list[str] = (), redacted: bool = False) ->
         )
     hide(values)  # remembers the secrets in it before anything is logged
     config = resolve_paths(build(Config, values, "", str(path), origin))
-    try:
-        with process_kept():
-            validate(config)
-    except ConfigError as error:
-        named = sorted(key for key in origin if key in str(error))
-        set_there = f", on the command line {', '.join(named)}" if named else ""
-        raise ConfigError(f"{error} (config {path}{set_there})") from error.__cause__
+    with told_where(path, overrides):
+        validate(config)
     return config
+
+
+@contextmanager
+def told_where(path: str | Path, overrides: Iterable[str]) -> Iterator[None]:
+    """A ConfigError of the block names the file, and the keys in it that the command line set."""
+    try:
+        yield
+    except ConfigError as error:
+        keys = sorted({override.partition("=")[0] for override in overrides})
+        named = [key for key in keys if key in str(error)]
+        set_there = ""
+        if named:
+            set_there = f", on the command line {', '.join(named)}"
+        raise ConfigError(f"{error} (config {find_config(path)}{set_there})") from error.__cause__
 
 
 def check_written(written: dict[tuple, str], path: str, origin: set[str]) -> None:
@@ -75,23 +86,6 @@ def check_written(written: dict[tuple, str], path: str, origin: set[str]) -> Non
                 f"{key}: found {text[:LONGEST]}, which YAML reads as {read_as}, expected {meant}, "
                 f"set {source(key, path, origin)}; put text in quotes: '{text[:LONGEST]}'"
             )
-
-
-def hint_of(keys: tuple) -> Any:
-    """The type of the value at these keys; `dict` inside of free options, None if there is no such
-    key.
-    """
-    hint: Any = Config
-    for key in keys:
-        if dataclasses.is_dataclass(hint):
-            hint = typing.get_type_hints(hint).get(key)
-        elif typing.get_origin(hint) is tuple:
-            hint = typing.get_args(hint)[0]
-        if typing.get_origin(hint) in (types.UnionType, typing.Union):
-            hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
-        if dict in (hint, typing.get_origin(hint)):
-            return dict
-    return hint
 
 
 def build(cls: type, tree: dict, prefix: str, path: str, origin: set[str]):
@@ -180,40 +174,6 @@ def coerce(hint, value, key: str, where: str, path: str, origin):
         return int(number)
     if not isinstance(value, hint):
         raise wrong
-    return value
-
-
-def describe(hint) -> str:
-    base, args = typing.get_origin(hint), typing.get_args(hint)
-    if base in (types.UnionType, typing.Union):
-        return " or ".join(dict.fromkeys(describe(a) for a in args))
-    if base is Literal:
-        return f"one of {', '.join(map(literal, args))}"
-    if base is tuple:
-        return f"a list of {describe(args[0])}" + (
-            "" if Ellipsis in args else f" with {len(args)} entries"
-        )
-    if dataclasses.is_dataclass(hint) or dict in (base, hint):
-        return "a section"
-    return {
-        int: "an integer",
-        float: "a number",
-        str: "text",
-        bool: "true or false",
-        type(None): "nothing",
-    }.get(hint, str(hint))
-
-
-def literal(value) -> str:
-    """As YAML has it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def setting(config: Config, key: str):
-    """The value of a dotted key; None below a section that is not set."""
-    value = config
-    for name in key.split("."):
-        value = value.get(name) if isinstance(value, dict) else getattr(value, name, None)
     return value
 
 

@@ -1,13 +1,14 @@
-"""The rules that span keys of a config, and the bounds of single ones: checked by config.load
-before anything starts.
+"""The rules that span keys of a config, and the bounds of single ones: checked by `parse.load`.
+
+What only the method can tell is checked in launch/check_config.py.
 """
 
 from __future__ import annotations
 
 import datetime
 
-from tandem.engine.config.names import name_fault
-from tandem.engine.config.parse import hint_of, setting
+from tandem.engine.config.keys import hint_of, setting
+from tandem.engine.config.names import RESERVED, name_fault
 from tandem.engine.config.schema import Config
 from tandem.engine.core.errors import ConfigError
 
@@ -22,8 +23,6 @@ def validate(c: Config) -> None:
 
     Raises ConfigError naming both values and what to change; never edits.
     """
-    from tandem.algorithms.registry import configured, method_class
-
     require(
         bool(c.model.path),
         "model.path is not set: name a Hugging Face folder or model, or tandem:tiny",
@@ -35,15 +34,6 @@ def validate(c: Config) -> None:
             "or a path my_method.py:MyMethod"
         ),
     )
-    try:
-        method = method_class(c.method["name"])
-        configured(c.method)
-    except Exception as error:  # a user's own method may raise anything when it is made
-        raise ConfigError(
-            f"{'' if str(error).startswith('method') else 'method: '}{error}"
-            if isinstance(error, ValueError)
-            else f"method {c.method['name']!r} raised {type(error).__name__}: {error}"
-        ) from error
     for key, low in (
         ("rollout.prompts_per_step", 1),
         ("rollout.samples_per_prompt", 1),
@@ -188,29 +178,6 @@ def validate(c: Config) -> None:
         "processes of mode=cluster do not have; "
         "write the class into a file and name it my_method.py:MyMethod, or use mode=inline",
     )
-    if method.uses_experts:
-        require(
-            c.data.experts is not None,
-            f"method {c.method['name']!r} trains on demonstrations, but data.experts is not set",
-        )
-        require(
-            c.data.experts.response is not None
-            or c.data.experts.path.startswith(("task:", "reasoning_gym:")),
-            "data.experts.response is not set: name the column that holds the expert's response",
-        )
-        require(
-            c.data.experts_per_step > 0,
-            f"method {c.method['name']!r} trains on demonstrations, but data.experts_per_step is 0",
-        )
-    if method.uses_rollouts:
-        require(
-            c.data.prompts is not None or c.rollout.backend == "replay",
-            f"method {c.method['name']!r} trains on rollouts, but data.prompts is not set",
-        )
-        require(
-            bool(c.reward.functions) or c.run.fake_reward,
-            f"method {c.method['name']!r} trains on rewards, but reward.functions is empty",
-        )
     require(
         c.rollout.backend != "replay" or c.rollout.record is not None,
         "rollout.backend is replay, but rollout.record names no rollouts.jsonl",
@@ -228,16 +195,6 @@ def validate(c: Config) -> None:
         f"{'rollout.backend is replay' if c.rollout.backend == 'replay' else 'mode is inline'}, "
         "where the groups of a step end together and none can be aborted; set "
         "rollout.over_sample=0, or use mode=cluster with vLLM",
-    )
-    require(
-        c.rollout.over_sample == 0
-        or not method.aligned
-        or c.data.experts_per_step < c.rollout.prompts_per_step,
-        f"rollout.over_sample is {c.rollout.over_sample}, but with method "
-        f"{c.method['name']!r} all rollout.prompts_per_step={c.rollout.prompts_per_step} "
-        "groups have a "
-        f"demonstration (data.experts_per_step={c.data.experts_per_step}), and those are "
-        "never aborted; set rollout.over_sample=0 or fewer data.experts_per_step",
     )
     require(
         not (c.mode == "cluster" and c.rollout.backend == "hf"),
@@ -294,10 +251,6 @@ def validate(c: Config) -> None:
         f"{str(c.cluster.colocate).lower()}, cluster.engine_gpus {c.cluster.engine_gpus} and "
         f"cluster.learner_gpus {c.cluster.learner_gpus}; use auto",
     )
-    require(
-        not (c.run.rollout_only and not method.uses_rollouts),
-        f"run.rollout_only with method {c.method['name']!r}, which makes no rollouts",
-    )
     need = c.data.max_prompt_tokens + max(c.rollout.max_tokens, c.eval.max_tokens or 0)
     require(
         c.rollout.max_model_len is None or c.rollout.max_model_len >= need,
@@ -311,8 +264,6 @@ def validate(c: Config) -> None:
 
 def check_templates(c: Config) -> None:
     """What is given to chat templates. Raises ConfigError."""
-    from tandem.engine.config.names import RESERVED
-
     for name in c.data.chat_template_kwargs:
         require(
             name not in RESERVED,

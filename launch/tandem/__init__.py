@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tandem.algorithms.base import Batch, Method, Term
-    from tandem.engine.config.parse import load
     from tandem.engine.config.schema import Config
     from tandem.engine.core.errors import ConfigError
     from tandem.engine.core.types import Row
     from tandem.engine.learner.inspect import inspect
+    from tandem.launch.check_config import load
     from tandem.launch.run.run import train
 
 __version__ = "0.2.0"
@@ -42,7 +42,7 @@ _HOMES = {
     "Row": "tandem.engine.core.types:Row",
     "Term": "tandem.algorithms.base:Term",
     "inspect": "tandem.engine.learner.inspect:inspect",
-    "load": "tandem.engine.config.parse:load",
+    "load": "tandem.launch.check_config:load",
     "train": "tandem.launch.run.run:train",
 }
 

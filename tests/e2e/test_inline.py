@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tandem.engine.config.parse import load
+from tandem.launch.check_config import load
 from tandem.launch.run.run import train
 
 BASE = {
@@ -72,7 +72,7 @@ def test_four_steps_equal_two_resumed_for_two_more_to_the_bit(tmp_path, method, 
     stopped = config(tmp_path / "b", method, *overrides)
     script = (
         "import sys; sys.argv = ['x']\nfrom tandem.engine.loop import train as loop; from "
-        "tandem.launch.run import run\nfrom tandem.engine.config.parse import load\n"
+        "tandem.launch.run import run\nfrom tandem.launch.check_config import load\n"
         f"keep = run.Run.checkpoint\n"
         f"def checkpoint_then_die(self):\n    keep(self)\n    import os\n    os._exit(9)\n"
         f"run.Run.checkpoint = checkpoint_then_die\n"
@@ -376,7 +376,7 @@ def test_a_breakpoint_in_a_method_gets_the_terminal(tmp_path):
     )
     config(tmp_path, {"name": f"{method}:Mine"})
     script = (
-        "from tandem.launch.run.run import train; from tandem.engine.config.parse import load; "
+        "from tandem.launch.run.run import train; from tandem.launch.check_config import load; "
         f"train(load({str(tmp_path / 'config.yaml')!r}, ['run.dir={tmp_path}', 'run.steps=1']))"
     )
     out = subprocess.run(
@@ -394,7 +394,7 @@ def test_inline_imports_no_heavy_stack(tmp_path):
     config(tmp_path, {"name": "grpo"})
     script = (
         "import sys; from tandem.launch.run.run import train; from "
-        "tandem.engine.config.parse import load; "
+        "tandem.launch.check_config import load; "
         f"train(load({str(tmp_path / 'config.yaml')!r}, ['run.dir={tmp_path}', "
         "'run.steps=1']))\n"
         "print('heavy:', sorted({m.split('.')[0] for m in sys.modules} & {'ray', 'vllm', "

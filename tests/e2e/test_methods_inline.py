@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tandem.algorithms.registry import METHODS, method_class
-from tandem.engine.config.parse import load
+from tandem.launch.check_config import load
 from tandem.launch.run.run import train
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "methods"

@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tandem.engine.config.parse import load
+from tandem.launch.check_config import load
 from tandem.launch.run.run import train
 
 CONFIG = {

@@ -271,7 +271,7 @@ def test_installed_packages_stay_where_they_are(tmp_path):
 
 RUN = """
 import os, shutil, sys
-from tandem.engine.config.parse import load
+from tandem.launch.check_config import load
 from tandem.launch.run.run import train
 
 config = load("config.yaml", sys.argv[1:])

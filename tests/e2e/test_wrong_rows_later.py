@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tandem.engine.config.parse import load
 from tandem.engine.core.errors import ConfigError
+from tandem.launch.check_config import load
 from tandem.launch.run.run import train
 
 # Row 51 of this endless task is the first with more than 100 tokens: step 6 of 8 rows each meets

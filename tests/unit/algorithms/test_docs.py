@@ -18,7 +18,7 @@ from tandem.algorithms.base import Batch
 from tandem.algorithms.parts.policy import PRESETS
 from tandem.algorithms.parts.schedules import KINDS
 from tandem.algorithms.registry import METHODS, make_method, method_class
-from tandem.engine.config.parse import load
+from tandem.launch.check_config import load
 from tandem.launch.run.run import train
 
 DOCS = Path(__file__).parents[3] / "docs"

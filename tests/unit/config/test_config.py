@@ -10,9 +10,10 @@ import yaml
 
 from tandem.algorithms.parts.schedules import Schedule
 from tandem.algorithms.registry import configured
-from tandem.engine.config.parse import load, to_dict
+from tandem.engine.config.parse import to_dict
 from tandem.engine.config.schema import Config
 from tandem.engine.core.errors import ConfigError
+from tandem.launch.check_config import load
 
 GOOD = {
     "mode": "inline",

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tandem.engine.config.parse import load, to_dict
+from tandem.engine.config.parse import to_dict
 from tandem.engine.config.schema import ModelConfig
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.core.files import read_jsonl
 from tandem.engine.model import tiny
 from tandem.engine.model.resolve import resolve_model
 from tandem.launch import cli
+from tandem.launch.check_config import load
 from tandem.launch.run import run
 
 REWARD = """

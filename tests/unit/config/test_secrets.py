@@ -7,11 +7,12 @@ import pytest
 import yaml
 
 from tandem.engine.config import secrets
-from tandem.engine.config.parse import load, to_dict
+from tandem.engine.config.parse import to_dict
 from tandem.engine.config.schema import ModelConfig
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.model.resolve import resolve_model
 from tandem.launch import cli
+from tandem.launch.check_config import load
 from tandem.launch.run import run
 
 CONFIG = {

@@ -3,9 +3,9 @@
 import pytest
 
 from tandem.engine.config import yaml_reader
-from tandem.engine.config.parse import load
 from tandem.engine.config.yaml_reader import YamlError, decode, read
 from tandem.engine.core.errors import ConfigError
+from tandem.launch.check_config import load
 
 BOMB = (
     "{a: &a [x,x,x,x,x,x,x,x,x,x]"

@@ -59,7 +59,7 @@ import __main__
 from dataclasses import dataclass
 from tandem.algorithms.base import Method
 from tandem.engine.core.errors import ConfigError
-from tandem.engine.config.parse import load
+from tandem.launch.check_config import load
 
 del __main__.__file__       # a notebook has none
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tandem.engine.config.parse import load
 from tandem.engine.config.schema import DataConfig, DatasetConfig, ModelConfig
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.core.types import Finish, Source
 from tandem.engine.data.sources import ExpertSource, PromptSource
 from tandem.engine.model.tiny import make_tiny
+from tandem.launch.check_config import load
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 ROWS = [{"prompt": f"{i}+{i}=", "answer": str(2 * i), "response": str(2 * i)} for i in range(7)]

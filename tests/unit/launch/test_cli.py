@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from tandem.algorithms.registry import METHODS, method_class
-from tandem.engine.config.parse import load
 from tandem.engine.core.errors import ConfigError
 from tandem.launch import cli, machine, placement
+from tandem.launch.check_config import load
 
 CONFIG = {
     "mode": "inline",

@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from tandem.engine.config.parse import load
 from tandem.engine.core.errors import ConfigError
+from tandem.launch.check_config import load
 from tandem.launch.cli import main
 from tandem.launch.run.group_check import check_group_size
 

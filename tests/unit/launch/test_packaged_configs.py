@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from tandem.engine.config.config_file import packaged
-from tandem.engine.config.parse import load
 from tandem.engine.core.errors import ConfigError
 from tandem.launch import cli
+from tandem.launch.check_config import load
 
 ROOT = Path(__file__).parents[3]
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 import yaml
 
-from tandem.engine.config.parse import load, to_dict
+from tandem.engine.config.parse import to_dict
 from tandem.engine.config.schema import Config, LearnerConfig
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.data.sources import PromptSource
 from tandem.engine.learner.local_engine import adamw, follow
 from tandem.engine.model.resolve import load_tokenizer, resolve_model
+from tandem.launch.check_config import load
 from tandem.launch.run import resume
 from tandem.launch.run.content import contents, model_digest
 from tandem.launch.run.resume import Facts

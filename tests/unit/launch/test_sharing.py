@@ -10,11 +10,11 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from tandem.engine.config.parse import load
 from tandem.engine.config.schema import ClusterConfig, Config, RunConfig
 from tandem.engine.core import process as core_process
 from tandem.engine.core.errors import ConfigError
 from tandem.launch import machine, placement
+from tandem.launch.check_config import load
 
 TREE = {
     "model": {"path": "tandem:tiny"},

@@ -16,10 +16,10 @@ from tandem.algorithms.parts.objectives.nll import NLL
 from tandem.algorithms.parts.objectives.policy import PPOClip
 from tandem.algorithms.registry import make_method
 from tandem.algorithms.rows import expert_row
-from tandem.engine.config.parse import load
 from tandem.engine.config.schema import Config, LearnerConfig, RolloutConfig
 from tandem.engine.core.types import StepReport
 from tandem.engine.loop.train import step_temperature, update, with_streams
+from tandem.launch.check_config import load
 
 
 class Recorder:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tandem.engine.config.parse import load
 from tandem.engine.model.tiny import make_tiny
 from tandem.launch import cli, doctor
+from tandem.launch.check_config import load
 
 CONFIG = """
 mode: inline

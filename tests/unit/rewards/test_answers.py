@@ -9,9 +9,9 @@ from decimal import Decimal
 import numpy as np
 import pytest
 
-from tandem.engine.config.parse import load
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.core.types import RewardError
+from tandem.launch.check_config import load
 from tandem.rollout.rewards.answers import check_answers
 from tandem.rollout.rewards.api import Call, load_function
 from tandem.rollout.rewards.builtin import exact

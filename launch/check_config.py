@@ -1,0 +1,104 @@
+"""A config as every command reads it: its keys, and then what only its method can tell.
+
+`engine/config` knows the keys and no method; here the method is made once from its options and
+asked what it needs, before anything heavy starts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tandem.algorithms.base import Method
+from tandem.algorithms.registry import configured, method_class
+from tandem.engine.config import parse
+from tandem.engine.config.paths import process_kept
+from tandem.engine.config.rules import require
+from tandem.engine.config.schema import Config
+from tandem.engine.core.errors import ConfigError
+
+GENERATED = ("task:", "reasoning_gym:")  # datasets that come with a response
+
+
+def load(path: str | Path, overrides: list[str] = (), redacted: bool = False) -> Config:
+    """Read a YAML config, apply `key.sub=value` overrides, and check all of it, the method too.
+
+    Raises ConfigError. Paths are absolute in the result. `redacted` admits a config with secrets
+    that were not written down, one that is only to be looked at.
+    """
+    config = parse.load(path, overrides, redacted)
+    with parse.told_where(path, overrides), process_kept():
+        check_method(config)
+    return config
+
+
+def check_method(config: Config) -> None:
+    """That the method can be made, and that the config gives it what it needs.
+
+    Raises ConfigError naming both values and what to change.
+    """
+    method = make(config)
+    if method.uses_experts:
+        check_demonstrations(config)
+    if method.uses_rollouts:
+        check_rollouts(config)
+    name = config.method["name"]
+    require(
+        method.uses_rollouts or not config.run.rollout_only,
+        f"run.rollout_only with method {name!r}, which makes no rollouts",
+    )
+    if method.aligned:
+        check_spare_groups(config)
+
+
+def make(config: Config) -> type[Method]:
+    """The method's class, made once with its options. A user's own may raise anything."""
+    name = config.method["name"]
+    try:
+        method = method_class(name)
+        configured(config.method)
+    except ValueError as error:
+        words = str(error)
+        if not words.startswith("method"):
+            words = f"method: {words}"
+        raise ConfigError(words) from error
+    except Exception as error:
+        raise ConfigError(f"method {name!r} raised {type(error).__name__}: {error}") from error
+    return method
+
+
+def check_demonstrations(config: Config) -> None:
+    data, name = config.data, config.method["name"]
+    if data.experts is None:
+        raise ConfigError(f"method {name!r} trains on demonstrations, but data.experts is not set")
+    require(
+        data.experts.response is not None or data.experts.path.startswith(GENERATED),
+        "data.experts.response is not set: name the column that holds the expert's response",
+    )
+    require(
+        data.experts_per_step > 0,
+        f"method {name!r} trains on demonstrations, but data.experts_per_step is 0",
+    )
+
+
+def check_rollouts(config: Config) -> None:
+    name = config.method["name"]
+    require(
+        config.data.prompts is not None or config.rollout.backend == "replay",
+        f"method {name!r} trains on rollouts, but data.prompts is not set",
+    )
+    require(
+        bool(config.reward.functions) or config.run.fake_reward,
+        f"method {name!r} trains on rewards, but reward.functions is empty",
+    )
+
+
+def check_spare_groups(config: Config) -> None:
+    """Groups with a demonstration are never aborted, so some must be without one."""
+    rollout, experts = config.rollout, config.data.experts_per_step
+    require(
+        rollout.over_sample == 0 or experts < rollout.prompts_per_step,
+        f"rollout.over_sample is {rollout.over_sample}, but with method "
+        f"{config.method['name']!r} all rollout.prompts_per_step={rollout.prompts_per_step} "
+        f"groups have a demonstration (data.experts_per_step={experts}), and those are "
+        "never aborted; set rollout.over_sample=0 or fewer data.experts_per_step",
+    )
