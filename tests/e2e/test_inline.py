@@ -69,7 +69,7 @@ def test_four_steps_equal_two_resumed_for_two_more_to_the_bit(tmp_path, method, 
     assert train(config(tmp_path / "a", method, *overrides)) == 0
     whole = tmp_path / "a" / "run"
 
-    stopped = config(tmp_path / "b", method, *overrides)
+    config(tmp_path / "b", method, *overrides)
     script = (
         "import sys; sys.argv = ['x']\nfrom tandem.engine.loop import train as loop; from "
         "tandem.launch.run import run\nfrom tandem.launch.check_config import load\n"
@@ -313,7 +313,7 @@ def test_rollouts_recorded_in_one_run_train_another(tmp_path):
         )
     )
     replayed = lines(tmp_path / "b" / "run" / "rollouts.jsonl")
-    assert [l["tokens"] for l in replayed] == [l["tokens"] for l in lines(recorded)]
+    assert [line["tokens"] for line in replayed] == [line["tokens"] for line in lines(recorded)]
 
 
 def test_every_set_of_moments_has_its_own_warm_up(tmp_path):

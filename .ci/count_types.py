@@ -1,6 +1,6 @@
 """pyright's errors per room against the committed counts in types.json: none may grow.
 
-    python .ci/types.py VIEW [--write]
+    python .ci/count_types.py VIEW [--write]
 
 VIEW is a folder in which the rooms stand as one package (see .ci/lint). `--write` commits to the
 present counts. A room that has fewer errors than its count fails too, so that counts only shrink.
