@@ -238,6 +238,7 @@ def test_wandb_login_is_found_without_asking(tmp_path, monkeypatch, environment,
     assert trackers.wandb_login() is expected
 
 
+@pytest.mark.whole_run
 def test_trackers_get_the_numbers(tmp_path, monkeypatch):
     """Both for real: W&B offline, since nobody is logged in, and TensorBoard read back by its own
     reader.
