@@ -1,6 +1,6 @@
 """The command line. Handlers import what they need, so that `tandem --help` is instant.
 
-Exit codes: 0 done; 1 failed, the traceback is in a file; 2 bad input, told on one screen; 75
+Exit codes: 0 done; 1 failed, the traceback is in a file; 2 bad input, in one screen of text; 75
 stopped by a signal with a checkpoint (resumable); 143 stopped by a signal with nothing to go on
 from; 130 stopped by Ctrl-C.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from tandem.engine.config.config_file import override
@@ -18,10 +18,12 @@ from tandem.engine.config.schema import Config
 from tandem.engine.config.secrets import redact
 from tandem.engine.core import stop
 from tandem.engine.core.errors import ConfigError
-from tandem.engine.loop import disk
 from tandem.engine.report import terminal
+from tandem.launch.failure import told
 
 CONFIG = "YAML file, or tandem:NAME for one of `tandem configs`"
+Handler = Callable[[argparse.Namespace], int]
+TRAINING = ("train", "eval", "check-logprobs")  # their results are in the run's folder
 OVERRIDES = "key=value, any key of the config by its dotted path, e.g. run.steps=20"
 
 
@@ -30,48 +32,10 @@ def main(argv: list[str] | None = None) -> int:
         terminal.protect()
     args = parse(argv)
     with stop.handled():
-        code = run(args) or unread(args)
+        code = told(args.handler, args) or unread(args)
         if argv is None:
             stop.ignore()
     return code
-
-
-def run(args: argparse.Namespace) -> int:
-    """The command, its errors told in words."""
-    try:
-        return args.handler(args) or 0
-    except stop.Stopped as signal:
-        return stopped(args, str(signal))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    # a method of the user's called exit(), perhaps with 0: no success
-    except SystemExit as error:
-        if args.debug:
-            raise
-        print(
-            f"failed: code that was called ended the process with exit({error.code!r}); expected "
-            f"it to return or to raise an error\nat {place(error)}",
-            file=sys.stderr,
-        )
-        print(keep_traceback(), file=sys.stderr)
-        return 1
-    except ConfigError as error:
-        if args.debug:
-            raise
-        # an error out of a Ray actor wraps the one that was raised there
-        print(f"error: {getattr(error, 'cause', error)}", file=sys.stderr)
-        return 2
-    except Exception as error:
-        if args.debug:
-            raise
-        folder = getattr(args, "run_folder", None)
-        if words := disk.in_words(error, folder):
-            print(f"failed: {words}", file=sys.stderr)
-            return 1
-        print(f"failed: {type(error).__name__}: {brief(error)}\nat {place(error)}", file=sys.stderr)
-        print(keep_traceback(), file=sys.stderr)
-        return 1
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -81,16 +45,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def command(name: str, handler, help: str) -> argparse.ArgumentParser:
+    def command(name: str, handler: Handler, help: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help)
-        sub.set_defaults(handler=handler, overrides=None)
+        sub.set_defaults(command=name, handler=handler, overrides=None)
+        sub.set_defaults(run_folder=None, resume=False)  # known once the config is read
         sub.add_argument(
             "--debug", action="store_true", help="show the whole traceback of any error"
         )
         return sub
 
-    def with_config(sub: argparse.ArgumentParser, **options) -> None:
-        sub.add_argument("config", help=options.pop("help", CONFIG), **options)
+    def with_config(
+        sub: argparse.ArgumentParser, help: str = CONFIG, nargs: str | None = None
+    ) -> None:
+        sub.add_argument("config", help=help, nargs=nargs)
         sub.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
 
     sub = command("train", train, "train a config to its end")
@@ -184,7 +151,7 @@ def preflight(config: Config) -> None:
         placement.preflight(config, config.model.path if Path(config.model.path).is_dir() else None)
 
 
-def train(args) -> int:
+def train(args: argparse.Namespace) -> int:
     config = read(args)
     if args.dry_run:
         return dry_run(config)
@@ -210,23 +177,21 @@ def dry_run(config: Config) -> int:
         return 0
     plan = placement.plan(config)
     print(f"# placement: {plan.describe()}")
-    print(
-        f"#   in all {plan.total('CPU'):g} CPUs and {plan.total('GPU'):g} GPUs, "
-        + (
-            f"on the Ray cluster at {config.cluster.address}"
-            if config.cluster.address
-            else (
-                f"on a local Ray; this machine has {machine.cpu_count()} CPUs, "
-                f"{machine.gpu_count()} GPUs, {machine.available_memory() / machine.GIB:.1f} GiB "
-                "memory available"
-            )
+    if config.cluster.address:
+        where = f"on the Ray cluster at {config.cluster.address}"
+    else:
+        memory = machine.available_memory() / machine.GIB
+        where = (
+            f"on a local Ray; this machine has {machine.cpu_count()} CPUs, "
+            f"{machine.gpu_count()} GPUs, {memory:.1f} GiB memory available"
         )
-    )
-    memory = machine.memory_plan(config, config.model.path)
-    print(
-        "#   memory: "
-        f"{memory.describe() if memory else f'not estimated, {config.model.path} is not a local folder with safetensors'}"
-    )
+    print(f"#   in all {plan.total('CPU'):g} CPUs and {plan.total('GPU'):g} GPUs, {where}")
+    need = machine.memory_plan(config, config.model.path)
+    if need:
+        print(f"#   memory: {need.describe()}")
+    else:
+        reason = f"{config.model.path} is not a local folder with safetensors"
+        print(f"#   memory: not estimated, {reason}")
     try:
         preflight(config)
     except ConfigError as error:
@@ -234,26 +199,11 @@ def dry_run(config: Config) -> int:
     return 0
 
 
-def evaluate(args) -> int:
+def evaluate(args: argparse.Namespace) -> int:
     folder = Path(args.config)
     if folder.is_dir():
-        if not (
-            (folder / "config.yaml").is_file() and (folder / "model" / "config.json").is_file()
-        ):
-            raise ConfigError(
-                f"{folder} is not a run folder with a saved model (config.yaml and model/); "
-                "for any other model give its config: "
-                "tandem eval CONFIG model.path=FOLDER"
-            )
-        args.config, args.overrides = (
-            folder / "config.yaml",
-            [
-                override("model.path", folder / "model"),
-                override("run.dir", folder.absolute().parent),
-                override("run.name", f"{folder.name}_eval"),
-                *args.overrides,
-            ],
-        )
+        args.overrides = [*saved_model(folder), *args.overrides]
+        args.config = folder / "config.yaml"
     config = read(args)
     preflight(config)
     from tandem.launch.checks import evaluate_model
@@ -261,7 +211,23 @@ def evaluate(args) -> int:
     return evaluate_model(config)
 
 
-def check_logprobs(args) -> int:
+def saved_model(folder: Path) -> list[str]:
+    """Overrides that make the config of a run folder one of its saved model. Raises ConfigError."""
+    config, model = folder / "config.yaml", folder / "model" / "config.json"
+    if not (config.is_file() and model.is_file()):
+        raise ConfigError(
+            f"{folder} is not a run folder with a saved model (config.yaml and model/); "
+            "for any other model give its config: "
+            "tandem eval CONFIG model.path=FOLDER"
+        )
+    return [
+        override("model.path", folder / "model"),
+        override("run.dir", folder.absolute().parent),
+        override("run.name", f"{folder.name}_eval"),
+    ]
+
+
+def check_logprobs(args: argparse.Namespace) -> int:
     config = read(args)
     preflight(config)
     from tandem.launch.checks import check_logprobs
@@ -269,7 +235,7 @@ def check_logprobs(args) -> int:
     return check_logprobs(config)
 
 
-def configs(args) -> int:
+def configs(args: argparse.Namespace) -> int:
     from tandem.engine.config.config_file import PACKAGED, first_comment, packaged
 
     found = packaged()
@@ -279,7 +245,7 @@ def configs(args) -> int:
     return 0 if found else 1
 
 
-def methods(args) -> int:
+def methods(args: argparse.Namespace) -> int:
     import inspect
 
     from tandem.algorithms.registry import METHODS, method_class
@@ -293,34 +259,32 @@ def methods(args) -> int:
             broken += 1
             continue
         paper = f"arXiv {cls.paper}" if cls.paper else "no single paper"
-        print(
-            f"{name:<14} {cls.title}\n{'':<14} {paper:<18} "
-            f"{os.path.relpath(inspect.getsourcefile(cls))}"
-        )
+        print(f"{name:<14} {cls.title}")
+        print(f"{'':<14} {paper:<18} {os.path.relpath(inspect.getfile(cls))}")
     return 1 if broken else 0
 
 
-def doctor(args) -> int:
+def doctor(args: argparse.Namespace) -> int:
     from tandem.launch.doctor import run
 
     return run(read(args) if args.config else None, reward=args.reward)
 
 
-def export(args) -> int:
+def export(args: argparse.Namespace) -> int:
     from tandem.launch.export import export
 
     print(f"model written to {export(args.source, args.out)}")
     return 0
 
 
-def fetch(args) -> int:
+def fetch(args: argparse.Namespace) -> int:
     from tandem.launch.fetch import fetch_smollm2
 
     print(f"model in {fetch_smollm2(args.out)}; use it with model.path={args.out}")
     return 0
 
 
-def plot(args) -> int:
+def plot(args: argparse.Namespace) -> int:
     from tandem.launch.plot import plot_run, plot_runs
 
     out = Path(args.out)
@@ -338,7 +302,7 @@ def plot(args) -> int:
     return 0
 
 
-def plan(args) -> int:
+def plan(args: argparse.Namespace) -> int:
     from tandem.launch.estimate import describe
 
     print(describe(args))
@@ -350,76 +314,11 @@ def unread(args: argparse.Namespace) -> int:
     folder.
     """
     error = terminal.lost_output()
-    if error is None or args.handler in (train, evaluate, check_logprobs):
+    if error is None or args.command in TRAINING:
         return 0
     if not isinstance(error, BrokenPipeError):  # `tandem methods | head`: nobody reads on
         print(f"error: standard output could not be written: {error.strerror}", file=sys.stderr)
     return 1
-
-
-def stopped(args: argparse.Namespace, name: str) -> int:
-    """A signal came while there was nothing to save."""
-    folder = getattr(args, "run_folder", None)
-    resumed = args.handler is train and getattr(args, "resume", False)
-    if resumed and list(folder.glob("checkpoints/step_*")):
-        print(
-            (
-                f"stopped by {name}; the checkpoint in {folder} is as it was, go on with "
-                "run.resume=true"
-            ),
-            file=sys.stderr,
-        )
-        return 130 if name == "SIGINT" else 75
-    words = (
-        "before the first step; there is nothing to resume from"
-        if args.handler is train
-        else "before the end"
-    )
-    print(f"stopped by {name} {words}", file=sys.stderr)
-    return 130 if name == "SIGINT" else 143
-
-
-def brief(error: BaseException) -> str:
-    """The error's own words: a Ray error carries the remote traceback in its text, which goes to
-    the file.
-    """
-    lines = [
-        line for line in str(getattr(error, "cause", error)).strip().splitlines() if line.strip()
-    ]
-    return "\n".join(lines[:15]) if lines else "no message"
-
-
-def place(error: BaseException) -> str:
-    """The last line of this project or the user's that ran."""
-    frames = traceback.extract_tb(error.__traceback__)
-    frame = next(
-        (
-            f
-            for f in reversed(frames)
-            if os.path.isfile(f.filename) and f"{os.sep}lib{os.sep}python" not in f.filename
-        ),
-        frames[-1],
-    )
-    return f"{frame.filename}:{frame.lineno}, in {frame.name}"
-
-
-def keep_traceback() -> str:
-    """Write the traceback into the folder that this process owned, if there was one, and say where
-    to look.
-    """
-    from tandem.engine.core.folder_lock import OWNED
-
-    if not OWNED or not OWNED[-1].is_dir():
-        return "run again with --debug for the traceback"
-    run_folder = OWNED[-1]
-    try:
-        (run_folder / "error.log").write_text(redact(traceback.format_exc()))
-    except OSError as error:
-        return (
-            f"the traceback could not be kept in {run_folder} ({error.strerror}); run again with "
-            "--debug to see it"
-        )
-    return f"traceback: {run_folder / 'error.log'}   logs: {run_folder}"
 
 
 if __name__ == "__main__":
