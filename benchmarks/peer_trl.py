@@ -11,7 +11,6 @@ checkpointing, the whole batch in one micro-batch, OpenMP as it comes.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import tempfile
 import time
@@ -102,8 +101,10 @@ def main() -> None:
             train_dataset=data,
             callbacks=[Clock()],
         )
-        with contextlib.suppress(SystemExit):  # told to stop
+        try:
             trainer.train()
+        except SystemExit:  # told to stop
+            pass
     print(
         json.dumps(
             {

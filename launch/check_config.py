@@ -87,7 +87,7 @@ def check_rollouts(config: Config) -> None:
         f"method {name!r} trains on rollouts, but data.prompts is not set",
     )
     require(
-        bool(config.reward.functions) or config.run.fake_reward,
+        bool(config.reward.functions),
         f"method {name!r} trains on rewards, but reward.functions is empty",
     )
 

@@ -12,9 +12,11 @@ from tandem.algorithms.registry import configured
 from tandem.algorithms.rows import policy_row
 from tandem.engine.config.schema import Config
 from tandem.engine.core.errors import ConfigError
-from tandem.engine.core.types import Sampling
+from tandem.engine.core.types import Row, Sampling
+from tandem.engine.loop import group_numbers
+from tandem.engine.loop.train import Components
 from tandem.launch.run.folder import new_folder
-from tandem.launch.run.run import started
+from tandem.launch.run.start import started, started_generation
 
 
 def evaluate_model(config: Config) -> int:
@@ -23,8 +25,8 @@ def evaluate_model(config: Config) -> int:
         raise ConfigError(
             "an evaluation needs data.evaluation and reward.functions; one of them is not set"
         )
-    with started(in_own_folder(config, rollout_only=True)) as run:
-        run.evaluate(0)
+    with started_generation(in_own_folder(config, rollout_only=True)) as run:
+        run.evaluator.evaluate(0)
     return 0
 
 
@@ -50,31 +52,30 @@ def check_logprobs(config: Config) -> int:
             "that uses rollouts, and a rollout.backend other than replay"
         )
     with started(in_own_folder(config)) as run:
+        components = run.components
         for label, version in (("weights as loaded", 0), ("after a sync", 1)):
-            run.sync(version)
-            requests = [
-                run.method.request(
-                    i + (version << 20),
-                    p,
-                    Sampling(
-                        config.rollout.max_tokens,
-                        config.rollout.temperature,
-                        config.rollout.top_p,
-                        seed=i,
-                    ),
-                    0,
-                    Budget(1, config.rollout.samples_per_prompt, 0, 1),
-                )
-                for i, p in enumerate(run.prompts.take(config.rollout.prompts_per_step))
-            ]
-            rows = [
-                policy_row(t, 0.0, "policy")
-                for future in [run.pool.submit(r) for r in requests]
-                for t in future.result()
-            ]
-            largest, mean, tokens = run.gap(rows, version, config.rollout.temperature)
-            run.display.message(
-                f"{label}: {tokens} tokens   max gap {largest:.3g}   mean gap {mean:.3g}"
+            components.sync.publish(version)
+            rows = sampled_rows(components, version)
+            gap = components.sync.gap(rows, version, config.rollout.temperature)
+            components.display.message(
+                f"{label}: {gap.tokens} tokens   max gap {gap.max:.3g}   mean gap {gap.mean:.3g}"
             )
-            run.check_gap(largest, mean, version)
+            components.sync.check_gap(gap, version)
     return 0
+
+
+def sampled_rows(components: Components, version: int) -> list[Row]:
+    """One batch of prompts, sampled with the weights the engines have."""
+    rollout, producer = components.config.rollout, components.producer
+    assert producer.prompts is not None, "checked by check_logprobs"
+    budget = Budget(1, rollout.samples_per_prompt, 0, 1)
+    futures = []
+    for i, prompt in enumerate(producer.prompts.take(rollout.prompts_per_step)):
+        sampling = Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, seed=i)
+        number = i + version * group_numbers.CHECK_STRIDE
+        request = components.method.request(number, prompt, sampling, 0, budget)
+        futures.append(producer.pool.submit(request))
+    rows = []
+    for future in futures:
+        rows.extend(policy_row(t, 0.0, "policy") for t in future.result())
+    return rows

@@ -301,7 +301,7 @@ def of_config(config: Config) -> Iterator[Check]:
         try:
             source = kind(dataset, config.data, tokenizer, config.model, config.run.seed)
             first = source.take(1)[0]
-            if name != "experts" and config.reward.check_answers and not config.run.fake_reward:
+            if name != "experts" and config.reward.check_answers:
                 check_answers(config.reward.functions, source, f"data.{name}")
             yield (
                 OK,

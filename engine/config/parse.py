@@ -88,6 +88,10 @@ def check_written(written: dict[tuple, str], path: str, origin: set[str]) -> Non
             )
 
 
+# {a key of an earlier version: what to write instead}
+GONE = {"run.fake_reward": "write reward.functions=[fake] for random rewards"}
+
+
 def build(cls: type, tree: dict, prefix: str, path: str, origin: set[str]):
     """A dataclass from a mapping, checking key names and value types all the way down."""
     if not isinstance(tree, dict):
@@ -105,6 +109,10 @@ def build(cls: type, tree: dict, prefix: str, path: str, origin: set[str]):
                 for section, hint in hints.items()
                 if dataclasses.is_dataclass(hint) and key in typing.get_type_hints(hint)
             ]
+            if prefix + str(key) in GONE:
+                raise ConfigError(
+                    f"{prefix}{key}, set {where}, is no key any more: {GONE[prefix + str(key)]}"
+                )
             raise ConfigError(
                 f"unknown key {brief(prefix + str(key))}{closest(key, nested or hints)}, set "
                 f"{where}; known keys here: {', '.join(hints)}"

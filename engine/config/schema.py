@@ -212,7 +212,6 @@ class RunConfig:
     save_model: bool = True  # a plain Hugging Face folder at the end
     wandb: str | None = None  # project name
     tensorboard: bool = False
-    fake_reward: bool = False  # random rewards, for plumbing
     rollout_only: bool = False  # generate and score, never train
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or ignored, and the state of a run beside the weights.
+"""Checkpoints that are complete or ignored.
 
 A checkpoint is a folder `step_N`: N optimizer steps are done. It is written as `tmp_step_N`, every
 file is flushed to disk, MANIFEST.json with size and digest of every file comes last, and only then
@@ -18,26 +18,27 @@ One process writes to a folder; any number may read.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
-import pickle
-import random
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from tandem.engine.core.errors import CheckpointError
 from tandem.engine.core.files import sync_to_disk
 from tandem.engine.loop import disk
 
 MANIFEST = "MANIFEST.json"
+
+
+class Found(NamedTuple):
+    """A complete checkpoint."""
+
+    step: int
+    folder: Path
 
 
 class Checkpoints:
@@ -61,7 +62,9 @@ class Checkpoints:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.clean()
-        tmp, final, old = (self.folder / f"{kind}step_{step}" for kind in ("tmp_", "", "old_"))
+        final = self.folder / f"step_{step}"
+        tmp = self.folder / f"tmp_step_{step}"
+        old = self.folder / f"old_step_{step}"
         tmp.mkdir()
         try:
             yield tmp
@@ -69,9 +72,8 @@ class Checkpoints:
         except BaseException as error:
             told = None
             if isinstance(error, Exception):
-                told = disk.checkpoint_failed(
-                    error, tmp, step, [path for _, path in self._named("step")]
-                )
+                before = [found.folder for found in self._named("step")]
+                told = disk.checkpoint_failed(error, tmp, step, before)
             shutil.rmtree(tmp, ignore_errors=True)
             if told is not None:
                 raise told from error
@@ -90,18 +92,16 @@ class Checkpoints:
                 path.rename(self.folder / f"trash_{path.name}")
         self.clean()
 
-    def latest(self) -> tuple[int, Path] | None:
-        """Step and folder of the newest complete checkpoint, or None.
-
-        Every file of it has been read and compared with the manifest.
+    def latest(self) -> Found | None:
+        """The newest complete checkpoint. Every file of it has been read and compared with the
+        manifest.
         """
-        candidates = [(step, 1, path) for step, path in self._named("step")] + [
-            (step, 0, path) for step, path in self._named("old_step")
-        ]
-        for step, _, path in sorted(candidates, reverse=True):
+        candidates = [*self._named("step"), *self._named("old_step")]
+        # sorted() is stable: of one step, step_N comes before old_step_N
+        for found in sorted(candidates, key=lambda one: one.step, reverse=True):
             try:
-                verify(path)
-                return step, path
+                verify(found.folder)
+                return found
             except CheckpointError as error:
                 self.report(f"passed over a checkpoint: {error}")
         return None
@@ -120,14 +120,16 @@ class Checkpoints:
         for _, path in self._named("tmp_step") + self._named("trash_step"):
             shutil.rmtree(path)
 
-    def _named(self, prefix: str) -> list[tuple[int, Path]]:
-        """(step, folder) of every `prefix_N`, newest first."""
+    def _named(self, prefix: str) -> list[Found]:
+        """Every `prefix_N`, newest first."""
         if not self.folder.is_dir():
             return []
-        found = (
-            (re.fullmatch(rf"{prefix}_(\d+)", path.name), path) for path in self.folder.iterdir()
-        )
-        return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+        found = []
+        for path in self.folder.iterdir():
+            match = re.fullmatch(rf"{prefix}_(\d+)", path.name)
+            if match:
+                found.append(Found(int(match[1]), path))
+        return sorted(found, reverse=True)
 
 
 def seal(folder: Path, step: int, facts: dict[str, Any] | None = None) -> None:
@@ -169,100 +171,31 @@ def verify(path: str | Path) -> None:
     path = Path(path)
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        step, entries = (
-            manifest["step"],
-            {name: (entry["size"], entry["blake2b"]) for name, entry in manifest["files"].items()},
-        )
+        step, files = manifest["step"], manifest["files"]
+        sizes = {name: entry["size"] for name, entry in files.items()}
+        digests = {name: entry["blake2b"] for name, entry in files.items()}
     except FileNotFoundError:
         raise CheckpointError(f"{path} has no {MANIFEST}: it was not written to the end") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / MANIFEST} cannot be read ({error!r})") from None
     if not path.name.endswith(f"step_{step}"):
         raise CheckpointError(f"{path} holds the manifest of step {step}")
-    for name, (size, _) in entries.items():
+    for name, size in sizes.items():
         if not (path / name).is_file():
             raise CheckpointError(f"{path} lacks {name}, which its manifest lists")
-        if (found := (path / name).stat().st_size) != size:
+        found = (path / name).stat().st_size
+        if found != size:
             raise CheckpointError(f"{path / name} has {found} bytes, its manifest says {size}")
     with ThreadPoolExecutor() as pool:
-        for name, found in zip(
-            entries, pool.map(lambda name: digest(path / name), entries), strict=True
-        ):
-            if found != entries[name][1]:
+        present = pool.map(digest, [path / name for name in digests])
+        for (name, stated), found in zip(digests.items(), present, strict=True):
+            if found != stated:
                 raise CheckpointError(
                     f"{path / name} has digest {found[:12]}..., its manifest says "
-                    f"{entries[name][1][:12]}...: its content was changed"
+                    f"{stated[:12]}...: its content was changed"
                 )
 
 
 def digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
-
-
-@dataclass
-class RunState:
-    """Everything but the learner's weights and optimizer state that the rest of a run depends on."""
-
-    # optimizer steps done = the next step = the weight version
-    step: int
-    # {"prompts": state_dict, "experts": state_dict}
-    cursors: dict[str, Any] = field(default_factory=dict)
-    # Producer.state_dict(): groups not yet trained on, requests to issue again
-    producer: dict[str, Any] = field(default_factory=dict)
-    method: dict[str, Any] = field(default_factory=dict)  # Method.state_dict()
-    # metrics of the last step, as the next one's Batch sees them
-    signals: dict[str, float] = field(default_factory=dict)
-    # steps whose log-probs were compared before training
-    gated: int = 0
-    tokens: int = 0  # generated + trained so far
-    # steps taken with each set of optimizer moments
-    optimizer_steps: dict[str, int] = field(default_factory=dict)
-    rng: dict[str, Any] = field(default_factory=dict)  # rng_state()
-
-    FILE = "run_state.pkl"
-
-    def save(self, folder: str | Path) -> None:
-        """Write into a checkpoint folder.
-
-        Pickle: columns of a dataset row may hold anything, and the manifest guards against damage.
-        As with any pickle, resume only from checkpoints whose origin you trust.
-        """
-        with open(Path(folder) / self.FILE, "wb") as file:
-            pickle.dump({f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, file)
-
-    @classmethod
-    def load(cls, folder: str | Path) -> RunState:
-        """Raises CheckpointError if the fields are not those of this version of Tandem: a guessed
-        default would not be the same run.
-        """
-        with open(Path(folder) / cls.FILE, "rb") as file:
-            values = pickle.load(file)
-        known = {f.name for f in dataclasses.fields(cls)}
-        if set(values) != known:
-            raise CheckpointError(
-                f"{Path(folder) / cls.FILE} was written by another version of Tandem: it "
-                f"lacks {sorted(known - set(values))} "
-                f"and has unknown {sorted(set(values) - known)}; resume with the version "
-                "that wrote it (environment.json names it)"
-            )
-        return cls(**values)
-
-
-def rng_state() -> dict[str, Any]:
-    """State of the global random generators of this process: python, numpy, torch."""
-    import torch
-
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state().numpy(),
-    }
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    import torch
-
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(torch.from_numpy(state["torch"].copy()))

@@ -17,58 +17,166 @@ usual std/sqrt(problems); with equally many it is that of the means of the probl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from tandem.engine.config.schema import Config
 from tandem.engine.core import stop
 from tandem.engine.core.errors import EngineDied
-from tandem.engine.core.types import EvalResult, Finish, GenRequest, Prompt, Sampling
+from tandem.engine.core.types import (
+    EvalResult,
+    Finish,
+    GenRequest,
+    Prompt,
+    RewardOutcome,
+    Sampling,
+    Trajectory,
+)
+from tandem.engine.learner.protocol import Pool
+from tandem.engine.loop import group_numbers
+from tandem.engine.loop.state import RunState
+from tandem.engine.report.display import Display
+from tandem.engine.report.telemetry import Telemetry
+from tandem.rollout.rewards.runner import RewardRunner
 
-# Group ordinals of evaluation requests start here: they never meet those of training.
-EVAL_GROUPS = 1 << 40
+Decode = Callable[[np.ndarray, Finish], str]
+
+
+@dataclass(eq=False, kw_only=True)
+class Evaluator:
+    """When to evaluate, and where the numbers go. `recover()` replaces dead engines."""
+
+    config: Config
+    pool: Pool
+    rewards: RewardRunner | None
+    prompts: Sequence[Prompt]  # none: nothing is evaluated
+    verifier: str | None  # name of the first reward function
+    decode: Decode
+    recover: Callable[[], None]
+    telemetry: Telemetry
+    display: Display
+
+    first: EvalResult | None = field(default=None, init=False)
+    last: EvalResult | None = field(default=None, init=False)
+    evaluated_at: int = field(default=-1, init=False)
+
+    def due(self, state: RunState) -> bool:
+        """Whether the weights after `state.step` steps are to be evaluated."""
+        if not self.prompts:
+            return False
+        every = self.config.eval.every
+        return state.done(self.config.run) or bool(every and state.step % every == 0)
+
+    def missing(self, state: RunState) -> bool:
+        """Whether the evaluation before the first step, or that of the checkpoint a resumed run
+        begins with, was left or never made.
+        """
+        due = self.due(state) if state.step else self.config.eval.before
+        return due and state.step not in self.telemetry.evaluations
+
+    def evaluate(self, step: int) -> None:
+        """Evaluate the weights after `step` steps, once."""
+        if not self.prompts or self.evaluated_at == step:
+            return
+        assert self.rewards is not None and self.verifier is not None, "no reward.functions"
+        config = self.config
+        sampling = Sampling(
+            config.eval.max_tokens or config.rollout.max_tokens,
+            config.eval.temperature,
+            seed=config.run.seed,
+        )
+        with stop.abandonable():
+            result = evaluate(
+                self.pool,
+                self.rewards,
+                self.prompts,
+                sampling,
+                config.eval.samples,
+                self.verifier,
+                self.decode,
+                self.recover,
+            )
+        self.first = self.first or result
+        self.last, self.evaluated_at = result, step
+        self.telemetry.evaluation(step, vars(result))
+        self.display.evaluation(step, result.accuracy)
+        self.display.message(
+            f"held-out accuracy after {step} steps: {result.accuracy:.3f} +- "
+            f"{result.standard_error:.3f} ({result.describe()})"
+        )
+
+    def recall(self) -> None:
+        """Take the evaluations from before a resume out of the telemetry."""
+        for step, numbers in sorted(self.telemetry.evaluations.items()):
+            self.last = recorded_result(numbers)
+            self.first = self.first or self.last
+            self.display.evaluation(step, numbers["accuracy"])
+
+
+def recorded_result(numbers: Mapping[str, float | None]) -> EvalResult:
+    """From a line of metrics.jsonl, where NaN is null."""
+    known = {}
+    for key, value in numbers.items():
+        known[key] = math.nan if value is None else value
+    return EvalResult(**known)
 
 
 def evaluate(
-    pool,
-    rewards,
+    pool: Pool,
+    rewards: RewardRunner,
     prompts: Sequence[Prompt],
     sampling: Sampling,
     samples: int,
     verifier: str,
-    decode: Callable[[np.ndarray, Finish], str],
+    decode: Decode,
     recover: Callable[[], None],
 ) -> EvalResult:
     """Sample every prompt `samples` times and score. An engine that dies is restarted and the
     evaluation asked again."""
-    requests = [
-        GenRequest(group=EVAL_GROUPS + i, prompt=p, samples=samples, sampling=sampling)
-        for i, p in enumerate(prompts)
-    ]
-    while True:
-        generations = [pool.submit(r) for r in requests]
-        try:
-            done = [stop.result(g) for g in generations]
-            break
-        except EngineDied:
-            recover()
-    scorings = [
-        rewards.submit(p, [decode(t.response, t.finish) for t in ts], [t.response for t in ts])
-        for p, ts in zip(prompts, done, strict=True)
-    ]
-    outcomes = [list(stop.result(scoring)) for scoring in scorings]  # [problem][sample]
-    scored = [[o for o in one if o.error is None and verifier in o.parts] for one in outcomes]
+    generated = generate(pool, prompts, sampling, samples, recover)
+    scorings = []
+    for prompt, trajectories in zip(prompts, generated, strict=True):
+        texts = [decode(t.response, t.finish) for t in trajectories]
+        scorings.append(rewards.submit(prompt, texts, [t.response for t in trajectories]))
+    asked = 0
+    scored: list[list[RewardOutcome]] = []  # [problem][sample]
+    for scoring in scorings:
+        outcomes = stop.result(scoring)
+        asked += len(outcomes)
+        scored.append([o for o in outcomes if o.error is None and verifier in o.parts])
     values = by_problem(prompts, [[o.parts[verifier] for o in one] for one in scored])
     count = sum(map(len, scored))
     return EvalResult(
         accuracy=mean([x for one in values for x in one]),
-        reward=mean([o.value for one in scored for o in one]),
-        length=mean([len(t.response) for ts in done for t in ts]),
+        reward=mean([o.value for one in scored for o in one if o.value is not None]),
+        length=mean([len(t.response) for trajectories in generated for t in trajectories]),
         samples=count,
-        errors=sum(map(len, outcomes)) - count,
+        errors=asked - count,
         standard_error=standard_error(values),
         problems=sum(1 for one in values if one),
     )
+
+
+def generate(
+    pool: Pool,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    samples: int,
+    recover: Callable[[], None],
+) -> list[tuple[Trajectory, ...]]:
+    """The samples of every prompt; all are asked for again if an engine dies."""
+    requests = []
+    for i, prompt in enumerate(prompts):
+        requests.append(GenRequest(group_numbers.EVALUATION + i, prompt, samples, sampling))
+    while True:
+        futures = [pool.submit(request) for request in requests]
+        try:
+            return [stop.result(future) for future in futures]
+        except EngineDied:
+            recover()
 
 
 def by_problem(prompts: Sequence[Prompt], values: Sequence[Sequence[float]]) -> list[list[float]]:

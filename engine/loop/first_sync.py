@@ -16,6 +16,8 @@ import numpy as np
 
 from tandem.engine.config.schema import Config
 from tandem.engine.core.errors import SyncError
+from tandem.engine.learner.protocol import Pool
+from tandem.engine.loop.sync import Sync
 
 TOKENS = 192  # scored; random ones, so that every expert is somebody's
 NOISE = 4.0  # a gap may be so many times that of the two scores before the update
@@ -23,23 +25,24 @@ NOISE = 4.0  # a gap may be so many times that of the two scores before the upda
 BFLOAT16 = 1 / 16
 
 
-def prove(run) -> None:
-    """Make the first update of a started `engine.components.Run`, whose learner still has the
-    weights of the model folder. Raises SyncError.
+def prove(sync: Sync, tokenizer) -> None:
+    """Make the first update of a run, whose learner still has the weights of the model folder.
+
+    Raises SyncError.
     """
-    if not hasattr(run.pool, "logprobs"):
+    if not hasattr(sync.pool, "logprobs"):
         # the pool computes in this process, with the modules that the learner's weights are copied
         # into, or replays a record
         return
-    first = FirstSync(run.pool, run.tokenizer, run.config)
-    run.sync(0)
-    run.telemetry.event("first_sync", gap=first.check())
+    first = FirstSync(sync.pool, tokenizer, sync.config)
+    sync.publish(0)
+    sync.telemetry.event("first_sync", gap=first.check())
 
 
 class FirstSync:
     """Make it when the engines are up, call `check` after the first update."""
 
-    def __init__(self, pool, tokenizer, config: Config):
+    def __init__(self, pool: Pool, tokenizer, config: Config):
         self.pool, self.config = pool, config
         self.tokens = probe_tokens(tokenizer, min(TOKENS, longest(config)))
         self.before: Mapping[int, np.ndarray] = pool.logprobs(self.tokens)

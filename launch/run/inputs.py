@@ -31,6 +31,11 @@ class Sources:
         }
         return {name: source for name, source in every.items() if isinstance(source, RowSource)}
 
+    def cursors(self) -> dict[str, Any]:
+        """Those of which a checkpoint says how far they are read."""
+        every = {"prompts": self.prompts, "experts": self.experts, "aligned": self.aligned}
+        return {name: source for name, source in every.items() if source is not None}
+
     def facts(self) -> dict[str, dict[str, Any]]:
         return {name: source.facts() for name, source in self.named().items()}
 
@@ -58,9 +63,12 @@ def open_sources(config: Config, data: DataConfig, method: Method, tokenizer) ->
     if config.rollout.backend == "replay":
         from tandem.rollout.backends.replay import RecordedPrompts, check_record
 
-        check_record(config.rollout.record)
-        prompts = prompts or RecordedPrompts(config.rollout.record)
+        record = config.rollout.record
+        assert record is not None, "replay without a record: refused by the config's rules"
+        check_record(record)
+        prompts = prompts or RecordedPrompts(record)
     if method.aligned:
+        assert data.experts is not None, "refused by the config's rules"
         response = data.experts.response or "response"  # the name it has in generated rows
         aligned = opened(PromptSource, replace(data.experts, response=response))
     elif method.uses_experts:

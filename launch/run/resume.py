@@ -40,7 +40,14 @@ FIXED = (
     "learner.offload_optimizer",
     "cluster.learner_ranks",
 )
-UNTOLD = ("run.name", "run.dir", "run.resume", "run.resume_changes", "run.beside_files")
+UNTOLD = (
+    "run.name",
+    "run.dir",
+    "run.resume",
+    "run.resume_changes",
+    "run.beside_files",
+    "run.fake_reward",  # of version 0.1.0
+)
 FREE = (
     *UNTOLD,
     "run.steps",

@@ -71,11 +71,11 @@ def test_four_steps_equal_two_resumed_for_two_more_to_the_bit(tmp_path, method, 
 
     config(tmp_path / "b", method, *overrides)
     script = (
-        "import sys; sys.argv = ['x']\nfrom tandem.engine.loop import train as loop; from "
+        "import sys; sys.argv = ['x']\nfrom tandem.engine.loop.saver import Saver; from "
         "tandem.launch.run import run\nfrom tandem.launch.check_config import load\n"
-        f"keep = run.Run.checkpoint\n"
-        f"def checkpoint_then_die(self):\n    keep(self)\n    import os\n    os._exit(9)\n"
-        f"run.Run.checkpoint = checkpoint_then_die\n"
+        "keep = Saver.save\n"
+        "def save_then_die(self, state):\n    keep(self, state)\n    import os\n    os._exit(9)\n"
+        "Saver.save = save_then_die\n"
         f"run.train(load({str(tmp_path / 'b' / 'config.yaml')!r}, "
         f"{['run.dir=' + str(tmp_path / 'b'), *overrides]!r}))\n"
     )
@@ -139,7 +139,7 @@ def test_several_updates_per_batch_use_the_snapshots_log_probs(tmp_path):
             "run.steps=1",
             "learner.updates_per_batch=3",
             "learner.learning_rate=0.01",
-            "run.fake_reward=true",
+            "reward.functions=[fake]",
         )
     )
     (step,) = [
@@ -161,7 +161,7 @@ def test_tokens_of_several_updates_add_up(tmp_path):
                 tmp_path / name,
                 {"name": "grpo"},
                 "run.steps=1",
-                "run.fake_reward=true",
+                "reward.functions=[fake]",
                 "data.evaluation=null",
                 *more,
             )
@@ -206,7 +206,7 @@ def test_the_gate_passes_over_tokens_that_a_method_does_not_train(tmp_path):
                 tmp_path,
                 {"name": "grpo", "policy": {"mask_truncated": True}},
                 "run.steps=1",
-                "run.fake_reward=true",
+                "reward.functions=[fake]",
                 "data.evaluation=null",
             )
         )
@@ -264,7 +264,7 @@ def test_ppo_goes_through_a_batch_in_epochs_of_minibatches(tmp_path):
             "run.steps=2",
             "learner.updates_per_batch=3",
             "learner.epochs_per_batch=2",
-            "run.fake_reward=true",
+            "reward.functions=[fake]",
             "learner.learning_rate=0.01",
             "run.save_model=true",
         )
@@ -294,7 +294,7 @@ def test_rollouts_recorded_in_one_run_train_another(tmp_path):
             tmp_path / "a",
             {"name": "grpo"},
             "run.steps=2",
-            "run.fake_reward=true",
+            "reward.functions=[fake]",
             "run.rollout_only=true",
         )
     )
@@ -305,7 +305,7 @@ def test_rollouts_recorded_in_one_run_train_another(tmp_path):
             tmp_path / "b",
             {"name": "grpo"},
             "run.steps=2",
-            "run.fake_reward=true",
+            "reward.functions=[fake]",
             "rollout.backend=replay",
             f"rollout.record={recorded}",
             "data.evaluation=null",
@@ -313,7 +313,7 @@ def test_rollouts_recorded_in_one_run_train_another(tmp_path):
         )
     )
     replayed = lines(tmp_path / "b" / "run" / "rollouts.jsonl")
-    assert [line["tokens"] for line in replayed] == [line["tokens"] for line in lines(recorded)]
+    assert [l["tokens"] for l in replayed] == [l["tokens"] for l in lines(recorded)]
 
 
 def test_every_set_of_moments_has_its_own_warm_up(tmp_path):
@@ -426,7 +426,7 @@ def test_a_bad_row_never_reaches_training(tmp_path):
                 tmp_path,
                 {"name": f"{method}:Mine"},
                 "learner.max_skipped_steps=1",
-                "run.fake_reward=true",
+                "reward.functions=[fake]",
             )
         )
     saved = pickle.loads((tmp_path / "run" / "bad_steps" / "step_0.pkl").read_bytes())

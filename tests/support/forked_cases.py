@@ -128,9 +128,7 @@ def full() -> None:
 
 
 def ascii_only() -> None:
-    # it stays open as long as the process
-    stream = open(1, "w", encoding="ascii", errors="strict", closefd=False)  # noqa: SIM115
-    sys.stdout = sys.__stdout__ = stream
+    sys.stdout = sys.__stdout__ = open(1, "w", encoding="ascii", errors="strict", closefd=False)
 
 
 def asleep() -> None:

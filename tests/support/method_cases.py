@@ -11,7 +11,7 @@ from tandem.algorithms.base import Batch, Budget
 from tandem.algorithms.rows import demonstration
 from tandem.engine.core.types import Finish, Prompt, Sampling, ScoredGroup, Source, Trajectory
 from tandem.engine.learner.inspect import group, inspect, trajectory
-from tandem.engine.loop.train import carried
+from tandem.engine.loop.reporter import latest_signals
 
 # Two demonstrations of three and two tokens, ids 5 6 3 and 7 3.
 EXPERTS = (
@@ -127,9 +127,9 @@ def drive(method, steps, signals=None, budget=BUDGET, staleness=0, tickets=None)
     for step in steps:
         for ahead in range(step, min(step + staleness, budget.steps - 1) + 1):
             if ahead not in tickets:
-                demand = method.demand(ahead, budget, signals)
-                again = method.demand(ahead, budget, signals)
-                assert demand == again, "looking ahead must not change the answer"
+                assert method.demand(ahead, budget, signals) == (
+                    demand := method.demand(ahead, budget, signals)
+                ), "looking ahead must not change the answer"
                 tickets[ahead] = (
                     demand,
                     [
@@ -164,7 +164,7 @@ def drive(method, steps, signals=None, budget=BUDGET, staleness=0, tickets=None)
             metrics["reward/mean"] = float(np.mean([g.rewards.mean() for g in groups]))
         method.observe(step, metrics)
         metrics |= method.metrics(step)
-        signals = carried(signals, metrics)
+        signals = latest_signals(signals, metrics)
         record.append((demand, out.rows, out.loss, out.gradients, metrics))
     return record, (signals, tickets)
 

@@ -10,7 +10,7 @@ from tandem.algorithms.parts.objectives.nll import NLL
 from tandem.algorithms.parts.schedules import Schedule
 from tandem.algorithms.registry import make_method
 from tandem.engine.learner.inspect import inspect
-from tandem.engine.loop.train import carried
+from tandem.engine.loop.reporter import latest_signals
 
 
 def test_chord_mixes_two_means_with_their_own_denominators():
@@ -66,7 +66,7 @@ def test_adaptive_mu_is_the_gap_to_a_target_reward():
 
 
 def test_phi_is_p_times_one_minus_p_without_gradient():
-    """Section 1(g): phi(0.5) = 1/4; the gradient by log p is -p(1 - p)/N_demo exactly."""
+    """Section 1(g): phi(0.5) = 1/4; the gradient with respect to log p is -p(1 - p)/N_demo exactly."""
     out = inspect(make_method("chord_phi", {"mu": 1.0}), batch(groups=()), half)
     assert out.loss == pytest.approx(0.25 * math.log(2))
     # 0.25 / 5
@@ -236,7 +236,7 @@ def test_a_signal_that_a_step_does_not_measure_keeps_its_last_value():
         {"grad_norm": math.inf},
         {"grad_norm": math.nan, "reward/mean": 0.4},
     ):
-        signals = carried(signals, metrics)
+        signals = latest_signals(signals, metrics)
         found.append((gap(0, signals), norm(0, signals)))
     assert found == [
         pytest.approx(pair) for pair in ((0.5, 0.5), (0.3, 0.75), (0.3, 0.75), (0.1, 0.75))

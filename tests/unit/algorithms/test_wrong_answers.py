@@ -156,7 +156,6 @@ class Mine(Method):
 """
 
 
-@pytest.mark.whole_run
 def test_a_run_ends_in_its_first_step_on_one_screen(tmp_path, capsys):
     from tandem.launch.cli import main
 

@@ -296,3 +296,9 @@ def test_options_of_a_users_method_are_held_to_their_annotations(write, tmp_path
 def test_config_is_frozen(write):
     with pytest.raises(dataclasses.FrozenInstanceError):
         load(write(GOOD)).run.steps = 3
+
+
+def test_a_key_of_an_earlier_version_says_what_to_write_instead(write):
+    text = error(write(GOOD), "run.fake_reward=true")
+    assert text.startswith("run.fake_reward, set on the command line, is no key any more")
+    assert "reward.functions=[fake]" in text

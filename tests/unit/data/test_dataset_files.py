@@ -1,4 +1,4 @@
-"""Files and folders of datasets: what is unlike, torn or of another kind is named."""
+"""Files and folders of datasets: what is unlike, torn or of another kind is named with its place."""
 
 import gzip
 import json

@@ -3,6 +3,9 @@
 import os
 import pickle
 import random
+import sys
+from dataclasses import replace
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -18,7 +21,17 @@ from tandem.engine.core.types import (
     ScoredGroup,
     Trajectory,
 )
-from tandem.engine.loop.checkpoint import Checkpoints, RunState, rng_state, set_rng_state
+from tandem.engine.loop.checkpoint import Checkpoints
+from tandem.engine.loop.state import (
+    COMPONENTS,
+    FILE,
+    RunState,
+    read_state,
+    rng_state,
+    set_rng_state,
+    write_state,
+)
+from tandem.engine.loop.tickets import RolloutCounts
 
 
 def put(checkpoints: Checkpoints, step: int, content: str = "") -> None:
@@ -62,7 +75,7 @@ def test_a_reader_leaves_a_writer_alone(tmp_path):
 
 
 def test_after_a_damaged_later_checkpoint_the_new_one_survives_pruning(tmp_path):
-    """Resumed from 5 because 9 was damaged: keep=1 must not drop the new 6 for the damaged 9."""
+    """Resumed from 5 because 9 was damaged: with keep=1 the new 6 must not fall to the damaged 9."""
     checkpoints = Checkpoints(tmp_path, keep=2, report=lambda line: None)
     put(checkpoints, 5)
     put(checkpoints, 9)
@@ -101,22 +114,25 @@ def test_run_state_comes_back_exactly(tmp_path):
     request = GenRequest(5, prompt, 8, Sampling(32, seed=9))
     state = RunState(
         step=4,
-        producer={"tickets": [(4, [(request, group), (request, None)])]},
-        cursors={"prompts": {"epoch": 1, "at": 17}},
-        method={"mu": 0.25},
         signals={"entropy": 1.5, "grad_norm": float("inf")},
         gated=2,
+        tokens=77,
+        optimizer_steps={"main": 3, "sft": 1},
+        version=4,
     )
-    state.save(tmp_path)
-    back = RunState.load(tmp_path)
-    assert (back.step, back.cursors, back.method, back.signals, back.gated) == (
-        4,
-        state.cursors,
-        state.method,
-        state.signals,
-        2,
-    )
-    ((_, ((request_back, group_back), (_, nothing))),) = back.producer["tickets"]
+    components = {
+        "producer": {"tickets": [(4, [(request, group), (request, None)])]},
+        "cursors": {"prompts": {"epoch": 1, "at": 17}},
+        "method": {"mu": 0.25},
+        "rng": {},
+    }
+    write_state(tmp_path, {**state.capture(), **components})
+    saved = read_state(tmp_path)
+    back = RunState(version=9)
+    back.restore(saved)
+    assert back == replace(state, version=None), "the engines have to be given the weights"
+    assert saved["cursors"] == components["cursors"] and saved["method"] == components["method"]
+    ((_, ((request_back, group_back), (_, nothing))),) = saved["producer"]["tickets"]
     assert (
         nothing is None
         and request_back.sampling == request.sampling
@@ -135,9 +151,33 @@ def test_run_state_comes_back_exactly(tmp_path):
 
 
 def test_state_of_another_version_is_refused_by_name(tmp_path):
-    (tmp_path / RunState.FILE).write_bytes(pickle.dumps({"step": 1, "momentum": 2}))
+    (tmp_path / FILE).write_bytes(pickle.dumps({"step": 1, "momentum": 2}))
     with pytest.raises(CheckpointError, match=r"lacks \['cursors'.*unknown \['momentum'\]"):
-        RunState.load(tmp_path)
+        read_state(tmp_path)
+
+
+def test_classes_of_version_0_1_0_are_found_where_they_are_now(tmp_path):
+    """Pickled with the module names of that version; one that has gone is told."""
+
+    def pickled_as(module, name, attributes):
+        kind = type(name, (), {"__module__": module})
+        one = kind()
+        one.__dict__.update(attributes)
+        sys.modules[module] = ModuleType(module)
+        setattr(sys.modules[module], name, kind)
+        try:
+            return pickle.dumps({**RunState().capture(), **dict.fromkeys(COMPONENTS), "rng": one})
+        finally:
+            del sys.modules[module]
+
+    books = {"requested": 3, "accepted": 1, "filtered": 1, "failed": 0, "aborted": 1, "tokens": 8}
+    (tmp_path / FILE).write_bytes(
+        pickled_as("tandem.engine.producer", "Books", {**books, "reissued": 2})
+    )
+    assert RolloutCounts.of_state(read_state(tmp_path)["rng"]) == RolloutCounts(**books)
+    (tmp_path / FILE).write_bytes(pickled_as("tandem.engine.gone", "Thing", {}))
+    with pytest.raises(CheckpointError, match=r"another version of Tandem.*tandem\.engine\.gone"):
+        read_state(tmp_path)
 
 
 def test_random_generators_go_on_where_they_were():

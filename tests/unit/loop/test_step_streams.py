@@ -3,7 +3,6 @@ that a term wants to know it of."""
 
 import json
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -18,7 +17,8 @@ from tandem.algorithms.registry import make_method
 from tandem.algorithms.rows import expert_row
 from tandem.engine.config.schema import Config, LearnerConfig, RolloutConfig
 from tandem.engine.core.types import StepReport
-from tandem.engine.loop.train import step_temperature, update, with_streams
+from tandem.engine.loop.streams import with_streams
+from tandem.engine.loop.update import Work, step_temperature, update
 from tandem.launch.check_config import load
 
 
@@ -48,18 +48,16 @@ class Recorder:
         return StepReport({"loss": 0.0})
 
 
-def stepped(method, b, **learner):
+def stepped(method, b, **options):
     """(rows with their streams, the recorder) of what the loop does with the method's rows."""
-    config = Config(rollout=RolloutConfig(temperature=0.7), learner=LearnerConfig(**learner))
-    run = SimpleNamespace(
-        learner=Recorder(), config=config, method=method, learning_rate=lambda step, demand: 1e-3
-    )
+    config = Config(rollout=RolloutConfig(temperature=0.7), learner=LearnerConfig(**options))
+    learner = Recorder()
     demand = Demand(prompts=len(b.groups), experts=len(b.experts))
     temperature = step_temperature(config, demand)
     terms = method.terms(b)
-    rows = method.credit(with_streams(run, method.rows(b), terms, temperature), b)
-    update(run, 0, demand, rows, terms, temperature)
-    return rows, run.learner
+    rows = method.credit(with_streams(learner, method.rows(b), terms, temperature), b)
+    update(learner, config, method, Work(0, demand, rows, terms, temperature, 1e-3))
+    return rows, learner
 
 
 def test_a_step_of_demonstrations_asks_nothing_of_the_reference():

@@ -12,17 +12,21 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from tandem.algorithms.base import Demand
 from tandem.engine.config.schema import (
     ClusterConfig,
     Config,
     LearnerConfig,
     RolloutConfig,
+    RunConfig,
     SyncConfig,
 )
 from tandem.engine.core.errors import EngineDied, SyncError
 from tandem.engine.core.types import Delivery, GenRequest, Installed, Prompt, Sampling, StepReport
 from tandem.engine.loop import train as loop
-from tandem.launch.run.components import Run
+from tandem.engine.loop.producer import StepRollouts
+from tandem.engine.loop.state import RunState
+from tandem.engine.loop.sync import Sync
 from tandem.rollout.vllm.backend import VllmBackend, engine_arguments
 
 CONFIG = Config(
@@ -151,39 +155,69 @@ class Scripted:
 
     def __init__(self, monkeypatch, demands, skipped=()):
         self.demands, self.skipped, self.log = demands, skipped, []
-        cfg = Config(
+        config = Config(
             rollout=RolloutConfig(sleep=True),
             learner=LearnerConfig(max_skipped_steps=9),
             sync=SyncConfig(gate_steps=0),
             cluster=CONFIG.cluster,
-            run=type(CONFIG.run)(steps=len(demands)),
+            run=RunConfig(steps=len(demands)),
         )
-        self.run = run = Run(cfg, SimpleNamespace(message=lambda text: None))
-        run.telemetry = SimpleNamespace(evaluations={}, event=lambda kind, **facts: None)
-        run.learner = run.pool = run.producer = run.method = self
-        run.evaluate = lambda step: self.log.append(f"evaluate {step}")
-        run.report = run.checkpoint = run.dump_step = lambda *args: None
-        run.eval_prompts = ["held out"]
-        self.backends, self.books = [self], SimpleNamespace(tokens=0)
+        self.state = RunState()
+        telemetry = SimpleNamespace(event=lambda kind, **facts: None)
+        display = SimpleNamespace(message=lambda text: None)
+        self.sync = Sync(
+            config=config,
+            state=self.state,
+            learner=self,
+            pool=self,
+            telemetry=telemetry,
+            display=display,
+        )
+        nothing = SimpleNamespace(
+            step=lambda *args: None,
+            skipped=lambda *args: None,
+            due=lambda state: False,
+        )
+        self.components = SimpleNamespace(
+            config=config,
+            folder=None,
+            method=self,
+            learner=self,
+            producer=self,
+            experts=None,
+            sync=self.sync,
+            evaluator=self,
+            reporter=nothing,
+            saver=nothing,
+            display=display,
+        )
+        self.backends = [self]
         monkeypatch.setattr(
             loop,
             "update",
-            lambda run, step, *rest: (
-                self.log.append(f"learn {step}") or StepReport({}, step in self.skipped)
+            lambda learner, config, method, work: (
+                self.log.append(f"learn {work.step}") or StepReport({}, work.step in self.skipped)
             ),
         )
+
+    def missing(self, state):
+        return True
+
+    def due(self, state):
+        return state.step == len(self.demands)
+
+    def evaluate(self, step):
+        self.log.append(f"evaluate {step}")
 
     def wants_weights(self, step, signals):
         return step < len(self.demands) and self.demands[step] > 0
 
-    def ensure(self, step, signals):
+    def request_ahead(self, step, signals):
         if self.demands[step]:
             self.log.append(f"generate {step}")
 
-    def take(self, step):
-        return SimpleNamespace(
-            prompts=self.demands[step], experts=0, set_reference=False, optimizer="main"
-        ), ()
+    def collect(self, step):
+        return StepRollouts(Demand(prompts=self.demands[step]), (), 0)
 
     def sleep(self):
         self.log.append("sleep")
@@ -244,15 +278,15 @@ def test_engines_sleep_while_the_learner_works_and_get_weights_before_they_gener
     monkeypatch, demands, skipped, log
 ):
     rig = Scripted(monkeypatch, demands, skipped)
-    rig.run.sync(0)
-    loop.train(rig.run)
+    rig.sync.publish(0)
+    loop.train(rig.components, rig.state)
     assert ", ".join(rig.log) == log
 
 
 def test_weights_are_sent_to_engines_that_sleep_though_they_have_the_version(monkeypatch):
     rig = Scripted(monkeypatch, [1])
-    rig.run.sync(0)
-    rig.run.sleep()
-    rig.run.sync(0)
-    rig.run.sync(0)
+    rig.sync.publish(0)
+    rig.sync.sleep()
+    rig.sync.publish(0)
+    rig.sync.publish(0)
     assert rig.log == ["sync 0", "sleep", "release", "sync 0"]

@@ -1,4 +1,4 @@
-"""Run.sync under faults: engines that die while they are connected, sent weights or probed.
+"""Sync under faults: engines that die while they are connected, sent weights or probed.
 
 Learner and pool are scripted; the real ones: tests/faults.
 """
@@ -10,7 +10,8 @@ import pytest
 from tandem.engine.config.schema import Config, RolloutConfig
 from tandem.engine.core.errors import EngineDied
 from tandem.engine.core.types import Delivery, Installed
-from tandem.launch.run.components import Run
+from tandem.engine.loop.state import RunState
+from tandem.engine.loop.sync import Sync
 
 
 class Rig:
@@ -21,12 +22,16 @@ class Rig:
     def __init__(self, dead=True, **faults):
         self.faults, self.dead, self.down, self.calls = faults, dead, 0, []
         self.synced = None
-        self.run = Run(
-            Config(rollout=RolloutConfig(staleness=1)), SimpleNamespace(message=lambda text: None)
+        self.state = RunState()
+        self.sync = Sync(
+            config=Config(rollout=RolloutConfig(staleness=1)),
+            state=self.state,
+            learner=self,
+            pool=self,
+            telemetry=SimpleNamespace(event=lambda kind, **facts: None),
+            display=SimpleNamespace(message=lambda text: None),
         )
-        self.run.telemetry = SimpleNamespace(event=lambda kind, **facts: None)
-        self.run.learner = self.run.pool = self
-        self.run.probe = lambda version: self.happen("probe")
+        self.sync.probe = lambda version: self.happen("probe")
 
     def happen(self, what):
         self.calls.append(what)
@@ -58,22 +63,22 @@ class Rig:
 )
 def test_an_engine_that_dies_at_any_moment_of_a_sync_is_replaced_and_sent_the_weights(fault, calls):
     rig = Rig(**{fault: 1})
-    rig.run.sync(3)
-    assert rig.calls == calls and rig.run.version == 3
-    rig.run.sync(3)
+    rig.sync.publish(3)
+    assert rig.calls == calls and rig.state.version == 3
+    rig.sync.publish(3)
     assert rig.calls == calls, "engines that have the weights are left alone"
 
 
-def test_a_sync_that_fails_with_all_engines_alive_ends_the_run_instead_of_being_tried_for_ever():
+def test_a_sync_that_fails_with_all_engines_alive_ends_the_run_instead_of_being_tried_forever():
     rig = Rig(dead=False, send=100)
     with pytest.raises(EngineDied, match="send"):
-        rig.run.sync(1)
-    assert rig.calls == ["connect", "send", "recover"] and rig.run.version is None
+        rig.sync.publish(1)
+    assert rig.calls == ["connect", "send", "recover"] and rig.state.version is None
 
 
 def test_recovery_from_a_death_during_generation_sends_the_present_weights_again():
     rig = Rig()
-    rig.run.sync(2)
+    rig.sync.publish(2)
     rig.down, rig.calls[:] = 1, []
-    rig.run.recover()
-    assert rig.calls == ["recover", "connect", "send", "probe"] and rig.run.version == 2
+    rig.sync.recover()
+    assert rig.calls == ["recover", "connect", "send", "probe"] and rig.state.version == 2

@@ -1,0 +1,8 @@
+"""The numbers of request groups, one range for each asker: no two groups of a run share a number.
+
+Training counts from 0.
+"""
+
+EVALUATION = 1 << 40
+PROBE = 1 << 41  # of weights that were just sent
+CHECK_STRIDE = 1 << 20  # `tandem check-logprobs` trains nothing: version v counts from v times this

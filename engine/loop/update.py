@@ -1,0 +1,156 @@
+"""From the rows of a step to new weights: one optimizer step per part of the batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tandem.algorithms.base import Demand, Method, Term
+from tandem.algorithms.checks.method import naming
+from tandem.engine.config.schema import Config
+from tandem.engine.core.types import Row, StepPlan, StepReport
+from tandem.engine.learner.packing import pack
+from tandem.engine.learner.protocol import Learner
+from tandem.engine.learner.terms import denominators
+from tandem.engine.loop.state import RunState
+from tandem.engine.loop.streams import with_old_logp
+
+# a version that no token has: after the first update of a batch the learner's weights match no
+# published version
+NO_VERSION = -2
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What one step of the run trains."""
+
+    step: int
+    demand: Demand
+    rows: Sequence[Row]
+    terms: Sequence[Term]
+    temperature: float
+    learning_rate: float
+
+
+def step_temperature(config: Config, demand: Demand) -> float:
+    """The one temperature of a step, for scoring before the update, for the update and for the
+    gate.
+
+    Rollouts are trained on at the temperature they were sampled at. A step without any is plain
+    SFT, at 1.
+    """
+    return config.rollout.temperature if demand.prompts else 1.0
+
+
+def step_learning_rate(config: Config, state: RunState, demand: Demand) -> float:
+    """Linear warm-up over the first steps of every set of optimizer moments (fresh moments step at
+    full size in every direction), then the schedule.
+    """
+    learner = config.learner
+    rate = learner.learning_rate if demand.learning_rate is None else demand.learning_rate
+    taken = state.optimizer_steps.get(demand.optimizer, 0)
+    if taken < learner.warmup_steps:
+        rate *= (taken + 1) / learner.warmup_steps
+    after_warmup = max(1, config.run.steps - learner.warmup_steps)
+    done = max(0, state.step - learner.warmup_steps) / after_warmup
+    if learner.schedule == "linear":
+        return rate * (1.0 - done)
+    if learner.schedule == "cosine":
+        return rate * (0.5 * (1.0 + math.cos(math.pi * done)))
+    return rate
+
+
+def update(learner: Learner, config: Config, method: Method, work: Work) -> StepReport:
+    """One optimizer step per part of the batch, in each epoch. A step without rollouts has one."""
+    options = config.learner
+    rows = work.rows
+    if not any(row.trained.any() for row in rows):
+        return StepReport({"empty": 1.0})
+    parts = [rows]
+    if work.demand.prompts and options.updates_per_batch * options.epochs_per_batch > 1:
+        rows = with_old_logp(learner, rows, work.temperature)
+        rng = np.random.default_rng([config.run.seed, work.step])
+        parts = []
+        for _ in range(options.epochs_per_batch):
+            parts.extend(split(rows, options.updates_per_batch, rng))
+    reports = []
+    for number, part in enumerate(parts):
+        version = work.step if number == 0 else NO_VERSION
+        plan = make_plan(learner, config, method, work, part, version)
+        with naming(method):
+            reports.append(learner.step(plan))
+    return combined(reports)
+
+
+def make_plan(
+    learner: Learner,
+    config: Config,
+    method: Method,
+    work: Work,
+    rows: Sequence[Row],
+    version: int,
+) -> StepPlan:
+    """The optimizer step on `rows`. Tokens of weight version `version` are as new as the weights
+    that they train.
+    """
+    with naming(method):
+        z = denominators(work.terms, rows)
+    micro_batches = pack(
+        rows,
+        work.terms,
+        learner.ranks,
+        config.learner.micro_batch_tokens,
+        version=version,
+        share=learner.shares_prompts and method.forward is None,
+    )
+    needs_entropy = any("entropy" in term.needs for term in work.terms)
+    return StepPlan(
+        step=work.step,
+        terms=tuple(work.terms),
+        denominators=z,
+        temperature=work.temperature,
+        optimizer=work.demand.optimizer,
+        micro_batches=micro_batches,
+        learning_rate=work.learning_rate,
+        forward=method.forward,
+        entropy=config.learner.entropy or needs_entropy,
+    )
+
+
+def split(rows: Sequence[Row], parts: int, rng: np.random.Generator) -> list[list[Row]]:
+    """`parts` lists of whole groups, sampled and expert rows spread evenly over all of them."""
+    groups: dict[int, list[Row]] = {}
+    single: list[list[Row]] = []
+    for row in rows:
+        if row.group >= 0:
+            groups.setdefault(row.group, []).append(row)
+        else:
+            single.append([row])
+    out: list[list[Row]] = [[] for _ in range(parts)]
+    for units in (list(groups.values()), single):
+        for place, i in enumerate(rng.permutation(len(units))):
+            out[place % parts].extend(units[i])
+    return [part for part in out if part]
+
+
+def combined(reports: Sequence[StepReport]) -> StepReport:
+    """Tokens and seconds are sums over the optimizer steps, all else is their mean."""
+    found: dict[str, list[float]] = {}
+    for report in reports:
+        for key, value in report.metrics.items():
+            found.setdefault(key, []).append(value)
+    return StepReport(
+        {key: float(over_steps(key)(values)) for key, values in found.items()},
+        any(report.skipped for report in reports),
+        sum(report.seconds for report in reports),
+    )
+
+
+def over_steps(key: str):
+    """How a metric of several optimizer steps becomes one."""
+    if key.startswith(("tokens/", "seconds/")):
+        return np.sum
+    return np.max if key == "gap/max" else np.mean

@@ -1,0 +1,86 @@
+"""The two sides of a run: the pool of rollout engines, and the learner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from typing import Any
+
+from tandem.engine.config.schema import Config
+from tandem.engine.learner.inline import InlineLearner
+from tandem.engine.learner.protocol import Learner, Pool
+from tandem.engine.learner.ray import RayLearner
+from tandem.launch import placement
+from tandem.launch.placement import Placement
+from tandem.launch.run.prepare import Prepared
+from tandem.rollout.local import LocalPool
+from tandem.rollout.pool import EnginePool
+
+Maker = Callable[[Prepared, Placement | None], Any]  # of something that has `close`
+
+
+def start_placement(run: Prepared, stack: ExitStack) -> Placement | None:
+    """Where the processes of mode=cluster will run; None for mode=inline."""
+    if run.config.mode == "inline":
+        return None
+    place = placement.start(run.config, run.folder.path, run.display.message)
+    stack.callback(place.close)
+    return place
+
+
+def make_pool(run: Prepared, place: Placement | None) -> Pool:
+    if place is None or run.config.rollout.backend == "replay":
+        return LocalPool.start(run.config, run.model_path, run.folder.path)
+    return EnginePool.start(run.config, run.model_path, place, run.folder.path)
+
+
+def make_learner(run: Prepared, place: Placement | None) -> Learner:
+    if place is None:
+        return InlineLearner.start(run.config, run.model_path)
+    return RayLearner.start(run.config, run.model_path, place, run.folder.path)
+
+
+def start_sides(run: Prepared, makers: Sequence[Maker], stack: ExitStack) -> list[Any]:
+    """What `makers` make, in their order; `stack` closes it."""
+    place = start_placement(run, stack)
+    if in_turn(run.config):
+        made = []
+        for make in makers:
+            made.append(make(run, place))
+            stack.callback(made[-1].close)
+    else:
+        made = side_by_side(run, place, makers, stack)
+    if place is None:
+        import torch
+
+        # holds for the thread that calls it, and the loop runs in this one
+        torch.set_num_threads(run.config.cluster.threads)
+    return made
+
+
+def in_turn(config: Config) -> bool:
+    """Whether one side waits for the other: transformers cannot load two models in one process at
+    once, and a vLLM engine measures its GPU while nobody else takes memory of it.
+    """
+    return config.mode == "inline" or (config.cluster.colocate and config.cluster.engine_gpus > 0)
+
+
+def side_by_side(
+    run: Prepared, place: Placement | None, makers: Sequence[Maker], stack: ExitStack
+) -> list[Any]:
+    """Each in a thread.
+
+    All are waited for, also when one fails or a signal stops the start, so that none is left
+    behind.
+    """
+    threads = ThreadPoolExecutor(len(makers))
+    futures = [threads.submit(make, run, place) for make in makers]
+    try:
+        wait(futures)
+    finally:
+        threads.shutdown()
+        for future in futures:
+            if future.exception() is None:
+                stack.callback(future.result().close)
+    return [future.result() for future in futures]
