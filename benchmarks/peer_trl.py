@@ -11,6 +11,7 @@ checkpointing, the whole batch in one micro-batch, OpenMP as it comes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import tempfile
 import time
@@ -101,10 +102,8 @@ def main() -> None:
             train_dataset=data,
             callbacks=[Clock()],
         )
-        try:
+        with contextlib.suppress(SystemExit):  # told to stop
             trainer.train()
-        except SystemExit:  # told to stop
-            pass
     print(
         json.dumps(
             {

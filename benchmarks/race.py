@@ -1,10 +1,14 @@
 """A fair race: every method on the demo task with the same budget of generated + trained tokens,
 several seeds, one table and one picture.
 
-    python benchmarks/race.py --out docs/race --tune                four settings of every method on a seed that is not raced (about 40 minutes on two cores)
-    python benchmarks/race.py --out docs/race                       the race, each method with its best setting (about 30 minutes)
+    python benchmarks/race.py --out docs/race --tune
+    python benchmarks/race.py --out docs/race
     python benchmarks/race.py --out docs/race --methods sft,chord_mu --seeds 0
-    python benchmarks/race.py --out docs/race --report              table and picture again from race.json
+    python benchmarks/race.py --out docs/race --report
+
+--tune runs four settings of every method on a seed that is not raced (about 40 minutes on two
+cores). The race takes each method with its best setting (about 30 minutes). --report makes table
+and picture again from race.json.
 
 All runs of a seed start from the same random initialisation, see the same 40 demonstrations and the
 same stream of prompts, and are evaluated on the same held-out problems. Every method was given
@@ -92,7 +96,10 @@ METHODS: dict[str, dict] = {
     "ift": {"name": "ift"},
     "ppo": {"name": "ppo"},
     "reft": {"name": "reft"},
-}  # CARFT does not race: it starts from a model that is right now and then, and has nothing to draw on before
+}
+# CARFT does not race: it starts from a model that is right now and then, and has nothing to draw on
+# before.
+
 # a demonstration comes with its prompt, which is one of the step's prompts
 ALIGNED = ("luffy", "srft", "prefix_rft", "uft", "hpt", "visurf", "relift")
 
@@ -125,7 +132,7 @@ def tries(name: str) -> list[dict]:
 
 
 def run(name: str, seed: int, setting: dict, folder: Path) -> dict:
-    """One run in a process of its own; its evaluations as (steps, tokens, CPU seconds, accuracy)."""
+    """One run in a process of its own. Its evaluations: (steps, tokens, CPU seconds, accuracy)."""
     place = Path(tempfile.mkdtemp(dir=folder))
     config = place / "config.yaml"
     config.write_text(yaml.safe_dump({**BASE, "method": METHODS[name]}))

@@ -10,6 +10,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -69,9 +70,8 @@ def limits() -> dict[str, float]:
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
-        found[str(dtype).removeprefix("torch.")] = (
-            2 * 2048**3 / median([seconds(lambda: a @ b) for _ in range(12)][2:])
-        )
+        times = [seconds(partial(torch.matmul, a, b)) for _ in range(12)]
+        found[str(dtype).removeprefix("torch.")] = 2 * 2048**3 / median(times[2:])
     source = torch.zeros(2**28, dtype=torch.uint8)
     target = torch.ones_like(source)
     found["copy"] = 2**28 / median([seconds(lambda: target.copy_(source)) for _ in range(8)][2:])

@@ -20,6 +20,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -58,7 +59,8 @@ def bare(args, path: str) -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         prompts = [{"prompt_token_ids": ids} for ids in json.loads(line)]
-        print(seconds(lambda: llm.generate(prompts, params, use_tqdm=False)), flush=True)
+        generate = partial(llm.generate, prompts, params, use_tqdm=False)
+        print(seconds(generate), flush=True)
 
 
 def settings(args, path: str):

@@ -115,8 +115,8 @@ def main() -> None:
                 for t in sampled
             ]
             gap = max(
-                float(np.nanmax(np.abs(l - t.behaviour_logp)))
-                for l, t in zip(learner.logprobs(rows, 1.0), sampled, strict=True)
+                float(np.nanmax(np.abs(logp - t.behaviour_logp)))
+                for logp, t in zip(learner.logprobs(rows, 1.0), sampled, strict=True)
             )
             sent, received = (
                 phases(Path(folder) / "logs/learner_0.log"),

@@ -5,6 +5,7 @@ session.
 import os
 import sys
 import time
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -15,6 +16,9 @@ os.environ["TANDEM_TEST_SESSION"] = MARK = f"{os.getpid()}-{time.time_ns()}"
 
 import psutil
 import pytest
+
+UNIT = Path(__file__).with_name("unit")
+TAKE_TIME = {"whole_run", "stack", "slow", "nightly", "gpu"}
 
 
 def survivors() -> list[psutil.Process]:
@@ -37,6 +41,15 @@ def survivors() -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
+def pytest_collection_modifyitems(items):
+    """What `make fast` runs: the unit tests that no mark says take time."""
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()}
+        if UNIT in item.path.parents and not marks & TAKE_TIME:
+            item.add_marker("fast")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,37 +13,70 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tandem.algorithms.base import Batch, Method, Term
+    from tandem.algorithms.base import Batch, Demand, Method, Term
+    from tandem.algorithms.parts import advantages
+    from tandem.algorithms.parts.objectives.nll import NLL
+    from tandem.algorithms.parts.objectives.policy import PPOClip
+    from tandem.algorithms.parts.objectives.tokens import Tokens
+    from tandem.algorithms.parts.policy import PolicyLoss
+    from tandem.algorithms.parts.schedules import Schedule
+    from tandem.algorithms.registry import make_method
+    from tandem.algorithms.rows import expert_row, policy_row
     from tandem.engine.config.schema import Config
     from tandem.engine.core.errors import ConfigError
     from tandem.engine.core.types import Row
-    from tandem.engine.learner.inspect import inspect
+    from tandem.engine.learner.inspect import group, inspect, trajectory
     from tandem.launch.check_config import load
     from tandem.launch.run.run import train
 
 __version__ = "0.2.0"
 __all__ = [
+    "NLL",
     "Batch",
     "Config",
     "ConfigError",
+    "Demand",
     "Method",
+    "PPOClip",
+    "PolicyLoss",
     "Row",
+    "Schedule",
     "Term",
+    "Tokens",
+    "advantages",
+    "expert_row",
+    "group",
     "inspect",
     "load",
+    "make_method",
+    "policy_row",
     "train",
+    "trajectory",
 ]
 
+# where each name lives: module:attribute, or a module of its own
 _HOMES = {
+    "NLL": "tandem.algorithms.parts.objectives.nll:NLL",
     "Batch": "tandem.algorithms.base:Batch",
     "Config": "tandem.engine.config.schema:Config",
     "ConfigError": "tandem.engine.core.errors:ConfigError",
+    "Demand": "tandem.algorithms.base:Demand",
     "Method": "tandem.algorithms.base:Method",
+    "PPOClip": "tandem.algorithms.parts.objectives.policy:PPOClip",
+    "PolicyLoss": "tandem.algorithms.parts.policy:PolicyLoss",
     "Row": "tandem.engine.core.types:Row",
+    "Schedule": "tandem.algorithms.parts.schedules:Schedule",
     "Term": "tandem.algorithms.base:Term",
+    "Tokens": "tandem.algorithms.parts.objectives.tokens:Tokens",
+    "advantages": "tandem.algorithms.parts.advantages",
+    "expert_row": "tandem.algorithms.rows:expert_row",
+    "group": "tandem.engine.learner.inspect:group",
     "inspect": "tandem.engine.learner.inspect:inspect",
     "load": "tandem.launch.check_config:load",
+    "make_method": "tandem.algorithms.registry:make_method",
+    "policy_row": "tandem.algorithms.rows:policy_row",
     "train": "tandem.launch.run.run:train",
+    "trajectory": "tandem.engine.learner.inspect:trajectory",
 }
 
 
@@ -51,7 +84,9 @@ def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module 'tandem' has no attribute {name!r}")
     module, _, attribute = _HOMES[name].partition(":")
-    value = getattr(import_module(module), attribute)
+    value = import_module(module)
+    if attribute:
+        value = getattr(value, attribute)
     globals()[name] = value
     return value
 

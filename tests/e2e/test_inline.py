@@ -313,7 +313,7 @@ def test_rollouts_recorded_in_one_run_train_another(tmp_path):
         )
     )
     replayed = lines(tmp_path / "b" / "run" / "rollouts.jsonl")
-    assert [l["tokens"] for l in replayed] == [l["tokens"] for l in lines(recorded)]
+    assert [line["tokens"] for line in replayed] == [line["tokens"] for line in lines(recorded)]
 
 
 def test_every_set_of_moments_has_its_own_warm_up(tmp_path):

@@ -60,7 +60,7 @@ def free_port():
 
 
 def run_workers(stage, ranks, model_path, folder):
-    """{case: [result of each rank]} of zero_worker.py; fails with the log of the rank that failed."""
+    """{case: [result of each rank]} of zero_worker.py; fails with the log of a rank that failed."""
     script, port = Path(__file__).with_name("zero_worker.py"), str(free_port())
     env = {
         **os.environ,
@@ -225,7 +225,7 @@ def test_non_finite_gradient_of_one_rank_changes_nothing_on_any(results):
 
 
 def test_resume_is_exact(results):
-    """Weights, the moments of all sets and the random state, in the same engine and in a new one."""
+    """Weights, moments of all sets and the random state, in the same engine and in a new one."""
     _stage, _ranks, cases = results
     for case, outs in cases.items():
         for out in outs:
@@ -282,7 +282,9 @@ zero.join(0, 1, "127.0.0.1", int(sys.argv[1]), 60.0)
 zero.check_offload(2)
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as Z
 whole = Z.async_accumulate_grad_in_cpu_via_gpu
-Z.async_accumulate_grad_in_cpu_via_gpu = lambda self, param: whole(self, param) if self.micro_step_id == 0 else None
+def first_only(self, param):
+    return whole(self, param) if self.micro_step_id == 0 else None
+Z.async_accumulate_grad_in_cpu_via_gpu = first_only
 try:
     zero.check_offload(2)
 except ConfigError as error:

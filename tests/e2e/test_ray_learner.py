@@ -52,8 +52,8 @@ def sampled_gap(pool, learner, seed):
         for t in trajectories
     ]
     return max(
-        float(np.nanmax(np.abs(l - t.behaviour_logp)))
-        for l, t in zip(learner.logprobs(rows, TEMPERATURE), trajectories, strict=True)
+        float(np.nanmax(np.abs(logp - t.behaviour_logp)))
+        for logp, t in zip(learner.logprobs(rows, TEMPERATURE), trajectories, strict=True)
     ), trajectories
 
 

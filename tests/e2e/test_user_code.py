@@ -124,7 +124,8 @@ for spec, message in sent.items():
     found[spec] = {term.name: term.objective(1.0)[0] for term in terms}
     found[spec]["forward"] = forward(None, 1.0)
     found[spec]["a correction"] = terms[-1].correction(1.0)
-    found[spec]["of the same class"] = type(terms[2].objective) is sys.modules[type(method).__module__].Weighted
+    weighted = sys.modules[type(method).__module__].Weighted
+    found[spec]["of the same class"] = type(terms[2].objective) is weighted
 print(json.dumps(found))
 """
 KINDS = [

@@ -91,7 +91,7 @@ def gradients(learner, ranks):
 
 
 def hooks(learner, ranks):
-    """{method: metrics} of steps with a forward of the method's own; the weights stay as they are."""
+    """{method: metrics} of steps with a forward of the method's own; the weights stay."""
     out = {}
     for name in ("ift", "carft"):
         Probe.mode = "show"

@@ -246,8 +246,11 @@ def test_a_file_that_cannot_be_imported_is_a_config_error(start, monkeypatch, so
 
 def test_columns_that_cannot_be_sent_are_a_config_error(start):
     runner = start(MISBEHAVE)
-    with pytest.raises(ConfigError, match="'p': its columns cannot be sent"):
-        outcomes(runner, "good", lock=open(os.devnull))
+    with (
+        open(os.devnull) as file,
+        pytest.raises(ConfigError, match="'p': its columns cannot be sent"),
+    ):
+        outcomes(runner, "good", lock=file)
     assert [o.value for o in outcomes(runner, "good")] == [1.0]
 
 
@@ -277,7 +280,7 @@ if sys.argv[2] == 'wait': time.sleep(1000)
 
 @pytest.mark.parametrize("end", ["wait", "leave"])
 def test_workers_do_not_outlive_their_parent(tmp_path, end):
-    """Busy and idle worker, when the parent is killed outright, and when it ends without close()."""
+    """Busy and idle worker, when the parent is killed, and when it ends without close()."""
     (tmp_path / "driver.py").write_text(DRIVER)
     (tmp_path / "reward.py").write_text(MISBEHAVE)
     parent = subprocess.Popen(

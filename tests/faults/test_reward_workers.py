@@ -47,7 +47,8 @@ def score(completion, secret=None):
     if completion == 'modules': sys.path.clear(); sys.argv.clear(); os.environ.clear()
     if completion == 'threads':
         for _ in range(20): threading.Thread(target=time.sleep, args=(1000,)).start()
-    if completion == 'signals': [signal.signal(n, signal.SIG_IGN) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+    if completion == 'signals':
+        for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP): signal.signal(n, signal.SIG_IGN)
     if completion == 'interrupt': raise KeyboardInterrupt
     if completion == 'exit': raise SystemExit(3)
     if completion == 'stop': os.kill(os.getpid(), signal.SIGSTOP)

@@ -128,7 +128,9 @@ def full() -> None:
 
 
 def ascii_only() -> None:
-    sys.stdout = sys.__stdout__ = open(1, "w", encoding="ascii", errors="strict", closefd=False)
+    # it stays open as long as the process
+    stream = open(1, "w", encoding="ascii", errors="strict", closefd=False)  # noqa: SIM115
+    sys.stdout = sys.__stdout__ = stream
 
 
 def asleep() -> None:

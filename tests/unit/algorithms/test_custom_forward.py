@@ -96,7 +96,7 @@ def learner(model_path, method):
 
 
 def run(rank, rows, terms, forward, budget=10_000):
-    """{(row, position): stream values} of a forward over packed rows: logp and the extra streams."""
+    """{(row, position): stream values} of a forward over packed rows: logp and extra streams."""
     found = {}
     for micro in pack(rows, terms, 1, budget, version=0)[0]:
         with torch.no_grad():

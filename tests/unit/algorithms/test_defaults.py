@@ -75,7 +75,7 @@ def test_defaults_are_the_published_ones(name):
 
 @pytest.mark.parametrize("name, alpha", [("luffy", None), ("hpt", None), ("relift", 1e-3)])
 def test_defaults_of_the_authors_code(name, alpha):
-    """Sections 4(c), 7(c), 8(c): no std, no clip, sum over the response limit, entropy bonus 0.001."""
+    """Sections 4(c), 7(c), 8(c): no std, no clip, sum over the response limit, entropy 0.001."""
     method = make_method(name, {"as": "code", "policy": {"reduction_length": 8192}})
     p, unbounded = method.policy, float("inf")
     assert (

@@ -66,7 +66,7 @@ def test_adaptive_mu_is_the_gap_to_a_target_reward():
 
 
 def test_phi_is_p_times_one_minus_p_without_gradient():
-    """Section 1(g): phi(0.5) = 1/4; the gradient with respect to log p is -p(1 - p)/N_demo exactly."""
+    """Section 1(g): phi(0.5) = 1/4; the gradient by log p is -p(1 - p)/N_demo exactly."""
     out = inspect(make_method("chord_phi", {"mu": 1.0}), batch(groups=()), half)
     assert out.loss == pytest.approx(0.25 * math.log(2))
     # 0.25 / 5

@@ -34,6 +34,12 @@ def test_sft_is_the_token_mean_over_all_demonstrations():
     np.testing.assert_allclose(out.gradients[0], [0, 0, -0.2, -0.2, -0.2], rtol=1e-6)
 
 
+def pad(values, fill):
+    """A tensor of lists of unlike length, `fill` behind the short ones."""
+    width = max(len(v) for v in values)
+    return torch.tensor([[*v, *[fill] * (width - len(v))] for v in values])
+
+
 def test_sft_has_the_gradient_of_transformers_token_mean():
     """Section 13(g).
 
@@ -64,11 +70,6 @@ def test_sft_has_the_gradient_of_transformers_token_mean():
     )
     count = sum(2 * n + 1 for n in (1, 4, 2, 7))
     for part in (experts[:2], experts[2:]):
-        width = max(len(t.tokens) for t in part)
-
-        def pad(values, fill):
-            return torch.tensor([[*v, *[fill] * (width - len(v))] for v in values])
-
         labels = pad([np.where(t.source == 2, t.tokens, -100).tolist() for t in part], -100)
         mask = pad([[1] * len(t.tokens) for t in part], 0)
         model(

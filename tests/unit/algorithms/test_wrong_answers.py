@@ -156,6 +156,7 @@ class Mine(Method):
 """
 
 
+@pytest.mark.whole_run
 def test_a_run_ends_in_its_first_step_on_one_screen(tmp_path, capsys):
     from tandem.launch.cli import main
 

@@ -1,4 +1,4 @@
-"""Paths are resolved once, at the start: what the user's code does to the process changes nothing."""
+"""Paths are resolved once, at the start: what user code does to the process changes nothing."""
 
 import json
 from pathlib import Path

@@ -213,6 +213,7 @@ def test_other_text_stays(text):
     assert secrets.redact(text) == text
 
 
+@pytest.mark.whole_run
 def test_a_run_with_a_secret_in_plain_text_writes_it_nowhere(project, monkeypatch):
     """The command line, a reward that fails with the key in its words, a crash, and the resume."""
     secret = "plain-old-secret"
@@ -246,6 +247,7 @@ def test_a_run_with_a_secret_in_plain_text_writes_it_nowhere(project, monkeypatc
         load("runs/w/config.yaml")
 
 
+@pytest.mark.whole_run
 def test_a_run_with_a_reference_uses_it_and_resumes(project):
     resolve_model(ModelConfig(path="tandem:tiny"))
     overrides = [key("${JUDGE_KEY}"), "run.checkpoint_every=1"]

@@ -1,4 +1,4 @@
-"""What a config file may hold: bombs end at once, and nothing becomes another type without a word."""
+"""What a config file may hold: bombs end at once, and nothing silently becomes another type."""
 
 import pytest
 

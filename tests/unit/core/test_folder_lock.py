@@ -68,12 +68,12 @@ def test_of_many_starts_at_one_moment_one_wins_and_the_others_name_it(tmp_path):
 
 
 def test_twice_in_one_process(tmp_path):
-    with owned(tmp_path, quiet):
-        with (
-            pytest.raises(ConfigError, match=f"in use by process {os.getpid()}"),
-            owned(tmp_path, quiet),
-        ):
-            pass
+    with (
+        owned(tmp_path, quiet),
+        pytest.raises(ConfigError, match=f"in use by process {os.getpid()}"),
+        owned(tmp_path, quiet),
+    ):
+        pass
     with owned(tmp_path, quiet):
         pass
 

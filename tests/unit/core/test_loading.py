@@ -75,6 +75,7 @@ except ConfigError as error:
 """
 
 
+@pytest.mark.whole_run
 def test_a_class_of_the_script_or_notebook_that_runs(tmp_path):
     (tmp_path / "notebook.py").write_text(NOTEBOOK)
     (tmp_path / "config.yaml").write_text("""

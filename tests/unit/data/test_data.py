@@ -147,7 +147,7 @@ def test_demonstration_stops_where_the_model_stops(tmp_path, tokenizer, model):
 
 
 def test_token_over_the_border_is_split_as_a_rollout_would_write_it(tmp_path, model):
-    """A tokenizer that merges 'ab' into one token: the prompt part must stay what a rollout gets."""
+    """A tokenizer that merges 'ab' into one token: the prompt part stays what a rollout gets."""
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""Files and folders of datasets: what is unlike, torn or of another kind is named with its place."""
+"""Files and folders of datasets: what is unlike, torn or of another kind is named."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Generated data: deterministic, disjoint splits, right answers, and the tiny model that learns it."""
+"""Generated data: deterministic, disjoint splits, right answers, and the model that learns it."""
 
 import re
 

@@ -172,6 +172,7 @@ FAILURES = {
 }
 
 
+@pytest.mark.whole_run
 @pytest.mark.parametrize("template", FAILURES.values(), ids=FAILURES)
 def test_a_template_that_fails_or_does_not_end_names_the_row(template, tmp_path, tokenizer, model):
     tokenizer.chat_template = template

@@ -176,6 +176,7 @@ def test_a_bug_in_a_users_method_is_told_with_its_line(folder, capsys):
     )
 
 
+@pytest.mark.whole_run
 def test_resume_wants_the_run_that_was_begun(refused, capsys):
     assert "holds no complete checkpoint" in refused("run.resume=true")
     assert cli.main(["train", "c.yaml"]) == 0
@@ -191,6 +192,7 @@ def test_resume_wants_the_run_that_was_begun(refused, capsys):
     assert "has done 2" in refused("run.resume=true", "run.steps=1")
 
 
+@pytest.mark.whole_run
 def test_a_run_that_ended_before_its_model_was_saved_saves_it_when_resumed(folder):
     assert cli.main(["train", "c.yaml"]) == 0
     assert cli.main(["train", "c.yaml", "run.resume=true", "run.save_model=true"]) == 0
@@ -233,6 +235,7 @@ def test_record_that_is_none(folder, refused):
     assert "holds no rollouts" in refused(*replay, "rollout.record=empty.jsonl")
 
 
+@pytest.mark.whole_run
 def test_checking_log_probs_leaves_the_run_alone(folder, refused, capsys):
     assert cli.main(["train", "c.yaml", "run.steps=1"]) == 0
     before = (folder / "runs" / "run" / "metrics.jsonl").read_bytes()

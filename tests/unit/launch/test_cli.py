@@ -74,6 +74,7 @@ def test_help_needs_nothing_heavy():
         assert f"\n    {command}" in done.stdout
 
 
+@pytest.mark.whole_run
 def test_inline_training_imports_no_cluster_package(config):
     code = (
         "import sys; from tandem.launch import cli\n"
@@ -120,6 +121,7 @@ def test_dry_run_prints_config_and_placement_and_starts_nothing(config, in_tmp, 
     )
 
 
+@pytest.mark.whole_run
 def test_bad_input_is_exit_2_on_one_screen(config):
     code, out, err = tandem("train", config, "learner.zero_stge=1")
     assert code == 2 and out == ""

@@ -139,6 +139,7 @@ def test_told_on_one_screen_before_anything_starts(tmp_path, capsys, words):
     )
 
 
+@pytest.mark.whole_run
 def test_other_commands_do_not_mind(tmp_path, capsys):
     """An evaluation trains nothing; doctor tells."""
     config(tmp_path, {"name": "grpo"})

@@ -19,6 +19,8 @@ from tandem.engine.core.errors import ConfigError
 from tandem.engine.core.folder_lock import LOCK, owned
 from tandem.launch import cli
 
+pytestmark = pytest.mark.whole_run
+
 CONFIG = {
     "mode": "inline",
     "model": {"path": "tandem:tiny"},

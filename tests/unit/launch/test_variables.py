@@ -49,6 +49,7 @@ def test_with_a_cluster_address_its_variables_are_the_users(left):
     assert set(LEFT) <= set(variables.foreign(config))
 
 
+@pytest.mark.whole_run
 def test_an_inline_run_under_torchrun_trains(tmp_path):
     """Without the mend it waits for a master at 10.9.9.9."""
     command = [

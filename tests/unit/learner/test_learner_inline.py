@@ -150,6 +150,18 @@ def test_rows_behind_one_copy_of_their_prompt_give_the_same_gradient_and_streams
         assert report.metrics["tokens/padded"] < report.metrics["tokens/real"]
 
 
+def gradients_before_step(engine):
+    """{parameter: gradient}, filled when the engine's optimizer steps."""
+    captured = {}
+
+    def note(*_):
+        for name, parameter in engine.module.named_parameters():
+            captured[name] = parameter.grad.clone()
+
+    engine.optimizer.register_step_pre_hook(note)
+    return captured
+
+
 @pytest.mark.slow
 def test_compiled_layers_give_the_same_gradient(model_path):
     """Several shapes, gradient checkpointing, and a pass without gradient."""
@@ -165,12 +177,7 @@ def test_compiled_layers_give_the_same_gradient(model_path):
         rank = LearnerRank(
             config, model_path, LocalEngine(build_policy(config, model_path), config.learner)
         )
-        captured = {}
-        rank.engine.optimizer.register_step_pre_hook(
-            lambda *_: captured.update(
-                {n: p.grad.clone() for n, p in rank.engine.module.named_parameters()}
-            )
-        )
+        captured = gradients_before_step(rank.engine)
         rank.step(make_plan(make_rows(), budget=24))
         results.append((captured, rank.logprobs(make_rows(count=4), 0.8)))
     (plain, logps), (fused, again) = results

@@ -108,6 +108,11 @@ TERMS = (
 )
 
 
+def noise(rng, mask):
+    """Log-probs where the mask is, NaN elsewhere."""
+    return np.where(mask > 0, rng.normal(-4.5, 0.5, len(mask)), np.nan).astype(np.float32)
+
+
 def mixed_rows(count=16, seed=0):
     """Own samples (advantage, rollout log-probs) and demonstrations of ragged length, both with
     reference log-probs.
@@ -118,18 +123,14 @@ def mixed_rows(count=16, seed=0):
         length = int(rng.integers(4, 40))
         mask = (np.arange(length) >= rng.integers(1, 4)).astype(np.float32)
         demo = i % 3 == 0
-
-        def noise():
-            return np.where(mask > 0, rng.normal(-4.5, 0.5, length), np.nan).astype(np.float32)
-
         rows.append(
             Row(
                 rng.integers(0, 96, length).astype(np.int32),
                 np.where(mask > 0, Source.EXPERT if demo else Source.POLICY, 0).astype(np.int8),
                 {"sft": mask} if demo else {"policy": mask, "kl": mask},
                 advantage=None if demo else mask * np.float32(rng.normal()),
-                behaviour_logp=None if demo else noise(),
-                ref_logp=noise(),
+                behaviour_logp=None if demo else noise(rng, mask),
+                ref_logp=noise(rng, mask),
                 group=i,
             )
         )
@@ -202,7 +203,7 @@ def test_any_split_gives_the_same_loss_and_gradient(policy, name):
 
 
 def test_absent_streams_do_not_poison_other_rows(policy):
-    """Demonstrations have no advantage: NaN in the packed stream, which the policy term never sees."""
+    """Demonstrations have no advantage: NaN in the pack, which the policy term never sees."""
     rows = mixed_rows()
     ((micro,),) = pack(rows, TERMS, 1, 10_000, version=0)
     demos = micro.source == Source.EXPERT

@@ -75,7 +75,7 @@ def test_a_reader_leaves_a_writer_alone(tmp_path):
 
 
 def test_after_a_damaged_later_checkpoint_the_new_one_survives_pruning(tmp_path):
-    """Resumed from 5 because 9 was damaged: with keep=1 the new 6 must not fall to the damaged 9."""
+    """Resumed from 5 because 9 was damaged: keep=1 must not drop the new 6 for the damaged 9."""
     checkpoints = Checkpoints(tmp_path, keep=2, report=lambda line: None)
     put(checkpoints, 5)
     put(checkpoints, 9)

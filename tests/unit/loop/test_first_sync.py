@@ -14,7 +14,7 @@ BASE = np.linspace(-9.0, -1.0, TOKENS - 1).astype(np.float32)
 
 
 class Tokenizer:
-    all_special_ids = [0, 1]
+    all_special_ids = (0, 1)
 
     def get_added_vocab(self):
         return {"<image>": 7}

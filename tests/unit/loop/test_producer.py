@@ -400,18 +400,18 @@ def test_over_sampled_groups_fill_in_for_filtered_ones_before_new_prompts_are_dr
 
 
 def test_over_sampling_waits_for_rewards_not_only_for_generation():
-    class Slow(Rewards):
-        waiting = {}
+    waiting = {}
 
+    class Slow(Rewards):
         def submit(self, prompt, texts, ids):
-            return self.waiting.setdefault(prompt.id, Future())
+            return waiting.setdefault(prompt.id, Future())
 
     pool, rewards = Pool(), Slow()
     producer = make(pool, rewards=rewards, over_sample=2)
     producer.request_ahead(0, {})
     result = taken(producer, 0)
     for name in ("p4", "p2", "p1"):
-        rewards.waiting[name].set_result((RewardOutcome(1.0),) * 2)
+        waiting[name].set_result((RewardOutcome(1.0),) * 2)
     assert result.result(10) == [1, 2, 4] and producer.counts.aborted == 2 and not pool.aborted
 
 

@@ -3,6 +3,7 @@ refused, and so are broken folders.
 """
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -189,18 +190,26 @@ def test_packed_gradient_equals_alone(checkpointing):
         assert (parameter.grad - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
+def kept_elements(policy) -> int:
+    """How many numbers a forward keeps for its backward."""
+    kept = []
+
+    def note(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        run(policy, micro_batches(make_rows(LENGTHS))[0])
+    return sum(kept)
+
+
 def test_checkpointing_keeps_fewer_activations():
     sizes = []
     for checkpointing in (False, True):
         policy = Policy(make_model(transformers.LlamaConfig(**{**SIZES, "num_hidden_layers": 8})))
         if checkpointing:
             policy.enable_gradient_checkpointing()
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: kept.append(t.numel()) or t, lambda t: t
-        ):
-            run(policy, micro_batches(make_rows(LENGTHS))[0])
-        sizes.append(sum(kept))
+        sizes.append(kept_elements(policy))
     assert sizes[1] < sizes[0] / 3
 
 
@@ -280,7 +289,7 @@ def refused(action, *parts):
 
 def test_models_that_are_not_there(folder, tmp_path):
     for path in (str(tmp_path / "none"), "./none", "no/such-model"):
-        refused(lambda: load_policy(ModelConfig(path=path)), "model.path", path)
+        refused(partial(load_policy, ModelConfig(path=path)), "model.path", path)
     (tmp_path / "empty").mkdir()
     refused(lambda: load_policy(ModelConfig(path=str(tmp_path / "empty"))), "config.json")
     refused(

@@ -23,7 +23,7 @@ from tandem.engine.core.types import (
     ScoredGroup,
     Trajectory,
 )
-from tandem.engine.report import telemetry, trackers
+from tandem.engine.report import trackers
 from tandem.engine.report.display import Display, clock, number, rate, sparkline
 from tandem.engine.report.rollouts import read_rollouts
 from tandem.engine.report.telemetry import Telemetry
@@ -238,6 +238,7 @@ def test_wandb_login_is_found_without_asking(tmp_path, monkeypatch, environment,
     assert trackers.wandb_login() is expected
 
 
+@pytest.mark.whole_run
 def test_trackers_get_the_numbers(tmp_path, monkeypatch):
     """Both for real: W&B offline, since nobody is logged in, and TensorBoard read back by its own
     reader.
@@ -356,7 +357,7 @@ def test_the_panel_shows_everything_and_gives_the_cursor_back(monkeypatch):
         assert words in text, words
 
 
-def test_the_panel_of_a_running_run_does_not_say_that_it_starts_and_takes_an_evaluation_without_a_score():
+def test_the_panel_of_a_running_run_does_not_say_that_it_starts_and_takes_no_score():
     with Display(5, Terminal()) as display:
         assert "starting" in rendered(display)
         display.start()

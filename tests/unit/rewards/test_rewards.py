@@ -460,7 +460,7 @@ def test_reasoning_gym():
         right = entry["answer"]
         wrong = str(int(right) + 1)
 
-        def run(texts, **options):
+        def run(texts, row=row, **options):
             return values(builtin("reasoning_gym", **options), texts, **row)
 
         assert run([f"so <answer> {right} </answer>"]) == [1.0]

@@ -28,6 +28,7 @@ def test_layout_and_alignment_do_not_matter(dtype):
     digest(x[:0]), digest(x[0])  # empty and scalar
 
 
+@pytest.mark.whole_run
 def test_another_process_agrees():
     code = (
         "import torch; from tandem.engine.weights.digest import digest; "
