@@ -107,9 +107,11 @@ class Facts:
     code: dict[str, str] = field(default_factory=dict)  # {FILE.py:NAME: digest of the file}
 
 
-def facts_of(config: Config, content: Mapping[str, str] = {}) -> Facts:
+def facts_of(config: Config, content: Mapping[str, str] | None = None) -> Facts:
     tree = to_dict(config)
-    return Facts(tree, dict(content), code_digests([tree["method"], tree["reward"]["functions"]]))
+    return Facts(
+        tree, dict(content or {}), code_digests([tree["method"], tree["reward"]["functions"]])
+    )
 
 
 def facts_before(checkpoint: Path, run_folder: Path) -> Facts:
@@ -138,6 +140,39 @@ def facts_before(checkpoint: Path, run_folder: Path) -> Facts:
     return Facts(tree)
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """The config of the checkpoint and that of now, as {dotted key: value} in one spelling."""
+
+    old: dict[str, Any]
+    new: dict[str, Any]
+
+    @classmethod
+    def of(cls, before: Facts, now: Facts) -> Comparison:
+        moved = moved_code(before.code, now.code)
+        return cls(
+            old=spelled(completed(before.config, to_dict(Config()))),
+            new=spelled(renamed(now.config, moved)),
+        )
+
+    def every_key(self) -> list[str]:
+        return sorted(self.old.keys() | self.new.keys())
+
+    def differs(self, key: str) -> bool:
+        return differs(self.old.get(key, ABSENT), self.new.get(key, ABSENT))
+
+    def line(self, key: str) -> str:
+        old, new = self.old.get(key, ABSENT), self.new.get(key, ABSENT)
+        return f"  {key}: {value_text(old)} -> {value_text(new)}"
+
+    def drop(self, keys: Iterable[str]) -> None:
+        """Leave out these keys and the sections they name."""
+        for tree in (self.old, self.new):
+            for key in list(tree):
+                if allowed(key, keys):
+                    del tree[key]
+
+
 def check_fixed(config: Config, before: Facts, done: int) -> None:
     """Raise ConfigError for what no key allows. Cheap: before anything is opened."""
     if done > config.run.steps:
@@ -145,10 +180,8 @@ def check_fixed(config: Config, before: Facts, done: int) -> None:
             f"run.steps is {config.run.steps}, but the checkpoint to resume from has done "
             f"{done}; raise run.steps"
         )
-    old, new = comparable(before, facts_of(config))
-    changed = [
-        line(key, old, new) for key in FIXED if differs(old.get(key, ABSENT), new.get(key, ABSENT))
-    ]
+    both = Comparison.of(before, facts_of(config))
+    changed = [both.line(key) for key in FIXED if both.differs(key)]
     if changed:
         raise ConfigError(
             "run.resume: the checkpoint does not fit this config (former value -> value now):\n"
@@ -162,57 +195,44 @@ def check_changes(config: Config, before: Facts, now: Facts) -> list[str]:
 
     Returns lines about what differs and is.
     """
-    old, new = comparable(before, now)
-    refused, told = [], []
-    for key in read_otherwise(old, new, before, now):
-        (told if allowed(key, config.run.resume_changes) else refused).append(
-            (key, f"  {key}: the content differs{read_from(key, old, new)}")
-        )
-        drop(READ[key], old, new)
-    for key in sorted(old.keys() | new.keys()):
-        if allowed(key, UNTOLD) or not differs(old.get(key, ABSENT), new.get(key, ABSENT)):
-            continue
-        free = allowed(key, FREE) or allowed(key, config.run.resume_changes)
-        (told if free else refused).append((key, line(key, old, new)))
+    both = Comparison.of(before, now)
+    changed: dict[str, str] = {}  # {key: a line about it}
+    for key in read_otherwise(both, before, now):
+        changed[key] = f"  {key}: the content differs{read_from(key, both)}"
+        both.drop(READ[key])
+    for key in both.every_key():
+        if both.differs(key) and not allowed(key, UNTOLD):
+            changed[key] = both.line(key)
+    free = (*FREE, *config.run.resume_changes)
+    refused = [key for key in changed if not allowed(key, free)]
     if refused:
-        keys = ", ".join(key for key, _ in refused)
+        lines = "\n".join(changed[key] for key in refused)
         raise ConfigError(
-            (
-                "run.resume: this config is not the one the checkpoint was written with (former "
-                "value -> value now):\n"
-            )
-            + "\n".join(text for _, text in refused)
-            + "\nresume with the former values, or allow the change with "
-            f"'run.resume_changes=[{keys}]', or start a new run "
+            "run.resume: this config is not the one the checkpoint was written with (former "
+            f"value -> value now):\n{lines}\n"
+            "resume with the former values, or allow the change with "
+            f"'run.resume_changes=[{', '.join(refused)}]', or start a new run "
             "under another run.name"
         )
-    return notes(config, before, now, [text.strip() for _, text in told], old, new)
+    notes = [f"resumed with a change: {text.strip()}" for text in changed.values()]
+    return notes + warnings(config, before, now, both)
 
 
-def notes(
-    config: Config, before: Facts, now: Facts, told: list[str], old: dict, new: dict
-) -> list[str]:
-    found = [f"resumed with a change: {text}" for text in told]
-    if config.learner.schedule != "constant" and old.get("run.steps") != new.get("run.steps"):
+def warnings(config: Config, before: Facts, now: Facts, both: Comparison) -> list[str]:
+    """About what is allowed, and may surprise."""
+    found = []
+    former_steps = both.old.get("run.steps")
+    if config.learner.schedule != "constant" and former_steps != both.new.get("run.steps"):
         found.append(
             f"warning: learner.schedule is {config.learner.schedule}, so the learning rate "
             "of the steps to come is that of a run "
-            f"of {config.run.steps} steps, not {old.get('run.steps')}"
+            f"of {config.run.steps} steps, not {former_steps}"
         )
     for spec, digest in now.code.items():
         if before.code.get(spec, digest) != digest:
-            found.append(
-                f"warning: {spec.rpartition(':')[0]} was edited since the checkpoint was written"
-            )
+            file = spec.rpartition(":")[0]
+            found.append(f"warning: {file} was edited since the checkpoint was written")
     return found
-
-
-def comparable(before: Facts, now: Facts) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Both configs as {dotted key: value}, brought to one spelling."""
-    moved = moved_code(before.code, now.code)
-    old = spelled(completed(before.config, to_dict(Config())))
-    new = spelled(renamed(now.config, moved))
-    return old, new
 
 
 def spelled(tree: dict[str, Any]) -> dict[str, Any]:
@@ -250,11 +270,9 @@ def plain(value: Any) -> Any:
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(entry) for entry in value]
-    return (
-        value
-        if value is None or isinstance(value, (bool, int, float, str))
-        else type(value).__name__
-    )
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return type(value).__name__
 
 
 def completed(tree: Any, default: Any) -> Any:
@@ -284,12 +302,11 @@ def moved_code(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]
     """{FILE.py:NAME now: before} for code that only lies elsewhere now."""
     found = {}
     for spec, digest in new.items():
+        if spec in old:
+            continue
+        name = spec.rpartition(":")[2]
         for other, former in old.items():
-            if (
-                spec not in old
-                and former == digest
-                and other.rpartition(":")[2] == spec.rpartition(":")[2]
-            ):
+            if former == digest and other.rpartition(":")[2] == name:
                 found[spec] = other
     return found
 
@@ -299,41 +316,33 @@ def renamed(value: Any, names: Mapping[str, str]) -> Any:
         return {names.get(key, key): renamed(entry, names) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [renamed(entry, names) for entry in value]
-    return (
-        names.get(value, value)
-        if isinstance(value, str) and OBJECT_IN_FILE.fullmatch(value)
-        else value
-    )
+    if isinstance(value, str) and OBJECT_IN_FILE.fullmatch(value):
+        return names.get(value, value)
+    return value
 
 
-def read_otherwise(old: dict, new: dict, before: Facts, now: Facts) -> list[str]:
+def read_otherwise(both: Comparison, before: Facts, now: Facts) -> list[str]:
     """Keys of what has another content now.
 
     Where the content is the same, how it is named no longer counts.
     """
     changed = []
     for key in READ:
-        if key in before.content and key in now.content:
-            if before.content[key] != now.content[key]:
-                changed.append(key)
-            else:
-                drop(READ[key], old, new)
+        if key not in before.content or key not in now.content:
+            continue
+        if before.content[key] == now.content[key]:
+            both.drop(READ[key])
+        else:
+            changed.append(key)
     return changed
 
 
-def read_from(key: str, old: dict, new: dict) -> str:
+def read_from(key: str, both: Comparison) -> str:
     name = READ[key][0]
-    former, present = old.get(name), new.get(name)
-    if differs(former, present):
-        return f" ({brief(former)} -> {brief(present)})"
-    return f" ({brief(present)} was edited, or its options, limit or split changed)"
-
-
-def drop(keys: Iterable[str], *trees: dict[str, Any]) -> None:
-    for tree in trees:
-        for key in list(tree):
-            if allowed(key, keys):
-                del tree[key]
+    present = brief(both.new.get(name))
+    if both.differs(name):
+        return f" ({brief(both.old.get(name))} -> {present})"
+    return f" ({present} was edited, or its options, limit or split changed)"
 
 
 def allowed(key: str, keys: Iterable[str]) -> bool:
@@ -343,16 +352,15 @@ def allowed(key: str, keys: Iterable[str]) -> bool:
 
 def differs(old: Any, new: Any) -> bool:
     """None and an empty section say the same as no key."""
-    nothing = (ABSENT, None)
     if isinstance(old, (list, tuple)) and isinstance(new, (list, tuple)):
         return list(old) != list(new)
-    if any(old is one for one in nothing) or old == {}:
-        return not (any(new is one for one in nothing) or new == {})
+    if says_nothing(old) or says_nothing(new):
+        return says_nothing(old) != says_nothing(new)
     return bool(old != new)
 
 
-def line(key: str, old: dict, new: dict) -> str:
-    return f"  {key}: {value_text(old.get(key, ABSENT))} -> {value_text(new.get(key, ABSENT))}"
+def says_nothing(value: Any) -> bool:
+    return value is ABSENT or value is None or value == {}
 
 
 def value_text(value: Any) -> str:

@@ -25,9 +25,12 @@ import yaml
 
 from tandem.engine.learner.inline import InlineLearner
 from tandem.engine.learner.rank import LearnerRank
+from tandem.engine.loop.evaluation import Evaluator
+from tandem.engine.loop.reporter import Reporter
+from tandem.engine.loop.sync import Sync
 from tandem.engine.report import telemetry
 from tandem.launch import cli
-from tandem.launch.run import run
+from tandem.launch.run import start
 from tandem.rollout.backends.hf import HFBackend
 from tandem.rollout.local import LocalPool
 from tandem.rollout.rewards.api import RewardFunction
@@ -66,17 +69,17 @@ def run_cases(folder: Path, cases: dict[str, dict]) -> dict[str, dict]:
 # and scores 2 samples, a step generates once and scores 6, a checkpoint saves and exports once.
 POINTS = {
     "config": (cli, "preflight", 1),
-    "prepare": (run.Run, "prepare", 1),
+    "prepare": (start, "prepare", 1),
     "start": (LocalPool, "start", 1),
     "learner start": (InlineLearner, "start", 1),
-    "first sync": (run.Run, "sync", 1),
-    "evaluation before": (run.Run, "evaluate", 1),
+    "first sync": (Sync, "publish", 1),
+    "evaluation before": (Evaluator, "evaluate", 1),
     "evaluating": (HFBackend, "generate_all", 1),
     "first rollouts": (HFBackend, "generate_all", 2),
     "rollouts": (HFBackend, "generate_all", 4),
     "scoring": (RewardFunction, "__call__", 2 + 6 + 3),
     "learning": (LearnerRank, "step", 2),
-    "report": (run.Run, "report", 2),
+    "report": (Reporter, "step", 2),
     "writing a checkpoint": (LearnerRank, "save", 1),
     "sealing a checkpoint": (LearnerRank, "export", 1),
     "last evaluation": (HFBackend, "generate_all", 5),
