@@ -1,5 +1,5 @@
-"""Room on disk: what a run will need of it, looked at before the run, and errors that are the
-disk's told as such.
+"""Disk space: how much a run will need, checked before it starts, and errors that say that the disk
+is at fault.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from tandem.engine.config.schema import Config
 from tandem.engine.core.errors import ConfigError
 
 MIB = 1 << 20
+GIB = 1 << 30
 PROBE_BYTES = 1 * MIB
 FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 MASTER_BYTES = 12  # per parameter of any model: float32 weights and the two moments of Adam
@@ -47,8 +48,8 @@ def check_room(
     folder: Path,
     warn: Callable[[str], None],
 ) -> None:
-    """Raise ConfigError if not one checkpoint fits; `warn` if the run may fill the disk later.
-    None: the model's size is not known.
+    """Raise ConfigError if not even one checkpoint fits; `warn` if the run may fill the disk later.
+    `parameters` is None where the model's size is not known.
     """
     if parameters is None or config.run.rollout_only:
         return
@@ -77,7 +78,8 @@ def disk_fault(error: BaseException | None) -> str:
     for one in chain(error):
         if isinstance(one, OSError) and one.errno in FAULTS:
             return os.strerror(one.errno)
-        for code in FAULTS[:3]:  # in the words of a library in C++ or Rust, or of a process
+        # a library in C++ or Rust, or another process, may give the text alone
+        for code in FAULTS[:3]:
             if os.strerror(code) in str(one):
                 return os.strerror(code)
     return ""
@@ -110,22 +112,33 @@ def probe(folder: Path) -> str:
 
 
 def in_words(error: Exception, run_folder: Path | None) -> str:
-    """What to tell of an error that is the disk's fault, '' if it is not. With the file where that
-    is known.
+    """What to tell the user of an error that is the disk's fault, with the file where that is
+    known; '' if it is another error.
     """
     if isinstance(error, DiskError):
         return str(error)
     fault = disk_fault(error)
     if not fault:
         return ""
-    names = [one.filename for one in chain(error) if isinstance(one, OSError)]
-    names = [name for name in names if isinstance(name, str)]
-    place = Path(names[0]).parent if names else run_folder or Path.cwd()
-    file = names[0] if names else "a file of the run"
-    words = f"{file} could not be written: {fault}"
-    kept = sorted(run_folder.glob("checkpoints/step_*")) if run_folder else []
-    left = "; the checkpoints are intact, go on with run.resume=true" if kept else ""
+    file = file_of(error)
+    if file is None:
+        words = f"a file of the run could not be written: {fault}"
+        place = run_folder or Path.cwd()
+    else:
+        words = f"{file} could not be written: {fault}"
+        place = Path(file).parent
+    left = ""
+    if run_folder is not None and list(run_folder.glob("checkpoints/step_*")):
+        left = "; the checkpoints are intact, go on with run.resume=true"
     return f"{words}: {describe(place)}. Make room{left}"
+
+
+def file_of(error: Exception) -> str | None:
+    """The file that the error, or its origin, names first."""
+    for one in chain(error):
+        if isinstance(one, OSError) and isinstance(one.filename, str):
+            return one.filename
+    return None
 
 
 def describe(folder: Path) -> str:
@@ -174,4 +187,6 @@ def existing(folder: Path) -> Path:
 
 
 def show(size: float) -> str:
-    return f"{size / (1 << 30):.1f} GiB" if size >= 1 << 30 else f"{size / MIB:.1f} MiB"
+    if size >= GIB:
+        return f"{size / GIB:.1f} GiB"
+    return f"{size / MIB:.1f} MiB"

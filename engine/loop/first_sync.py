@@ -19,9 +19,10 @@ from tandem.engine.core.errors import SyncError
 from tandem.engine.learner.protocol import Pool
 from tandem.engine.loop.sync import Sync
 
-TOKENS = 192  # scored; random ones, so that every expert is somebody's
-NOISE = 4.0  # a gap may be so many times that of the two scores before the update
-# of sync.max_mean_gap: that bound is between two implementations, this one between two runs of one
+TOKENS = 192  # scored; random ones, so that every expert of a mixture gets some
+NOISE = 4.0  # a gap may be this many times that of the two scores before the update
+# a gap in bfloat16 may be this part of sync.max_mean_gap, which is a bound between two
+# implementations; here one is compared with itself
 BFLOAT16 = 1 / 16
 
 
@@ -60,16 +61,18 @@ class FirstSync:
                 "no engine lived through the first weight update, so that it could not be "
                 "compared with what they computed before; start again"
             )
-        sync = self.config.sync
         exact = self.config.model.dtype == "float32"
+        if exact:
+            kind, key, bound = "largest", "sync.max_gap", self.config.sync.max_gap
+        else:
+            kind, key = "mean", "1/16 of sync.max_mean_gap"
+            bound = BFLOAT16 * self.config.sync.max_mean_gap
         largest = 0.0
         for engine in engines:
             noise = gap(self.before[engine], self.again[engine], exact)
             found = gap(self.before[engine], after[engine], exact)
-            allowed = max(NOISE * noise, sync.max_gap if exact else BFLOAT16 * sync.max_mean_gap)
+            allowed = max(NOISE * noise, bound)
             if not found <= allowed:
-                key = "sync.max_gap" if exact else "1/16 of sync.max_mean_gap"
-                kind = "largest" if exact else "mean"
                 raise SyncError(
                     f"engine {engine} was sent the weights it had loaded itself, and its "
                     f"log-probs of the same {len(self.tokens)} tokens moved by "
@@ -78,7 +81,7 @@ class FirstSync:
                     "It does not compute with the weights it is sent: this vLLM reloads some "
                     "layer of this model wrongly. Rollouts would come "
                     "from another model than the one that is trained; use another version of "
-                    "vLLM, or mode=inline, which does without it"
+                    "vLLM, or mode=inline, which needs no reload"
                 )
             largest = max(largest, found)
         return largest
