@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import yaml
 
+import tandem
 from tandem.engine.config.schema import RewardConfig
 from tandem.engine.core.types import Prompt
-from tandem.launch.check_config import load
-from tandem.launch.run.run import train
 from tandem.rollout.rewards.runner import RewardRunner
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
@@ -34,7 +33,7 @@ REWARDS = {
 def run_inline(folder: Path, config: dict) -> list[dict]:
     """The lines of metrics.jsonl of a run in `folder`."""
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    assert train(load(folder / "config.yaml", [f"run.dir={folder}"])) == 0
+    assert tandem.train(tandem.load(folder / "config.yaml", [f"run.dir={folder}"])) == 0
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
