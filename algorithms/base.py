@@ -63,7 +63,6 @@ class Demand:
 
     prompts: int = 0
     experts: int = 0
-    kind: str = "mixed"  # mixed | rl | sft, for reports
     learning_rate: float | None = None
     optimizer: str = "main"
     # the weights this step starts from are the reference from now on
@@ -96,9 +95,8 @@ class Method:
     uses_experts: ClassVar[bool] = False  # a config without `data.experts` is then an error
     uses_rollouts: ClassVar[bool] = True  # a config without rewards is then an error
 
-    # demonstrations come with their prompts: `experts` of the step's prompts are drawn from
-    # data.experts
-    aligned: ClassVar[bool] = False
+    # `experts` of the step's prompts are drawn from data.experts, with their demonstrations
+    prompts_from_experts: ClassVar[bool] = False
     # the reward functions also score each prompt's demonstration
     scores_demonstrations: ClassVar[bool] = False
     # False: rollouts train something without an advantage too (UFT's hints), so one sample per
@@ -126,12 +124,18 @@ class Method:
     def demand(self, step: int, budget: Budget, signals: Mapping[str, float]) -> Demand:
         """What step `step` needs.
 
-        Called when its rollouts are requested, up to `staleness` steps ahead.
+        A pure function of its arguments and of the method's state: it is also asked for steps that
+        are only looked at, as often as the run likes. What has to be remembered goes into `commit`.
         """
         return Demand(
             prompts=budget.prompts if self.uses_rollouts else 0,
             experts=budget.experts if self.uses_experts else 0,
         )
+
+    def commit(self, step: int, demand: Demand, signals: Mapping[str, float]) -> None:
+        """The run will do `demand` in `step`. Called once per step, in order, up to `staleness`
+        steps ahead, before the requests of the step are made.
+        """
 
     def request(
         self, group: int, prompt: Prompt, sampling: Sampling, step: int, budget: Budget

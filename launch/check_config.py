@@ -46,7 +46,7 @@ def check_method(config: Config) -> None:
         method.uses_rollouts or not config.run.rollout_only,
         f"run.rollout_only with method {name!r}, which makes no rollouts",
     )
-    if method.aligned:
+    if method.prompts_from_experts:
         check_spare_groups(config)
 
 

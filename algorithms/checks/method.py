@@ -54,7 +54,7 @@ def check_demand(method: Method, demand: Demand) -> Demand:
         count = getattr(demand, name)
         if not isinstance(count, Integral) or count < 0:
             raise MethodError(f"{where} asks for {name}={count!r}, expected a whole number >= 0")
-    if demand.experts and not (method.uses_experts or method.aligned):
+    if demand.experts and not (method.uses_experts or method.prompts_from_experts):
         raise MethodError(
             f"{where} asks for {demand.experts} demonstrations, but the method's uses_experts is "
             "False, so none are read; write `uses_experts: ClassVar[bool] = True` in its class"

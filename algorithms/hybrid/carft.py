@@ -106,7 +106,7 @@ class CARFT(Method):
     )
     paper: ClassVar[str] = "2508.15868"
     uses_experts: ClassVar[bool] = True
-    aligned: ClassVar[bool] = True
+    prompts_from_experts: ClassVar[bool] = True
     embedding: ClassVar[int] = 64
 
     as_: str = "paper"  # paper | code
@@ -171,7 +171,7 @@ class CARFT(Method):
 
 def with_contrast(row: Row) -> Row:
     """The row as one sample of the contrast."""
-    return replace(row, weights={**row.weights, "contrast": last(row)})
+    return row.with_term("contrast", last(row))
 
 
 def last(row: Row) -> np.ndarray:

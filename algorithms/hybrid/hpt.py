@@ -42,7 +42,7 @@ class HPT(Method):
     title: ClassVar[str] = "per prompt: RL if solved often enough, else SFT on its demonstration"
     paper: ClassVar[str] = "2509.04419"
     uses_experts: ClassVar[bool] = True
-    aligned: ClassVar[bool] = True
+    prompts_from_experts: ClassVar[bool] = True
 
     as_: str = "paper"
     # share of right rollouts up to which a prompt goes to SFT; below 0: never
@@ -76,8 +76,7 @@ class HPT(Method):
     def rows(self, batch: Batch) -> list[Row]:
         sft = [expert_row(demonstration(g), "sft") for g in batch.groups if self.gated(g)]
         if self.as_ == "code" and "entropy" in self.policy.regularisers():
-            for row in sft:
-                row.weights["entropy"] = row.weights["sft"].copy()
+            sft = [row.with_term("entropy", row.weights["sft"].copy()) for row in sft]
         return self.policy.rows([g for g in batch.groups if not self.gated(g)]) + sft
 
     def terms(self, batch: Batch) -> list[Term]:

@@ -36,7 +36,7 @@ class LUFFY(Method):
     title: ClassVar[str] = "demonstrations inside the rollout group, shaped ratio p/(p + 0.1)"
     paper: ClassVar[str] = "2504.14945"
     uses_experts: ClassVar[bool] = True
-    aligned: ClassVar[bool] = True
+    prompts_from_experts: ClassVar[bool] = True
     scores_demonstrations: ClassVar[bool] = True
 
     as_: str = "paper"  # paper | code
@@ -62,10 +62,10 @@ class LUFFY(Method):
         rows = self.policy.rows(
             [with_demonstration(g, g.demonstration_reward) for g in batch.groups]
         )
-        for row in rows:
-            if "entropy" in row.weights:
-                row.weights["entropy"][:] = row.weights["policy"]  # over expert tokens as well
-        return rows
+        if "entropy" not in self.policy.regularisers():
+            return rows
+        # over expert tokens as well
+        return [row.with_term("entropy", row.weights["policy"].copy()) for row in rows]
 
     def terms(self, batch: Batch) -> list[Term]:
         first, *others = self.policy.terms(batch)

@@ -34,7 +34,7 @@ class PrefixRFT(Method):
     title: ClassVar[str] = "one rollout per group continues a demonstration's prefix"
     paper: ClassVar[str] = "2507.01679"
     uses_experts: ClassVar[bool] = True
-    aligned: ClassVar[bool] = True
+    prompts_from_experts: ClassVar[bool] = True
 
     low: Schedule | float = field(
         default_factory=lambda: Schedule("cosine", peak=0.95, valley=0.0, decay=500)
@@ -58,9 +58,8 @@ class PrefixRFT(Method):
                 raise ValueError(f"{name} is {getattr(self, name)}; it is a share, within [0, 1]")
         self.signals, self.rewards = {}, {}
 
-    def demand(self, step, budget, signals):
+    def commit(self, step, demand, signals):
         self.signals = signals  # what the prefixes of this step's requests go by
-        return super().demand(step, budget, signals)
 
     def prefix_length(self, step: int, demonstration: int, seed) -> int:
         high = self.high(step, self.signals)

@@ -23,6 +23,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import numpy as np
+
 from tandem.algorithms.base import Batch, Method, Term
 from tandem.algorithms.parts.advantages import grpo
 from tandem.algorithms.parts.objectives.entropy import EntropyBonus
@@ -41,7 +43,7 @@ class SRFT(Method):
     title: ClassVar[str] = "SFT and RL on demonstrations and own samples, weighted by entropy"
     paper: ClassVar[str] = "2506.19767"
     uses_experts: ClassVar[bool] = True
-    aligned: ClassVar[bool] = True
+    prompts_from_experts: ClassVar[bool] = True
     scores_demonstrations: ClassVar[bool] = True
 
     as_: str = "paper"  # paper | code, which is no public code: see above
@@ -74,16 +76,13 @@ class SRFT(Method):
             if united is not group:
                 ((*_, advantage),) = grpo([united.rewards])
                 row = expert_row(united.trajectories[-1], "demo_sft")
-                row.weights["demo_rl"] = row.weights["demo_sft"].copy()
-                demos = [
-                    replace(row, advantage=row.weights["demo_rl"] * advantage, group=group.group)
-                ]
-            if self.entropy_bonus:
-                for row in own + demos:
-                    # on all its trained tokens
-                    row.weights["entropy"] = next(iter(row.weights.values())).copy()
+                mask = row.weights["demo_sft"]
+                row = replace(row, advantage=mask * advantage, group=group.group)
+                demos = [row.with_term("demo_rl", mask.copy())]
             rows += own + demos
-        return rows
+        if not self.entropy_bonus:
+            return rows
+        return [row.with_term("entropy", row.trained.astype(np.float32)) for row in rows]
 
     def terms(self, batch: Batch) -> list[Term]:
         reduction, now = (

@@ -34,7 +34,7 @@ class UFT(Method):
     title: ClassVar[str] = "rollouts continue a hint that anneals away"
     paper: ClassVar[str] = "2505.16984"
     uses_experts: ClassVar[bool] = True
-    aligned: ClassVar[bool] = True
+    prompts_from_experts: ClassVar[bool] = True
     needs_groups: ClassVar[bool] = False  # the hint is learnt with any number of samples
 
     p: Schedule | float | None = None  # None: the cosine above
@@ -58,9 +58,8 @@ class UFT(Method):
         self.policy = PolicyLoss.parse(self.policy, kl=0.001)
         self.signals = {}
 
-    def demand(self, step, budget, signals):
+    def commit(self, step, demand, signals):
         self.signals = signals  # what the hints of this step's requests go by
-        return super().demand(step, budget, signals)
 
     def probability(self, step: int) -> float:
         return self.p(step + 1, self.signals) if step < self.hint_steps else 0.0
@@ -90,12 +89,13 @@ class UFT(Method):
         return self.policy.accept(group)
 
     def rows(self, batch: Batch) -> list[Row]:
-        rows, seen = self.policy.rows(batch.groups), set()
-        for row in rows:
+        rows, seen = [], set()
+        for row in self.policy.rows(batch.groups):
             hint = (row.source == Source.HINT).astype(np.float32)
             if hint.any() and row.group not in seen:
                 seen.add(row.group)
-                row.weights["hint"] = hint
+                row = row.with_term("hint", hint)
+            rows.append(row)
         return rows
 
     def terms(self, batch: Batch) -> list[Term]:

@@ -42,7 +42,7 @@ class ViSurf(Method):
     )
     paper: ClassVar[str] = "2510.10606"
     uses_experts: ClassVar[bool] = True
-    aligned: ClassVar[bool] = True
+    prompts_from_experts: ClassVar[bool] = True
     scores_demonstrations: ClassVar[bool] = True
 
     smoothing: bool = True

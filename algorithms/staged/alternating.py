@@ -42,11 +42,10 @@ class Alternating(Method):
         if step % self.every == 0:
             return Demand(
                 experts=budget.experts,
-                kind="sft",
                 learning_rate=self.sft_learning_rate,
                 optimizer="sft" if self.separate_moments else "main",
             )
-        return Demand(prompts=budget.prompts, kind="rl")
+        return Demand(prompts=budget.prompts)
 
     def accept(self, group):
         return self.policy.accept(group)

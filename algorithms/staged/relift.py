@@ -35,7 +35,7 @@ class ReLIFT(Method):
     title: ClassVar[str] = "RL, with SFT steps on the questions no rollout solved"
     paper: ClassVar[str] = "2506.07527"
     uses_experts: ClassVar[bool] = True
-    aligned: ClassVar[bool] = True
+    prompts_from_experts: ClassVar[bool] = True
     # one rollout per prompt still shows which questions to learn from demonstrations
     needs_groups: ClassVar[bool] = False
 
@@ -68,11 +68,14 @@ class ReLIFT(Method):
         return group.prompt.demonstration is not None and unsolved
 
     def demand(self, step, budget, signals):
-        if len(self.waiting) >= self.buffer * (1 + len(self.planned - {step})):
+        promised = len(self.planned - {step})  # to other SFT steps
+        if step in self.planned or len(self.waiting) >= self.buffer * (1 + promised):
+            return Demand(learning_rate=self.sft_learning_rate, optimizer="sft")
+        return Demand(prompts=budget.prompts, experts=budget.experts)
+
+    def commit(self, step, demand, signals):
+        if not demand.prompts:
             self.planned.add(step)
-        if step in self.planned:
-            return Demand(kind="sft", learning_rate=self.sft_learning_rate, optimizer="sft")
-        return Demand(prompts=budget.prompts, experts=budget.experts, kind="rl")
 
     def accept(self, group):
         return self.hardest(group) or self.policy.accept(group)
@@ -87,9 +90,7 @@ class ReLIFT(Method):
         taken, self.waiting = self.waiting[: self.buffer], self.waiting[self.buffer :]
         self.consumed += len(taken)
         rows = [expert_row(t, "buffer") for t in taken]
-        for row in rows:
-            row.weights["buffer_entropy"] = row.weights["buffer"].copy()
-        return rows
+        return [row.with_term("buffer_entropy", row.weights["buffer"].copy()) for row in rows]
 
     def terms(self, batch: Batch) -> list[Term]:
         if batch.groups:

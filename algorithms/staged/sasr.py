@@ -73,8 +73,8 @@ class SASR(Method):
 
     def demand(self, step, budget, signals):
         if np.random.default_rng([budget.seed, step]).random() < self.p(step, signals):
-            return Demand(experts=budget.experts, kind="sft", learning_rate=self.sft_learning_rate)
-        return Demand(prompts=budget.prompts, kind="rl")
+            return Demand(experts=budget.experts, learning_rate=self.sft_learning_rate)
+        return Demand(prompts=budget.prompts)
 
     def accept(self, group):
         return self.policy.accept(group)

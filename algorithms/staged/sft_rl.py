@@ -41,13 +41,11 @@ class SFTThenRL(Method):
         if step < self.sft_steps:
             return Demand(
                 experts=budget.experts,
-                kind="sft",
                 learning_rate=self.sft_learning_rate,
                 optimizer="sft",
             )
         return Demand(
             prompts=budget.prompts,
-            kind="rl",
             set_reference=step == self.sft_steps and self.policy.uses_reference,
         )
 

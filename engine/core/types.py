@@ -18,7 +18,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
 from typing import Any, NamedTuple
 
@@ -217,6 +217,13 @@ class Row:
         for weight in self.weights.values():
             mask |= weight != 0
         return mask
+
+    def with_term(self, term: str, weight: np.ndarray) -> Row:
+        """The row with `weight` (float32 [T]) in `term`, in the place of what it had there.
+
+        Raises CarrierError as any row does.
+        """
+        return replace(self, weights={**self.weights, term: weight})
 
 
 @dataclass(frozen=True, eq=False)

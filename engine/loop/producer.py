@@ -85,6 +85,7 @@ class Producer:
         """
         for number in self.steps_ahead(step):
             demand = self.demand(number, signals)
+            self.method.commit(number, demand, signals)
             needed = self.needed(demand)
             extra = self.over_sample if needed[False] else 0
             ticket = Ticket(number, demand)
@@ -115,7 +116,7 @@ class Producer:
         """How many groups a step takes whose prompts are from the experts (True), and of the others
         (False).
         """
-        from_experts = min(demand.experts, demand.prompts) if self.method.aligned else 0
+        from_experts = min(demand.experts, demand.prompts) if self.method.prompts_from_experts else 0
         return {True: from_experts, False: demand.prompts - from_experts}
 
     def draw(self, step: int, from_experts: bool) -> Slot:

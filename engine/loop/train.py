@@ -149,7 +149,7 @@ def train(components: Components, state: RunState) -> None:
 
 def draw_experts(components: Components, demand: Demand) -> tuple[Trajectory, ...]:
     """The demonstrations of a step, where they do not come with the prompts of its rollouts."""
-    if not demand.experts or components.method.aligned:
+    if not demand.experts or components.method.prompts_from_experts:
         return ()
     assert components.experts is not None, "the method asks for demonstrations that are not read"
     return tuple(components.experts.take(demand.experts))

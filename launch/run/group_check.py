@@ -30,7 +30,7 @@ def check_group_size(config: Config) -> str | None:
     )
     if not trains or samples > 1 or not isinstance(policy, PolicyLoss) or asks_by_itself(method):
         return None
-    if method.aligned and method.scores_demonstrations:
+    if method.prompts_from_experts and method.scores_demonstrations:
         return None
     if policy.advantage in GROUP_RELATIVE:
         text = (
@@ -47,7 +47,7 @@ def check_group_size(config: Config) -> str | None:
             "method.policy.advantage is 'reinforce_pp', which compares the samples of a "
             "step: alone, each has advantage 0; raise one of them"
         )
-    if policy.dynamic_sampling and not method.aligned:
+    if policy.dynamic_sampling and not method.prompts_from_experts:
         raise ConfigError(
             "method.policy.dynamic_sampling is true, which redraws groups whose rewards are "
             "all equal, but rollout.samples_per_prompt is 1: every group would be redrawn; "

@@ -67,7 +67,7 @@ def open_sources(config: Config, data: DataConfig, method: Method, tokenizer) ->
         assert record is not None, "replay without a record: refused by the config's rules"
         check_record(record)
         prompts = prompts or RecordedPrompts(record)
-    if method.aligned:
+    if method.prompts_from_experts:
         assert data.experts is not None, "refused by the config's rules"
         response = data.experts.response or "response"  # the name it has in generated rows
         aligned = opened(PromptSource, replace(data.experts, response=response))

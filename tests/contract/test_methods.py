@@ -16,6 +16,7 @@ from method_cases import (
     drive,
     forced,
     ids,
+    kind,
     look,
     rollouts,
     without_rollouts,
@@ -197,15 +198,24 @@ def test_state_survives_a_resume(name, options, staleness):
 
 
 @every_method
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_demand_only_answers(name, options, staleness):
+    """The run asks for steps that it only looks at: however often, and in whatever order, nothing
+    that follows changes.
+    """
+    plain, _ = drive(make_method(name, options), range(10), staleness=staleness)
+    probes = (3, 0, 90, 1, 1, -2)
+    probed, _ = drive(make_method(name, options), range(10), staleness=staleness, probes=probes)
+    assert_same_steps(probed, plain)
+
+
+@every_method
 def test_draws_depend_on_seed_and_step_alone(name, options):
     """Section 5(f)2.
 
-    Two ranks, or two runs with one seed: the same switches and prefixes. How often a method was
-    asked does not matter.
+    Two ranks, or two runs with one seed: the same switches and prefixes.
     """
     one, two = make_method(name, options), make_method(name, options)
-    for _ in range(3):
-        two.demand(0, BUDGET, {})
     np.random.default_rng().random()
     assert_same_steps(drive(one, range(6))[0], drive(two, range(6))[0])
 
@@ -213,7 +223,7 @@ def test_draws_depend_on_seed_and_step_alone(name, options):
 def test_another_seed_draws_another_switch():
     def kinds(seed):
         return [
-            demand.kind
+            kind(demand)
             for demand, *_ in drive(
                 make_method("sasr", {"warmup": 1}), range(30), budget=replace(BUDGET, seed=seed)
             )[0]
@@ -230,7 +240,7 @@ def test_lively_options_cover_what_can_change_over_time(name):
         len({round(signals["grad_norm"], 6) for *_, signals in record if signals["grad_norm"]}) > 3
     )
     if name in ("sft_rl", "alternating", "sasr", "relift"):
-        assert {demand.kind for demand, *_ in record} == {"sft", "rl"}
+        assert {kind(demand) for demand, *_ in record} == {"sft", "rl"}
 
 
 @pytest.mark.parametrize("name", METHODS)

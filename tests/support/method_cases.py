@@ -119,28 +119,37 @@ def by_source(out, source) -> list[np.ndarray]:
 BUDGET = Budget(prompts=4, samples=4, experts=3, steps=100, seed=7)
 
 
-def drive(method, steps, signals=None, budget=BUDGET, staleness=0, tickets=None):
+def drive(method, steps, signals=None, budget=BUDGET, staleness=0, tickets=None, probes=()):
     """What a run does, on random numbers that depend on the step alone: [(demand, rows, loss,
     gradients, metrics)] and what a checkpoint would hold.
+
+    `probes` are steps, counted from the present one, whose demand is asked for and not used.
     """
     signals, tickets, record = dict(signals or {}), dict(tickets or {}), []
     for step in steps:
+        for distance in probes:
+            method.demand(max(0, step + distance), budget, {"reward/mean": 0.9, "entropy": 2.0})
         for ahead in range(step, min(step + staleness, budget.steps - 1) + 1):
             if ahead not in tickets:
                 demand = method.demand(ahead, budget, signals)
-                again = method.demand(ahead, budget, signals)
-                assert demand == again, "looking ahead must not change the answer"
+                method.commit(ahead, demand, signals)
                 tickets[ahead] = (
                     demand,
                     [
-                        make_group(method, ahead, i, i < demand.experts and method.aligned, budget)
+                        make_group(
+                            method,
+                            ahead,
+                            i,
+                            i < demand.experts and method.prompts_from_experts,
+                            budget,
+                        )
                         for i in range(demand.prompts)
                     ],
                 )
         demand, groups = tickets.pop(step)
         experts = (
             tuple(demonstration_of(step, i) for i in range(demand.experts))
-            if not method.aligned
+            if not method.prompts_from_experts
             else ()
         )
         b = Batch(
@@ -167,6 +176,18 @@ def drive(method, steps, signals=None, budget=BUDGET, staleness=0, tickets=None)
         signals = latest_signals(signals, metrics)
         record.append((demand, out.rows, out.loss, out.gradients, metrics))
     return record, (signals, tickets)
+
+
+def commit(method, step, signals):
+    """The demand of a step that is going to be made."""
+    demand = method.demand(step, BUDGET, signals)
+    method.commit(step, demand, signals)
+    return demand
+
+
+def kind(demand) -> str:
+    """rl: a step with rollouts; sft: one without."""
+    return "rl" if demand.prompts else "sft"
 
 
 def make_group(method, step, i, has_demonstration, budget) -> ScoredGroup:

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from method_cases import BUDGET, GRPO_LOSS, SFT_LOSS, batch, constant, half, ramp, rollouts
+from method_cases import BUDGET, GRPO_LOSS, SFT_LOSS, batch, constant, half, kind, ramp, rollouts
 
 from tandem.algorithms.parts.objectives.nll import NLL
 from tandem.algorithms.parts.schedules import Schedule
@@ -142,8 +142,8 @@ def test_two_stages_have_their_own_learning_rate_and_moments():
         [SFT_LOSS, SFT_LOSS, GRPO_LOSS]
     )
     first, then = method.demand(1, BUDGET, {}), method.demand(2, BUDGET, {})
-    assert (first.prompts, first.experts, first.learning_rate, first.kind) == (0, 3, 1e-3, "sft")
-    assert (then.prompts, then.experts, then.learning_rate, then.kind) == (4, 0, None, "rl")
+    assert (first.prompts, first.experts, first.learning_rate, kind(first)) == (0, 3, 1e-3, "sft")
+    assert (then.prompts, then.experts, then.learning_rate, kind(then)) == (4, 0, None, "rl")
     assert first.optimizer != then.optimizer
 
 

@@ -12,6 +12,7 @@ from method_cases import (
     aligned,
     batch,
     by_source,
+    commit,
     constant,
     forced,
     half,
@@ -187,7 +188,7 @@ def test_a_prefix_length_can_follow_the_reward():
         {"low": {"kind": "reward_gap", "peak": 0.9}, "high": {"kind": "reward_gap", "peak": 0.9}},
     )
     for reward, expected in ((0.0, 18), (0.5, 8), (1.0, 0)):
-        method.demand(1, BUDGET, {"reward/mean": reward})
+        commit(method, 1, {"reward/mean": reward})
         (request,) = requests(method, 1, groups=[0])
         assert (len(request.prefixes[-1]) if request.prefixes else 0) == expected
 
@@ -309,9 +310,9 @@ def test_a_hint_probability_can_follow_the_reward():
     def length():
         return [len(r.prefixes[0]) if r.prefixes else 0 for r in requests(method, 3, groups=[0])]
 
-    method.demand(3, BUDGET, {"reward/mean": 0.4})
+    commit(method, 3, {"reward/mean": 0.4})
     assert length() == [19]
-    method.demand(3, BUDGET, {"reward/mean": 0.6})
+    commit(method, 3, {"reward/mean": 0.6})
     assert length() == [0]
 
 
@@ -353,10 +354,10 @@ def test_each_hybrid_keeps_its_own_share():
 @pytest.mark.parametrize("name, key", [("prefix_rft", "low"), ("uft", "p")])
 def test_a_prompt_drawn_again_after_a_resume_goes_by_the_same_signals(name, key):
     """The producer may replace a filtered group of a step that was announced before the checkpoint:
-    `demand` is not asked again then.
+    `commit` is not called again then.
     """
     one, two = (make_method(name, {key: {"kind": "reward_gap", "peak": 0.9}}) for _ in range(2))
-    one.demand(3, BUDGET, {"reward/mean": 0.6})
+    commit(one, 3, {"reward/mean": 0.6})
     two.load_state_dict(one.state_dict())
 
     def lengths(method):

@@ -15,8 +15,10 @@ from method_cases import (
     aligned,
     batch,
     by_source,
+    commit,
     constant,
     drive,
+    kind,
     look,
     rollouts,
 )
@@ -44,13 +46,13 @@ def test_relift_by_hand():
         "buffer": 1.0,
         "demonstrations_used": 0.0,
     }
-    assert method.demand(1, BUDGET, {}).kind == "sft"
+    assert kind(method.demand(1, BUDGET, {})) == "sft"
     out = look(method, batch(groups=(), step=1), entropy=constant(0.7))
     assert out.loss == pytest.approx(0.3 - 0.01 * 0.7, rel=1e-5)
     np.testing.assert_allclose(out.gradients[0], [0, -1 / 3, -1 / 3, -1 / 3], rtol=1e-6)
     assert (
         method.metrics(1) == {"buffer": 0.0, "demonstrations_used": 1.0}
-        and method.demand(2, BUDGET, {}).kind == "rl"
+        and kind(method.demand(2, BUDGET, {})) == "rl"
     )
 
 
@@ -118,7 +120,7 @@ def test_relift_makes_as_many_sft_steps_as_the_buffer_filled(staleness):
     """
     method = make_method("relift", {"buffer": 3})
     record, _ = drive(method, range(40), staleness=staleness)
-    sft = [(demand, rows) for demand, rows, *_ in record if demand.kind == "sft"]
+    sft = [(demand, rows) for demand, rows, *_ in record if kind(demand) == "sft"]
     ahead = len(method.planned)
     assert (
         len(sft) > 4
@@ -130,7 +132,7 @@ def test_relift_makes_as_many_sft_steps_as_the_buffer_filled(staleness):
         and method.pushed == method.consumed + len(method.waiting)
     )
     assert {demand.optimizer for demand, _ in sft} == {"sft"} and {
-        d.optimizer for d, *_ in record if d.kind == "rl"
+        d.optimizer for d, *_ in record if kind(d) == "rl"
     } == {"main"}
 
 
@@ -138,8 +140,8 @@ def test_relift_has_made_every_sft_step_once_its_buffer_is_below_a_batch():
     """Section 4(g): number of SFT steps == floor(pushed / M), exactly, and the rest waits."""
     method = make_method("relift", {"buffer": 3})
     record, _ = drive(method, range(40))
-    made, step = sum(demand.kind == "sft" for demand, *_ in record), 40
-    while method.demand(step, BUDGET, {}).kind == "sft":
+    made, step = sum(kind(demand) == "sft" for demand, *_ in record), 40
+    while kind(commit(method, step, {})) == "sft":
         look(method, batch(groups=(), step=step))
         made, step = made + 1, step + 1
     assert made == method.pushed // 3 > 4 and len(method.waiting) == method.pushed % 3
@@ -160,9 +162,9 @@ def test_relift_resumed_does_not_announce_an_sft_step_twice():
     """
     one, two = (make_method("relift", {"buffer": 2}) for _ in range(2))
     look(one, batch(groups=[wrong(0), wrong(1)]))
-    assert one.demand(5, BUDGET, {}).kind == "sft"
+    assert kind(commit(one, 5, {})) == "sft"
     two.load_state_dict(one.state_dict())
-    assert [two.demand(step, BUDGET, {}).kind for step in (6, 5)] == ["rl", "sft"] and [
+    assert [kind(two.demand(step, BUDGET, {})) for step in (6, 5)] == ["rl", "sft"] and [
         t.group for t in two.waiting
     ] == [0, 1]
 
@@ -220,7 +222,7 @@ def test_sasr_probability_by_hand(last, gamma, expected):
     """
     method = warm_sasr(g_last=last, gamma=gamma)
     assert method.p(6, {}) == pytest.approx(expected, abs=1e-9)
-    kinds = [method.demand(step, BUDGET, {}).kind for step in range(6, 406)]
+    kinds = [kind(method.demand(step, BUDGET, {})) for step in range(6, 406)]
     assert kinds.count("sft") / 400 == pytest.approx(
         expected, abs=0.1 if 0 < expected < 1 else 1e-12
     )
@@ -297,7 +299,7 @@ def test_sasr_reports_the_probability_that_it_will_draw_by():
 def test_sasr_warm_up_is_sft_and_shares_its_moments():
     method = make_method("sasr", {"warmup": 5, "probability": 0.0, "sft_learning_rate": 1e-3})
     demands = [method.demand(step, BUDGET, {}) for step in range(8)]
-    assert [d.kind for d in demands] == ["sft"] * 5 + ["rl"] * 3 and {
+    assert [kind(d) for d in demands] == ["sft"] * 5 + ["rl"] * 3 and {
         d.optimizer for d in demands
     } == {"main"}
     assert demands[0].learning_rate == 1e-3 and demands[7].learning_rate is None

@@ -55,7 +55,12 @@ def test_rollouts_of_a_method_that_has_none():
 def test_demonstrations_of_a_method_that_reads_none():
     with pytest.raises(MethodError, match="uses_experts is False"):
         check_demand(wrong(uses_experts=False), Demand(experts=2))
-    assert check_demand(wrong(uses_experts=False, aligned=True), Demand(experts=2)).experts == 2
+    assert (
+        check_demand(
+            wrong(uses_experts=False, prompts_from_experts=True), Demand(experts=2)
+        ).experts
+        == 2
+    )
 
 
 def request(**parts):

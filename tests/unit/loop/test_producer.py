@@ -180,7 +180,7 @@ def test_filtered_groups_are_replaced_and_counted():
 
 def test_a_filtered_prompt_with_a_demonstration_is_replaced_by_another_one_also_after_a_resume():
     class Aligned(Plain):
-        aligned = True
+        prompts_from_experts = True
 
         def demand(self, step, budget, signals):
             return Demand(prompts=3, experts=2)
@@ -447,7 +447,7 @@ def test_over_sampled_tickets_of_later_steps_are_left_alone():
 
 def test_groups_with_a_demonstration_are_never_aborted_and_never_in_excess():
     class Aligned(Plain):
-        aligned = True
+        prompts_from_experts = True
 
         def demand(self, step, budget, signals):
             return Demand(prompts=3, experts=1 if step == 0 else 3)
