@@ -6,13 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from tandem.engine.core.types import (
-    Finish,
-    Row,
-    ScoredGroup,
-    Source,
-    Trajectory,
-)
+from tandem.engine.core.types import Finish, Row, ScoredGroup, Source, Trajectory
 
 
 def policy_row(trajectory: Trajectory, advantage: float, term: str) -> Row:
@@ -44,18 +38,13 @@ def expert_row(trajectory: Trajectory, term: str) -> Row:
 
 
 def demonstration(group: ScoredGroup) -> Trajectory:
-    """A prompt's demonstration as a trajectory of the group."""
+    """A prompt's demonstration, which it must have, as a trajectory of the group."""
     prompt, response = group.prompt.tokens, group.prompt.demonstration
-    source = np.repeat(
-        np.array([Source.PROMPT, Source.EXPERT], np.int8), [len(prompt), len(response)]
-    )
-    return Trajectory(
-        group.prompt.id,
-        np.concatenate([prompt, response]).astype(np.int32),
-        source,
-        Finish.STOP,
-        group=group.group,
-    )
+    assert response is not None, f"prompt {group.prompt.id!r} has no demonstration"
+    source = np.full(len(prompt) + len(response), Source.EXPERT, np.int8)
+    source[: len(prompt)] = Source.PROMPT
+    tokens = np.concatenate([prompt, response]).astype(np.int32)
+    return Trajectory(group.prompt.id, tokens, source, Finish.STOP, group=group.group)
 
 
 def with_demonstration(group: ScoredGroup, reward: float | None) -> ScoredGroup:

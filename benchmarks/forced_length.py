@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from turns import Turns
 
-from tandem.algorithms.hybrid.chord import ChordMu
+from tandem.algorithms.hybrid.chord_mu import ChordMu
 from tandem.algorithms.rl.grpo import GRPO
 
 turns = Turns()

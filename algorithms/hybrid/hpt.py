@@ -1,10 +1,10 @@
 """HPT: per prompt, RL where the model succeeds often enough, SFT on the demonstration where it does
 not.
 
-    L = mean_q L(q),    L(q) = L_RL(q) if P(q) > gate else L_SFT(q),    P(q) = share of right
-                        rollouts
-    L_RL  = -(1/n) sum_i sum_t CLIP(rho, A_i),   A = (R - mean)/std        L_SFT = - (1/|y*|) sum_t
-                                                 log p_t
+    L     = mean_q L(q),    L(q) = L_RL(q) if P(q) > gate else L_SFT(q)
+    P(q)  = share of right rollouts
+    L_RL  = -(1/n) sum_i sum_t CLIP(rho, A_i),    A = (R - mean)/std
+    L_SFT = -(1/|y*|) sum_t log p_t
 
 Source: arXiv 2509.04419. gate 0 (SFT only where all rollouts fail) for Qwen, 2/8 for Llama. A
 prompt without a demonstration keeps its rollouts. The mean over prompts is this file's reading of
@@ -25,72 +25,73 @@ to SFT are kept.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
-from tandem.algorithms.base import Batch, Method, Term
+from tandem.algorithms.base import Batch, Term
 from tandem.algorithms.parts.objectives.nll import NLL
-from tandem.algorithms.parts.policy import PolicyLoss, variant
 from tandem.algorithms.parts.reductions import Reduction
 from tandem.algorithms.parts.schedules import Schedule
+from tandem.algorithms.parts.variants import select, variant_option
+from tandem.algorithms.rl_method import RLMethod
 from tandem.algorithms.rows import demonstration, expert_row
 from tandem.engine.core.types import Row, ScoredGroup
 
 
 @dataclass
-class HPT(Method):
+class HPT(RLMethod):
     title: ClassVar[str] = "per prompt: RL if solved often enough, else SFT on its demonstration"
     paper: ClassVar[str] = "2509.04419"
     uses_experts: ClassVar[bool] = True
     prompts_from_experts: ClassVar[bool] = True
 
-    as_: str = "paper"
+    variant: str = variant_option()  # paper | code
     # share of right rollouts up to which a prompt goes to SFT; below 0: never
     gate: float = 0.0
-    sft_coefficient: Schedule | float = 1.0  # the authors use 0.3 for Qwen2.5-Math-1.5B
-    policy: PolicyLoss | dict | str = field(default_factory=dict)
+    sft_coefficient: Schedule = Schedule(peak=1.0)  # the authors use 0.3 for Qwen2.5-Math-1.5B
 
     def __post_init__(self):
-        self.policy = PolicyLoss.parse(
-            self.policy,
-            **variant(self.as_, {"reduction": "seq_mean_token_sum"}, {"preset": "luffy_code"}),
-        )
-        self.sft_coefficient = Schedule.parse(self.sft_coefficient)
-        self.sft_share = 0.0
+        super().__post_init__()
+        self.reported_share = 0.0
+
+    def policy_defaults(self):
+        paper = {"reduction": "seq_mean_token_sum"}
+        return select(self.variant, paper, code={"preset": "luffy_code"})
 
     @property
     def needs_groups(self) -> bool:
-        """With one rollout per prompt its reward still decides whether the demonstration is learnt."""
+        """With one rollout per prompt its reward still decides on learning the demonstration."""
         return self.gate < 0
 
     def gated(self, group: ScoredGroup) -> bool:
         """Integer counts, so that a gate of k/n holds exactly k right answers."""
         right = int((group.rewards > 0).sum())
-        return group.prompt.demonstration is not None and right <= math.floor(
-            self.gate * len(group.rewards) + 1e-9
-        )
+        most = math.floor(self.gate * len(group.rewards) + 1e-9)
+        return group.prompt.demonstration is not None and right <= most
+
+    def sft_share(self, batch: Batch) -> float:
+        """Of the step's prompts."""
+        return sum(map(self.gated, batch.groups)) / max(1, len(batch.groups))
 
     def accept(self, group):
         return self.gated(group) or self.policy.accept(group)
 
     def rows(self, batch: Batch) -> list[Row]:
+        self.reported_share = self.sft_share(batch)
         sft = [expert_row(demonstration(g), "sft") for g in batch.groups if self.gated(g)]
-        if self.as_ == "code" and "entropy" in self.policy.regularisers():
+        if self.variant == "code" and "entropy" in self.policy.regularisers():
             sft = [row.with_term("entropy", row.weights["sft"].copy()) for row in sft]
         return self.policy.rows([g for g in batch.groups if not self.gated(g)]) + sft
 
     def terms(self, batch: Batch) -> list[Term]:
-        self.sft_share = sum(map(self.gated, batch.groups)) / max(1, len(batch.groups))
-        reduction, rl, sft = variant(
-            self.as_,
-            ("seq_mean_token_mean", 1.0 - self.sft_share, self.sft_share),
-            ("token_mean", 1.0, self.policy.mean_weight),
-        )
+        if self.variant == "paper":
+            sft = self.sft_share(batch)
+            rl, reduction = 1.0 - sft, Reduction("seq_mean_token_mean")
+        else:
+            sft = self.policy.mean_weight
+            rl, reduction = 1.0, Reduction("token_mean")
         coefficient = sft * self.sft_coefficient(batch.step, batch.signals)
-        return [
-            *self.policy.terms(batch, rl),
-            Term("sft", NLL(), Reduction(reduction), coefficient),
-        ]
+        return [*self.policy.terms(batch, rl), Term("sft", NLL(), reduction, coefficient)]
 
     def metrics(self, step):
-        return {"sft_share": self.sft_share}
+        return {"sft_share": self.reported_share}

@@ -1,9 +1,9 @@
 """LUFFY: the demonstration joins its prompt's group of rollouts, with a shaped importance ratio
 instead of a clip.
 
-    J = (1/Z) [ sum_{i on} sum_t CLIP(rho_it, A_i) + sum_{j demo} sum_t f(p_jt) A_j ],     f(p) = p/(p + gamma), gamma = 0.1
-    A over rollouts and demonstration together; the demonstration's reward comes from the verifier;
-    Z = all tokens of both
+    J    = (1/Z) [ sum_{i on} sum_t CLIP(rho_it, A_i) + sum_{j demo} sum_t f(p_jt) A_j ]
+    f(p) = p/(p + gamma), gamma = 0.1;    Z = all tokens of both
+    A over rollouts and demonstration together; the demonstration's reward comes from the verifier
 
 Source: arXiv 2504.14945. The behaviour probability of expert tokens is taken as 1, so that the
 ratio is p and the gradient goes through f: a token weighs A gamma p/(p + gamma)^2. A prompt with a
@@ -21,35 +21,31 @@ demonstration tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from tandem.algorithms.base import Batch, Method, Term
+from tandem.algorithms.base import Batch, Term
 from tandem.algorithms.parts.objectives.nll import BySource, ExpertRatio
-from tandem.algorithms.parts.policy import PolicyLoss, variant
+from tandem.algorithms.parts.variants import select, variant_option
+from tandem.algorithms.rl_method import RLMethod
 from tandem.algorithms.rows import with_demonstration
 from tandem.engine.core.types import Row
 
 
 @dataclass
-class LUFFY(Method):
+class LUFFY(RLMethod):
     title: ClassVar[str] = "demonstrations inside the rollout group, shaped ratio p/(p + 0.1)"
     paper: ClassVar[str] = "2504.14945"
     uses_experts: ClassVar[bool] = True
     prompts_from_experts: ClassVar[bool] = True
     scores_demonstrations: ClassVar[bool] = True
 
-    as_: str = "paper"  # paper | code
+    variant: str = variant_option()  # paper | code
     gamma: float | None = 0.1  # None: plain ratio p, the ablation without shaping
-    policy: PolicyLoss | dict | str = field(default_factory=dict)
 
-    def __post_init__(self):
-        self.policy = PolicyLoss.parse(
-            self.policy,
-            **variant(
-                self.as_, {"advantage": "dr_grpo", "entropy_bonus": 0.01}, {"preset": "luffy_code"}
-            ),
-        )
+    def policy_defaults(self):
+        paper = {"advantage": "dr_grpo", "entropy_bonus": 0.01}
+        return select(self.variant, paper, code={"preset": "luffy_code"})
 
     def request(self, group, prompt, sampling, step, budget):
         samples = budget.samples if prompt.demonstration is None else max(1, budget.samples - 1)
@@ -59,9 +55,8 @@ class LUFFY(Method):
         return self.policy.accept(with_demonstration(group, group.demonstration_reward))
 
     def rows(self, batch: Batch) -> list[Row]:
-        rows = self.policy.rows(
-            [with_demonstration(g, g.demonstration_reward) for g in batch.groups]
-        )
+        groups = [with_demonstration(g, g.demonstration_reward) for g in batch.groups]
+        rows = self.policy.rows(groups)
         if "entropy" not in self.policy.regularisers():
             return rows
         # over expert tokens as well
@@ -69,7 +64,5 @@ class LUFFY(Method):
 
     def terms(self, batch: Batch) -> list[Term]:
         first, *others = self.policy.terms(batch)
-        return [
-            replace(first, objective=BySource(first.objective, ExpertRatio(self.gamma))),
-            *others,
-        ]
+        both = BySource(first.objective, ExpertRatio(self.gamma))
+        return [replace(first, objective=both), *others]

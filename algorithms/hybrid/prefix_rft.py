@@ -1,9 +1,10 @@
 """Prefix-RFT: one rollout of every group starts from a prefix of the demonstration, and the whole
 sequence is trained by RL.
 
-    group of N = N - 1 plain rollouts + 1 hybrid  y = [ y*_1 .. y*_L , continuation ~ pi ],    L = floor(l |y*|),  l ~ U(low(t), high)
-    L = -(1/Z) sum_i sum_t CLIP(rho_it, A_i),    A over all N; on prefix tokens only the top 20 % by
-                                                 entropy are pushed, the others count with A = 0
+    group of N = N - 1 plain rollouts + 1 hybrid y
+    y          = [ y*_1 .. y*_k, continuation ~ pi ],    k = floor(l |y*|),  l ~ U(low(t), high)
+    L          = -(1/Z) sum_i sum_t CLIP(rho_it, A_i),   A over all N; on prefix tokens only the
+                 top 20 % by entropy are pushed, the others count with A = 0
 
 Source: arXiv 2507.01679 (v3), authors' code for constants: high = 0.95, low falls from 0.95 to 0 by
 a cosine. UNVERIFIED: over how many steps low falls (500 here), N, learning rate; that the tables
@@ -17,106 +18,81 @@ within each micro-batch; here it is within each row, which no packing can change
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
-from tandem.algorithms.base import Batch, Method, Term
+from tandem.algorithms.base import Batch, Term
 from tandem.algorithms.parts.objectives.nll import PrefixSelected
-from tandem.algorithms.parts.policy import PolicyLoss
 from tandem.algorithms.parts.schedules import Schedule
+from tandem.algorithms.rl_method import RLMethod
 from tandem.engine.core.types import Row, Source
 
 
 @dataclass
-class PrefixRFT(Method):
+class PrefixRFT(RLMethod):
     title: ClassVar[str] = "one rollout per group continues a demonstration's prefix"
     paper: ClassVar[str] = "2507.01679"
     uses_experts: ClassVar[bool] = True
     prompts_from_experts: ClassVar[bool] = True
 
-    low: Schedule | float = field(
-        default_factory=lambda: Schedule("cosine", peak=0.95, valley=0.0, decay=500)
-    )
-    high: Schedule | float = 0.95
+    low: Schedule = Schedule("cosine", peak=0.95, valley=0.0, decay=500)
+    high: Schedule = Schedule(peak=0.95)
     keep: float = 0.2  # share of prefix tokens that are pushed
-    policy: PolicyLoss | dict | str = field(default_factory=dict)
 
     def __post_init__(self):
-        self.low, self.high, self.policy = (
-            Schedule.parse(self.low),
-            Schedule.parse(self.high),
-            PolicyLoss.parse(self.policy),
-        )
-        for name, shares in (
-            ("low", (self.low.peak, self.low.valley)),
-            ("high", (self.high.peak, self.high.valley)),
-            ("keep", (self.keep,)),
-        ):
-            if not all(0.0 <= share <= 1.0 for share in shares):
+        super().__post_init__()
+        for name, shares in {
+            "low": self.low,
+            "high": self.high,
+            "keep": Schedule(peak=self.keep),
+        }.items():
+            if not shares.within(0.0, 1.0):
                 raise ValueError(f"{name} is {getattr(self, name)}; it is a share, within [0, 1]")
-        self.signals, self.rewards = {}, {}
+        self.signals: Mapping[str, float] = {}
+        self.rewards: dict[str, float] = {}
 
     def commit(self, step, demand, signals):
         self.signals = signals  # what the prefixes of this step's requests go by
 
     def prefix_length(self, step: int, demonstration: int, seed) -> int:
+        """Tokens, of a demonstration of that many."""
         high = self.high(step, self.signals)
         low = min(self.low(step, self.signals), high)
-        return min(
-            int((low + (high - low) * np.random.default_rng(seed).random()) * demonstration),
-            demonstration - 1,
-        )
+        share = low + (high - low) * np.random.default_rng(seed).random()
+        return min(int(share * demonstration), demonstration - 1)
 
     def request(self, group, prompt, sampling, step, budget):
         request = super().request(group, prompt, sampling, step, budget)
         if prompt.demonstration is None:
             return request
-        length = min(
-            self.prefix_length(step, len(prompt.demonstration), [budget.seed, group]),
-            sampling.max_tokens - 1,
-        )
+        length = self.prefix_length(step, len(prompt.demonstration), [budget.seed, group])
+        length = min(length, sampling.max_tokens - 1)
         if length <= 0:
             return request
         none = np.zeros(0, np.int32)
-        return replace(
-            request,
-            prefixes=(none,) * (budget.samples - 1) + (prompt.demonstration[:length],),
-            prefix_source=Source.PREFIX,
-        )
-
-    def accept(self, group):
-        return self.policy.accept(group)
+        prefixes = (none,) * (budget.samples - 1) + (prompt.demonstration[:length],)
+        return replace(request, prefixes=prefixes, prefix_source=Source.PREFIX)
 
     def rows(self, batch: Batch) -> list[Row]:
         # apart, since a prefix inflates success
         rewards = {"reward_hybrid": [], "reward_plain": []}
-        for t, reward in (
-            (t, r) for g in batch.groups for t, r in zip(g.trajectories, g.rewards, strict=True)
-        ):
-            rewards[
-                "reward_hybrid" if (t.source == Source.PREFIX).any() else "reward_plain"
-            ].append(reward)
+        for group in batch.groups:
+            for trajectory, reward in zip(group.trajectories, group.rewards, strict=True):
+                hybrid = (trajectory.source == Source.PREFIX).any()
+                rewards["reward_hybrid" if hybrid else "reward_plain"].append(reward)
         self.rewards = {name: float(np.mean(values)) for name, values in rewards.items() if values}
         return self.policy.rows(batch.groups)
 
     def terms(self, batch: Batch) -> list[Term]:
         first, *others = self.policy.terms(batch)
-        return [
-            replace(
-                first,
-                objective=PrefixSelected(first.objective, self.keep),
-                needs=first.needs | {"entropy"},
-            ),
-            *others,
-        ]
+        objective = PrefixSelected(first.objective, self.keep)
+        return [replace(first, objective=objective, needs=first.needs | {"entropy"}), *others]
 
     def metrics(self, step):
-        return {
-            "prefix_low": min(self.low(step, self.signals), self.high(step, self.signals)),
-            **self.rewards,
-        }
+        low = min(self.low(step, self.signals), self.high(step, self.signals))
+        return {"prefix_low": low, **self.rewards}
 
     def state_dict(self) -> dict[str, Any]:
         return {"signals": dict(self.signals)}

@@ -13,33 +13,23 @@ for the machine (algorithms/parts/policy.py), 1 and 1 unless given.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
-from tandem.algorithms.base import Batch, Method, Term
+from tandem.algorithms.base import Batch, Term
 from tandem.algorithms.parts.objectives.nll import NLL
-from tandem.algorithms.parts.policy import PolicyLoss
 from tandem.algorithms.parts.schedules import Schedule
+from tandem.algorithms.rl_method import RLMethod
 from tandem.algorithms.rows import expert_row
 
 
 @dataclass
-class RLWithSFT(Method):
+class RLWithSFT(RLMethod):
     title: ClassVar[str] = "GRPO + c SFT"
     paper: ClassVar[str] = "2504.14945"
     uses_experts: ClassVar[bool] = True
 
-    coefficient: Schedule | float = 1.0
-    policy: PolicyLoss | dict | str = field(default_factory=dict)
-
-    def __post_init__(self):
-        self.coefficient, self.policy = (
-            Schedule.parse(self.coefficient),
-            PolicyLoss.parse(self.policy),
-        )
-
-    def accept(self, group):
-        return self.policy.accept(group)
+    coefficient: Schedule = Schedule(peak=1.0)
 
     def rows(self, batch: Batch):
         return self.policy.rows(batch.groups) + [expert_row(t, "expert") for t in batch.experts]

@@ -2,7 +2,8 @@
 
     L = L_SFT^demo + L_RL^demo + L_RL^self
     L_SFT^demo = sg[0.5 exp(-H)] E_demo[ -log pi(y*) ]
-    L_RL^demo  = - E_demo[ p_t A ]                                A over rollouts and demonstration; behaviour probability 1, no clip
+    L_RL^demo  = - E_demo[ p_t A ],    A over rollouts and demonstration;
+                 behaviour probability 1, no clip
     L_RL^self  = sg[0.1 exp(+H)] E_{right}[ -log pi(y) ] + E_{wrong}[ +log pi(y) ]
 
 Source: arXiv 2506.19767. Rollouts ignore their advantage: right ones are pushed up with weight 0.1
@@ -29,11 +30,11 @@ from tandem.algorithms.base import Batch, Method, Term
 from tandem.algorithms.parts.advantages import grpo
 from tandem.algorithms.parts.objectives.entropy import EntropyBonus
 from tandem.algorithms.parts.objectives.nll import EntropyWeightedNLL, ExpertRatio, SelfReinforce
-from tandem.algorithms.parts.policy import variant
 from tandem.algorithms.parts.reductions import Reduction
 from tandem.algorithms.parts.schedules import Schedule
+from tandem.algorithms.parts.variants import check_variant, variant_option
 from tandem.algorithms.rows import expert_row, policy_row, with_demonstration
-from tandem.engine.core.types import Row
+from tandem.engine.core.types import Row, ScoredGroup
 
 ENTROPY = frozenset({"entropy"})
 
@@ -46,61 +47,56 @@ class SRFT(Method):
     prompts_from_experts: ClassVar[bool] = True
     scores_demonstrations: ClassVar[bool] = True
 
-    as_: str = "paper"  # paper | code, which is no public code: see above
-    sft_scale: Schedule | float = 0.5
-    self_scale: Schedule | float = 0.1
+    variant: str = variant_option()  # paper | code, which is no public code: see above
+    sft_scale: Schedule = Schedule(peak=0.5)
+    self_scale: Schedule = Schedule(peak=0.1)
     level: str | None = None  # of H: sequence | token; None: sequence as paper, token as code
     reduction: str = "token_mean"
 
     def __post_init__(self):
-        self.sft_scale, self.self_scale = (
-            Schedule.parse(self.sft_scale),
-            Schedule.parse(self.self_scale),
-        )
-        level, self.sign, self.gamma, self.entropy_bonus = variant(
-            self.as_, ("sequence", -1.0, None, 0.0), ("token", 1.0, 0.1, 0.001)
-        )
-        self.level = self.level or level
-        if self.level not in ("sequence", "token"):
-            raise ValueError(f"level is {self.level!r}; known: sequence, token")
+        check_variant(self.variant)
+        code = self.variant == "code"
+        self.entropy_level = self.level or ("token" if code else "sequence")
+        if self.entropy_level not in ("sequence", "token"):
+            raise ValueError(f"level is {self.entropy_level!r}; known: sequence, token")
         Reduction(self.reduction)
+        self.sign = 1.0 if code else -1.0
+        self.gamma = 0.1 if code else None
+        self.entropy_bonus = 0.001 if code else 0.0
 
     def rows(self, batch: Batch) -> list[Row]:
         rows = []
         for group in batch.groups:
-            own = [
-                policy_row(t, 1.0 if r > 0 else -1.0, "self")
-                for t, r in zip(group.trajectories, group.rewards, strict=True)
-            ]
-            united, demos = with_demonstration(group, group.demonstration_reward), []
-            if united is not group:
-                ((*_, advantage),) = grpo([united.rewards])
-                row = expert_row(united.trajectories[-1], "demo_sft")
-                mask = row.weights["demo_sft"]
-                row = replace(row, advantage=mask * advantage, group=group.group)
-                demos = [row.with_term("demo_rl", mask.copy())]
-            rows += own + demos
+            for trajectory, reward in zip(group.trajectories, group.rewards, strict=True):
+                rows.append(policy_row(trajectory, 1.0 if reward > 0 else -1.0, "self"))
+            with_demo = with_demonstration(group, group.demonstration_reward)
+            if with_demo is not group:
+                rows.append(demonstration_row(with_demo))
         if not self.entropy_bonus:
             return rows
         return [row.with_term("entropy", row.trained.astype(np.float32)) for row in rows]
 
     def terms(self, batch: Batch) -> list[Term]:
-        reduction, now = (
-            Reduction(self.reduction),
-            lambda schedule: schedule(batch.step, batch.signals),
-        )
+        reduction = Reduction(self.reduction)
+        self_scale = self.self_scale(batch.step, batch.signals)
+        sft_scale = self.sft_scale(batch.step, batch.signals)
+        own = SelfReinforce(self_scale, self.entropy_level)
+        sft = EntropyWeightedNLL(sft_scale, self.sign, self.entropy_level)
         terms = [
-            Term("self", SelfReinforce(now(self.self_scale), self.level), reduction, needs=ENTROPY),
-            Term(
-                "demo_sft",
-                EntropyWeightedNLL(now(self.sft_scale), self.sign, self.level),
-                reduction,
-                needs=ENTROPY,
-            ),
+            Term("self", own, reduction, needs=ENTROPY),
+            Term("demo_sft", sft, reduction, needs=ENTROPY),
             Term("demo_rl", ExpertRatio(self.gamma), reduction),
         ]
-        return terms + (
-            [Term("entropy", EntropyBonus(), reduction, self.entropy_bonus, needs=ENTROPY)]
-            if self.entropy_bonus
-            else []
-        )
+        if self.entropy_bonus:
+            bonus = self.entropy_bonus
+            terms.append(Term("entropy", EntropyBonus(), reduction, bonus, needs=ENTROPY))
+        return terms
+
+
+def demonstration_row(group: ScoredGroup) -> Row:
+    """The last trajectory of a group, its demonstration, in both terms on demonstrations."""
+    advantage = grpo([group.rewards])[0][-1]
+    row = expert_row(group.trajectories[-1], "demo_sft")
+    mask = row.weights["demo_sft"]
+    row = replace(row, advantage=mask * advantage, group=group.group)
+    return row.with_term("demo_rl", mask.copy())

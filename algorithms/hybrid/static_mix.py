@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tandem.algorithms.hybrid.chord import ChordMu
+from tandem.algorithms.hybrid.chord_mu import ChordMu
 from tandem.algorithms.parts.schedules import Schedule
 
 
@@ -20,4 +20,4 @@ from tandem.algorithms.parts.schedules import Schedule
 class StaticMix(ChordMu):
     title: ClassVar[str] = "(1 - mu) GRPO + mu SFT with a constant mu"
 
-    mu: Schedule | float = 0.1
+    mu: Schedule = Schedule(peak=0.1)

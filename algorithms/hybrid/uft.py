@@ -1,10 +1,11 @@
 """UFT: rollouts start from a hint of the demonstration that shrinks over training, and the hint
 itself is learnt with a small weight.
 
-    L = L_GRPO(continuation) + beta RED{ k3(pi || pi_ref) } + beta TOK_hint{ -log p_t },        beta = 0.001
-    hint = the first l of n_seg = min(5, tokens) segments,  l ~ Binomial(n_seg, p(t)),  boundaries
-                                            at round(k/n_seg |y*|)
-    p(t) = p_low + (p_high - p_low)(1 + cos(pi (t + 1)/T))/2 for t < T, 0 afterwards;   p_low 0.05, p_high 0.95, T = 300
+    L    = L_GRPO(continuation) + beta RED{ k3(pi || pi_ref) } + beta TOK_hint{ -log p_t }
+    hint = the first l of n = min(5, tokens) segments,  l ~ Binomial(n, p(t)),
+           boundaries at round(k/n |y*|)
+    p(t) = p_low + (p_high - p_low)(1 + cos(pi (t + 1)/T))/2 for t < T, 0 afterwards
+    beta = 0.001,  p_low 0.05,  p_high 0.95,  T = 300
 
 Source: arXiv 2505.16984; schedule, segments and coefficients as in the authors' code. UNVERIFIED:
 the paper's typography of the objective (its beta is on the sum over hint tokens, the code's on
@@ -17,54 +18,53 @@ rewards are inflated by hints; evaluation has none. `p` is any schedule, read at
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
-from tandem.algorithms.base import Batch, Method, Term
+from tandem.algorithms.base import Batch, Term
 from tandem.algorithms.parts.objectives.nll import NLL
-from tandem.algorithms.parts.policy import PolicyLoss
 from tandem.algorithms.parts.schedules import Schedule
+from tandem.algorithms.rl_method import RLMethod
 from tandem.engine.core.types import Row, Source
 
 
 @dataclass
-class UFT(Method):
+class UFT(RLMethod):
     title: ClassVar[str] = "rollouts continue a hint that anneals away"
     paper: ClassVar[str] = "2505.16984"
     uses_experts: ClassVar[bool] = True
     prompts_from_experts: ClassVar[bool] = True
     needs_groups: ClassVar[bool] = False  # the hint is learnt with any number of samples
 
-    p: Schedule | float | None = None  # None: the cosine above
+    p: Schedule | None = None  # None: the cosine above
     hint_steps: int = 300  # T: no hints from this step on
     segments: int = 5
-    hint_coefficient: Schedule | float = 0.001
-    policy: PolicyLoss | dict | str = field(default_factory=dict)
+    hint_coefficient: Schedule = Schedule(peak=0.001)
 
     def __post_init__(self):
-        self.p = (
-            Schedule("cosine", peak=0.95, valley=0.05, decay=self.hint_steps)
-            if self.p is None
-            else Schedule.parse(self.p)
-        )
-        self.hint_coefficient = Schedule.parse(self.hint_coefficient)
-        if not all(0.0 <= p <= 1.0 for p in (self.p.peak, self.p.valley)) or self.segments < 1:
+        super().__post_init__()
+        cosine = Schedule("cosine", peak=0.95, valley=0.05, decay=self.hint_steps)
+        self.hint_p = self.p or cosine
+        if not self.hint_p.within(0.0, 1.0) or self.segments < 1:
             raise ValueError(
-                f"p is {self.p} and segments is {self.segments}; p is a probability, and "
+                f"p is {self.hint_p} and segments is {self.segments}; p is a probability, and "
                 "there must be at least one segment"
             )
-        self.policy = PolicyLoss.parse(self.policy, kl=0.001)
-        self.signals = {}
+        self.signals: Mapping[str, float] = {}
+
+    def policy_defaults(self):
+        return {"kl": 0.001}
 
     def commit(self, step, demand, signals):
         self.signals = signals  # what the hints of this step's requests go by
 
     def probability(self, step: int) -> float:
-        return self.p(step + 1, self.signals) if step < self.hint_steps else 0.0
+        return self.hint_p(step + 1, self.signals) if step < self.hint_steps else 0.0
 
     def hint_length(self, step: int, demonstration: int, seed) -> int:
+        """Tokens, of a demonstration of that many."""
         n = min(self.segments, demonstration)
         taken = int(np.random.default_rng(seed).binomial(n, self.probability(step)))
         return min(round(taken / n * demonstration), demonstration - 1)
@@ -73,20 +73,12 @@ class UFT(Method):
         request = super().request(group, prompt, sampling, step, budget)
         if prompt.demonstration is None:
             return request
-        length = min(
-            self.hint_length(step, len(prompt.demonstration), [budget.seed, group]),
-            sampling.max_tokens - 1,
-        )
+        length = self.hint_length(step, len(prompt.demonstration), [budget.seed, group])
+        length = min(length, sampling.max_tokens - 1)
         if length <= 0:
             return request
-        return replace(
-            request,
-            prefixes=(prompt.demonstration[:length],) * budget.samples,
-            prefix_source=Source.HINT,
-        )
-
-    def accept(self, group):
-        return self.policy.accept(group)
+        hints = (prompt.demonstration[:length],) * budget.samples
+        return replace(request, prefixes=hints, prefix_source=Source.HINT)
 
     def rows(self, batch: Batch) -> list[Row]:
         rows, seen = [], set()
@@ -99,10 +91,8 @@ class UFT(Method):
         return rows
 
     def terms(self, batch: Batch) -> list[Term]:
-        return [
-            *self.policy.terms(batch),
-            Term("hint", NLL(), coefficient=self.hint_coefficient(batch.step, batch.signals)),
-        ]
+        coefficient = self.hint_coefficient(batch.step, batch.signals)
+        return [*self.policy.terms(batch), Term("hint", NLL(), coefficient=coefficient)]
 
     def metrics(self, step):
         return {"hint_p": self.probability(step)}

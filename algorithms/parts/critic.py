@@ -1,12 +1,12 @@
 """A critic for the RL half of a method: GAE advantages from a value head, with the KL to the
 reference in the reward. `policy: {advantage: gae, critic: {...}}`
 
-    r_t   = -kl (log pi_old(y_t) - log pi_ref(y_t)) + 1[t = T] R
-          kl: beta
-    delta = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   returns_t = A_t + V_t
-                                         V_{T+1} = 0
-    L    += coefficient RED{ 1/2 max( (V - ret)^2, (clamp(V, V_old - clip, V_old + clip) - ret)^2 )
-         }     A is whitened after returns are taken
+    r_t     = -kl (log pi_old(y_t) - log pi_ref(y_t)) + 1[t = T] R
+    delta_t = r_t + gamma V_{t+1} - V_t,    V_{T+1} = 0
+    A_t     = delta_t + gamma lam A_{t+1},  whitened after returns are taken
+    ret_t   = A_t + V_t
+    L      += coefficient RED{ 1/2 max( (V - ret)^2,
+                                        (clamp(V, V_old - clip, V_old + clip) - ret)^2 ) }
 
 Sources: GAE arXiv 1506.02438 eq. 16; PPO arXiv 1707.06347; whitening, value clip and the KL in the
 reward as in the code of ReFT (arXiv 2401.08967) and verl. V_t is the value of the state in which
@@ -42,12 +42,14 @@ class ValueLoss:
     clip: float | None = 0.2
 
     def __call__(self, tokens: Tokens):
-        loss, value = (tokens.value - tokens.returns) ** 2, tokens.value.detach()
-        metrics = {"value": value, "error": loss.detach()}
+        value, returns = tokens["value"], tokens["returns"]
+        loss = (value - returns) ** 2
+        metrics = {"value": value.detach(), "error": loss.detach()}
         if self.clip is not None:
-            near = tokens.old_value + (tokens.value - tokens.old_value).clamp(-self.clip, self.clip)
-            loss = torch.maximum(loss, (near - tokens.returns) ** 2)
-            metrics["clip_fraction"] = ((value - tokens.old_value).abs() > self.clip).float()
+            moved = value - tokens["old_value"]
+            near = tokens["old_value"] + moved.clamp(-self.clip, self.clip)
+            loss = torch.maximum(loss, (near - returns) ** 2)
+            metrics["clip_fraction"] = (moved.detach().abs() > self.clip).float()
         return 0.5 * loss, metrics
 
 
@@ -60,7 +62,7 @@ class Critic:
     gamma: float = 1.0
     lam: float = 1.0
     # beta of the KL in the reward; anything but 0 loads a frozen reference model
-    kl: Schedule | float = 0.0
+    kl: Schedule = Schedule()
     coefficient: float = 1.0  # of the value loss, next to the policy's
     clip: float | None = 0.2  # of the value
     whiten: bool = True
@@ -75,9 +77,8 @@ class Critic:
         if self.coefficient <= 0:
             raise ValueError(
                 f"method.policy.critic.coefficient is {self.coefficient}, must be > 0: a "
-                "critic that is not trained says 0 for ever"
+                "critic that is not trained says 0 forever"
             )
-        self.kl = Schedule.parse(self.kl)
 
     def row(self, row: Row, trajectory: Trajectory) -> Row:
         """The row with the value term's weights.
@@ -87,7 +88,7 @@ class Critic:
         it.
         """
         mask = row.weights["policy"]
-        row = replace(row, weights={**row.weights, "value": mask.copy()})
+        row = row.with_term("value", mask.copy())
         if self.bootstrap and trajectory.finish == Finish.LENGTH and mask.any():
             return lengthened(row)
         return row
@@ -96,15 +97,9 @@ class Critic:
         needs = {"value", "old_value", "returns"}
         if not self.kl.off:
             needs |= {"old_logp", "ref_logp"}
-        return [
-            Term(
-                "value",
-                ValueLoss(self.clip),
-                reduction,
-                coefficient * self.coefficient,
-                needs=frozenset(needs),
-            )
-        ]
+        objective = ValueLoss(self.clip)
+        whole = coefficient * self.coefficient
+        return [Term("value", objective, reduction, whole, needs=frozenset(needs))]
 
     def credit(self, rows: Sequence[Row], batch: Batch) -> list[Row]:
         """Replace the rewards, which the rows carry as their advantage until here, by advantages
@@ -133,15 +128,16 @@ class Critic:
         steps = np.flatnonzero(row.weights["value"])
         last = 0.0
         if row.source[steps[-1]] == Source.TOOL:
-            last = float(row.old_value[steps[-1]])
+            last = float(at(row, "old_value", steps[-1:])[0])
             steps = steps[:-1]
             row = shortened(row)
         rewards = np.zeros(len(steps))
         if beta:  # the policy answers for what it sampled itself only
-            log_ratio = row.old_logp[steps] - row.ref_logp[steps]
+            log_ratio = at(row, "old_logp", steps) - at(row, "ref_logp", steps)
             rewards -= beta * np.where(row.source[steps] == Source.POLICY, log_ratio, 0.0)
-        rewards[-1] += row.advantage[steps[-1]]
-        advantages, returns = gae(rewards, row.old_value[steps], last, self.gamma, self.lam)
+        rewards[-1] += at(row, "advantage", steps)[-1]
+        values = at(row, "old_value", steps)
+        advantages, returns = gae(rewards, values, last, self.gamma, self.lam)
         return row, Episode(steps, advantages, returns)
 
 
@@ -216,6 +212,11 @@ def shortened(row: Row) -> Row:
     return replace(row, weights=weights, **streams)
 
 
+def at(row: Row, stream: str, steps: np.ndarray) -> np.ndarray:
+    """[n]: a stream of the row, one that it has, at `steps`."""
+    return getattr(row, stream)[steps]
+
+
 def diagnostics(rows: Sequence[Row]) -> dict[str, float]:
     """How good the critic was on this batch, before the update: the share of the returns' variance
     that it explains; and the KL to the reference per response.
@@ -225,17 +226,16 @@ def diagnostics(rows: Sequence[Row]) -> dict[str, float]:
     rows = [row for row in rows if row.returns is not None and row.old_value is not None]
     if not rows:
         return {}
-    steps = [row.weights["value"] != 0 for row in rows]
-    returns = np.concatenate([row.returns[at] for row, at in zip(rows, steps, strict=True)])
-    values = np.concatenate([row.old_value[at] for row, at in zip(rows, steps, strict=True)])
+    steps = [np.flatnonzero(row.weights["value"]) for row in rows]
+    pairs = list(zip(rows, steps, strict=True))
+    returns = np.concatenate([at(row, "returns", where) for row, where in pairs])
+    values = np.concatenate([at(row, "old_value", where) for row, where in pairs])
     unexplained = np.var(returns - values) / max(np.var(returns), 1e-8)
     found = {
         "critic/explained_variance": float(1.0 - unexplained),
         "critic/return": float(returns.mean()),
     }
     if all(row.ref_logp is not None and row.old_logp is not None for row in rows):
-        kl = []
-        for row, at in zip(rows, steps, strict=True):
-            kl.append((row.old_logp[at] - row.ref_logp[at]).sum())
+        kl = [(at(row, "old_logp", s) - at(row, "ref_logp", s)).sum() for row, s in pairs]
         found["critic/kl"] = float(np.mean(kl))
     return found

@@ -7,41 +7,39 @@ is done about rollouts that are off-policy.
 same options, over defaults of its own; `preset: NAME` starts from that preset instead of the
 method's defaults.
 
-preset                  source              advantage               objective       reduction
-grpo                    arXiv 2402.03300    (R - mean)/std          clip 0.2/0.2    token_mean; the
-                        paper: kl 0.04, seq_mean_token_mean
-dr_grpo                 arXiv 2503.20783    R - mean                clip 0.2/0.2
-                        sum_over_constant, give `reduction_length` (the response limit)
-dapo                    arXiv 2503.14476    (R - mean)/std          clip 0.2/0.28   token_mean;
-                        groups without spread are redrawn
-rloo                    arXiv 2402.14740    leave one out           reinforce
-                        seq_mean_token_sum
-reinforce_pp            arXiv 2501.03262    R whitened              clip 0.2/0.2    token_mean
-reinforce_pp_baseline   arXiv 2501.03262    R - mean, whitened      clip 0.2/0.2    token_mean
-gspo                    arXiv 2507.18071    (R - mean)/std          gspo
-                        seq_mean_token_mean
-cispo                   arXiv 2506.13585    (R - mean)/std          cispo           token_mean
-ppo                     arXiv 1707.06347    gae                     clip 0.2/0.2    token_mean; a
-                        value head, see algorithms/parts/critic.py
-luffy_code              code of LUFFY,      R - mean                ppo, no clip    constant (sum /
-                        reduction_length, not divided by rows); entropy bonus 0.001
-                        ReLIFT and HPT                                              of the mean entropy of all tokens, not of their sum
+preset                 source            advantage           objective     reduction
+grpo                   arXiv 2402.03300  (R - mean)/std      clip 0.2/0.2  token_mean
+dr_grpo                arXiv 2503.20783  R - mean            clip 0.2/0.2  sum_over_constant
+dapo                   arXiv 2503.14476  (R - mean)/std      clip 0.2/0.28 token_mean
+rloo                   arXiv 2402.14740  leave one out       reinforce     seq_mean_token_sum
+reinforce_pp           arXiv 2501.03262  R whitened          clip 0.2/0.2  token_mean
+reinforce_pp_baseline  arXiv 2501.03262  R - mean, whitened  clip 0.2/0.2  token_mean
+gspo                   arXiv 2507.18071  (R - mean)/std      gspo          seq_mean_token_mean
+cispo                  arXiv 2506.13585  (R - mean)/std      cispo         token_mean
+ppo                    arXiv 1707.06347  gae                 clip 0.2/0.2  token_mean
+luffy_code             code of LUFFY,    R - mean            no clip       constant
+                       ReLIFT and HPT
 
-That code adds up the losses of a GPU's micro-batches and averages over GPUs. So on G GPUs with K
-micro-batches each (of one optimizer step), its sum over tokens weighs 1/G, and what is a token mean
-there (entropy bonus, KL, the SFT loss of HPT and of RL with an SFT loss) weighs K: their ratio
-depends on the machine. Here a term has one global denominator. To get the ratio of a published run,
-say what it ran on: `code_gpus: G, code_micro_batches: K`. Micro-batches that hold no token of a
-mean do not count for it; where they differ much (few demonstrations), the K of the SFT loss is
-smaller.
+grpo: the paper has kl 0.04 and seq_mean_token_mean. dr_grpo needs `reduction_length`, the response
+limit; luffy_code too: it divides a sum by it, whatever the number of rows, and has an entropy bonus
+of 0.001 on the mean entropy of all tokens, not on their sum. dapo redraws groups without spread.
+ppo has a value head, see algorithms/parts/critic.py.
+
+The code behind luffy_code adds up the losses of a GPU's micro-batches and averages over GPUs. So on
+G GPUs with K micro-batches each (of one optimizer step), its sum over tokens weighs 1/G, and what
+is a token mean there (entropy bonus, KL, the SFT loss of HPT and of RL with an SFT loss) weighs K:
+their ratio depends on the machine. Here a term has one global denominator. To get the ratio of a
+published run, say what it ran on: `code_gpus: G, code_micro_batches: K`. Micro-batches that hold no
+token of a mean do not count for it; where they differ much (few demonstrations), the K of the SFT
+loss is smaller.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -51,6 +49,7 @@ from tandem.algorithms.parts.critic import Critic
 from tandem.algorithms.parts.objectives.correction import RolloutCorrection
 from tandem.algorithms.parts.objectives.entropy import EntropyBonus, KLToReference
 from tandem.algorithms.parts.objectives.policy import CISPO, GSPO, PPOClip, Reinforce
+from tandem.algorithms.parts.objectives.tokens import Objective
 from tandem.algorithms.parts.reductions import Reduction
 from tandem.algorithms.parts.schedules import Schedule
 from tandem.engine.config.options import build, typed
@@ -84,15 +83,13 @@ PRESETS: dict[str, dict] = {
 # sources whose tokens belong to the policy term, where a method puts them into a group
 TRAINED = (Source.POLICY, Source.PREFIX, Source.EXPERT)
 
-T = TypeVar("T")
-
 
 @dataclass
 class PolicyLoss:
     """Options of the RL half."""
 
     advantage: str = "grpo"  # algorithms/parts/advantages.py
-    critic: Critic | dict | None = None  # options of advantage gae: algorithms/parts/critic.py
+    critic: Critic | None = None  # of advantage gae; None: a Critic with its defaults
     objective: str = "ppo"  # ppo | gspo | cispo | reinforce
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -102,8 +99,8 @@ class PolicyLoss:
     regulariser_reduction: str | None = None  # of KL and entropy bonus; None: as the policy term
     code_gpus: int = 1  # G and K of the docstring, of reduction constant only
     code_micro_batches: int = 1
-    kl: Schedule | float = 0.0  # beta; anything but 0 loads a frozen reference model
-    entropy_bonus: Schedule | float = 0.0
+    kl: Schedule = Schedule()  # beta; anything but 0 loads a frozen reference model
+    entropy_bonus: Schedule = Schedule()
     dynamic_sampling: bool = False  # redraw groups whose rewards are all equal (DAPO)
     # do not train on responses cut at max_tokens (DAPO's overlong filtering)
     mask_truncated: bool = False
@@ -130,38 +127,28 @@ class PolicyLoss:
                     "goes with reduction constant only (preset luffy_code), whose authors' "
                     "code depends on it"
                 )
-        self.kl, self.entropy_bonus = Schedule.parse(self.kl), Schedule.parse(self.entropy_bonus)
         if self.critic is not None and self.advantage != "gae":
             raise ValueError(
                 "method.policy.critic is given, but method.policy.advantage is "
                 f"{self.advantage!r}, which has no critic; set it to gae (preset ppo)"
             )
-        self.critic = (
-            build(Critic, self.critic or {}, "method.policy.critic")
-            if self.advantage == "gae"
-            else None
-        )
+        if self.critic is None and self.advantage == "gae":
+            self.critic = Critic()
 
     @classmethod
-    def parse(cls, value, **defaults) -> PolicyLoss:
+    def parse(cls, value: Any, **defaults: Any) -> PolicyLoss:
         """A preset name, a mapping of options with an optional `preset`, or a PolicyLoss, which is
-        taken as it is.
+        taken as it is. `defaults` are the method's own; they may name a preset themselves.
 
-        `defaults` are the method's own; they may name a preset themselves. A preset that `value`
-        names takes their place, single options change them.
+        Raises ValueError that names the key of the config.
         """
         if isinstance(value, cls):
             return value
-        options = {"preset": value} if isinstance(value, str) else dict(value)
-        if "preset" not in options:
-            critic = {
-                **(defaults.get("critic") or {}),
-                **typed(dict, options.get("critic") or {}, "method.policy.critic"),
-            }
-            options = {**defaults, **options, "critic": critic or None}
-        preset = typed(str, options.pop("preset", "grpo"), "method.policy.preset")
-        check("preset", preset, PRESETS)
-        return build(cls, {**PRESETS[preset], **options}, "method.policy")
+        if isinstance(value, str):
+            value = {"preset": value}
+        if not isinstance(value, Mapping):
+            raise ValueError(f"method.policy: found {value!r}, expected a section or text")
+        return build(cls, merged(value, defaults), "method.policy")
 
     @property
     def uses_reference(self) -> bool:
@@ -173,7 +160,9 @@ class PolicyLoss:
 
     def advantages(self, groups: Sequence[ScoredGroup]) -> list[np.ndarray]:
         """float32 [n] per group, from the rewards of its trajectories."""
-        lengths = [np.array([self.mask(t).sum() for t in g.trajectories]) for g in groups]
+        lengths = []
+        for group in groups:
+            lengths.append(np.array([self.mask(t).sum() for t in group.trajectories]))
         return ESTIMATORS[self.advantage]([g.rewards for g in groups], lengths)
 
     def mask(self, trajectory: Trajectory) -> np.ndarray:
@@ -189,10 +178,13 @@ class PolicyLoss:
         """
         mask = self.mask(trajectory)
         sampled = mask * (trajectory.source == Source.POLICY)
+        weights = {"policy": mask}
+        for name in self.regularisers():
+            weights[name] = sampled.copy()
         row = Row(
             tokens=trajectory.tokens,
             source=trajectory.source,
-            weights={"policy": mask, **{name: sampled.copy() for name in self.regularisers()}},
+            weights=weights,
             advantage=mask * np.float32(advantage),
             behaviour_logp=trajectory.behaviour_logp,
             version=trajectory.version,
@@ -208,11 +200,11 @@ class PolicyLoss:
         """Every trajectory of every group as a row, with the advantage that it has within its
         group.
         """
-        return [
-            self.row(t, a)
-            for g, advantages in zip(groups, self.advantages(groups), strict=True)
-            for t, a in zip(g.trajectories, advantages, strict=True)
-        ]
+        rows = []
+        for group, advantages in zip(groups, self.advantages(groups), strict=True):
+            pairs = zip(group.trajectories, advantages, strict=True)
+            rows += [self.row(trajectory, advantage) for trajectory, advantage in pairs]
+        return rows
 
     @property
     def mean_weight(self) -> int:
@@ -227,58 +219,66 @@ class PolicyLoss:
         return Reduction(self.regulariser_reduction, length)
 
     def regularisers(self) -> list[str]:
-        return [
-            name
-            for name, coefficient in (("kl", self.kl), ("entropy", self.entropy_bonus))
-            if not coefficient.off
-        ]
+        coefficients = {"kl": self.kl, "entropy": self.entropy_bonus}
+        return [name for name, coefficient in coefficients.items() if not coefficient.off]
 
-    def token_objective(self):
+    def token_objective(self) -> Objective:
         if self.objective == "ppo":
             return PPOClip(self.clip_low, self.clip_high, self.dual_clip)
-        return {
-            "gspo": GSPO(self.clip_low, self.clip_high),
-            "cispo": CISPO(self.clip_low, self.clip_high),
-            "reinforce": Reinforce(),
-        }[self.objective]
+        if self.objective == "gspo":
+            return GSPO(self.clip_low, self.clip_high)
+        if self.objective == "cispo":
+            return CISPO(self.clip_low, self.clip_high)
+        return Reinforce()
+
+    def rollout_correction(self, off_policy: bool) -> RolloutCorrection | None:
+        level = self.correction
+        if level == "auto":
+            level = "token" if off_policy else "none"
+        if level == "none":
+            return None
+        mode, cap, floor = self.correction_mode, self.correction_cap, self.correction_floor
+        return RolloutCorrection(level, mode, cap, floor)
 
     def terms(self, batch: Batch, coefficient: float = 1.0) -> list[Term]:
         reduction = Reduction(self.reduction, self.reduction_length)
-        level = (
-            ("token" if batch.off_policy else "none")
-            if self.correction == "auto"
-            else self.correction
-        )
-        correction = (
-            None
-            if level == "none"
-            else RolloutCorrection(
-                level, self.correction_mode, self.correction_cap, self.correction_floor
-            )
-        )
+        correction = self.rollout_correction(batch.off_policy)
         whole = coefficient / self.code_gpus
         terms = [Term("policy", self.token_objective(), reduction, whole, correction)]
         mean = self.regulariser()
-        share = coefficient * self.mean_weight if mean.name == "token_mean" else whole
+        factor = coefficient * self.mean_weight if mean.name == "token_mean" else whole
         if not self.kl.off:
-            beta = share * self.kl(batch.step, batch.signals)
+            beta = factor * self.kl(batch.step, batch.signals)
             terms.append(Term("kl", KLToReference(), mean, beta, needs=frozenset({"ref_logp"})))
         if not self.entropy_bonus.off:
-            bonus = share * self.entropy_bonus(batch.step, batch.signals)
+            bonus = factor * self.entropy_bonus(batch.step, batch.signals)
             terms.append(Term("entropy", EntropyBonus(), mean, bonus, needs=frozenset({"entropy"})))
-        return terms + ([] if self.critic is None else self.critic.terms(reduction, whole))
+        if self.critic is not None:
+            terms += self.critic.terms(reduction, whole)
+        return terms
+
+
+def merged(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a PolicyLoss, from what is nearest to the user:
+
+    with a preset of the user's      options, the preset
+    else                             options, the method's defaults, the preset that those name
+                                     (the options of `critic` one by one in the same order)
+    """
+    if "preset" not in options:
+        critic = typed(dict, options.get("critic") or {}, "method.policy.critic")
+        critic = {**defaults.get("critic", {}), **critic}
+        options = {**defaults, **options, "critic": critic or None}
+    preset = typed(str, options.get("preset", "grpo"), "method.policy.preset")
+    check("preset", preset, PRESETS)
+    fields = {**PRESETS[preset], **options}
+    fields.pop("preset", None)
+    return fields
 
 
 def trained(trajectory: Trajectory) -> np.ndarray:
     """float32 [T]: 1 on the tokens of the policy term."""
     return np.isin(trajectory.source, TRAINED).astype(np.float32)
-
-
-def variant(as_: str, paper: T, code: T) -> T:
-    """What `as: paper | code` selects."""
-    if as_ not in ("paper", "code"):
-        raise ValueError(f"as is {as_!r}; known: paper, code")
-    return paper if as_ == "paper" else code
 
 
 def check(option: str, value, known) -> None:

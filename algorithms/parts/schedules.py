@@ -11,8 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from tandem.engine.config.options import build
+from tandem.engine.config.options import build, read_number
+from tandem.engine.core.text import closest
 
 # what a kind reads by default
 SIGNAL = {
@@ -31,19 +33,22 @@ class Schedule:
 
     kind         value at step t
     constant     peak
-    linear       warm-up 0 -> peak over `warmup` steps, then peak -> valley linearly over `decay` steps, then valley
-    cosine       the same with a half cosine: valley + (peak - valley)(1 + cos(pi (t -
-                 warmup)/decay))/2   (CHORD, arXiv 2508.11408, authors' code)
-    step         peak while t < decay, then valley                                                        (SFT->RL: 1 -> 0)
+    linear       warm-up 0 -> peak over `warmup` steps, then peak -> valley linearly over `decay`
+                 steps, then valley
+    cosine       the same with a half cosine:
+                 valley + (peak - valley)(1 + cos(pi (t - warmup)/decay))/2
+                 (CHORD, arXiv 2508.11408, authors' code)
+    step         peak while t < decay, then valley (SFT->RL: 1 -> 0)
     periodic     peak on every `period`-th step (t % period == 0), valley otherwise
                  (alternating SFT/RL)
 
     kind         value where the signal was s when last measured; peak before it ever was
-    reward_gap   peak - s, kept within [valley, peak]           (CHORD's adaptive mu = max(0, tau -
-                 mean reward): peak is tau)
-    gate         peak while s <= threshold, then valley         (success gate)
-    entropy_exp  peak exp(rate s)                               (SRFT's weights: rate -1 for demonstrations, +1 for own samples)
-    saturating   peak s/(s + threshold)                         (SASR's probability of an SFT step)
+    reward_gap   peak - s, kept within [valley, peak]
+                 (CHORD's adaptive mu = max(0, tau - mean reward): peak is tau)
+    gate         peak while s <= threshold, then valley (success gate)
+    entropy_exp  peak exp(rate s)
+                 (SRFT's weights: rate -1 for demonstrations, +1 for own samples)
+    saturating   peak s/(s + threshold) (SASR's probability of an SFT step)
 
     `signal` names the metric of metrics.jsonl that is read: by default reward/mean, entropy or
     grad_norm. A step that does not measure it (one without rollouts has no reward/mean, a skipped
@@ -63,8 +68,6 @@ class Schedule:
     rate: float = -1.0
 
     def __post_init__(self):
-        from tandem.engine.core.text import closest
-
         if self.kind not in KINDS:
             raise ValueError(
                 f"unknown schedule kind {self.kind!r}{closest(self.kind, KINDS)}; known: "
@@ -81,20 +84,30 @@ class Schedule:
             raise ValueError(f"schedule {self}: threshold must be >= 0")
 
     @classmethod
-    def parse(cls, value) -> Schedule:
-        """A number, a mapping of the fields above, or a Schedule."""
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return cls("constant", peak=float(value))
-        return build(cls, value, "schedule")
+    def parse(cls, value: Any, key: str = "schedule") -> Schedule:
+        """From a number, a mapping of the fields above, or a Schedule.
+
+        Raises ValueError that begins with `key` for anything else.
+        """
+        number = read_number(float, value)
+        if number is not None:
+            return cls(peak=number)
+        if isinstance(value, (cls, Mapping)):
+            return build(cls, value, key)
+        raise ValueError(f"{key}: found {value!r}, expected a section or a number")
 
     @property
     def off(self) -> bool:
-        """Zero for ever."""
+        """Zero forever."""
         return self.kind == "constant" and self.peak == 0.0
 
     @property
     def adaptive(self) -> bool:
         return self.kind in SIGNAL
+
+    def within(self, low: float, high: float) -> bool:
+        """Whether both ends are in [low, high]."""
+        return low <= self.peak <= high and low <= self.valley <= high
 
     def __call__(self, step: int, signals: Mapping[str, float] = NONE) -> float:
         if self.adaptive:
@@ -109,8 +122,8 @@ class Schedule:
         if step < self.warmup:
             return self.peak * step / self.warmup
         done = min(1.0, (step - self.warmup) / self.decay) if self.decay else 1.0
-        share = 1.0 - done if self.kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
-        return self.valley + (self.peak - self.valley) * share
+        left = 1.0 - done if self.kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+        return self.valley + (self.peak - self.valley) * left
 
     def of_signal(self, s: float) -> float:
         if self.kind == "reward_gap":

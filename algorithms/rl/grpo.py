@@ -1,8 +1,8 @@
 """GRPO: group-relative policy optimisation on the model's own samples, and with `policy:` options
 the whole family around it.
 
-    L = RED_roll{ max( -rho_t A_i , -clip(rho_t, 1 - eps_l, 1 + eps_h) A_i ) } + beta RED_roll{
-    k3(pi || pi_ref) }
+    L   = RED_roll{ max( -rho_t A_i, -clip(rho_t, 1 - eps_l, 1 + eps_h) A_i ) }
+          + beta RED_roll{ k3(pi || pi_ref) }
     A_i = (R_i - mean_group) / (std_group + 1e-6)
 
 Source: arXiv 2402.03300 (eq. 3, 4). Defaults: eps 0.2 (PPO); beta 0 and RED = token_mean, the
@@ -15,25 +15,17 @@ same options: see algorithms/parts/policy.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
-from tandem.algorithms.base import Batch, Method
-from tandem.algorithms.parts.policy import PolicyLoss
+from tandem.algorithms.base import Batch
+from tandem.algorithms.rl_method import RLMethod
 
 
 @dataclass
-class GRPO(Method):
+class GRPO(RLMethod):
     title: ClassVar[str] = "group-relative policy optimisation on own samples"
     paper: ClassVar[str] = "2402.03300"
-
-    policy: PolicyLoss | dict | str = field(default_factory=dict)
-
-    def __post_init__(self):
-        self.policy = PolicyLoss.parse(self.policy)
-
-    def accept(self, group):
-        return self.policy.accept(group)
 
     def rows(self, batch: Batch):
         return self.policy.rows(batch.groups)

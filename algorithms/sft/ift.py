@@ -2,9 +2,10 @@
 paying for the errors that follow it. Experimental.
 
     xhat    greedy next tokens of a first pass over the demonstration, without gradient
-    inputs  (1 - lam) E(y*_t) + lam E(xhat_t) for response tokens, prompt tokens as they are;    ell_t = -log p(y*_t | mixed inputs)
-    code    w_t = sum_{i>=t} gamma^(i-t) ell_i, scaled so that sum_t w_t = T;   L = mean_seq mean_t
-            w_t ell_t        the gradient also goes through w
+    inputs  (1 - lam) E(y*_t) + lam E(xhat_t) for response tokens, prompt tokens as they are
+    ell_t   -log p(y*_t | mixed inputs)
+    code    w_t = sum_{i>=t} gamma^(i-t) ell_i, scaled so that sum_t w_t = T
+            L = mean_seq mean_t w_t ell_t,    the gradient also goes through w
     paper   L = mean_seq sum_n sum_{i>=n} ell_i = mean_seq sum_i i ell_i
 
 Source: arXiv 2405.11870 and the authors' code, which differ as shown (`as: paper | code`). Defaults
@@ -24,8 +25,8 @@ import torch
 
 from tandem.algorithms.base import Batch, Method, Term
 from tandem.algorithms.parts.objectives.tokens import Tokens
-from tandem.algorithms.parts.policy import variant
 from tandem.algorithms.parts.reductions import Reduction
+from tandem.algorithms.parts.variants import check_variant, variant_option
 from tandem.algorithms.rows import expert_row
 
 
@@ -43,26 +44,23 @@ class MixedForward:
             hidden = policy.trunk(tokens, positions)[index]
             gold, _ = policy.head(hidden, target, temperature, chunk, False)
             greedy = policy.head(hidden, None, temperature, chunk, False)
-            # a row's last guess is context of nothing
-            last = torch.cat(
-                [tags["segment"][1:] != tags["segment"][:-1], index.new_ones(1, dtype=torch.bool)]
-            )
-            place = torch.where(last, tokens.numel(), index + 1)
-            guesses = (
-                torch.cat([tokens.reshape(-1), tokens.new_zeros(1)])
-                .index_copy(0, place, greedy)[:-1]
-                .reshape(tokens.shape)
-            )
+            guesses = self.guesses(tokens, index, greedy, tags["segment"])
             table = policy.model.get_input_embeddings()
             mixed = (1.0 - self.lam) * table(tokens) + self.lam * table(guesses)
         # the table's gradient is zero, not absent
         hidden = policy.trunk(tokens, positions, mixed + 0.0 * table(tokens))[index]
         value = None if policy.critic is None else policy.critic(hidden)
-        return (
-            *policy.head(hidden, target, temperature, chunk, entropy),
-            value,
-            {"gold_logp": gold, "guessed": (greedy == target).float()},
-        )
+        logp, h = policy.head(hidden, target, temperature, chunk, entropy)
+        return logp, h, value, {"gold_logp": gold, "guessed": (greedy == target).float()}
+
+    def guesses(self, tokens, index, greedy, segment):
+        """int64 [B, L]: the tokens, with each trained one replaced by its guess, int64 [n]."""
+        # a row's last guess is context of nothing
+        last = torch.ones_like(index, dtype=torch.bool)
+        last[:-1] = segment[1:] != segment[:-1]
+        place = torch.where(last, tokens.numel(), index + 1)
+        with_spare = torch.cat([tokens.reshape(-1), tokens.new_zeros(1)])
+        return with_spare.index_copy(0, place, greedy)[:-1].reshape(tokens.shape)
 
 
 @dataclass(frozen=True)
@@ -73,21 +71,22 @@ class PropagatedNLL:
     detach: bool = False
 
     def __call__(self, tokens: Tokens):
-        ell, metrics = -tokens.logp, {name: value for name, value in tokens.extra.items()}
-        if self.gamma == 0.0:
-            return ell, metrics
-        out, start = [], 0
-        for n in torch.unique_consecutive(tokens.segment, return_counts=True)[1].tolist():
-            row, place = ell[start : start + n], torch.arange(n, device=ell.device)
-            start += n
-            if self.gamma is None:
-                out.append((place + 1.0) * row)
-                continue
-            ahead = place[None, :] - place[:, None]
-            weight = torch.where(ahead >= 0, self.gamma ** ahead.clamp(min=0).float(), 0.0) @ row
-            weight = weight * n / weight.sum().clamp(min=1e-12)
-            out.append((weight.detach() if self.detach else weight) * row)
-        return torch.cat(out), metrics
+        ell = -tokens.logp
+        if self.gamma != 0.0:
+            counts = torch.unique_consecutive(tokens.segment, return_counts=True)[1]
+            rows = torch.split(ell, counts.tolist())
+            ell = torch.cat([self.weight(row) * row for row in rows])
+        return ell, dict(tokens.extra)
+
+    def weight(self, row: torch.Tensor) -> torch.Tensor:
+        """w [T] from ell [T] of one row."""
+        place = torch.arange(len(row), device=row.device)
+        if self.gamma is None:
+            return place + 1.0
+        ahead = place[None, :] - place[:, None]
+        weight = torch.where(ahead >= 0, self.gamma ** ahead.clamp(min=0).float(), 0.0) @ row
+        weight = weight * len(row) / weight.sum().clamp(min=1e-12)
+        return weight.detach() if self.detach else weight
 
 
 @dataclass
@@ -99,13 +98,13 @@ class IFT(Method):
     uses_experts: ClassVar[bool] = True
     uses_rollouts: ClassVar[bool] = False
 
-    as_: str = "code"  # paper | code
+    variant: str = variant_option("code")  # paper | code
     lam: float = 0.2
     gamma: float = 0.95  # as: code
     detach: bool = False  # stop the gradient through w; changes results
 
     def __post_init__(self):
-        variant(self.as_, None, None)
+        check_variant(self.variant)
         for name in ("lam", "gamma"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be in [0, 1]")
@@ -118,7 +117,9 @@ class IFT(Method):
         return [expert_row(t, "ift") for t in batch.experts]
 
     def terms(self, batch: Batch):
-        gamma, reduction = variant(
-            self.as_, (None, "seq_mean_token_sum"), (self.gamma, "seq_mean_token_mean")
-        )
-        return [Term("ift", PropagatedNLL(gamma, self.detach), Reduction(reduction))]
+        if self.variant == "paper":
+            objective, reduction = PropagatedNLL(None), Reduction("seq_mean_token_sum")
+        else:
+            objective = PropagatedNLL(self.gamma, self.detach)
+            reduction = Reduction("seq_mean_token_mean")
+        return [Term("ift", objective, reduction)]

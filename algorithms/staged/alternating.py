@@ -9,17 +9,17 @@ two kinds of step (`separate_moments: true`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from tandem.algorithms.base import Batch, Demand, Method
-from tandem.algorithms.parts.policy import PolicyLoss
 from tandem.algorithms.rl.grpo import GRPO
+from tandem.algorithms.rl_method import RLMethod
 from tandem.algorithms.sft.sft import SFT
 
 
 @dataclass
-class Alternating(Method):
+class Alternating(RLMethod):
     title: ClassVar[str] = "an SFT step every k steps, GRPO steps between"
     paper: ClassVar[str] = "2506.07527"
     uses_experts: ClassVar[bool] = True
@@ -27,13 +27,12 @@ class Alternating(Method):
     every: int = 8
     sft_learning_rate: float | None = None
     separate_moments: bool = True
-    policy: PolicyLoss | dict | str = field(default_factory=dict)
 
     def __post_init__(self):
         if self.every < 1:
             raise ValueError(f"every is {self.every}, must be at least 1 (1 = SFT only)")
-        self.sft, self.rl = SFT(), GRPO(self.policy)
-        self.policy = self.rl.policy
+        super().__post_init__()
+        self.sft, self.rl = SFT(), GRPO(policy=self.policy)
 
     def stage(self, step: int) -> Method:
         return self.sft if step % self.every == 0 else self.rl
@@ -46,9 +45,6 @@ class Alternating(Method):
                 optimizer="sft" if self.separate_moments else "main",
             )
         return Demand(prompts=budget.prompts)
-
-    def accept(self, group):
-        return self.policy.accept(group)
 
     def rows(self, batch: Batch):
         return self.stage(batch.step).rows(batch)

@@ -1,11 +1,11 @@
 """ReFT: warm up on demonstrations, then PPO on the same questions, held near the warmed-up model by
 a KL in the reward.
 
-    stage 1    L = - TOK_demo{ log p_t }                                        sft_steps steps
-    stage 2    r_t = -beta (log pi_old(y_t) - log pi_ref(y_t)) + 1[t = T] R,    A = whitened
-               GAE(gamma 1, lam 0.95)
-               L = SEQ{ max( -A rho, -A clip(rho, 0.8, 1.2) ) } + 5 SEQ{ 1/2 max( (V - ret)^2,
-               (clip(V, V_old +- 0.2) - ret)^2 ) }
+    stage 1    L   = - TOK_demo{ log p_t },    sft_steps steps
+    stage 2    r_t = -beta (log pi_old(y_t) - log pi_ref(y_t)) + 1[t = T] R
+               A   = whitened GAE(gamma 1, lam 0.95)
+               L   = SEQ{ max( -A rho, -A clip(rho, 0.8, 1.2) ) }
+                     + 5 SEQ{ 1/2 max( (V - ret)^2, (clip(V, V_old +- 0.2) - ret)^2 ) }
 
 Source: arXiv 2401.08967 and the authors' code. pi_ref and PPO's start are the weights at the end of
 stage 1, whatever they were; a checkpoint keeps them. Defaults: beta 0.01 as for program answers;
@@ -23,7 +23,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tandem.algorithms.parts.policy import PolicyLoss
 from tandem.algorithms.staged.sft_rl import SFTThenRL
 
 
@@ -34,11 +33,9 @@ class ReFT(SFTThenRL):
     )
     paper: ClassVar[str] = "2401.08967"
 
-    def __post_init__(self):
-        self.policy = PolicyLoss.parse(
-            self.policy,
-            preset="ppo",
-            reduction="seq_mean_token_mean",
-            critic={"lam": 0.95, "kl": 0.01, "coefficient": 5.0},
-        )
-        super().__post_init__()
+    def policy_defaults(self):
+        return {
+            "preset": "ppo",
+            "reduction": "seq_mean_token_mean",
+            "critic": {"lam": 0.95, "kl": 0.01, "coefficient": 5.0},
+        }

@@ -1,7 +1,8 @@
 """ReLIFT: RL steps, and an SFT step on the hardest questions whenever enough of them have gathered.
 
     RL step:   L_GRPO; prompts that no rollout solved go to a buffer, with their demonstrations
-    SFT step:  L = - TOK_buf{ log p_t } - alpha TOK_buf{ h_t },     as soon as the buffer holds `buffer` demonstrations; it takes that many
+    SFT step:  L = - TOK_buf{ log p_t } - alpha TOK_buf{ h_t }, as soon as the buffer holds
+               `buffer` demonstrations; it takes that many
 
 Source: arXiv 2506.07527; buffer 128. The SFT step has optimizer moments of its own. Paper and code:
 the paper's RL is GRPO with std, clip and token mean, alpha 1e-4, and a plain buffer: oldest first.
@@ -18,20 +19,21 @@ feed the buffer.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from tandem.algorithms.base import Batch, Demand, Method, Term
+from tandem.algorithms.base import Batch, Demand, Term
 from tandem.algorithms.parts.objectives.entropy import EntropyBonus
 from tandem.algorithms.parts.objectives.nll import NLL
-from tandem.algorithms.parts.policy import PolicyLoss, variant
 from tandem.algorithms.parts.schedules import Schedule
+from tandem.algorithms.parts.variants import select, variant_option
+from tandem.algorithms.rl_method import RLMethod
 from tandem.algorithms.rows import demonstration, expert_row
 from tandem.engine.core.types import Row, ScoredGroup, Trajectory
 
 
 @dataclass
-class ReLIFT(Method):
+class ReLIFT(RLMethod):
     title: ClassVar[str] = "RL, with SFT steps on the questions no rollout solved"
     paper: ClassVar[str] = "2506.07527"
     uses_experts: ClassVar[bool] = True
@@ -39,33 +41,30 @@ class ReLIFT(Method):
     # one rollout per prompt still shows which questions to learn from demonstrations
     needs_groups: ClassVar[bool] = False
 
-    as_: str = "paper"
+    variant: str = variant_option()  # paper | code
     buffer: int = 128
     newest_first: bool | None = None  # None: false as paper, true as code
-    alpha: Schedule | float | None = None  # None: 1e-4 as paper, 1e-3 as code
+    alpha: Schedule | None = None  # None: 1e-4 as paper, 1e-3 as code
     sft_learning_rate: float | None = None
-    policy: PolicyLoss | dict | str = field(default_factory=dict)
 
     def __post_init__(self):
         if self.buffer < 1:
             raise ValueError(f"buffer is {self.buffer}, must be at least 1")
-        self.policy = PolicyLoss.parse(
-            self.policy, **variant(self.as_, {}, {"preset": "luffy_code"})
-        )
-        self.alpha = Schedule.parse(
-            variant(self.as_, 1e-4, 1e-3) if self.alpha is None else self.alpha
-        )
-        self.newest_first = (
-            variant(self.as_, False, True) if self.newest_first is None else self.newest_first
-        )
+        super().__post_init__()
+        self.entropy_weight = self.alpha or Schedule(peak=select(self.variant, 1e-4, 1e-3))
+        if self.newest_first is None:
+            self.newest_first = select(self.variant, False, True)
         self.waiting: list[Trajectory] = []  # in the order in which they are taken
         # SFT steps that were announced and not yet made; with staleness, steps are announced ahead
         self.planned: set[int] = set()
         self.pushed = self.consumed = 0
 
+    def policy_defaults(self):
+        return select(self.variant, paper={}, code={"preset": "luffy_code"})
+
     def hardest(self, group: ScoredGroup) -> bool:
-        unsolved = not (group.rewards > 0).any() if self.as_ == "paper" else not group.rewards.any()
-        return group.prompt.demonstration is not None and unsolved
+        solved = group.rewards > 0 if self.variant == "paper" else group.rewards != 0
+        return group.prompt.demonstration is not None and not solved.any()
 
     def demand(self, step, budget, signals):
         promised = len(self.planned - {step})  # to other SFT steps
@@ -95,15 +94,10 @@ class ReLIFT(Method):
     def terms(self, batch: Batch) -> list[Term]:
         if batch.groups:
             return self.policy.terms(batch)
-        return [
-            Term("buffer", NLL()),
-            Term(
-                "buffer_entropy",
-                EntropyBonus(),
-                coefficient=self.alpha(batch.step, batch.signals),
-                needs=frozenset({"entropy"}),
-            ),
-        ]
+        alpha = self.entropy_weight(batch.step, batch.signals)
+        needs = frozenset({"entropy"})
+        bonus = Term("buffer_entropy", EntropyBonus(), coefficient=alpha, needs=needs)
+        return [Term("buffer", NLL()), bonus]
 
     def metrics(self, step):
         return {"buffer": float(len(self.waiting)), "demonstrations_used": float(self.consumed)}
@@ -117,9 +111,6 @@ class ReLIFT(Method):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.waiting, self.planned, self.pushed, self.consumed = (
-            list(state["waiting"]),
-            set(state["planned"]),
-            state["pushed"],
-            state["consumed"],
-        )
+        self.waiting = list(state["waiting"])
+        self.planned = set(state["planned"])
+        self.pushed, self.consumed = state["pushed"], state["consumed"]

@@ -1,8 +1,8 @@
 """SASR: after a warm-up of SFT, every step is SFT or GRPO by a draw whose probability follows the
 SFT gradient's norm.
 
-    L_t = I_t L_SFT + (1 - I_t) L_GRPO,    I_t ~ Bernoulli(p_t),    p_t = G_last / (G_last + gamma
-                                           G_warm)
+    L_t = I_t L_SFT + (1 - I_t) L_GRPO,    I_t ~ Bernoulli(p_t)
+    p_t = G_last / (G_last + gamma G_warm)
     G_last: norm of the SFT gradient at the most recent SFT step;  G_warm: at the end of the warm-up
 
 Source: arXiv 2505.13026: a per-step switch, probabilistic, driven by gradient norms; warm-up loss
@@ -18,31 +18,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
-from tandem.algorithms.base import Batch, Demand, Method, Term
+from tandem.algorithms.base import Batch, Demand, Term
 from tandem.algorithms.parts.objectives.nll import NLL
-from tandem.algorithms.parts.policy import PolicyLoss
 from tandem.algorithms.parts.reductions import Reduction
 from tandem.algorithms.parts.schedules import Schedule
+from tandem.algorithms.rl_method import RLMethod
 from tandem.algorithms.rows import expert_row
 
 
 @dataclass
-class SASR(Method):
+class SASR(RLMethod):
     title: ClassVar[str] = "each step SFT or GRPO, drawn by the SFT gradient's norm"
     paper: ClassVar[str] = "2505.13026"
     uses_experts: ClassVar[bool] = True
 
     warmup: int = 100  # SFT steps
     gamma: float = 1.0
-    probability: Schedule | float | None = None
+    probability: Schedule | None = None  # None: the p_t above
     sft_reduction: str = "token_mean"
     sft_learning_rate: float | None = None
-    policy: PolicyLoss | dict | str = field(default_factory=dict)
 
     def __post_init__(self):
         if self.warmup < 1:
@@ -50,23 +49,19 @@ class SASR(Method):
                 f"warmup is {self.warmup}, must be at least 1: the switch compares with the "
                 "gradient norm at its end"
             )
-        if self.probability is None:
-            self.probability = Schedule(
-                "saturating", peak=1.0, signal="sft_norm_ratio", threshold=self.gamma
-            )
-        self.probability, self.policy = (
-            Schedule.parse(self.probability),
-            PolicyLoss.parse(self.policy),
-        )
+        super().__post_init__()
+        by_norm = Schedule("saturating", peak=1.0, signal="sft_norm_ratio", threshold=self.gamma)
+        self.switch = self.probability or by_norm
         Reduction(self.sft_reduction)
         self.g_warm = self.g_last = 0.0
-        self.next_p, self.signals = 1.0, {}
+        self.next_p = 1.0
+        self.signals: Mapping[str, float] = {}
 
     def p(self, step: int, signals: Mapping[str, float]) -> float:
         """The chance that `step` is an SFT step."""
-        return (
-            1.0 if step < self.warmup else self.probability(step, {**signals, **self.norm_ratio()})
-        )
+        if step < self.warmup:
+            return 1.0
+        return self.switch(step, {**signals, **self.norm_ratio()})
 
     def norm_ratio(self) -> dict[str, float]:
         return {"sft_norm_ratio": self.g_last / self.g_warm} if self.g_warm > 0 else {}
@@ -75,9 +70,6 @@ class SASR(Method):
         if np.random.default_rng([budget.seed, step]).random() < self.p(step, signals):
             return Demand(experts=budget.experts, learning_rate=self.sft_learning_rate)
         return Demand(prompts=budget.prompts)
-
-    def accept(self, group):
-        return self.policy.accept(group)
 
     def rows(self, batch: Batch):
         self.signals = batch.signals

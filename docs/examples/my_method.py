@@ -4,12 +4,12 @@ model knows already is left alone.
     L = (1 - mu) L_GRPO - mu TOK_demo{ sg[(1 - p_t)^k] log p_t }
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
-from tandem.algorithms.base import Method, Term
-from tandem.algorithms.parts.policy import PolicyLoss
+from tandem.algorithms.base import Term
 from tandem.algorithms.parts.schedules import Schedule
+from tandem.algorithms.rl_method import RLMethod
 from tandem.algorithms.rows import expert_row
 
 
@@ -24,16 +24,12 @@ class FocalNLL:
 
 
 @dataclass
-class FocalMix(Method):
+class FocalMix(RLMethod):  # its `policy` is the whole RL family as options
     title: ClassVar[str] = "GRPO + SFT weighted by (1 - p)^k"
     uses_experts: ClassVar[bool] = True
 
-    mu: Schedule | float = 0.2  # a number, or any schedule
+    mu: Schedule = Schedule(peak=0.2)  # in a config a number, or any schedule
     k: float = 2.0
-    policy: PolicyLoss | dict | str = field(default_factory=dict)  # the whole RL family as options
-
-    def __post_init__(self):
-        self.mu, self.policy = Schedule.parse(self.mu), PolicyLoss.parse(self.policy)
 
     def rows(self, batch):
         return self.policy.rows(batch.groups) + [expert_row(t, "expert") for t in batch.experts]

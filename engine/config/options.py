@@ -1,5 +1,9 @@
 """From a mapping in a config to a dataclass: keys are checked against its fields, values against
 their annotations, and errors name the key.
+
+A type with a classmethod `parse(value, key)` reads what the config has for it. A field's metadata
+may give it another `key` in the config than its name, or with `as_given` leave its value to the
+dataclass's own `__post_init__`.
 """
 
 from __future__ import annotations
@@ -11,8 +15,15 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
+from tandem.engine.core.text import closest
+
 T = TypeVar("T")
 PLAIN = (int, float, bool, str, dict, list, types.NoneType)
+
+
+def key_of(field: dataclasses.Field) -> str:
+    """What a field is called in a config."""
+    return field.metadata.get("key", field.name)
 
 
 def build(cls: type[T], options: Any, key: str, owner: str | None = None) -> T:
@@ -24,30 +35,32 @@ def build(cls: type[T], options: Any, key: str, owner: str | None = None) -> T:
     `key` is where the options stand in the config, e.g. method.policy; `owner` is what the message
     about an unknown key calls it instead.
     """
-    from tandem.engine.core.text import closest
-
     if isinstance(options, cls):
         return options
     if not isinstance(options, Mapping):
         raise ValueError(f"{key}: found {options!r}, expected a mapping of options")
-    # `as` is a word of Python, so its field is `as_`
-    known = {f.name.rstrip("_"): f.name for f in dataclasses.fields(cls) if f.init}
-    for name in options:
+    known = {key_of(f): f for f in option_fields(cls)}
+    hints = field_types(cls)
+    values = {}
+    for name, value in options.items():
         if name not in known:
             raise ValueError(
                 f"{owner or key} has no option {name!r}{closest(name, known)}; its options: "
                 f"{', '.join(known) or 'none'}"
             )
-    hints = annotations(cls)
-    return cls(
-        **{
-            known[name]: typed(hints[known[name]], value, f"{key}.{name}")
-            for name, value in options.items()
-        }
-    )
+        field = known[name]
+        if not field.metadata.get("as_given"):
+            value = typed(hints[field.name], value, f"{key}.{name}")
+        values[field.name] = value
+    return cls(**values)
 
 
-def annotations(cls: type) -> dict[str, Any]:
+def option_fields(cls: Any) -> list[dataclasses.Field]:
+    """The fields of a dataclass that a config may set."""
+    return [field for field in dataclasses.fields(cls) if field.init]
+
+
+def field_types(cls: type) -> dict[str, Any]:
     """{field: its type}. Raises ValueError for a type that is text, as with
     `from __future__ import annotations`, and names what is not there."""
     try:
@@ -70,26 +83,24 @@ def typed(hint: Any, value: Any, key: str) -> Any:
     owner of the option makes something of it.
     """
     from tandem.engine.config.parse import describe
-    from tandem.engine.core.text import closest
 
-    kinds = (
-        typing.get_args(hint)
-        if typing.get_origin(hint) in (types.UnionType, typing.Union)
-        else (hint,)
-    )
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    kinds = typing.get_args(hint) if union else (hint,)
     if any(fits(kind, value) for kind in kinds):
         return value
     for kind in kinds:
-        if kind in (int, float) and (number := read_number(kind, value)) is not None:
+        number = read_number(kind, value) if kind in (int, float) else None
+        if number is not None:
             return number
+        parse = getattr(kind, "parse", None)
+        if parse is not None:
+            return parse(value, key)
         if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
-            return build(kind, value, key)
-    words = [
-        word
-        for kind in kinds
-        if typing.get_origin(kind) is Literal
-        for word in typing.get_args(kind)
-    ]
+            return build(typing.cast(type, kind), value, key)
+    words = []
+    for kind in kinds:
+        if typing.get_origin(kind) is Literal:
+            words += typing.get_args(kind)
     raise ValueError(f"{key}: found {value!r}{closest(value, words)}, expected {describe(hint)}")
 
 
@@ -103,7 +114,8 @@ def fits(kind: Any, value: Any) -> bool:
         return any(type(value) is type(word) and value == word for word in typing.get_args(kind))
     if kind in (int, float):
         return type(value) is kind and not math.isnan(value)
-    return isinstance(value, kind) if kind in PLAIN or dataclasses.is_dataclass(kind) else True
+    is_checked = kind in PLAIN or dataclasses.is_dataclass(kind)
+    return not is_checked or isinstance(value, typing.cast(type, kind))
 
 
 def read_number(kind: type, value: Any) -> float | int | None:

@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 
 from tandem.algorithms.registry import configured
+from tandem.engine.config.options import key_of, option_fields
 from tandem.engine.config.parse import to_dict
 from tandem.engine.config.paths import OBJECT_IN_FILE
 from tandem.engine.config.schema import Config, DatasetConfig
@@ -261,11 +262,7 @@ def method_options(block: dict[str, Any]) -> dict[str, Any]:
 
 def plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
-        return {
-            f.name.rstrip("_"): plain(getattr(value, f.name))
-            for f in dataclasses.fields(value)
-            if f.init
-        }
+        return {key_of(f): plain(getattr(value, f.name)) for f in option_fields(value)}
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):

@@ -16,7 +16,7 @@ from method_cases import (
     drive,
     forced,
     ids,
-    kind,
+    kind_of,
     look,
     rollouts,
     without_rollouts,
@@ -223,7 +223,7 @@ def test_draws_depend_on_seed_and_step_alone(name, options):
 def test_another_seed_draws_another_switch():
     def kinds(seed):
         return [
-            kind(demand)
+            kind_of(demand)
             for demand, *_ in drive(
                 make_method("sasr", {"warmup": 1}), range(30), budget=replace(BUDGET, seed=seed)
             )[0]
@@ -240,7 +240,7 @@ def test_lively_options_cover_what_can_change_over_time(name):
         len({round(signals["grad_norm"], 6) for *_, signals in record if signals["grad_norm"]}) > 3
     )
     if name in ("sft_rl", "alternating", "sasr", "relift"):
-        assert {kind(demand) for demand, *_ in record} == {"sft", "rl"}
+        assert {kind_of(demand) for demand, *_ in record} == {"sft", "rl"}
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -185,7 +185,7 @@ def commit(method, step, signals):
     return demand
 
 
-def kind(demand) -> str:
+def kind_of(demand) -> str:
     """rl: a step with rollouts; sft: one without."""
     return "rl" if demand.prompts else "sft"
 

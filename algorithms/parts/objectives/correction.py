@@ -6,19 +6,19 @@ from dataclasses import dataclass
 
 import torch
 
-from tandem.algorithms.parts.objectives.tokens import Tokens, clamped_exp
+from tandem.algorithms.parts.objectives.tokens import Tokens, clamped_exp, segment_sum
 
 
 @dataclass(frozen=True)
 class RolloutCorrection:
-    """Truncated importance sampling between learner snapshot and rollout engine: w = exp(log pi_old
-    - log pi_rollout), no gradient.
+    """Truncated importance sampling between learner snapshot and rollout engine:
+    w = exp(log pi_old - log pi_rollout), no gradient.
 
     It multiplies the loss outside the clip, on tokens that a rollout engine sampled; all others
     keep weight 1.
     level     token: w_t;  sequence: the product of w_t over the row's sampled tokens
-    mode      truncate: min(w, cap) (TIS, default cap 2 as in verl);  mask: w where floor <= w <=
-              cap, else 0; floor None is 1/cap. IcePop: 0.5 and 5
+    mode      truncate: min(w, cap) (TIS, default cap 2 as in verl)
+              mask: w where floor <= w <= cap, else 0; floor None is 1/cap. IcePop: 0.5 and 5
     """
 
     level: str = "token"
@@ -27,13 +27,11 @@ class RolloutCorrection:
     floor: float | None = None
 
     def __call__(self, tokens: Tokens) -> torch.Tensor:
-        sampled = ~torch.isnan(tokens.behaviour_logp)
-        log_w = torch.nan_to_num(tokens.old.detach() - tokens.behaviour_logp, nan=0.0)
+        behaviour_logp = tokens["behaviour_logp"]
+        sampled = ~torch.isnan(behaviour_logp)
+        log_w = torch.nan_to_num(tokens.old.detach() - behaviour_logp, nan=0.0)
         if self.level == "sequence":
-            rows = int(tokens.segment.max()) + 1 if len(log_w) else 0
-            log_w = torch.zeros(rows, device=log_w.device).index_add_(0, tokens.segment, log_w)[
-                tokens.segment
-            ]
+            log_w = segment_sum(log_w, tokens.segment)[tokens.segment]
         w = clamped_exp(log_w)
         if self.mode == "truncate":
             w = w.clamp(max=self.cap)

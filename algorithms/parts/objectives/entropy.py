@@ -12,7 +12,7 @@ class EntropyBonus:
     """-h_t, differentiable in the full distribution: a positive coefficient rewards entropy."""
 
     def __call__(self, tokens: Tokens):
-        return -tokens.entropy, {}
+        return -tokens["entropy"], {}
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,6 @@ class KLToReference:
     """
 
     def __call__(self, tokens: Tokens):
-        d = (tokens.ref_logp - tokens.logp).clamp(-10.0, 10.0)
+        d = (tokens["ref_logp"] - tokens.logp).clamp(-10.0, 10.0)
         k3 = d.exp() - d - 1.0
         return k3, {"kl": k3.detach()}

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tandem.algorithms.parts.objectives.tokens import Tokens, segment_mean
+from tandem.algorithms.parts.objectives.tokens import Objective, Tokens, segment_mean
 from tandem.engine.core.types import Source
 
 
@@ -14,11 +14,12 @@ from tandem.engine.core.types import Source
 class NLL:
     """Negative log-likelihood times a detached function of p = exp(logp).
 
-    weight  w(p)                    source
-    one     1                       SFT
-    p       p                       SFT-IS, CHORD's rejected variant (arXiv 2508.11408), also DFT
-            (arXiv 2508.05629)
-    phi     p (1 - p)               CHORD-phi, arXiv 2508.11408 sec. 4.2
+    weight  w(p)         source
+    one     1            SFT
+    p       p            SFT-IS, CHORD's rejected variant (arXiv 2508.11408), also DFT
+                         (arXiv 2508.05629)
+    phi     p (1 - p)    CHORD-phi, arXiv 2508.11408 sec. 4.2
+
     The weight carries no gradient: the paper's formula is silent, both public codes detach.
     """
 
@@ -44,9 +45,8 @@ class ExpertRatio:
 
     def __call__(self, tokens: Tokens):
         p = tokens.logp.exp()
-        return -tokens.advantage * (p if self.gamma is None else p / (p + self.gamma)), {
-            "p": p.detach()
-        }
+        f = p if self.gamma is None else p / (p + self.gamma)
+        return -tokens["advantage"] * f, {"p": p.detach()}
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,15 @@ class BySource:
     others. Metrics of either are named by it: expert/p.
     """
 
-    rollout: object
-    expert: object
+    rollout: Objective
+    expert: Objective
 
     def __call__(self, tokens: Tokens):
+        is_expert = tokens.source == int(Source.EXPERT)
+        parts = {"rollout": (self.rollout, ~is_expert), "expert": (self.expert, is_expert)}
         loss = torch.zeros_like(tokens.logp)
-        is_expert, metrics = tokens.source == int(Source.EXPERT), {}
-        for objective, name, chosen in (
-            (self.rollout, "rollout", ~is_expert),
-            (self.expert, "expert", is_expert),
-        ):
+        metrics = {}
+        for name, (objective, chosen) in parts.items():
             index = chosen.nonzero().squeeze(-1)
             if len(index):
                 part, metrics[name] = objective(tokens.take(index))
@@ -100,16 +99,16 @@ class SelfReinforce:
 
     def __call__(self, tokens: Tokens):
         weight = entropy_weight(tokens, self.scale, 1.0, self.level)
-        right = tokens.advantage > 0
-        return torch.where(right, -weight, torch.ones_like(weight)) * tokens.logp, {
-            "weight": weight,
-            "right": right.float(),
-        }
+        right = tokens["advantage"] > 0
+        loss = torch.where(right, -weight, torch.ones_like(weight)) * tokens.logp
+        return loss, {"weight": weight, "right": right.float()}
 
 
 def entropy_weight(tokens: Tokens, scale: float, sign: float, level: str) -> torch.Tensor:
-    h = tokens.entropy.detach()
-    return scale * torch.exp(sign * (segment_mean(h, tokens.segment) if level == "sequence" else h))
+    h = tokens["entropy"].detach()
+    if level == "sequence":
+        h = segment_mean(h, tokens.segment)
+    return scale * torch.exp(sign * h)
 
 
 @dataclass(frozen=True)
@@ -121,22 +120,26 @@ class PrefixSelected:
     choice does not depend on the micro-batch.
     """
 
-    objective: object
+    objective: Objective
     keep: float = 0.2
 
     def __call__(self, tokens: Tokens):
         prefix = tokens.source == int(Source.PREFIX)
+        advantage = tokens["advantage"]
         index = prefix.nonzero().squeeze(-1)
-        advantage = tokens.advantage
         if len(index):
-            segment = tokens.segment[index]
-            order = index[torch.argsort(tokens.entropy[index], descending=True, stable=True)]
-            # by row, within a row by falling entropy
-            order = order[torch.argsort(tokens.segment[order], stable=True)]
-            count = torch.bincount(segment, minlength=int(segment.max()) + 1)
-            start = torch.cumsum(count, 0) - count
-            place = torch.arange(len(order), device=order.device) - start[tokens.segment[order]]
-            dropped = order[place >= torch.ceil(self.keep * count - 1e-6)[tokens.segment[order]]]
-            advantage = advantage.index_fill(0, dropped, 0.0)
+            advantage = advantage.index_fill(0, self.dropped(tokens, index), 0.0)
         loss, metrics = self.objective(replace(tokens, advantage=advantage))
         return loss, {**metrics, "prefix_share": prefix.float()}
+
+    def dropped(self, tokens: Tokens, index: torch.Tensor) -> torch.Tensor:
+        """int64 [k]: those of the prefix tokens `index` that are not pushed."""
+        order = index[torch.argsort(tokens["entropy"][index], descending=True, stable=True)]
+        # by row, within a row by falling entropy
+        order = order[torch.argsort(tokens.segment[order], stable=True)]
+        row = tokens.segment[order]
+        count = torch.bincount(row)
+        start = torch.cumsum(count, 0) - count
+        rank = torch.arange(len(order), device=order.device) - start[row]
+        # 1e-6: 0.2 * 5 is a little more than 1 in binary
+        return order[rank >= torch.ceil(self.keep * count - 1e-6)[row]]

@@ -24,15 +24,12 @@ class PPOClip:
 
     def __call__(self, tokens: Tokens):
         rho = clamped_exp(tokens.logp - tokens.old)
-        a = tokens.advantage
-        loss = torch.maximum(-a * rho, -a * rho.clamp(1.0 - self.clip_low, 1.0 + self.clip_high))
+        a = tokens["advantage"]
+        low, high = 1.0 - self.clip_low, 1.0 + self.clip_high
+        loss = torch.maximum(-a * rho, -a * rho.clamp(low, high))
         if self.dual_clip is not None:
             loss = torch.where(a < 0, torch.minimum(-a * self.dual_clip, loss), loss)
-        clipped = ((a > 0) & (rho > 1.0 + self.clip_high)) | ((a < 0) & (rho < 1.0 - self.clip_low))
-        return loss, {
-            "clip_fraction": clipped.float(),
-            "ppo_kl": (tokens.old - tokens.logp).detach(),
-        }
+        return loss, ratio_metrics(tokens, inert(a, rho, low, high))
 
 
 @dataclass(frozen=True)
@@ -50,13 +47,10 @@ class GSPO:
     def __call__(self, tokens: Tokens):
         ratio = clamped_exp(segment_mean((tokens.logp - tokens.old).detach(), tokens.segment))
         rho = ratio * clamped_exp(tokens.logp - tokens.logp.detach())
-        a = tokens.advantage
-        loss = torch.maximum(-a * rho, -a * rho.clamp(1.0 - self.clip_low, 1.0 + self.clip_high))
-        clipped = ((a > 0) & (rho > 1.0 + self.clip_high)) | ((a < 0) & (rho < 1.0 - self.clip_low))
-        return loss, {
-            "clip_fraction": clipped.float(),
-            "ppo_kl": (tokens.old - tokens.logp).detach(),
-        }
+        a = tokens["advantage"]
+        low, high = 1.0 - self.clip_low, 1.0 + self.clip_high
+        loss = torch.maximum(-a * rho, -a * rho.clamp(low, high))
+        return loss, ratio_metrics(tokens, inert(a, rho, low, high))
 
 
 @dataclass(frozen=True)
@@ -72,14 +66,9 @@ class CISPO:
 
     def __call__(self, tokens: Tokens):
         rho = clamped_exp(tokens.logp - tokens.old).detach()
-        clipped = (rho > 1.0 + self.clip_high) | (rho < 1.0 - self.clip_low)
-        loss = (
-            -rho.clamp(1.0 - self.clip_low, 1.0 + self.clip_high) * tokens.advantage * tokens.logp
-        )
-        return loss, {
-            "clip_fraction": clipped.float(),
-            "ppo_kl": (tokens.old - tokens.logp).detach(),
-        }
+        low, high = 1.0 - self.clip_low, 1.0 + self.clip_high
+        loss = -rho.clamp(low, high) * tokens["advantage"] * tokens.logp
+        return loss, ratio_metrics(tokens, (rho > high) | (rho < low))
 
 
 @dataclass(frozen=True)
@@ -87,4 +76,16 @@ class Reinforce:
     """-A log pi."""
 
     def __call__(self, tokens: Tokens):
-        return -tokens.advantage * tokens.logp, {}
+        return -tokens["advantage"] * tokens.logp, {}
+
+
+def inert(a: torch.Tensor, rho: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """bool [n]: tokens that the clip leaves without a gradient."""
+    return ((a > 0) & (rho > high)) | ((a < 0) & (rho < low))
+
+
+def ratio_metrics(tokens: Tokens, clipped: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {
+        "clip_fraction": clipped.float(),
+        "ppo_kl": (tokens.old - tokens.logp).detach(),
+    }

@@ -4,13 +4,13 @@ a loss per token.
 An objective is a frozen dataclass (its fields are its constants) with `__call__(tokens: Tokens) ->
 (loss [n], {metric: [n]})`. What it reports of m of its tokens alone stands a level deeper, {part:
 {metric: [m]}}, and is averaged over those. The loss must be differentiable in `tokens.logp`;
-everything else is data. `weight`, `reduction` and `coefficient` are not its business.
+everything else is data. Weights, reductions and coefficients are applied outside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -20,7 +20,9 @@ LOG_RATIO_LIMIT = 20.0
 
 @dataclass(frozen=True)
 class Tokens:
-    """The trained tokens of one micro-batch, flat. Streams that no row has are None."""
+    """The trained tokens of one micro-batch, flat. Streams that no row has are None; `tokens[name]`
+    is a stream that must be there.
+    """
 
     logp: torch.Tensor  # float32 [n], requires grad
     # int64 [n] row number, 0-based: tokens of a row stand together
@@ -42,6 +44,13 @@ class Tokens:
     # {name: float32 [n]} from a method's own forward
     extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """A stream of the tokens or of `extra`. Raises KeyError if it is absent."""
+        stream = self.extra.get(name, getattr(self, name, None))
+        if stream is None:
+            raise KeyError(f"no token has {name!r}")
+        return stream
+
     @property
     def old(self) -> torch.Tensor:
         """log pi_old: the snapshot's log-prob where the plan has one, else the present one without
@@ -53,26 +62,39 @@ class Tokens:
 
     def take(self, index: torch.Tensor) -> Tokens:
         """The same tokens, `index` (int64 [m]) of them."""
+        taken = {}
+        for stream in fields(self):
+            value = getattr(self, stream.name)
+            if isinstance(value, torch.Tensor):
+                taken[stream.name] = value[index]
+        extra = {name: value[index] for name, value in self.extra.items()}
+        return Tokens(**taken, extra=extra)
 
-        def pick(x):
-            return (
-                None
-                if x is None
-                else {k: v[index] for k, v in x.items()}
-                if isinstance(x, Mapping)
-                else x[index]
-            )
 
-        return Tokens(*(pick(getattr(self, f)) for f in self.__dataclass_fields__))
+Objective = Callable[[Tokens], tuple[torch.Tensor, Mapping]]
 
 
 def clamped_exp(log_ratio: torch.Tensor) -> torch.Tensor:
     return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 
+def segment_sum(values: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
+    """[n, ...] -> [rows, ...]: the sum over each row's tokens."""
+    rows = int(segment.max()) + 1 if len(segment) else 0
+    total = torch.zeros(rows, *values.shape[1:], device=values.device)
+    return total.index_add(0, segment, values)
+
+
+def segment_softmax(values: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
+    """[n] -> [n]: the softmax over each row's tokens."""
+    rows = int(segment.max()) + 1 if len(segment) else 0
+    top = torch.full((rows,), -torch.inf, device=values.device)
+    top = top.scatter_reduce(0, segment, values.detach(), "amax")
+    powers = (values - top[segment]).exp()
+    return powers / segment_sum(powers, segment)[segment]
+
+
 def segment_mean(values: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
     """[n] -> [n]: every token gets the mean over its row's tokens."""
-    rows = int(segment.max()) + 1 if len(segment) else 0
-    total = torch.zeros(rows, device=values.device).index_add_(0, segment, values)
-    count = torch.zeros(rows, device=values.device).index_add_(0, segment, torch.ones_like(values))
-    return (total / count.clamp(min=1.0))[segment]
+    count = segment_sum(torch.ones_like(values), segment)
+    return (segment_sum(values, segment) / count.clamp(min=1.0))[segment]

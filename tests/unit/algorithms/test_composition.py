@@ -19,7 +19,7 @@ from method_cases import (
     drive,
     forced,
     ids,
-    kind,
+    kind_of,
     look,
     rollouts,
     without_rollouts,
@@ -129,7 +129,7 @@ def test_relift_with_an_endless_buffer_is_rl_step_for_step():
     """Section 4(g)."""
     ours, _ = drive(make_method("relift", {"buffer": 10**9}), range(12))
     theirs, _ = drive(make_method("grpo", {}), range(12))
-    assert all(kind(demand) == "rl" for demand, *_ in ours)
+    assert all(kind_of(demand) == "rl" for demand, *_ in ours)
     for (_, _, loss, gs, _), (_, _, loss_, gs_, _) in zip(ours, theirs, strict=True):
         assert loss == loss_ and all(np.array_equal(a, b) for a, b in zip(gs, gs_, strict=True))
 
@@ -182,25 +182,29 @@ def sft_gradients(reduction="token_mean"):
 
 
 @pytest.mark.parametrize(
-    "as_, reduction", [("code", "token_mean"), ("paper", "seq_mean_token_mean")]
+    "variant, reduction", [("code", "token_mean"), ("paper", "seq_mean_token_mean")]
 )
-def test_hpt_below_the_gate_is_sft(as_, reduction):
+def test_hpt_below_the_gate_is_sft(variant, reduction):
     """Section 8(g)."""
     method = make_method(
         "hpt",
-        {"as": as_, "gate": 1.0, **({"policy": {"reduction_length": 8}} if as_ == "code" else {})},
+        {
+            "as": variant,
+            "gate": 1.0,
+            **({"policy": {"reduction_length": 8}} if variant == "code" else {}),
+        },
     )
     assert_same(gradients(method, Batch(0, DEMOS, ())), sft_gradients(reduction))
 
 
 @pytest.mark.parametrize(
-    "as_, parent",
+    "variant, parent",
     [
         ("code", {"preset": "luffy_code", "reduction_length": 8}),
         ("paper", {"reduction": "seq_mean_token_sum"}),
     ],
 )
-def test_hpt_with_every_prompt_above_the_gate_is_rl(as_, parent):
+def test_hpt_with_every_prompt_above_the_gate_is_rl(variant, parent):
     """Section 8(g): with demonstrations at hand, gate -1 also where all rollouts failed, gate 0
     where one was right.
     """
@@ -209,9 +213,9 @@ def test_hpt_with_every_prompt_above_the_gate_is_rl(as_, parent):
         method = make_method(
             "hpt",
             {
-                "as": as_,
+                "as": variant,
                 "gate": gate,
-                **({"policy": {"reduction_length": 8}} if as_ == "code" else {}),
+                **({"policy": {"reduction_length": 8}} if variant == "code" else {}),
             },
         )
         assert_same(

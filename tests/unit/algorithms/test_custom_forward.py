@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tandem.algorithms.base import Batch
-from tandem.algorithms.hybrid.carft import Attraction, PairedForward, similarity
+from tandem.algorithms.parts.objectives.embedding import Attraction, PairedForward, similarity
 from tandem.algorithms.parts.objectives.tokens import Tokens
 from tandem.algorithms.registry import make_method
 from tandem.algorithms.sft.ift import MixedForward, PropagatedNLL
@@ -305,7 +305,7 @@ def test_similarity_by_hand():
         "group": torch.tensor([4, 4, 4, 5, -1]),
         "source": torch.tensor([1, 1, 2, 1, 2]),
     }
-    found = similarity(value, u, **tags)
+    found = similarity(value, u, tags["segment"], tags["group"], tags["source"])
     np.testing.assert_allclose(
         found.detach(), [1 / np.sqrt(10)] * 2 + [1.0, 0.0, 0.0], rtol=1e-5, atol=1e-6
     )

@@ -21,9 +21,9 @@ PUBLISHED = {
     "alternating": {"every": 8, "separate_moments": True},
     "srft": {"sft_scale": always(0.5), "self_scale": always(0.1), "sign": -1.0},
     "prefix_rft": {"high": always(0.95), "keep": 0.2},
-    "relift": {"buffer": 128, "alpha": always(1e-4)},
+    "relift": {"buffer": 128, "entropy_weight": always(1e-4)},
     "uft": {
-        "p": Schedule("cosine", peak=0.95, valley=0.05, decay=300),
+        "hint_p": Schedule("cosine", peak=0.95, valley=0.05, decay=300),
         "hint_steps": 300,
         "segments": 5,
         "hint_coefficient": always(0.001),
@@ -31,7 +31,7 @@ PUBLISHED = {
     "luffy": {"gamma": 0.1},
     "hpt": {"gate": 0.0, "sft_coefficient": always(1.0)},
     "visurf": {"smoothing": True},
-    "ift": {"as_": "code", "lam": 0.2, "gamma": 0.95, "detach": False},
+    "ift": {"variant": "code", "lam": 0.2, "gamma": 0.95, "detach": False},
     "carft": {"contrast": 0.1, "tau": 0.2, "cap": 0.9, "embedding": 64},
 }
 NO_REGULARISER = {"kl": always(0.0), "entropy_bonus": always(0.0)}
@@ -87,4 +87,4 @@ def test_defaults_of_the_authors_code(name, alpha):
         p.kl,
         p.entropy_bonus,
     ) == ("dr_grpo", "constant", 8192, unbounded, unbounded, always(0.0), always(0.001))
-    assert alpha is None or method.alpha == always(alpha)
+    assert alpha is None or method.entropy_weight == always(alpha)

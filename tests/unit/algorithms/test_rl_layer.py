@@ -19,6 +19,7 @@ from tandem.algorithms.parts.advantages import ESTIMATORS
 from tandem.algorithms.parts.objectives.nll import NLL, ExpertRatio
 from tandem.algorithms.parts.objectives.tokens import Tokens
 from tandem.algorithms.parts.policy import PRESETS, PolicyLoss
+from tandem.algorithms.parts.schedules import Schedule
 from tandem.algorithms.registry import make_method
 from tandem.engine.core.types import Finish
 from tandem.engine.learner.inspect import group, inspect, trajectory
@@ -145,7 +146,7 @@ def test_every_preset_is_in_the_table_above():
 def test_policy_options_start_from_a_preset_or_from_the_methods_defaults():
     defaults = {"advantage": "dr_grpo", "entropy_bonus": 0.01}
     assert PolicyLoss.parse({"kl": 0.1}, **defaults) == PolicyLoss(
-        advantage="dr_grpo", entropy_bonus=0.01, kl=0.1
+        advantage="dr_grpo", entropy_bonus=Schedule(peak=0.01), kl=Schedule(peak=0.1)
     )
     assert PolicyLoss.parse("grpo", **defaults) == PolicyLoss()
     assert PolicyLoss.parse({"preset": "dapo", "clip_low": 0.1}, **defaults) == PolicyLoss(

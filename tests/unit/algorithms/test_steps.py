@@ -18,7 +18,7 @@ from method_cases import (
     commit,
     constant,
     drive,
-    kind,
+    kind_of,
     look,
     rollouts,
 )
@@ -46,13 +46,13 @@ def test_relift_by_hand():
         "buffer": 1.0,
         "demonstrations_used": 0.0,
     }
-    assert kind(method.demand(1, BUDGET, {})) == "sft"
+    assert kind_of(method.demand(1, BUDGET, {})) == "sft"
     out = look(method, batch(groups=(), step=1), entropy=constant(0.7))
     assert out.loss == pytest.approx(0.3 - 0.01 * 0.7, rel=1e-5)
     np.testing.assert_allclose(out.gradients[0], [0, -1 / 3, -1 / 3, -1 / 3], rtol=1e-6)
     assert (
         method.metrics(1) == {"buffer": 0.0, "demonstrations_used": 1.0}
-        and kind(method.demand(2, BUDGET, {})) == "rl"
+        and kind_of(method.demand(2, BUDGET, {})) == "rl"
     )
 
 
@@ -76,13 +76,14 @@ def test_relift_buffers_what_nothing_solved():
 
 
 def test_relift_variants():
-    for as_ in ("paper", "code"):
+    for variant in ("paper", "code"):
         method = make_method(
-            "relift", {"as": as_, **({"policy": {"reduction_length": 10}} if as_ == "code" else {})}
+            "relift",
+            {"as": variant, **({"policy": {"reduction_length": 10}} if variant == "code" else {})},
         )
-        assert method.alpha(0) == (1e-4 if as_ == "paper" else 1e-3)
+        assert method.entropy_weight(0) == (1e-4 if variant == "paper" else 1e-3)
         assert look(method, batch(groups=[rollouts()])).coefficients == (
-            {"policy": 1.0} if as_ == "paper" else {"policy": 1.0, "entropy": 0.001}
+            {"policy": 1.0} if variant == "paper" else {"policy": 1.0, "entropy": 0.001}
         )
 
 
@@ -120,7 +121,7 @@ def test_relift_makes_as_many_sft_steps_as_the_buffer_filled(staleness):
     """
     method = make_method("relift", {"buffer": 3})
     record, _ = drive(method, range(40), staleness=staleness)
-    sft = [(demand, rows) for demand, rows, *_ in record if kind(demand) == "sft"]
+    sft = [(demand, rows) for demand, rows, *_ in record if kind_of(demand) == "sft"]
     ahead = len(method.planned)
     assert (
         len(sft) > 4
@@ -132,7 +133,7 @@ def test_relift_makes_as_many_sft_steps_as_the_buffer_filled(staleness):
         and method.pushed == method.consumed + len(method.waiting)
     )
     assert {demand.optimizer for demand, _ in sft} == {"sft"} and {
-        d.optimizer for d, *_ in record if kind(d) == "rl"
+        d.optimizer for d, *_ in record if kind_of(d) == "rl"
     } == {"main"}
 
 
@@ -140,8 +141,8 @@ def test_relift_has_made_every_sft_step_once_its_buffer_is_below_a_batch():
     """Section 4(g): number of SFT steps == floor(pushed / M), exactly, and the rest waits."""
     method = make_method("relift", {"buffer": 3})
     record, _ = drive(method, range(40))
-    made, step = sum(kind(demand) == "sft" for demand, *_ in record), 40
-    while kind(commit(method, step, {})) == "sft":
+    made, step = sum(kind_of(demand) == "sft" for demand, *_ in record), 40
+    while kind_of(commit(method, step, {})) == "sft":
         look(method, batch(groups=(), step=step))
         made, step = made + 1, step + 1
     assert made == method.pushed // 3 > 4 and len(method.waiting) == method.pushed % 3
@@ -162,9 +163,9 @@ def test_relift_resumed_does_not_announce_an_sft_step_twice():
     """
     one, two = (make_method("relift", {"buffer": 2}) for _ in range(2))
     look(one, batch(groups=[wrong(0), wrong(1)]))
-    assert kind(commit(one, 5, {})) == "sft"
+    assert kind_of(commit(one, 5, {})) == "sft"
     two.load_state_dict(one.state_dict())
-    assert [kind(two.demand(step, BUDGET, {})) for step in (6, 5)] == ["rl", "sft"] and [
+    assert [kind_of(two.demand(step, BUDGET, {})) for step in (6, 5)] == ["rl", "sft"] and [
         t.group for t in two.waiting
     ] == [0, 1]
 
@@ -222,7 +223,7 @@ def test_sasr_probability_by_hand(last, gamma, expected):
     """
     method = warm_sasr(g_last=last, gamma=gamma)
     assert method.p(6, {}) == pytest.approx(expected, abs=1e-9)
-    kinds = [kind(method.demand(step, BUDGET, {})) for step in range(6, 406)]
+    kinds = [kind_of(method.demand(step, BUDGET, {})) for step in range(6, 406)]
     assert kinds.count("sft") / 400 == pytest.approx(
         expected, abs=0.1 if 0 < expected < 1 else 1e-12
     )
@@ -299,7 +300,7 @@ def test_sasr_reports_the_probability_that_it_will_draw_by():
 def test_sasr_warm_up_is_sft_and_shares_its_moments():
     method = make_method("sasr", {"warmup": 5, "probability": 0.0, "sft_learning_rate": 1e-3})
     demands = [method.demand(step, BUDGET, {}) for step in range(8)]
-    assert [kind(d) for d in demands] == ["sft"] * 5 + ["rl"] * 3 and {
+    assert [kind_of(d) for d in demands] == ["sft"] * 5 + ["rl"] * 3 and {
         d.optimizer for d in demands
     } == {"main"}
     assert demands[0].learning_rate == 1e-3 and demands[7].learning_rate is None
