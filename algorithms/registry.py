@@ -1,69 +1,137 @@
-"""Methods by name, and a method built from the options of a config."""
+"""Methods by name, and a method built from the options of a config.
+
+A method that comes with Tandem is a file FAMILY/NAME.py beside this one, with one class that
+inherits Method. Other packages bring methods by entry points of the group `tandem.methods`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import inspect
 from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
 from tandem.algorithms.base import Method
+from tandem.algorithms.parts.policy import PolicyLoss
+from tandem.algorithms.rl_method import RLMethod
 from tandem.engine.config.options import build
 from tandem.engine.core.loading import load_object
+from tandem.engine.core.text import closest
 
-# name -> "module:Class"; imported on use, so that listing methods costs nothing and one broken file
-# breaks one method
-METHODS: dict[str, str] = {
-    "sft": "tandem.algorithms.sft.sft:SFT",
-    "grpo": "tandem.algorithms.rl.grpo:GRPO",
-    "sft_rl": "tandem.algorithms.staged.sft_rl:SFTThenRL",
-    "static_mix": "tandem.algorithms.hybrid.static_mix:StaticMix",
-    "rl_with_sft": "tandem.algorithms.hybrid.rl_with_sft:RLWithSFT",
-    "alternating": "tandem.algorithms.staged.alternating:Alternating",
-    "chord_mu": "tandem.algorithms.hybrid.chord_mu:ChordMu",
-    "chord_phi": "tandem.algorithms.hybrid.chord_phi:ChordPhi",
-    "sft_is": "tandem.algorithms.hybrid.sft_is:SFTIS",
-    "luffy": "tandem.algorithms.hybrid.luffy:LUFFY",
-    "srft": "tandem.algorithms.hybrid.srft:SRFT",
-    "prefix_rft": "tandem.algorithms.hybrid.prefix_rft:PrefixRFT",
-    "uft": "tandem.algorithms.hybrid.uft:UFT",
-    "hpt": "tandem.algorithms.hybrid.hpt:HPT",
-    "visurf": "tandem.algorithms.hybrid.visurf:ViSurf",
-    "relift": "tandem.algorithms.staged.relift:ReLIFT",
-    "sasr": "tandem.algorithms.staged.sasr:SASR",
-    "ppo": "tandem.algorithms.rl.ppo:PPO",
-    "reft": "tandem.algorithms.staged.reft:ReFT",
-    "ift": "tandem.algorithms.sft.ift:IFT",
-    "carft": "tandem.algorithms.hybrid.carft:CARFT",
-}
+GROUP = "tandem.methods"
+NOT_FAMILIES = ("checks", "parts")
+
+
+def shipped() -> dict[str, str]:
+    """{name: family}, by listing the folders: nothing is imported, and one broken file breaks one
+    method.
+    """
+    found = {}
+    for path in sorted(Path(__file__).parent.glob("*/[a-z]*.py")):
+        if path.parent.name not in NOT_FAMILIES:
+            found[path.stem] = path.parent.name
+    return found
+
+
+METHODS = shipped()
+
+
+@cache
+def installed() -> dict[str, list[EntryPoint]]:
+    """{name: entry points} of the installed packages; more than one where they clash."""
+    found: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(group=GROUP):
+        found.setdefault(point.name, []).append(point)
+    return found
 
 
 def method_class(name: str) -> type[Method]:
-    """The class of a registered method, or of a user's `file.py:Class`.
+    """The class of a method that comes with Tandem or an installed package, or of a user's
+    `file.py:Class`.
 
-    Raises ValueError for anything else.
+    Raises ValueError for anything else, and where several have the name.
     """
-    if name not in METHODS and ":" not in name:
-        from tandem.engine.core.text import closest
+    if ":" in name:
+        return checked(load_object(name, "method"), f"method {name!r}")
+    points = installed().get(name, [])
+    check_clash(name, points)
+    if name in METHODS:
+        return only_class(f"tandem.algorithms.{METHODS[name]}.{name}")
+    if points:
+        return installed_class(points[0])
+    known = [*METHODS, *installed()]
+    raise ValueError(
+        f"unknown method {name!r}{closest(name, known)}; known: {', '.join(known)}, "
+        "or a path my_method.py:MyMethod"
+    )
 
+
+def only_class(module_name: str) -> type[Method]:
+    """The only Method that a module defines."""
+    module = importlib.import_module(module_name)
+    found = []
+    for value in vars(module).values():
+        if (
+            isinstance(value, type)
+            and issubclass(value, Method)
+            and value.__module__ == module_name
+        ):
+            found.append(value)
+    if len(found) != 1:
+        names = ", ".join(cls.__name__ for cls in found) or "none"
         raise ValueError(
-            f"unknown method {name!r}{closest(name, METHODS)}; known: {', '.join(METHODS)}, "
-            "or a path my_method.py:MyMethod"
+            f"{module.__file__} defines {names}; expected exactly one class that inherits Method, "
+            "since the file's name is the method's"
         )
-    cls = load_object(METHODS.get(name, name), "method")
+    return checked(found[0], f"method {module_name.rpartition('.')[2]!r}")
+
+
+def installed_class(point: EntryPoint) -> type[Method]:
+    """The class that an entry point names. Raises ValueError that names its package."""
+    owner = f"method {point.name!r} of the installed package {distribution(point)}"
+    try:
+        found = load_object(point.value, "its entry point")
+    except ValueError as error:
+        raise ValueError(f"{owner}: {error}") from error
+    return checked(found, owner)
+
+
+def check_clash(name: str, points: list[EntryPoint]) -> None:
+    owners = [distribution(point) for point in points]
+    if name in METHODS:
+        owners.insert(0, "Tandem itself")
+    if len(owners) > 1:
+        raise ValueError(
+            f"method {name!r} is there more than once, from {' and '.join(owners)}; uninstall one "
+            "of these packages, or name the class you mean, package.module:Class"
+        )
+
+
+def distribution(point: EntryPoint) -> str:
+    """Name and version of the package that an entry point belongs to."""
+    return f"{point.dist.name} {point.dist.version}" if point.dist else "of unknown name"
+
+
+def checked(cls: Any, owner: str) -> type[Method]:
+    """The class, if a config can set its options."""
     if not (isinstance(cls, type) and issubclass(cls, Method) and dataclasses.is_dataclass(cls)):
         raise ValueError(
-            f"method {name!r} is {cls!r}; expected a dataclass that inherits "
-            "tandem.algorithms.base.Method"
+            f"{owner} is {cls!r}; expected a dataclass that inherits tandem.algorithms.base.Method"
         )
-    options = [
-        field
-        for field, kind in cls.__dict__.get("__annotations__", {}).items()
-        if "ClassVar" not in str(kind)
-    ]
+    own = inspect.get_annotations(cls)
+    options = [field for field, kind in own.items() if "ClassVar" not in str(kind)]
     if options and "__dataclass_fields__" not in cls.__dict__:
         raise ValueError(
-            f"method {name!r}: {cls.__name__} declares {', '.join(options)} but is no "
+            f"{owner}: {cls.__name__} declares {', '.join(options)} but is no "
             "dataclass of its own, so they would be ignored; put @dataclass above it"
+        )
+    if hasattr(cls, "aligned"):
+        raise ValueError(
+            f"{owner}: {cls.__name__} sets `aligned`, which is called prompts_from_experts now"
         )
     return cls
 
@@ -77,4 +145,11 @@ def make_method(name: str, options: Mapping[str, Any]) -> Method:
     """Build a method from the config's `method:` block; unknown options and values of the wrong
     type are a ValueError that names the key.
     """
-    return build(method_class(name), options, "method", f"method {name!r}")
+    cls = method_class(name)
+    method = build(cls, options, "method", f"method {name!r}")
+    if isinstance(method, RLMethod) and not isinstance(method.policy, PolicyLoss):
+        raise ValueError(
+            f"method {name!r}: its policy is still {method.policy!r} after "
+            f"{cls.__name__}.__post_init__; begin that with super().__post_init__()"
+        )
+    return method

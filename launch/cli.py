@@ -8,7 +8,6 @@ from; 130 stopped by Ctrl-C.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -246,22 +245,9 @@ def configs(args: argparse.Namespace) -> int:
 
 
 def methods(args: argparse.Namespace) -> int:
-    import inspect
+    from tandem.launch.methods import print_methods
 
-    from tandem.algorithms.registry import METHODS, method_class
-
-    broken = 0
-    for name in METHODS:
-        try:
-            cls = method_class(name)
-        except Exception as error:  # one broken method must not hide the others
-            print(f"{name:<14} cannot be loaded: {error}")
-            broken += 1
-            continue
-        paper = f"arXiv {cls.paper}" if cls.paper else "no single paper"
-        print(f"{name:<14} {cls.title}")
-        print(f"{'':<14} {paper:<18} {os.path.relpath(inspect.getfile(cls))}")
-    return 1 if broken else 0
+    return print_methods()
 
 
 def doctor(args: argparse.Namespace) -> int:

@@ -116,7 +116,9 @@ class Producer:
         """How many groups a step takes whose prompts are from the experts (True), and of the others
         (False).
         """
-        from_experts = min(demand.experts, demand.prompts) if self.method.prompts_from_experts else 0
+        from_experts = (
+            min(demand.experts, demand.prompts) if self.method.prompts_from_experts else 0
+        )
         return {True: from_experts, False: demand.prompts - from_experts}
 
     def draw(self, step: int, from_experts: bool) -> Slot:

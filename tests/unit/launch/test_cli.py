@@ -91,7 +91,7 @@ def test_methods_lists_each_with_paper_and_file(capsys):
     out = capsys.readouterr().out
     for name in METHODS:
         cls = method_class(name)
-        entry = out[out.index(f"{name:<14} {cls.title}") :].splitlines()[1]
+        entry = out[out.index(f"  {name:<14} {cls.title}") :].splitlines()[1]
         assert (cls.paper or "no single paper") in entry
         assert os.path.isfile(entry.split()[-1])
 
