@@ -102,8 +102,7 @@ class Method:
     # False: rollouts train something without an advantage too (UFT's hints), so one sample per
     # prompt is a warning only
     needs_groups: ClassVar[bool] = True
-    # the RL half, algorithms.policy.PolicyLoss, where the method has one (then a field, set in
-    # __post_init__)
+    # the PolicyLoss of a method with an RL half: see algorithms/rl_method.py
     policy: ClassVar[Any] = None
 
     # Experimental, for methods whose log-probs are not those of the tokens' own context, or that

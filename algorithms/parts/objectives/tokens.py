@@ -10,7 +10,7 @@ everything else is data. Weights, reductions and coefficients are applied outsid
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 
@@ -62,13 +62,8 @@ class Tokens:
 
     def take(self, index: torch.Tensor) -> Tokens:
         """The same tokens, `index` (int64 [m]) of them."""
-        taken = {}
-        for stream in fields(self):
-            value = getattr(self, stream.name)
-            if isinstance(value, torch.Tensor):
-                taken[stream.name] = value[index]
-        extra = {name: value[index] for name, value in self.extra.items()}
-        return Tokens(**taken, extra=extra)
+        streams = {k: v[index] for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return Tokens(**streams, extra={k: v[index] for k, v in self.extra.items()})
 
 
 Objective = Callable[[Tokens], tuple[torch.Tensor, Mapping]]
