@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tandem.algorithms.parts.policy import PolicyLoss
     from tandem.algorithms.parts.schedules import Schedule
     from tandem.algorithms.registry import make_method
+    from tandem.algorithms.rl_method import RLMethod
     from tandem.algorithms.rows import expert_row, policy_row
     from tandem.engine.config.schema import Config
     from tandem.engine.core.errors import ConfigError
@@ -39,6 +40,7 @@ __all__ = [
     "Method",
     "PPOClip",
     "PolicyLoss",
+    "RLMethod",
     "Row",
     "Schedule",
     "Term",
@@ -64,6 +66,7 @@ _HOMES = {
     "Method": "tandem.algorithms.base:Method",
     "PPOClip": "tandem.algorithms.parts.objectives.policy:PPOClip",
     "PolicyLoss": "tandem.algorithms.parts.policy:PolicyLoss",
+    "RLMethod": "tandem.algorithms.rl_method:RLMethod",
     "Row": "tandem.engine.core.types:Row",
     "Schedule": "tandem.algorithms.parts.schedules:Schedule",
     "Term": "tandem.algorithms.base:Term",
