@@ -18,7 +18,7 @@ class Sources:
     prompts: Any  # PromptSource, or the recorded prompts of a replay
     experts: ExpertSource | None
     # demonstrations with their prompts, where the method wants these together
-    aligned: PromptSource | None
+    expert_prompts: PromptSource | None
     evaluation: PromptSource | None
 
     def named(self) -> dict[str, RowSource]:
@@ -26,14 +26,14 @@ class Sources:
         every = {
             "prompts": self.prompts,
             "experts": self.experts,
-            "aligned": self.aligned,
+            "aligned": self.expert_prompts,
             "evaluation": self.evaluation,
         }
         return {name: source for name, source in every.items() if isinstance(source, RowSource)}
 
     def cursors(self) -> dict[str, Any]:
         """Those of which a checkpoint says how far they are read."""
-        every = {"prompts": self.prompts, "experts": self.experts, "aligned": self.aligned}
+        every = {"prompts": self.prompts, "experts": self.experts, "aligned": self.expert_prompts}
         return {name: source for name, source in every.items() if source is not None}
 
     def facts(self) -> dict[str, dict[str, Any]]:
@@ -57,7 +57,7 @@ def open_sources(config: Config, data: DataConfig, method: Method, tokenizer) ->
             return None
         return kind(dataset, data, tokenizer, config.model, seed)
 
-    prompts = experts = aligned = None
+    prompts = experts = expert_prompts = None
     if method.uses_rollouts:
         prompts = opened(PromptSource, data.prompts)
     if config.rollout.backend == "replay":
@@ -70,8 +70,9 @@ def open_sources(config: Config, data: DataConfig, method: Method, tokenizer) ->
     if method.prompts_from_experts:
         assert data.experts is not None, "refused by the config's rules"
         response = data.experts.response or "response"  # the name it has in generated rows
-        aligned = opened(PromptSource, replace(data.experts, response=response))
+        expert_prompts = opened(PromptSource, replace(data.experts, response=response))
     elif method.uses_experts:
         experts = opened(ExpertSource, data.experts)
     # the same problems for all seeds
-    return Sources(prompts, experts, aligned, opened(PromptSource, data.evaluation, seed=0))
+    evaluation = opened(PromptSource, data.evaluation, seed=0)
+    return Sources(prompts, experts, expert_prompts, evaluation)

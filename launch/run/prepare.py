@@ -74,7 +74,10 @@ def prepare(config: Config, folder: RunFolder, display: Display, stack: ExitStac
         preflight(config, model_path)
 
     sources = open_sources(config, data_config(config, found), method, tokenizer)
-    read = {"data.prompts": sources.prompts, "data.experts": sources.experts or sources.aligned}
+    read = {
+        "data.prompts": sources.prompts,
+        "data.experts": sources.experts or sources.expert_prompts,
+    }
     facts = resume.facts_of(config, contents(config, read, model_path))
     checkpoints.facts = {"id": folder.run_id, **asdict(facts)}
     if before is not None:
@@ -141,6 +144,6 @@ def start_rewards(
         rewards.require_columns(prompt.columns)
     if config.reward.check_answers:
         check_answers(functions, sources.prompts, "data.prompts")
-        check_answers(functions, sources.aligned, "data.experts")
+        check_answers(functions, sources.expert_prompts, "data.experts")
         check_answers(functions, sources.evaluation, "data.evaluation")
     return rewards

@@ -220,7 +220,7 @@ def make_producer(run: Prepared, pool: Pool, recover: Callable[[], None]) -> Pro
     return Producer(
         method=run.method,
         prompts=run.sources.prompts,
-        expert_prompts=run.sources.aligned,
+        expert_prompts=run.sources.expert_prompts,
         pool=pool,
         scorer=scorer,
         budget=budget,
