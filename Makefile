@@ -26,7 +26,7 @@ types: setup            ## commit to fewer type errors: writes .ci/types.json
 	@bash .ci/lint types
 
 fast: setup             ## the tests to run while you work, under a minute
-	$(PYTEST) -q -m fast
+	$(PYTEST) -q -m fast tests/unit
 
 test: setup             ## all tests but slow, nightly and gpu ones
 	$(PYTEST) -q

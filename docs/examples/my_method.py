@@ -7,10 +7,7 @@ model knows already is left alone.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tandem.algorithms.base import Term
-from tandem.algorithms.parts.schedules import Schedule
-from tandem.algorithms.rl_method import RLMethod
-from tandem.algorithms.rows import expert_row
+from tandem import RLMethod, Schedule, Term, expert_row
 
 
 @dataclass(frozen=True)

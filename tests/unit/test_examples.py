@@ -54,6 +54,7 @@ def test_my_reward_by_hand():
     assert values == pytest.approx([1.1, 0.6, 0.4, 0.1])
 
 
+@pytest.mark.whole_run
 def test_a_run_with_my_reward(tmp_path):
     (step,) = run_inline(tmp_path, {**SMALL, "reward": REWARDS})
     assert 0 <= step["reward/mean"] <= 1.1

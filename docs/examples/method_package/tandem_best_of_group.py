@@ -11,9 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from tandem.algorithms.base import Method, Term
-from tandem.algorithms.parts.objectives.nll import NLL
-from tandem.algorithms.rows import policy_row
+from tandem import NLL, Method, Term, policy_row
 
 
 @dataclass

@@ -45,6 +45,7 @@ def test_the_example_by_hand():
     ).loss == pytest.approx(0.8 * GRPO_LOSS + 0.2 * SFT_LOSS, rel=1e-5)
 
 
+@pytest.mark.whole_run
 def test_the_example_trains(tmp_path):
     small = {"digits": 3}
     config = {

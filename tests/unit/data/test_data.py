@@ -377,6 +377,7 @@ def test_generated_data_keeps_training_and_evaluation_apart(tokenizer, model):
         ExpertSource(DatasetConfig("task:sort"), DataConfig(), tokenizer, model, 0)
 
 
+@pytest.mark.whole_run
 @pytest.mark.parametrize(
     "path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONFIGS))
 )

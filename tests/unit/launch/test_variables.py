@@ -123,6 +123,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, endpoint):
     hub.unreachable.cache_clear()
 
 
+@pytest.mark.whole_run
 @pytest.mark.parametrize(
     "arguments, words",
     [

@@ -83,6 +83,7 @@ async def update(engine, version):
 REQUEST = GenRequest(0, Prompt("p", np.array([1, 2], np.int32), ""), 1, Sampling(4))
 
 
+@pytest.mark.whole_run
 def test_weights_wake_before_the_update_and_the_kv_cache_after_it():
     engine = backend()
     asyncio.run(engine.sleep())
