@@ -104,20 +104,14 @@ def scan_jsonl(path: str | Path, expected: Callable[[dict], bool] = bool) -> Ite
             record = parse(data)
             if record is None or not expected(record):
                 shown = repr(data[:SHOWN])[1:]
-                yield Line(
-                    start,
-                    end,
-                    None,
-                    (
-                        f"{path}:{number}: damaged line left out, {len(data)} bytes that begin "
-                        f"with {shown}"
-                    ),
-                )
+                fault = f"{len(data)} bytes that begin with {shown}"
+                yield Line(start, end, None, f"{path}:{number}: damaged line left out, {fault}")
             else:
                 yield Line(start, end, record)
 
 
 def parse(data: bytes) -> dict[str, Any] | None:
+    """The object of a line, None where there is none."""
     try:
         record = json.loads(data)
     except (ValueError, RecursionError):
@@ -138,10 +132,8 @@ def read_jsonl(
         elif report is not None:
             report(line.fault)
         else:
-            raise ConfigError(
-                line.fault.replace("damaged line left out", "damaged line")
-                + "; expected one JSON object"
-            )
+            fault = line.fault.replace("damaged line left out", "damaged line")
+            raise ConfigError(f"{fault}; expected one JSON object")
 
 
 def cut_jsonl(
@@ -154,7 +146,9 @@ def cut_jsonl(
 
     Damaged lines before that move to FILE.damaged and are reported, a torn last line goes.
     """
-    kept, damaged, end = [], [], 0
+    kept: list[tuple[int, int]] = []
+    damaged: list[tuple[int, int]] = []
+    end = 0
     for line in scan_jsonl(path, expected):
         if line.record is None:
             damaged.append((line.start, line.end))

@@ -57,11 +57,11 @@ class Owner:
     @classmethod
     def here(cls) -> Owner:
         return cls(
-            os.getpid(),
-            platform.node(),
-            boot_id(),
-            time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            secrets.token_hex(8),
+            pid=os.getpid(),
+            host=platform.node(),
+            boot=boot_id(),
+            since=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            token=secrets.token_hex(8),
         )
 
     def describe(self) -> str:
@@ -90,12 +90,12 @@ class FolderLock:
         other = read_owner(self.path)
         if other is not None and other.token != self.owner.token:
             raise FolderTaken(
-                f"{self.folder} is now owned by {other.describe()}; this process "
-                f"({self.owner.describe()}) "
-                "writes no more into it"
+                f"{self.folder} is now owned by {other.describe()}; "
+                f"this process ({self.owner.describe()}) writes no more into it"
             )
 
     def release(self) -> None:
+        """Give the folder back."""
         if self not in HELD:  # a child after a fork
             return
         HELD.remove(self)
@@ -150,6 +150,7 @@ def owned_from_beside(folder: Path) -> Iterator[FolderLock]:
 
 
 def acquire(folder: Path, path: Path, say: Callable[[str], None]) -> FolderLock:
+    """The lock `path` of a folder. Raises ConfigError if another process has it."""
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -160,9 +161,8 @@ def acquire(folder: Path, path: Path, say: Callable[[str], None]) -> FolderLock:
             if same_file(path, descriptor):  # else its owner has just removed it
                 if exact is None:
                     raise in_use(folder, named_owner(path))
-                return FolderLock(
-                    folder, path, descriptor, claim(folder, path, descriptor, exact, say)
-                )
+                owner = claim(folder, path, descriptor, exact, say)
+                return FolderLock(folder, path, descriptor, owner)
         except BaseException:
             os.close(descriptor)
             raise
@@ -202,14 +202,8 @@ def beats(folder: Path, path: Path, owner: Owner) -> bool:
         age = os.fstat(file.fileno()).st_mtime - seen
     left = STALE_SECONDS - max(0.0, age)
     if left > 0:
-        print(
-            (
-                f"{folder}: owned by {owner.describe()}; watching for up to {left:.0f} s whether "
-                "that is alive"
-            ),
-            file=sys.stderr,
-            flush=True,
-        )
+        line = f"{folder}: owned by {owner.describe()}; watching for up to {left:.0f} s"
+        print(f"{line} whether that is alive", file=sys.stderr, flush=True)
     end = time.monotonic() + left
     while time.monotonic() < end:
         time.sleep(min(1.0, STALE_SECONDS / 10))

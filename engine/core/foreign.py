@@ -46,4 +46,5 @@ def text_of(value: Any) -> str:
     try:
         return str(value)
     except Exception as error:
-        return f"<{type(value).__name__} without a text: its __str__ raised {type(error).__name__}>"
+        cause = type(error).__name__
+        return f"<{type(value).__name__} without a text: its __str__ raised {cause}>"

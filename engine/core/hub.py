@@ -25,12 +25,9 @@ def use_cache_if_unreachable() -> str:
     if not reason:
         return ""
     os.environ["HF_HUB_OFFLINE"] = "1"  # for processes to come, and libraries not yet imported
-    for name, variable in (
-        ("huggingface_hub.constants", "HF_HUB_OFFLINE"),
-        ("datasets.config", "HF_HUB_OFFLINE"),
-    ):
+    for name in ("huggingface_hub.constants", "datasets.config"):
         if name in sys.modules:
-            setattr(sys.modules[name], variable, True)
+            vars(sys.modules[name])["HF_HUB_OFFLINE"] = True
     return f"; {reason}, so only the local cache was asked"
 
 

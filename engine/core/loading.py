@@ -20,6 +20,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
+from tandem.engine.core.text import shorten
 from tandem.engine.core.user_sources import SOURCES, Source, imported_names, with_imports
 
 PREFIX = "tandem_user_"  # of the module names of files
@@ -36,9 +37,9 @@ class UserCode:
     sources: dict[str, Source] = field(default_factory=dict)
 
 
-LOADED = UserCode()  # here
-# by the process that started this one: where it has a name, that decides, whatever lies on this
-# machine
+# loaded in this process
+LOADED = UserCode()
+# sent by the process that started this one; its names win over what lies on this machine
 SENT = UserCode()
 FOLDERS: list[str] = []  # made importable here
 
@@ -122,10 +123,10 @@ def register(spec: str, path: Path, kind: str) -> str:
 
 def module_name(path: Path) -> str:
     """The same for the same file in every process, another for every other file."""
-    digest = hashlib.blake2b(
-        str(path).encode("utf-8", "surrogateescape"), digest_size=6
-    ).hexdigest()
-    return f"{PREFIX}{re.sub(r'[^0-9A-Za-z_]', '_', path.stem)}_{digest}"
+    data = str(path).encode("utf-8", "surrogateescape")
+    digest = hashlib.blake2b(data, digest_size=6).hexdigest()
+    stem = re.sub(r"[^0-9A-Za-z_]", "_", path.stem)
+    return f"{PREFIX}{stem}_{digest}"
 
 
 def make_importable(folder: str) -> None:
@@ -140,11 +141,8 @@ def check_neighbours(spec: str, path: Path, source: Source, kind: str) -> None:
     """
     others = [folder for folder in FOLDERS if folder != str(path.parent)]
     for name in imported_names(source.data, ""):
-        mine = [
-            file
-            for file in (path.parent / f"{name}.py", path.parent / name / "__init__.py")
-            if file.is_file()
-        ]
+        candidates = (path.parent / f"{name}.py", path.parent / name / "__init__.py")
+        mine = [file for file in candidates if file.is_file()]
         if "." in name or not mine:
             continue
         found = getattr(sys.modules.get(name), "__spec__", None) or PathFinder.find_spec(name)
@@ -153,9 +151,9 @@ def check_neighbours(spec: str, path: Path, source: Source, kind: str) -> None:
             continue
         if any(Path(origin).is_relative_to(folder) for folder in others):
             raise ValueError(
-                f"{kind} {spec!r} imports {name!r}, of which there are two: {mine[0]}, which "
-                f"it means, and {origin}, which another file of "
-                "this run uses; Python can import one module of a name, so rename one of them"
+                f"{kind} {spec!r} imports {name!r}, of which there are two: {mine[0]}, which it "
+                f"means, and {origin}, which another file of this run uses; Python can import "
+                "one module of a name, so rename one of them"
             )
 
 
@@ -163,9 +161,7 @@ def not_importable(kind: str, spec: str, error: BaseException) -> ValueError:
     """The error that the user's code raised, with its place; a SyntaxError has its own."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     place = "" if isinstance(error, SyntaxError) else f" ({frame.filename}:{frame.lineno})"
-    words = str(error)
-    if len(words) > LONGEST:
-        words = f"{words[:LONGEST]}..."
+    words = shorten(str(error), LONGEST)
     hint = ""
     if isinstance(error, ImportError) and "relative import" in words:
         hint = (

@@ -6,44 +6,47 @@ import ctypes
 import os
 import platform
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
 from tandem.engine.core.errors import ConfigError
 
 
-class redirect_output:
-    """From here on whatever this process and its children write to stdout or stderr, from C++ too,
-    goes to the end of the file `path`.
+def redirect_output(path: str | Path) -> None:
+    """Send what this process and its children write to stdout or stderr, from C++ too, to the end
+    of the file `path`, for as long as the process lives.
 
-    As a statement it lasts as long as the process (actors); as a context manager it ends with the
-    block, before a traceback is printed. `terminal` is the real stdout, for the display. Not for
-    runs in which the user may enter a debugger.
+    Not for runs in which the user may enter a debugger.
     """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    flush_streams()
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
 
-    def __init__(self, path: str | Path):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+
+@contextmanager
+def redirected_output(path: str | Path) -> Iterator[TextIO]:
+    """`redirect_output` for a block, which is given the real stdout, for the display.
+
+    It ends before a traceback is printed.
+    """
+    flush_streams()
+    saved = {fd: os.dup(fd) for fd in (1, 2)}
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    terminal = os.fdopen(os.dup(1), "w", encoding=encoding, errors="replace", buffering=1)
+    try:
+        redirect_output(path)
+        yield terminal
+    finally:
         flush_streams()
-        self._saved = (os.dup(1), os.dup(2))
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        self.terminal: TextIO = os.fdopen(
-            os.dup(1), "w", encoding=encoding, errors="replace", buffering=1
-        )
-        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.close(log)
-
-    def __enter__(self) -> redirect_output:
-        return self
-
-    def __exit__(self, *exception) -> None:
-        flush_streams()
-        self.terminal.close()
-        for fd, saved in zip((1, 2), self._saved, strict=True):
-            os.dup2(saved, fd)
-            os.close(saved)
+        terminal.close()
+        for fd, copy in saved.items():
+            os.dup2(copy, fd)
+            os.close(copy)
 
 
 def flush_streams() -> None:

@@ -1,10 +1,10 @@
 """The carriers: every arrow between two stages of a training step is one of these frozen
 dataclasses.
 
-    PromptSource -Prompt-> Producer -GenRequest-> rollout pool -Trajectory-> reward runner -ScoredGroup-+
-    ExpertSource -Trajectory (source EXPERT)------------------------------------------------------------+
-                                                                                                        v
-                            Method.rows -Row-> packer -StepPlan-> learner -StepReport-> telemetry
+    PromptSource -Prompt-> Producer -GenRequest-> rollout pool -Trajectory-> rewards -ScoredGroup-+
+    ExpertSource -Trajectory (source EXPERT)------------------------------------------------------+
+                                                                                                  v
+                      Method.rows -Row-> packer -StepPlan-> learner -StepReport-> telemetry
 
 Invariants:
   * A sequence is flat: no padding and no prompt/response halves. All streams of a sequence have its
@@ -77,16 +77,14 @@ class Sampling:
 class GenRequest:
     """Ask for `samples` continuations of one prompt; all of them go to the same engine."""
 
-    # ordinal, unique in a run, also after resume
-    group: int
+    group: int  # ordinal, unique in a run, also after a resume
     prompt: Prompt
     samples: int
     sampling: Sampling
     # forced first response ids per sample; () = none has any
     prefixes: tuple[np.ndarray, ...] = ()
     prefix_source: Source = Source.PREFIX
-    # how often this group was re-issued after an engine died
-    attempt: int = 0
+    attempt: int = 0  # how often this group was re-issued after an engine died
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,10 +168,9 @@ class Row:
     # float32 [T]; None: the learner's own log-prob of this very forward
     old_logp: np.ndarray | None = None
     ref_logp: np.ndarray | None = None  # float32 [T]
-    # float32 [T] the critic's value of the state in which token t was chosen, before the update
+    # float32 [T]: the critic's value of the state in which token t was chosen, before the update
     old_value: np.ndarray | None = None
-    # float32 [T] what that value should have been
-    returns: np.ndarray | None = None
+    returns: np.ndarray | None = None  # float32 [T]: what that value should have been
     version: np.ndarray | None = None  # int32 [T]
     group: int = -1
     prompt_id: str = ""
@@ -181,8 +178,8 @@ class Row:
     def __post_init__(self):
         if not isinstance(self.weights, Mapping):
             raise CarrierError(
-                f"Row.weights is {self.weights!r}, expected a mapping {{term: one number per "
-                f"token}}"
+                f"Row.weights is {self.weights!r}, "
+                "expected a mapping {term: one number per token}"
             )
         named = {f"weights[{name!r}]": weight for name, weight in self.weights.items()}
         check_lengths(
@@ -238,25 +235,21 @@ class MicroBatch:
     """
 
     tokens: np.ndarray  # int64 [B, L], padded with 0
-    # int64 [B, L], position in the row; padding is a row of its own
-    positions: np.ndarray
+    positions: np.ndarray  # int64 [B, L], position in the row; padding is a row of its own
     index: np.ndarray  # int64 [n]
     target: np.ndarray  # int64 [n] token ids
     weights: Mapping[str, np.ndarray]  # {term: float32 [n]}
     # {term: float32 [n]} reduction factor of the row, before the division by Z
     scale: Mapping[str, np.ndarray]
-    # int64 [n] row number within this micro-batch, 0-based
-    segment: np.ndarray
+    segment: np.ndarray  # int64 [n] row number within this micro-batch, 0-based
     group: np.ndarray  # int64 [n]
     source: np.ndarray  # int8 [n]
     # float32 [n]: advantage, behaviour_logp, old_logp, ref_logp, old_value, returns, where present
     # (NaN: absent for that token)
     streams: Mapping[str, np.ndarray]
-    # bool [n]: sampled by the rollout engine with the learner's present weights
-    fresh: np.ndarray
+    fresh: np.ndarray  # bool [n]: sampled by a rollout engine with the learner's present weights
     rows: tuple[int, ...]  # positions in the step's row list
-    # all tokens of the rows, prompts counted with each
-    real_tokens: int
+    real_tokens: int  # all tokens of the rows, prompts counted with each
     # int64 [2, B, L]: block of each token, and block of its prompt; None: no row shares its prompt
     tree: np.ndarray | None = None
 
@@ -269,17 +262,13 @@ class StepPlan:
 
     step: int
     terms: tuple[Any, ...]  # algorithms.base.Term
-    # {term: Z}, counted over the whole global batch
-    denominators: Mapping[str, float]
+    denominators: Mapping[str, float]  # {term: Z}, counted over the whole global batch
     micro_batches: tuple[tuple[MicroBatch, ...], ...]  # [rank][k]
     learning_rate: float
-    # which set of optimizer moments this step uses
-    optimizer: str = "main"
+    optimizer: str = "main"  # which set of optimizer moments this step uses
     temperature: float = 1.0
-    # whether the head also computes token entropies
-    entropy: bool = False
-    # Method.forward, in the place of Policy.forward
-    forward: Any = None
+    entropy: bool = False  # whether the head also computes token entropies
+    forward: Any = None  # Method.forward, in the place of Policy.forward
 
 
 @dataclass(frozen=True)
@@ -288,8 +277,7 @@ class StepReport:
 
     # loss/TERM, grad_norm, gap/max, gap/mean, entropy, ...
     metrics: Mapping[str, float]
-    # non-finite gradient: the weights were left alone
-    skipped: bool = False
+    skipped: bool = False  # non-finite gradient: the weights were left alone
     seconds: float = 0.0
 
 
@@ -326,7 +314,7 @@ class SyncReport:
 
 @dataclass(frozen=True)
 class Delivery:
-    """What the learner sent and what each rollout engine says of it, for `weights.sync` to compare."""
+    """What the learner sent, and what each rollout engine says of it; `weights.verify` compares."""
 
     sent: dict[str, str]  # {parameter: digest}
     installed: list[Installed]  # one per engine

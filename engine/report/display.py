@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping
-from typing import TextIO
+from typing import TextIO, cast
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -25,9 +25,11 @@ from rich.table import Table
 from rich.text import Text
 
 from tandem.engine.core import stop
+from tandem.engine.report.cells import clock, number, percent, rate, sparkline
 from tandem.engine.report.terminal import Screen
 
 HEADER_EVERY = 25  # plain lines
+SPARKLINE = 24  # characters
 
 
 def never_fails(method):
@@ -72,8 +74,8 @@ class Display:
         self.method: dict[str, float] = {}
         self.rewards: list[float] = []
         self.accuracies: list[tuple[int, float]] = []
-        self.status_text = "starting"
-        self.began = self.step_began = time.monotonic()
+        self.started = False
+        self.began = time.monotonic()
         self._columns: list[str] = []
         self._lines = 0
         self._live = None
@@ -81,7 +83,7 @@ class Display:
             live = self.screen.isatty() and os.environ.get("TERM") != "dumb"
         if live:
             self._live = Live(
-                console=Console(file=self.screen),
+                console=Console(file=cast(TextIO, self.screen)),
                 get_renderable=self.panel,
                 refresh_per_second=4,
                 redirect_stdout=False,
@@ -129,15 +131,17 @@ class Display:
         """The first step begins now: what came before is start-up and does not count for the time
         left.
         """
-        self.began, self.status_text = time.monotonic(), ""
-        self.in_loop = True
+        self.began = time.monotonic()
+        self.started = self.in_loop = True
 
     @never_fails
     def step(
         self, step: int, metrics: Mapping[str, float], method: Mapping[str, float] = {}
     ) -> None:
         """Step `step` (0-based) is done. `method`: the method's own metrics, e.g. {"mu": 0.4}."""
-        self.done, self.metrics, self.method = step + 1, dict(metrics), dict(method)
+        self.done = step + 1
+        self.metrics = dict(metrics)
+        self.method = dict(method)
         if "reward/mean" in metrics:
             self.rewards.append(metrics["reward/mean"])
         if self._live is None:
@@ -152,10 +156,6 @@ class Display:
         """
         if accuracy is not None and math.isfinite(accuracy):
             self.accuracies.append((step, accuracy))
-
-    def status(self, text: str) -> None:
-        """What the run is doing now, e.g. `collecting rollouts`; shown on the panel only."""
-        self.status_text = text
 
     @never_fails
     def message(self, text: str) -> None:
@@ -175,7 +175,9 @@ class Display:
     def seconds_left(self) -> float | None:
         """By the mean time per step so far."""
         steps = self.done - self.first_step
-        return (time.monotonic() - self.began) / steps * (self.total - self.done) if steps else None
+        if not steps:
+            return None
+        return (time.monotonic() - self.began) / steps * (self.total - self.done)
 
     def panel(self) -> Panel | Text:
         """What `rich` shows; it asks in a thread of its own."""
@@ -183,168 +185,116 @@ class Display:
 
     @never_fails
     def draw(self) -> Panel:
-        m = self.metrics
-        bar = Table.grid(padding=(0, 1))
+        others = Text("   ").join(
+            Text.assemble(f"{name} ", number(value)) for name, value in self._small_numbers()
+        )
+        words = "" if self.started else "starting"
+        status = Text(words, style="dim italic", no_wrap=True, overflow="ellipsis")
+        width = 78
+        if self._live is not None:
+            width = min(100, self._live.console.width - 2)  # 2 columns left for an echoed ^C
+        return Panel(
+            Group(self._bar(), Text(), self._grid(), Text(), others, status),
+            title=Text(self.title) if self.title else None,
+            title_align="left",
+            border_style="dim",
+            width=width,
+        )
+
+    def _bar(self) -> Table:
+        """Steps done, and time."""
+        timing = f"{clock(time.monotonic() - self.began)} gone"
+        left = self.seconds_left()
+        if left is not None:
+            timing += f", {clock(left)} left"
+        bar = Table.grid(padding=(0, 1), expand=True)
         bar.add_column(no_wrap=True)
         bar.add_column(ratio=1)
         bar.add_column(no_wrap=True)
-        bar.expand = True
-        left = self.seconds_left()
-        timing = (
-            f"{clock(time.monotonic() - self.began)} gone, {clock(left)} left"
-            if left is not None
-            else f"{clock(time.monotonic() - self.began)} gone"
-        )
         bar.add_row(
             Text(f"step {self.done}/{self.total}", style="bold"),
             ProgressBar(total=self.total, completed=self.done),
             Text(timing),
         )
+        return bar
 
+    def _grid(self) -> Table:
+        """Reward and accuracy on the left, the speeds of both sides on the right."""
+        m = self.metrics
         grid = Table.grid(padding=(0, 1), expand=True)
-        for width, justify in (
-            (8, "left"),
-            (7, "right"),
-            (None, "left"),
-            (8, "left"),
-            (8, "right"),
-            (7, "right"),
-        ):
-            grid.add_column(width=width, justify=justify, no_wrap=True, ratio=None if width else 1)
-        last, best = self._accuracy()
+        grid.add_column(width=8, no_wrap=True)
+        grid.add_column(width=7, no_wrap=True, justify="right")
+        grid.add_column(ratio=1, no_wrap=True)
+        grid.add_column(width=8, no_wrap=True)
+        grid.add_column(width=8, no_wrap=True, justify="right")
+        grid.add_column(width=7, no_wrap=True, justify="right")
         grid.add_row(
             "reward",
             bold(m.get("reward/mean")),
-            Text(sparkline(self.rewards, 24), style="cyan"),
+            Text(sparkline(self.rewards, SPARKLINE), style="cyan"),
             "",
             dim("tokens/s"),
             dim("waiting"),
         )
+        accuracies = [accuracy for _, accuracy in self.accuracies]
         grid.add_row(
             "held-out",
-            bold(last),
-            Text(sparkline([a for _, a in self.accuracies], 24, 0.0), style="green"),
+            bold(self._last_accuracy()),
+            Text(sparkline(accuracies, SPARKLINE, 0.0), style="green"),
             "rollout",
             rate(m.get("rollout/tokens_per_second")),
-            share(m.get("rollout/idle")),
+            percent(m.get("rollout/idle")),
         )
         grid.add_row(
-            *(("  best", number(best[1]), f"after {best[0]} steps") if best else ("", "", "")),
+            *self._best_accuracy(),
             "learner",
             rate(m.get("learner/tokens_per_second")),
-            share(m.get("learner/idle")),
+            percent(m.get("learner/idle")),
         )
-        others = Text("   ").join(
-            Text.assemble(f"{name} ", number(value)) for name, value in self._small_numbers()
-        )
-        status = Text(self.status_text, style="dim italic", no_wrap=True, overflow="ellipsis")
-        return Panel(
-            Group(bar, Text(), grid, Text(), others, status),
-            title=Text(self.title) if self.title else None,
-            title_align="left",
-            # 2 columns left for an echoed ^C
-            border_style="dim",
-            width=min(100, self._live.console.width - 2) if self._live else 78,
-        )
+        return grid
 
     def _small_numbers(self) -> list[tuple[str, float]]:
         known = {"entropy": "entropy", "grad_norm": "grad norm", "gap/max": "logp gap"}
-        return [
-            *self.method.items(),
-            *((name, self.metrics[key]) for key, name in known.items() if key in self.metrics),
-        ]
+        found = list(self.method.items())
+        for key, name in known.items():
+            if key in self.metrics:
+                found.append((name, self.metrics[key]))
+        return found
 
-    def _accuracy(self) -> tuple[float | None, tuple[int, float] | None]:
+    def _last_accuracy(self) -> float | None:
+        return self.accuracies[-1][1] if self.accuracies else None
+
+    def _best_accuracy(self) -> tuple[str, str, str]:
+        """The cells of the panel that tell of it."""
         if not self.accuracies:
-            return None, None
-        return self.accuracies[-1][1], max(self.accuracies, key=lambda entry: entry[1])
+            return "", "", ""
+        step, best = max(self.accuracies, key=lambda entry: entry[1])
+        return "  best", number(best), f"after {step} steps"
 
     def _plain_line(self) -> None:
         """step, reward, held-out accuracy, entropy, the method's numbers, tokens/s and idle share
         of both sides, time left.
         """
         m = self.metrics
-        last, _ = self._accuracy()
         cells = {
             "step": f"{self.done}/{self.total}",
             "reward": number(m.get("reward/mean")),
-            "held": number(last),
+            "held": number(self._last_accuracy()),
             "entropy": number(m.get("entropy")),
             **{key: number(value) for key, value in self.method.items()},
             "roll/s": rate(m.get("rollout/tokens_per_second")),
-            "idle": share(m.get("rollout/idle")),
+            "idle": percent(m.get("rollout/idle")),
             "learn/s": rate(m.get("learner/tokens_per_second")),
-            "idle ": share(m.get("learner/idle")),
+            "idle ": percent(m.get("learner/idle")),
             "left": clock(self.seconds_left()),
         }
-        width = {key: max(len(key), 6) for key in cells} | {
-            "step": 2 * len(str(self.total)) + 1,
-            "idle": 4,
-            "idle ": 4,
-        }
+        width = {key: max(len(key), 6) for key in cells}
+        width |= {"step": 2 * len(str(self.total)) + 1, "idle": 4, "idle ": 4}
         if list(cells) != self._columns or self._lines % HEADER_EVERY == 0:
             self._columns = list(cells)
             self._print("  ".join(key.strip().rjust(width[key]) for key in cells))
         self._lines += 1
         self._print("  ".join(value.rjust(width[key]) for key, value in cells.items()))
-
-
-def sparkline(values: list[float], width: int, low: float | None = None) -> str:
-    """The whole history in at most `width` characters: means of equal stretches, scaled from `low`
-    (default: the smallest value) to the largest.
-    """
-    values = [v for v in values if v is not None and math.isfinite(v)]
-    if not values:
-        return ""
-    n = min(width, len(values))
-    means = [
-        sum(part) / len(part)
-        for part in (values[i * len(values) // n : (i + 1) * len(values) // n] for i in range(n))
-    ]
-    low, high = min(means) if low is None else low, max(means)
-    return "".join(
-        "▁▂▃▄▅▆▇█"[min(7, int((v - low) / (high - low) * 8))] if high > low else "▁" for v in means
-    )
-
-
-def number(value: float | None) -> str:
-    """Three significant places in at most seven characters; `-` for what is not known."""
-    if value is None or not math.isfinite(value):
-        return "-"
-    return (
-        f"{value:.3f}"
-        if 0.001 <= abs(value) < 1000 or value == 0
-        else f"{value:.0e}"
-        if abs(value) < 1
-        else f"{value:.1e}"
-    )
-
-
-def rate(value: float | None) -> str:
-    if value is None or not math.isfinite(value):
-        return "-"
-    return (
-        f"{value:.0f}"
-        if value < 1000
-        else f"{value / 1000:.1f}k"
-        if value < 1e6
-        else f"{value / 1e6:.2f}M"
-    )
-
-
-def share(value: float | None) -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{value:.0%}"
-
-
-def clock(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    minutes, second = divmod(int(seconds), 60)
-    return (
-        f"{minutes // 60}:{minutes % 60:02}:{second:02}"
-        if minutes >= 60
-        else f"{minutes}:{second:02}"
-    )
 
 
 def bold(value: float | None) -> Text:

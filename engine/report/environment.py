@@ -36,6 +36,7 @@ def record_environment(path: Path, report: Callable[[str], None], **facts: Any) 
     `report` is told if the file was damaged.
     """
     starts = earlier_starts(path, report)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     starts.append(
         {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -48,9 +49,7 @@ def record_environment(path: Path, report: Callable[[str], None], **facts: Any) 
             "host": platform.node(),
             "system": platform.platform(),
             "cpus": os.cpu_count(),
-            "memory_gib": round(
-                os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1
-            ),
+            "memory_gib": round(memory / 2**30, 1),
         }
     )
     write_atomic(path, json.dumps(starts, indent=1))
@@ -90,8 +89,7 @@ def commit() -> str | None:
         return None
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        return subprocess.run(
-            command, cwd=repo, capture_output=True, text=True, timeout=10
-        ).stdout.strip()
+        done = subprocess.run(command, cwd=repo, capture_output=True, text=True, timeout=10)
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
+    return done.stdout.strip()

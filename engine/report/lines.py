@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
@@ -17,6 +18,10 @@ from tandem.engine.core.foreign import COLUMN_CHARACTERS, ID_CHARACTERS, cut, te
 
 DEEPEST = 64  # nested mappings and lists; JSON readers give up on deeper ones
 LONGEST_INTEGER = 4_096  # bits; Python writes no longer decimal than 4,300 digits
+
+
+def append_to(path: Path) -> TextIO:
+    return open(path, "a", encoding="utf-8")
 
 
 def write_line(file: TextIO, record: Mapping[str, Any]) -> None:
@@ -40,30 +45,36 @@ def plain(value: Any, depth: int = 0) -> Any:
         return valid(value)
     if isinstance(value, np.ndarray):
         return plain_array(value, depth)
-    if isinstance(value, np.float32):
-        value = float(str(value))
-    # numpy scalar, 0-d tensor
-    elif isinstance(value, np.generic) or (
-        hasattr(value, "item") and getattr(value, "ndim", None) == 0
-    ):
-        value = value.item()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {
-            valid(cut(text_of(key), ID_CHARACTERS)): plain(entry, depth + 1)
-            for key, entry in value.items()
-        }
+        return {plain_key(key): plain(entry, depth + 1) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(entry, depth + 1) for entry in value]
+    return plain_scalar(python_scalar(value))
+
+
+def plain_key(key: Any) -> str:
+    return valid(cut(text_of(key), ID_CHARACTERS))
+
+
+def python_scalar(value: Any) -> Any:
+    """Python's own number for a numpy scalar or a tensor without dimensions; others as they are."""
+    if isinstance(value, np.generic) and value.dtype == np.float32:
+        return float(str(value))
+    if isinstance(value, np.generic):
+        return value.item()
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        return value.item()
+    return value
+
+
+def plain_scalar(value: Any) -> Any:
     if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
     if isinstance(value, int):
-        return (
-            value
-            if value.bit_length() <= LONGEST_INTEGER
-            else f"<integer of {value.bit_length()} bits>"
-        )
+        bits = value.bit_length()
+        return value if bits <= LONGEST_INTEGER else f"<integer of {bits} bits>"
     return valid(text_of(value))
 
 
@@ -72,12 +83,12 @@ def plain_array(value: np.ndarray, depth: int) -> Any:
         return value.tolist()
     if value.dtype.kind != "f":
         return plain(value.tolist(), depth)
-    numbers = (
-        value.astype(str).astype(np.float64)
-        if value.dtype == np.float32
-        else value.astype(np.float64)
-    )
-    return numbers.tolist() if np.isfinite(numbers).all() else plain(numbers.tolist(), depth)
+    if value.dtype == np.float32:
+        value = value.astype(str)  # the shortest form
+    numbers = value.astype(np.float64)
+    if np.isfinite(numbers).all():
+        return numbers.tolist()
+    return plain(numbers.tolist(), depth)
 
 
 def plain_columns(columns: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from tandem.engine.config.secrets import redact
 from tandem.engine.core.files import read_jsonl
-from tandem.engine.core.types import Finish, Prompt, RewardError, ScoredGroup, Trajectory
+from tandem.engine.core.types import Finish, Prompt, RewardError, ScoredGroup, Source, Trajectory
 from tandem.engine.report.lines import plain_columns
 
 
@@ -22,7 +22,8 @@ def rollout_record(
 
     columns: `plain_columns` of the group's row, made once for all its samples.
     """
-    trajectory, prompt = group.trajectories[sample], group.prompt
+    prompt = group.prompt
+    trajectory = group.trajectories[sample]
     row, shortened = columns or plain_columns(prompt.columns)
     marks = {"cut": shortened} if shortened else {}
     outcome = group.outcomes[sample] if group.outcomes else None
@@ -52,33 +53,33 @@ def read_rollouts(path: str | Path) -> Iterator[tuple[dict[str, Any], Prompt, Tr
     Token ids, sources, versions and log-probs are exactly those that were written.
     """
 
-    def array(value, dtype):
-        return None if value is None else np.array(value, dtype)  # null -> NaN in a float array
-
     for line in read_jsonl(path):
-        tokens, source = array(line["tokens"], np.int32), array(line["source"], np.int8)
+        tokens = np.array(line["tokens"], np.int32)
+        source = np.array(line["source"], np.int8)
         prompt = Prompt(
             id=line["prompt_id"],
-            tokens=tokens[source == 0],
+            tokens=tokens[source == Source.PROMPT],
             content=line["prompt"],
             columns=line["columns"],
-            demonstration=array(line["demonstration"], np.int32),
+            demonstration=array_or_none(line["demonstration"], np.int32),
         )
-        yield (
-            line,
-            prompt,
-            Trajectory(
-                prompt_id=prompt.id,
-                tokens=tokens,
-                source=source,
-                finish=Finish(line["finish"]),
-                group=line["group"],
-                behaviour_logp=array(line["behaviour_logp"], np.float32),
-                version=array(line["version"], np.int32),
-            ),
+        trajectory = Trajectory(
+            prompt_id=prompt.id,
+            tokens=tokens,
+            source=source,
+            finish=Finish(line["finish"]),
+            group=line["group"],
+            behaviour_logp=array_or_none(line["behaviour_logp"], np.float32),
+            version=array_or_none(line["version"], np.int32),
         )
+        yield line, prompt, trajectory
+
+
+def array_or_none(value: list | None, dtype: type) -> np.ndarray | None:
+    """null in a list is NaN in a float array."""
+    return None if value is None else np.array(value, dtype)
 
 
 def reward_error(error: RewardError) -> dict[str, str]:
-    """What went wrong in a reward, without secrets: a service likes to repeat the key it refuses."""
+    """What went wrong in a reward, without secrets: a service may repeat the key it refuses."""
     return {**vars(error), "message": redact(error.message)}

@@ -19,13 +19,13 @@ the part that was lost and are cut off, so that metrics and rollouts read as one
 never cut: an engine that died did die.
 
 metrics.jsonl   `step`, `seconds` (since the first start, pauses between crash and resume left out)
-                and flat numeric keys. A step's line has the 0-based
-    number of the step. An evaluation's line has the number of steps done before it and keys that
-    begin with `eval/`. The names used by the display and plots:
+                and flat numeric keys
+    A step's line has the 0-based number of the step. An evaluation's line has the number of steps
+    done before it and keys that begin with `eval/`. The names used by the display and plots:
     reward/mean, entropy, eval/accuracy, rollout/tokens_per_second, learner/tokens_per_second,
-    rollout/idle and learner/idle (share of the
-    step's time that a side waited, 0 to 1), rollout/aborted (groups, where rollout.over_sample is
-    set), and a method's own metrics such as mu.
+    rollout/idle and learner/idle (share of the step's time that a side waited, 0 to 1),
+    rollout/aborted (groups, where rollout.over_sample is set), and a method's own metrics such as
+    mu.
 
 rollouts.jsonl  complete enough to train on without a model (`rollout.backend: replay`);
 `read_rollouts` turns a line back into carriers.
@@ -66,7 +66,7 @@ from tandem.engine.core.files import cut_jsonl, end_last_line, read_jsonl, write
 from tandem.engine.core.foreign import message, text_of
 from tandem.engine.core.types import ScoredGroup
 from tandem.engine.report.environment import record_environment
-from tandem.engine.report.lines import plain_columns, write_line
+from tandem.engine.report.lines import append_to, plain_columns, write_line
 from tandem.engine.report.rollouts import rollout_record
 from tandem.engine.report.trackers import start_tensorboard, start_wandb
 
@@ -90,9 +90,9 @@ class Telemetry:
     ):
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        metrics, rollouts, events = (
-            self.run_dir / name for name in ("metrics.jsonl", "rollouts.jsonl", "events.jsonl")
-        )
+        metrics = self.run_dir / "metrics.jsonl"
+        rollouts = self.run_dir / "rollouts.jsonl"
+        events = self.run_dir / "events.jsonl"
         if resume_step is None and metrics.exists() and metrics.stat().st_size:
             raise ConfigError(
                 f"run folder {self.run_dir} already holds a run; set run.resume=true to "
@@ -103,33 +103,33 @@ class Telemetry:
         end_last_line(events)
         kept = list(read_jsonl(metrics))
         steps = {line["step"] for line in kept if not is_evaluation(line)}
-        if lost := (resume_step or 0) - len(steps):
+        lost = (resume_step or 0) - len(steps)
+        if lost:
             report(
                 f"{metrics} lacks the numbers of {lost} of the {resume_step} steps before "
                 "the checkpoint; they are not made again"
             )
-        self.evaluations: dict[int, dict[str, float]] = {
-            line["step"]: {
-                k.removeprefix("eval/"): v for k, v in line.items() if k.startswith("eval/")
-            }
-            for line in kept
-            if is_evaluation(line)
-        }
-        self._began = time.monotonic() - (seconds_of(kept[-1]) if kept else 0.0)
+        self.evaluations: dict[int, dict[str, float]] = {}
+        for line in filter(is_evaluation, kept):
+            self.evaluations[line["step"]] = evaluation_of(line)
+        self._began = time.monotonic()
+        if kept:
+            self._began -= seconds_of(kept[-1])
         written = f"# run {run_id}\n{yaml.safe_dump(to_dict(config), sort_keys=False)}"
         copy = free_copy(self.run_dir / "configs")
         write_atomic(copy, written)
         write_atomic(self.run_dir / "config.yaml", written)
         facts = {"run": run_id, "resumed_from": resume_step, "config": f"configs/{copy.name}"}
         record_environment(self.run_dir / "environment.json", report, **facts)
-        self._metrics, self._rollouts, self._events = (
-            open(path, "a", encoding="utf-8") for path in (metrics, rollouts, events)
-        )
+        self._metrics = append_to(metrics)
+        self._rollouts = append_to(rollouts)
+        self._events = append_to(events)
         self.event("start", pid=os.getpid(), host=platform.node(), **facts)
-        self._wandb = start_wandb(config, self.run_dir) if config.run.wandb else None
-        self._board = (
-            start_tensorboard(self.run_dir, resume_step) if config.run.tensorboard else None
-        )
+        self._wandb = self._board = None
+        if config.run.wandb:
+            self._wandb = start_wandb(config, self.run_dir)
+        if config.run.tensorboard:
+            self._board = start_tensorboard(self.run_dir, resume_step)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Numbers of one optimizer step (0-based)."""
@@ -147,23 +147,18 @@ class Telemetry:
         for group in groups:
             columns = plain_columns(group.prompt.columns)
             for sample in range(len(group.trajectories)):
-                write_line(
-                    self._rollouts,
-                    {
-                        "step": step,
-                        "learner_version": version,
-                        **rollout_record(group, sample, columns),
-                    },
-                )
+                record = {"step": step, "learner_version": version}
+                record |= rollout_record(group, sample, columns)
+                write_line(self._rollouts, record)
         self._rollouts.flush()
 
     def event(self, kind: str, **facts: Any) -> None:
         """Something that happened once: engine_restart, skipped_step, checkpoint, sync, ..."""
-        record = {"kind": kind, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        record: dict[str, Any] = {"kind": kind, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         for name, fact in facts.items():
-            record[name] = (
-                redact(message(text_of(fact))) if isinstance(fact, (str, Exception)) else fact
-            )
+            if isinstance(fact, (str, Exception)):
+                fact = redact(message(text_of(fact)))
+            record[name] = fact
         write_line(self._events, record)
         self._events.flush()
 
@@ -176,10 +171,8 @@ class Telemetry:
             self._wandb.finish()
 
     def _record(self, step: int, numbers: Mapping[str, float]) -> None:
-        write_line(
-            self._metrics,
-            {"step": step, "seconds": round(time.monotonic() - self._began, 3), **numbers},
-        )
+        seconds = round(time.monotonic() - self._began, 3)
+        write_line(self._metrics, {"step": step, "seconds": seconds, **numbers})
         self._metrics.flush()
         if self._board is not None:
             for key, value in numbers.items():
@@ -190,6 +183,12 @@ class Telemetry:
 
 def is_evaluation(line: Mapping[str, Any]) -> bool:
     return any(key.startswith("eval/") for key in line)
+
+
+def evaluation_of(line: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of an evaluation's line, without the prefix of their keys."""
+    keys = [key for key in line if key.startswith("eval/")]
+    return {key.removeprefix("eval/"): line[key] for key in keys}
 
 
 def cut(path: Path, step: int, report: Callable[[str], None]) -> None:
@@ -217,4 +216,5 @@ def free_copy(folder: Path) -> Path:
 
 
 def seconds_of(line: Mapping[str, Any]) -> float:
-    return line["seconds"] if isinstance(line.get("seconds"), (int, float)) else 0.0
+    seconds = line.get("seconds")
+    return seconds if isinstance(seconds, (int, float)) else 0.0

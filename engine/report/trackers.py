@@ -6,6 +6,7 @@ import netrc
 import os
 import secrets
 from pathlib import Path
+from typing import Literal
 
 from tandem.engine.config.parse import to_dict
 from tandem.engine.config.schema import Config
@@ -25,10 +26,12 @@ def start_wandb(config: Config, run_dir: Path):
             "'tandem-rl[track]', or remove run.wandb"
         ) from None
     id_file = run_dir / "wandb_id"
-    # a power cut leaves it empty
-    if not id_file.exists() or not id_file.read_bytes().strip(b"\0 \n"):
+    known = id_file.read_bytes() if id_file.exists() else b""
+    if not known.strip(b"\0 \n"):  # a power cut leaves it empty
         write_atomic(id_file, secrets.token_hex(4))
-    mode = os.environ.get("WANDB_MODE") or ("online" if wandb_login() else "offline")
+    mode: Literal["online", "offline"] | None = None  # wandb reads WANDB_MODE itself
+    if not os.environ.get("WANDB_MODE"):
+        mode = "online" if wandb_login() else "offline"
     run = wandb.init(
         project=config.run.wandb,
         name=config.run.name,

@@ -13,7 +13,7 @@ from tandem.algorithms.base import Budget, Method
 from tandem.engine.config.paths import shown, shown_code
 from tandem.engine.config.schema import Config
 from tandem.engine.core import stop
-from tandem.engine.core.process import redirect_output
+from tandem.engine.core.process import redirected_output
 from tandem.engine.core.types import Sampling
 from tandem.engine.learner.protocol import Learner, Pool
 from tandem.engine.loop import first_sync
@@ -90,7 +90,7 @@ def opened(config: Config) -> Iterator[tuple[Prepared, ExitStack]]:
         terminal = sys.stdout
         if not inline:
             log = folder.path / "logs" / "driver.log"
-            terminal = outer.enter_context(redirect_output(log)).terminal
+            terminal = outer.enter_context(redirected_output(log))
         title = f"{config.run.name}: {shown_code(config.method['name'])}"
         live = False if inline else None
         display = outer.enter_context(Display(config.run.steps, terminal, title, live=live))

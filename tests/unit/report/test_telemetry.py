@@ -24,7 +24,8 @@ from tandem.engine.core.types import (
     Trajectory,
 )
 from tandem.engine.report import trackers
-from tandem.engine.report.display import Display, clock, number, rate, sparkline
+from tandem.engine.report.cells import clock, number, rate, sparkline
+from tandem.engine.report.display import Display
 from tandem.engine.report.rollouts import read_rollouts
 from tandem.engine.report.telemetry import Telemetry
 
@@ -190,12 +191,12 @@ def test_rollouts_read_back_as_they_were(tmp_path):
 def test_redirected_output_goes_to_the_file_down_to_child_processes(tmp_path):
     code = (
         "import os, sys\n"
-        "from tandem.engine.core.process import redirect_output\n"
+        "from tandem.engine.core.process import redirected_output\n"
         "print('before')\n"
-        "with redirect_output(sys.argv[1]) as to:\n"
+        "with redirected_output(sys.argv[1]) as terminal:\n"
         "    print('python'); os.write(1, b'fd 1\\n'); os.write(2, b'fd 2\\n'); "
         "os.system('echo child; echo child error >&2')\n"
-        "    print('display', file=to.terminal)\n"
+        "    print('display', file=terminal)\n"
         "print('after')\n"
         "raise SystemExit('the error')\n"
     )
@@ -332,7 +333,6 @@ def test_the_panel_shows_everything_and_gives_the_cursor_back(monkeypatch):
         display.evaluation(20, 0.4)
         display.evaluation(40, 0.3)
         display.step(49, METRICS, {"mu": 0.425})
-        display.status("collecting rollouts")
         display.message("checkpoint written")
         raise KeyboardInterrupt
     raw = stream.getvalue()
@@ -351,7 +351,7 @@ def test_the_panel_shows_everything_and_gives_the_cursor_back(monkeypatch):
         "12%",
         "812",
         "100%",
-        "collecting rollouts",
+        "starting",
         "checkpoint written",
     ):
         assert words in text, words
