@@ -1,5 +1,5 @@
 """launch/estimate.py: its predictions of small steps against measured ones, sums by hand, and what
-must hold for any plan.
+must hold for any split.
 """
 
 import argparse
@@ -10,19 +10,15 @@ import pytest
 
 from tandem.engine.core.errors import ConfigError
 from tandem.launch.estimate import (
-    DEVICES,
-    MODELS,
-    Shape,
-    Work,
     add_arguments,
-    best_plan,
-    cpu,
     describe,
-    inline_seconds,
+    estimates,
+    fastest,
     learn_seconds,
     learner_bytes,
-    plans,
+    rollout_seconds,
 )
+from tandem.launch.shapes import DEVICES, MODELS, Shape, Work, cpu
 
 MEASURED = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "step.jsonl"
 SHAPES = {"w1": Shape(134.5e6, 30, 576, 192, 49152), "w4": Shape(3.3e6, 4, 256, 256, 512)}
@@ -46,7 +42,7 @@ def measured():
 def test_predicts_measured_steps(line, mode, dtype, found):
     """Prompts count as often as they were run: rows share them.
 
-    Peaks are those measured beside the step; the efficiencies are plan.py's constants. Rollouts of
+    Peaks are those measured beside the step; the efficiencies are estimate.py's constants. Rollouts of
     the cluster come from vLLM, whose CPU kernels it does not know.
     """
     sequences = line["prompts"] * line["samples"]
@@ -62,7 +58,10 @@ def test_predicts_measured_steps(line, mode, dtype, found):
         width,
     )
     device = cpu(line["limits"][dtype], 2 * line["limits"]["copy"], width)
-    rollout, learn, step = inline_seconds(SHAPES[line["workload"]], device, work)
+    shape = SHAPES[line["workload"]]
+    rollout = rollout_seconds(shape, device, work, 1, 1)
+    learn = learn_seconds(shape, device, work, 1, 1, False)
+    step = rollout + learn + device.fixed_seconds
 
     def near(predicted, seen):
         return seen / 1.6 <= predicted <= seen * 1.6
@@ -97,10 +96,10 @@ def test_learning_time_is_the_flops_where_nothing_else_counts():
 
 
 @pytest.mark.parametrize("model", ["1.5b", "7b", "70b"])
-def test_more_gpus_are_not_slower_and_every_plan_fits(model):
+def test_more_gpus_are_not_slower_and_every_split_fits(model):
     steps = []
     for gpus in (8, 64, 256):
-        found = list(plans(MODELS[model], DEVICES["h100"], WORK, gpus))
+        found = list(estimates(MODELS[model], DEVICES["h100"], WORK, gpus))
         assert all(
             max(p.engine_bytes, p.learner_bytes) <= 0.9 * 80e9
             and p.engines * p.tensor_parallel + p.ranks == gpus
@@ -112,7 +111,7 @@ def test_more_gpus_are_not_slower_and_every_plan_fits(model):
 
 def test_staleness_hides_the_shorter_side():
     both = {
-        s: best_plan(MODELS["7b"], DEVICES["h100"], Work(64, 8, 512, 1024, 4096, staleness=s), 16)
+        s: fastest(MODELS["7b"], DEVICES["h100"], Work(64, 8, 512, 1024, 4096, staleness=s), 16)
         for s in (0, 1)
     }
     assert both[1].step < both[0].step
