@@ -145,9 +145,10 @@ def read(args: argparse.Namespace) -> Config:
 
 def preflight(config: Config) -> None:
     if config.mode == "cluster":
-        from tandem.launch import placement
+        from tandem.launch import reservation
 
-        placement.preflight(config, config.model.path if Path(config.model.path).is_dir() else None)
+        local = Path(config.model.path).is_dir()
+        reservation.preflight(config, config.model.path if local else None)
 
 
 def train(args: argparse.Namespace) -> int:
@@ -164,7 +165,7 @@ def dry_run(config: Config) -> int:
     import yaml
 
     from tandem.engine.config.parse import to_dict
-    from tandem.launch import machine, placement
+    from tandem.launch import machine, reservation
     from tandem.launch.run.group_check import check_group_size
 
     warning = check_group_size(config)
@@ -174,8 +175,8 @@ def dry_run(config: Config) -> int:
     if config.mode == "inline":
         print("# placement: mode=inline, everything in one process")
         return 0
-    plan = placement.plan(config)
-    print(f"# placement: {plan.describe()}")
+    wanted = reservation.reservation(config)
+    print(f"# placement: {wanted.describe()}")
     if config.cluster.address:
         where = f"on the Ray cluster at {config.cluster.address}"
     else:
@@ -184,8 +185,8 @@ def dry_run(config: Config) -> int:
             f"on a local Ray; this machine has {machine.cpu_count()} CPUs, "
             f"{machine.gpu_count()} GPUs, {memory:.1f} GiB memory available"
         )
-    print(f"#   in all {plan.total('CPU'):g} CPUs and {plan.total('GPU'):g} GPUs, {where}")
-    need = machine.memory_plan(config, config.model.path)
+    print(f"#   in all {wanted.total('CPU'):g} CPUs and {wanted.total('GPU'):g} GPUs, {where}")
+    need = machine.memory_need(config, config.model.path)
     if need:
         print(f"#   memory: {need.describe()}")
     else:

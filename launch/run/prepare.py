@@ -26,7 +26,7 @@ from tandem.engine.loop.state import read_state
 from tandem.engine.model.resolve import load_tokenizer, resolve_model
 from tandem.engine.report.display import Display
 from tandem.launch.machine import check_model, parameter_count
-from tandem.launch.placement import preflight
+from tandem.launch.reservation import preflight
 from tandem.launch.run import resume
 from tandem.launch.run.content import contents
 from tandem.launch.run.folder import RunFolder

@@ -15,7 +15,7 @@ import yaml
 
 from tandem.algorithms.registry import METHODS, method_class
 from tandem.engine.core.errors import ConfigError
-from tandem.launch import cli, machine, placement
+from tandem.launch import cli, machine, reservation
 from tandem.launch.check_config import load
 
 CONFIG = {
@@ -256,7 +256,7 @@ def test_memory_estimate_follows_zero_and_precision(in_tmp, config):
 
     def state(*words):
         return (
-            machine.memory_plan(
+            machine.memory_need(
                 load(config, ["mode=cluster", "cluster.learner_ranks=2", *words]), folder
             ).rank
             - machine.LEARNER_RUNTIME
@@ -269,7 +269,7 @@ def test_memory_estimate_follows_zero_and_precision(in_tmp, config):
     assert state("learner.zero_stage=3") == 16 / 2 * parameters
     # 2, 2, 4 master weights, 8
     assert state("learner.zero_stage=0", "model.dtype=bfloat16") == 16 * parameters
-    engine = machine.memory_plan(
+    engine = machine.memory_need(
         load(config, ["mode=cluster", "rollout.kv_cache_gib=3"]), folder
     ).engine
     assert engine == machine.ENGINE_RUNTIME + 4 * parameters + 3 * machine.GIB
@@ -281,4 +281,4 @@ def test_too_little_memory_is_refused(in_tmp, config):
     with pytest.raises(
         ConfigError, match=r"not enough memory: .* 10000\d\.\d GiB .* GiB are available here"
     ):
-        placement.preflight(load(config, [*roomy, "rollout.kv_cache_gib=100000"]), folder)
+        reservation.preflight(load(config, [*roomy, "rollout.kv_cache_gib=100000"]), folder)

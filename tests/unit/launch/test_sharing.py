@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tandem.engine.config.schema import ClusterConfig, Config, RunConfig
 from tandem.engine.core import process as core_process
 from tandem.engine.core.errors import ConfigError
-from tandem.launch import machine, placement
+from tandem.launch import machine, reservation
 from tandem.launch.check_config import load
 
 TREE = {
@@ -33,23 +33,23 @@ def tree(tmp_path):
 
 
 def test_a_colocated_pair_has_one_bundle_with_the_resources_of_both(tree):
-    plan = placement.plan(
+    asked = reservation.reservation(
         load(
             tree,
             [*HALVES, "cluster.engine_gpus=0.6", "cluster.learner_gpus=0.3", "rollout.sleep=true"],
         )
     )
-    assert plan.bundles == ({"CPU": 0.5, "GPU": 0.9},) * 2
+    assert asked.bundles == ({"CPU": 0.5, "GPU": 0.9},) * 2
     assert (
-        [plan.engine_bundle(i) for i in (0, 1)]
-        == [plan.learner_bundle(r) for r in (0, 1)]
+        [asked.engine_bundle(i) for i in (0, 1)]
+        == [asked.learner_bundle(r) for r in (0, 1)]
         == [0, 1]
     )
     assert (
         "2 place(s) of {CPU 0.5, GPU 0.9}, each with engine and learner rank (cluster.colocate)"
-        in plan.describe()
+        in asked.describe()
     )
-    apart = placement.plan(load(tree, []))
+    apart = reservation.reservation(load(tree, []))
     assert len(apart.bundles) == 4 and [apart.learner_bundle(r) for r in (0, 1)] == [2, 3]
 
 
@@ -60,8 +60,8 @@ def test_the_place_of_a_pair_stays_whole_where_one_side_is_missing():
     cluster = ClusterConfig(
         engines=2, learner_ranks=2, colocate=True, engine_gpus=0.5, learner_gpus=0.5
     )
-    plan = placement.plan(Config(cluster=cluster, run=RunConfig(rollout_only=True)))
-    assert [b["GPU"] for b in plan.bundles] == [1.0, 1.0] and plan.ranks == 0
+    asked = reservation.reservation(Config(cluster=cluster, run=RunConfig(rollout_only=True)))
+    assert [b["GPU"] for b in asked.bundles] == [1.0, 1.0] and asked.ranks == 0
 
 
 def test_the_weights_of_a_sleeping_engine_are_counted_as_host_memory(tree, tmp_path):
@@ -69,7 +69,7 @@ def test_the_weights_of_a_sleeping_engine_are_counted_as_host_memory(tree, tmp_p
 
     def engine(*more):
         return (
-            machine.memory_plan(load(tree, [*HALVES, *more]), tmp_path).engine
+            machine.memory_need(load(tree, [*HALVES, *more]), tmp_path).engine
             - machine.ENGINE_RUNTIME
         )
 
@@ -143,7 +143,7 @@ def test_more_pinned_threads_than_cores_are_refused_before_anything_starts(tree)
             rf"all, but this process may use {cores}"
         ),
     ):
-        placement.preflight(load(tree, ["cluster.pin_cores=true", f"cluster.threads={cores}"]))
+        reservation.preflight(load(tree, ["cluster.pin_cores=true", f"cluster.threads={cores}"]))
 
 
 @pytest.mark.parametrize("process, own", [(0, [2, 3]), (1, [5, 7]), (2, [8, 9])])
