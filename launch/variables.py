@@ -52,14 +52,19 @@ VLLM_SOCKET = "/01234567-0123-0123-0123-0123456789ab"
 
 def foreign(config: Config | None) -> list[str]:
     """Names of variables that are set here and that a run must not see."""
-    names, prefixes = LAUNCHERS, LAUNCHER_PREFIXES
+    names = LAUNCHERS
+    prefixes = LAUNCHER_PREFIXES
     if config is None or config.cluster.address is None:
-        names, prefixes = names + ADDRESSES, prefixes + ADDRESS_PREFIXES
+        names += ADDRESSES
+        prefixes += ADDRESS_PREFIXES
     return sorted(name for name in os.environ if name in names or name.startswith(prefixes))
 
 
 def forget_foreign(config: Config) -> str | None:
-    """Take those variables out of this process, whose children inherit the rest; a line about it."""
+    """Take those variables out of this process, whose children inherit the rest.
+
+    Returns a line about it, None if there were none.
+    """
     names = foreign(config)
     for name in names:
         del os.environ[name]
@@ -83,9 +88,8 @@ def short_folder(inside: str) -> str:
         else:
             return folder
     raise ConfigError(
-        "no folder for the sockets of Ray and vLLM: "
-        + "; ".join(tried)
-        + "; set TMPDIR to a short one that can be written"
+        f"no folder for the sockets of Ray and vLLM: {'; '.join(tried)}; "
+        "set TMPDIR to a short one that can be written"
     )
 
 

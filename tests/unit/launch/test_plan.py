@@ -42,8 +42,8 @@ def measured():
 def test_predicts_measured_steps(line, mode, dtype, found):
     """Prompts count as often as they were run: rows share them.
 
-    Peaks are those measured beside the step; the efficiencies are estimate.py's constants. Rollouts of
-    the cluster come from vLLM, whose CPU kernels it does not know.
+    Peaks are those measured beside the step; the efficiencies are estimate.py's constants. Rollouts
+    of the cluster come from vLLM, whose CPU kernels it does not know.
     """
     sequences = line["prompts"] * line["samples"]
     width = 4 if dtype == "float32" else 2
