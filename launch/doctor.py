@@ -316,7 +316,8 @@ def data(config: Config, name: str, dataset: DatasetConfig, tokenizer) -> Check:
 
     kind = ExpertSource if name == "experts" else PromptSource
     try:
-        source = kind(dataset, config.data, tokenizer, config.model, config.run.seed)
+        held_out = name == "evaluation"
+        source = kind(dataset, config.data, tokenizer, config.model, config.run.seed, held_out)
         first = source.take(1)[0]
         if name != "experts" and config.reward.check_answers:
             check_answers(config.reward.functions, source, f"data.{name}")

@@ -62,7 +62,7 @@ class ControlTokens:
         return self.pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
 
     def split_end(self, text: str) -> tuple[str, str]:
-        """(text, the stop token that it ends with, and white space): a response may end with one."""
+        """(text, the stop token and white space that a response may end with)."""
         bare = text.rstrip()
         for stop in self.stops:
             if stop and bare.endswith(stop):

@@ -1,4 +1,4 @@
-"""Which row comes next: row numbers without end, in an order that depends on (seed, epoch) alone."""
+"""Which row comes next: an endless sequence of row numbers that depends on (seed, epoch) alone."""
 
 from __future__ import annotations
 

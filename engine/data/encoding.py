@@ -25,6 +25,7 @@ from tandem.engine.data.messages import find_missing, literals, with_markers
 from tandem.engine.data.samples import Sample, SampleReader, refuse_surrogates, role_advice
 from tandem.engine.data.templates import Template, TemplateFailure
 from tandem.engine.model.context import context_length
+from tandem.engine.model.resolve import read_config, resolve_model
 
 SPLIT_BEHIND = ("", "\n", "=", ":", "a")  # texts behind which a response may be tokenised apart
 SPARE_TOKENS = 16  # beside the margins of a shape
@@ -46,8 +47,6 @@ class Encoder:
     """
 
     def __init__(self, dataset: DatasetConfig, data: DataConfig, tokenizer, model: ModelConfig):
-        from tandem.engine.model.resolve import read_config, resolve_model
-
         self.data = data
         self.tokenizer = tokenizer
         self.template = Template(tokenizer, data.chat_template_kwargs, data.template_date)
@@ -67,22 +66,27 @@ class Encoder:
 
     def encode(self, sample: Sample, label: str) -> Encoded:
         shape = self.shape(sample)
-        chat = isinstance(sample.prompt, list)
-        text = self.render_prompt(sample, label) if chat else sample.prompt
-        if chat and shape not in self.margins:
-            self.check_roles(sample, label)
+        if isinstance(sample.prompt, str):
+            chat = False
+            text = sample.prompt
+        else:
+            chat = True
+            text = self.render_prompt(sample, label)
+            if shape not in self.margins:
+                self.check_roles(sample, label)
         tokens = self.prompt_tokens(text, chat, label)
-        rest = ""
         response = None
+        behind = 0
         if sample.response is not None:
-            rest = self.response_text(sample, text, label)
+            answer = sample.response["content"]
+            rest = self.rendered_response(sample, text, label) if chat else answer
             response = self.response_tokens(tokens, text, rest, chat, label)
             self.check_lengths(tokens, response, label)
+            behind = len(rest) - len(answer)
         if shape not in self.margins:
-            known = sum(len(message["content"]) for message in sample.prompt) if chat else len(text)
-            answer = len(sample.response["content"]) if sample.response else 0
-            self.margins[shape] = (len(text) - known, len(rest) - answer)
-        return Encoded(sample.prompt, self.within_limit(tokens, label), response)
+            before = len(text) - sum(map(len, sample.prompt_texts))
+            self.margins[shape] = (before, behind)
+        return Encoded(sample.prompt, self.within_limit(tokens), response)
 
     # -- rows that need not be tokenised
 
@@ -122,8 +126,11 @@ class Encoder:
         return self.context is None or prompt + response < self.context
 
     def fitting(self, samples: Sequence[Sample]) -> list[bool]:
-        """`surely_fits` of many rows, by the tokens of their texts, which are counted all at once."""
-        texts = list({text: None for sample in samples for text in sample.texts})
+        """`surely_fits` of many rows, by the tokens of their texts, all counted at once."""
+        texts: list[str] = []
+        for sample in samples:
+            texts.extend(sample.texts)
+        texts = list(dict.fromkeys(texts))
         try:
             found = self.tokenizer(texts, add_special_tokens=False).input_ids
         except Exception:  # of one of them; `encode` will say of which
@@ -153,22 +160,21 @@ class Encoder:
         return text
 
     def render_prompt(self, sample: Sample, label: str) -> str:
-        text = self.render(sample.prompt, sample.tools, True, label)
-        self.check_content(text, sample.prompt, label)
+        text = self.render(sample.chat, sample.tools, True, label)
+        self.check_content(text, sample.chat, label)
         self.check_tools(text, sample.tools, label)
         return text
 
-    def response_text(self, sample: Sample, text: str, label: str) -> str:
-        """The text behind the prompt's: the response and what ends the turn."""
-        if isinstance(sample.prompt, str):
-            return sample.response["content"]
+    def rendered_response(self, sample: Sample, text: str, label: str) -> str:
+        """The text behind the prompt's `text`: the response and what ends the turn."""
         full = self.render(sample.messages, sample.tools, False, label)
         if not full.startswith(text):
+            became = full[: len(text)]
             raise ConfigError(
-                f"{label}: the chat template writes the turns before the response "
-                "differently once the response is there, so that training would not see "
-                f"what a rollout sees: {brief(text[-80:])} became "
-                f"{brief(full[: len(text)][-80:])}; use a template that only appends"
+                f"{label}: the chat template writes the turns before the response differently "
+                "once the response is there, so that training would not see what a rollout sees: "
+                f"{brief(text[-80:])} became {brief(became[-80:])}; use a template that only "
+                "appends"
             )
         self.check_content(full, sample.messages, label)
         return full[len(text) :]
@@ -245,7 +251,7 @@ class Encoder:
             )
         return tokens
 
-    def within_limit(self, tokens: np.ndarray, label: str) -> np.ndarray:
+    def within_limit(self, tokens: np.ndarray) -> np.ndarray:
         """The prompt as it is used: too long a one without its beginning, but with its BOS."""
         limit = self.data.max_prompt_tokens
         if len(tokens) <= limit:
@@ -360,10 +366,10 @@ def stop_tokens(tokenizer, model: ModelConfig) -> list[int]:
     config (an end-of-turn token is often only there)."""
     from transformers import GenerationConfig
 
-    from tandem.engine.model.resolve import resolve_model
-
     try:
         ids = GenerationConfig.from_pretrained(resolve_model(model)).eos_token_id
     except OSError:  # the model has none
         ids = None
-    return sorted({tokenizer.eos_token_id, *([ids] if isinstance(ids, int) else ids or [])})
+    if isinstance(ids, int):
+        ids = [ids]
+    return sorted({tokenizer.eos_token_id, *(ids or [])})

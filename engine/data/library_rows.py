@@ -84,15 +84,15 @@ def read_library(path: Path, dataset: DatasetConfig) -> LibraryRows:
         ) from None
     if isinstance(data, (datasets.IterableDataset, datasets.IterableDatasetDict)):
         raise ConfigError(
-            f"dataset {dataset.path!r}: options.streaming is set, but rows that are "
-            "streamed have no numbers, by which a run shuffles and resumes; leave it "
-            "out"
+            f"dataset {dataset.path!r}: options.streaming is set, but rows that are streamed "
+            "have no numbers, by which a run shuffles and resumes; leave it out"
         )
     if isinstance(data, datasets.DatasetDict):
         if dataset.split not in data:
+            splits = [str(name) for name in data]
             raise ConfigError(
                 f"dataset {dataset.path!r} has no split {dataset.split!r}"
-                f"{closest(dataset.split, data)}; its splits: {', '.join(data)}"
+                f"{closest(dataset.split, splits)}; its splits: {', '.join(splits)}"
             )
         data = data[dataset.split]
     elif "split" not in dataset.options:
@@ -143,6 +143,8 @@ def refuse_unlike_types(files: list[Path], dataset: DatasetConfig) -> None:
     """Raise ConfigError if one file has messages where another has text: the library would make
     text of them. The first row of each file is looked at."""
     for name in dict.fromkeys((dataset.prompt, dataset.response)):
+        if name is None:
+            continue
         seen: dict[type, Path] = {}
         for path in files:
             value = first_row(path).get(name)
@@ -165,17 +167,14 @@ def read_lines(files: list[Path]) -> None:
 
 def unlike_columns(files: list[Path]) -> str:
     """' (...)' with the columns of the first two files that differ in them, or ''."""
-    before = None
+    first: dict[str, str] = {}  # {columns: name of the first file that has them}
     for path in files:
         columns = ", ".join(first_row(path))
-        if not columns:
-            continue
-        if before is not None and columns != before[1]:
-            return (
-                f" ({before[0].name} has the columns {before[1]}, {path.name} has {columns}; "
-                f"{CHOOSE})"
-            )
-        before = before or (path, columns)
+        if columns:
+            first.setdefault(columns, path.name)
+        if len(first) == 2:
+            (a, one), (b, other) = first.items()
+            return f" ({one} has the columns {a}, {other} has {b}; {CHOOSE})"
     return ""
 
 

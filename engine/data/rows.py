@@ -35,14 +35,17 @@ class StoredRows:
     """Rows that lie in a file."""
 
     length: int
-    get: Callable[[int], dict[str, Any]]
-    label: Callable[[int], str]
+    row_of: Callable[[int], dict[str, Any]]
+    label_of: Callable[[int], str]
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        return self.get(number)
+        return self.row_of(number)
+
+    def label(self, number: int) -> str:
+        return self.label_of(number)
 
 
 def open_rows(dataset: DatasetConfig) -> Rows:
@@ -63,8 +66,8 @@ def open_rows(dataset: DatasetConfig) -> Rows:
     elif path.is_file():
         raise ConfigError(
             f"dataset {dataset.path!r}: a file must end in {', '.join(READERS)}; "
-            "other kinds are read by the datasets library, e.g. `path: csv` with `options: "
-            f"{{data_files: {path.name}}}`"
+            "other kinds are read by the datasets library, e.g. `path: csv` with "
+            f"`options: {{data_files: {path.name}}}`"
         )
     else:
         rows = read_library(path, dataset)
@@ -117,9 +120,11 @@ def read_parquet(path: Path, name: str) -> StoredRows:
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise ConfigError(f"dataset {name!r} cannot be read as Parquet: {error}") from None
-    return StoredRows(
-        len(table), lambda i: table.slice(i, 1).to_pylist()[0], lambda i: f"{name}:{i + 1}"
-    )
+
+    def row(number: int) -> dict[str, Any]:
+        return table.slice(number, 1).to_pylist()[0]
+
+    return StoredRows(len(table), row, lambda number: f"{name}:{number + 1}")
 
 
 READERS = {

@@ -27,16 +27,23 @@ class Sample:
     tools: list[dict[str, Any]] | None  # for the chat template
 
     @property
+    def chat(self) -> list[dict[str, Any]]:
+        """The messages of the prompt; none where it is plain text."""
+        return [] if isinstance(self.prompt, str) else self.prompt
+
+    @property
     def messages(self) -> list[dict[str, Any]]:
         """All messages of a chat."""
-        return [*self.prompt, *([self.response] if self.response else [])]
+        if self.response is None:
+            return self.chat
+        return [*self.chat, self.response]
 
     @property
     def prompt_texts(self) -> list[str]:
         """The prompt's text, or the contents of its messages."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        return [message["content"] for message in self.prompt]
+        return [message["content"] for message in self.chat]
 
     @property
     def texts(self) -> list[str]:
@@ -94,8 +101,9 @@ class SampleReader:
         if self.dataset.response == name:
             return self.split_messages(value, label)
         prompt = self.read_prompt(value, label)
-        response = self.read_response(row, label) if self.dataset.response else None
-        return prompt, response
+        if not self.dataset.response:
+            return prompt, None
+        return prompt, self.read_response(row, self.dataset.response, label)
 
     def read_prompt(self, value: Any, label: str) -> str | list[dict[str, Any]]:
         name = self.dataset.prompt
@@ -114,9 +122,8 @@ class SampleReader:
             raise ConfigError(f"{label}: the prompt (column {name!r}) is empty")
         return value
 
-    def read_response(self, row: Mapping[str, Any], label: str) -> dict[str, Any]:
+    def read_response(self, row: Mapping[str, Any], name: str, label: str) -> dict[str, Any]:
         """The response as an assistant's message."""
-        name = self.dataset.response
         value = column(row, name, "response", label)
         found = value
         if isinstance(value, str):
@@ -136,7 +143,7 @@ class SampleReader:
         return message
 
     def split_messages(self, value: Any, label: str) -> tuple[list[dict], dict]:
-        """One column for both: everything before the last turn is the prompt, that is the response."""
+        """One column for both: the last turn is the response, everything before it the prompt."""
         name = self.dataset.prompt
         messages = self.messages(value, name, label)
         if messages[-1]["role"] != "assistant":
@@ -219,10 +226,10 @@ class SampleReader:
             if self.control.find(escaped) is None:
                 return escaped
         raise ConfigError(
-            f"{label}: {where} spells {found!r}, which the tokenizer reads as a control "
-            "token: the turn "
-            "goes on or ends there; remove it from the text, or set data.control_tokens=escape to "
-            "put a space into it, or =allow if the text was rendered by a chat template already"
+            f"{label}: {where} spells {found!r}, which the tokenizer reads as a control token: "
+            "the turn goes on or ends there; remove it from the text, or set "
+            "data.control_tokens=escape to put a space into it, or =allow if the text was rendered "
+            "by a chat template already"
         )
 
     def refuse_media(self, row: Mapping[str, Any], label: str) -> None:

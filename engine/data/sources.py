@@ -3,8 +3,7 @@ epoch) alone.
 
 Invariants:
   * Nothing is cut, skipped or repaired that the config does not ask for: a row that cannot be used
-    is a
-    ConfigError that names it, before the run starts wherever the rows have an end.
+    is a ConfigError that names it, before the run starts wherever the rows have an end.
   * Two sources with equal arguments and equal `state_dict` go on identically.
 """
 
@@ -27,10 +26,9 @@ from tandem.engine.data.rows import open_rows
 from tandem.engine.data.samples import Sample
 from tandem.engine.data.tasks import UNLIMITED, is_generated
 
-# rows that are tokenised before the run; of later ones those that need it
-TOKENISED_ROWS = 2_000
-BATCH_CHARACTERS = 1_000_000  # of rows whose tokens are counted at once
+TOKENISED_ROWS = 2_000  # rows that are tokenised before the run; of later ones those that need it
 UNLIMITED_ROWS = 32  # the same for generated rows without end
+BATCH_CHARACTERS = 1_000_000  # of rows whose tokens are counted at once
 MOST_DROPPED = 1_000  # rows without end that are too long, one after the other
 
 
@@ -43,28 +41,32 @@ class RowSource:
 
     `len` is the rows of one epoch, and `source[i]` the i-th of them.
 
+    evaluation: the rows are those of data.evaluation, which are never trained on.
+
     Raises ConfigError on construction for anything wrong with the dataset, and from `take` RowError
     for generated rows without end. `dropped` and `truncated` count rows that were too long
     (data.overlong).
     """
 
+    demonstrations = False  # whether every row must have a response
+
     def __init__(
-        self, dataset: DatasetConfig, data: DataConfig, tokenizer, model: ModelConfig, seed: int
+        self,
+        dataset: DatasetConfig,
+        data: DataConfig,
+        tokenizer,
+        model: ModelConfig,
+        seed: int,
+        evaluation: bool = False,
     ):
         self.dataset = dataset
         self.data = data
         wanted = dataset
-        if isinstance(self, ExpertSource) and dataset.response is None:
+        if self.demonstrations and dataset.response is None:
             wanted = replace(dataset, response="response")  # the name it has in generated rows
         self.encoder = Encoder(wanted, data, tokenizer, model)
-        held_out = dataset is data.evaluation
-        if is_generated(dataset.path) and held_out != (dataset.split == "test"):
-            use = "evaluation" if held_out else "training"
-            raise ConfigError(
-                f"{dataset.path} with split {dataset.split!r} for {use}: generated data needs "
-                "split: test in data.evaluation and split: train elsewhere, so that no "
-                "evaluation problem is trained on"
-            )
+        if is_generated(dataset.path):
+            refuse_wrong_split(dataset, evaluation)
         self.rows = open_rows(dataset)
         length = len(self.rows)
         if dataset.limit is not None:
@@ -72,7 +74,7 @@ class RowSource:
         if length < 1:
             raise ConfigError(f"{dataset.path}: limit is {dataset.limit}, which leaves no rows")
         self.endless = length == UNLIMITED
-        if self.endless and (held_out or isinstance(self, ExpertSource)):
+        if self.endless and (evaluation or self.demonstrations):
             raise ConfigError(
                 f"{dataset.path}: options.size is not set; demonstrations and evaluation need "
                 "a fixed number of problems"
@@ -212,13 +214,26 @@ class PromptSource(RowSource):
 class ExpertSource(RowSource):
     """Demonstrations: trajectories whose response tokens are EXPERT."""
 
+    demonstrations = True
+
     def make(self, number: int) -> Trajectory:
         row, label = self.rows[number], self.rows.label(number)
         encoded = self.encoder.encode(self.encoder.read(row, label), label)
+        assert encoded.response is not None  # the reader refuses a row without one
         kinds = np.array([Source.PROMPT, Source.EXPERT], np.int8)
         source = np.repeat(kinds, [len(encoded.tokens), len(encoded.response)])
         tokens = np.concatenate([encoded.tokens, encoded.response])
         return Trajectory(row_id(row, label), tokens, source, Finish.STOP)
+
+
+def refuse_wrong_split(dataset: DatasetConfig, evaluation: bool) -> None:
+    if evaluation == (dataset.split == "test"):
+        return
+    use = "evaluation" if evaluation else "training"
+    raise ConfigError(
+        f"{dataset.path} with split {dataset.split!r} for {use}: generated data needs split: test "
+        "in data.evaluation and split: train elsewhere, so that no evaluation problem is trained on"
+    )
 
 
 def recorded_date(cursors: Mapping[str, Mapping[str, Any]]) -> str | None:

@@ -6,9 +6,9 @@ on the fly from (seed, number).
                                max_numbers: 3}
 
 Invariants:
-  * Every problem belongs to one split for ever: a hash of its question puts a fifth of all problems
-    in `split: test`, the others in `split: train`.
-    Whatever the seeds and sizes, no test problem occurs in a training prompt or a demonstration.
+  * Every problem belongs to one split forever: a hash of its question puts a fifth of all problems
+    in `split: test`, the others in `split: train`. Whatever the seeds and sizes, no test problem
+    occurs in a training prompt or a demonstration.
   * `size: N` is a fixed set of N different problems; without a size the rows never end and (seed,
     number) alone makes a row.
 """
@@ -36,22 +36,17 @@ def sort(rng: random.Random, digits: int = 8) -> dict[str, str]:
     """Sort the digits of a number. steps: the sorted list after each insertion, e.g. sort 3142= ->
     3,13,134,1234.
     """
-    drawn = [str(rng.randrange(10)) for _ in range(digits)]
-    return {
-        "prompt": f"sort {''.join(drawn)}=",
-        "answer": "".join(sorted(drawn)),
-        "steps": ",".join("".join(sorted(drawn[:n])) for n in range(1, digits + 1)),
-    }
+    drawn = "".join(str(rng.randrange(10)) for _ in range(digits))
+    steps = ["".join(sorted(drawn[:n])) for n in range(1, digits + 1)]
+    return {"prompt": f"sort {drawn}=", "answer": steps[-1], "steps": ",".join(steps)}
 
 
 def chain(rng: random.Random, numbers: int = 5) -> dict[str, str]:
     """Add one-digit numbers. steps: the running sums, e.g. 3+4+8= -> 7,15."""
     drawn = [rng.randrange(1, 10) for _ in range(numbers)]
-    return {
-        "prompt": "+".join(map(str, drawn)) + "=",
-        "answer": str(sum(drawn)),
-        "steps": ",".join(str(sum(drawn[:n])) for n in range(2, numbers + 1)),
-    }
+    question = "+".join(map(str, drawn))
+    sums = [str(sum(drawn[:n])) for n in range(2, numbers + 1)]
+    return {"prompt": f"{question}=", "answer": str(sum(drawn)), "steps": ",".join(sums)}
 
 
 TASKS: dict[str, Callable[..., dict[str, str]]] = {"sort": sort, "chain": chain}
@@ -63,11 +58,8 @@ def is_generated(path: str) -> bool:
 
 def held_out(question: str) -> bool:
     """Whether a problem belongs to the test split."""
-    return (
-        int.from_bytes(hashlib.blake2b(question.encode(), digest_size=8).digest(), "big")
-        % TEST_SHARE
-        == 0
-    )
+    digest = hashlib.blake2b(question.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % TEST_SHARE == 0
 
 
 class GeneratedRows:
@@ -83,14 +75,10 @@ class GeneratedRows:
         if self.split not in ("train", "test"):
             raise ConfigError(f"{self.path}: split is {self.split!r}, expected train or test")
         options = dict(dataset.options)
-        self.size, self.seed, self.template = (
-            options.pop("size", None),
-            options.pop("seed", 0),
-            options.pop("response", "{answer}"),
-        )
-        if self.size is not None and (
-            not isinstance(self.size, int) or isinstance(self.size, bool) or self.size < 1
-        ):
+        self.size = options.pop("size", None)
+        self.seed = options.pop("seed", 0)
+        self.template = options.pop("response", "{answer}")
+        if self.size is not None and not is_count(self.size):
             raise ConfigError(
                 f"{self.path}: options.size is {self.size!r}, expected an integer of at "
                 "least 1, or null for rows without end"
@@ -101,7 +89,8 @@ class GeneratedRows:
                 f"{self.template!r}, expected an integer and a text with {{answer}}"
             )
         kind, _, name = self.path.partition(":")
-        self.make = (task_maker if kind == "task" else reasoning_gym_maker)(name, options)
+        maker = task_maker if kind == "task" else reasoning_gym_maker
+        self.make = maker(name, options)
         self.fixed = None if self.size is None else self.different(self.size)
 
     def __len__(self) -> int:
@@ -112,11 +101,12 @@ class GeneratedRows:
         # many right answers, none of them given: fine as a prompt, no demonstration
         if row["answer"] is None and "{answer}" in self.template:
             return {**row, "response": None}
+
+        def column(match: re.Match) -> str:
+            return str(row.get(match[1], match[0]))
+
         # not str.format: \boxed{...} must pass
-        response = re.sub(
-            r"\{(\w+)\}", lambda match: str(row.get(match[1], match[0])), self.template
-        )
-        return {**row, "response": response}
+        return {**row, "response": re.sub(r"\{(\w+)\}", column, self.template)}
 
     def label(self, number: int) -> str:
         return f"{self.path}/{self.split}/seed{self.seed}:{number}"
@@ -150,6 +140,10 @@ class GeneratedRows:
                 )
             number += 1
         return list(found.values())
+
+
+def is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def task_maker(name: str, options: Mapping[str, Any]) -> Callable[[random.Random], dict[str, Any]]:
@@ -201,9 +195,8 @@ def reasoning_gym_maker(
         state = random.getstate()
         random.seed(rng.getrandbits(63))  # list_functions draws from the global generator as well
         try:
-            item = reasoning_gym.create_dataset(name, seed=rng.getrandbits(31), size=1, **options)[
-                0
-            ]
+            seed = rng.getrandbits(31)
+            item = reasoning_gym.create_dataset(name, seed=seed, size=1, **options)[0]
         except (TypeError, AssertionError, ValueError) as error:
             raise ConfigError(
                 f"reasoning_gym:{name}: the task refuses options {dict(options)}: {error}"

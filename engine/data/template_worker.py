@@ -1,7 +1,7 @@
 """The process that renders chat templates: `python -m tandem.engine.data.template_worker FD`.
 
-A template is a program that came with a model: it may loop for ever, or fill the memory. Here it
-has bounds on both. engine/data/templates.py starts this program, and nobody else does.
+A template is a program that came with a model: it may loop forever, or fill the memory. Here it has
+bounds on both. Only engine/data/templates.py starts this program.
 """
 
 from __future__ import annotations

@@ -13,8 +13,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import date
-from multiprocessing import Pipe
+from multiprocessing.connection import Pipe
 from typing import Any
 
 from tandem.engine.data.template_worker import DEADLINE
@@ -79,14 +80,22 @@ class Template:
         return text
 
 
+@dataclass
+class Renderer:
+    """A process that renders."""
+
+    process: subprocess.Popen
+    connection: Any  # of multiprocessing; its type depends on the system
+    owner: int  # the process that started it: a fork of that must not end it
+    ready: bool = False
+
+
 class Worker:
     """The process that renders, started when first needed and again after it was killed."""
 
     def __init__(self):
         self.lock = threading.Lock()
-        self.process: subprocess.Popen | None = None
-        self.connection = None
-        self.owner = 0  # the process that started it: a fork of that must not end it
+        self.renderer: Renderer | None = None
 
     def ask(self, request: dict[str, Any]) -> tuple[str, str]:
         """The reply (see engine/data/template_worker.py).
@@ -94,25 +103,38 @@ class Worker:
         Raises TemplateFailure if the process dies of it.
         """
         with self.lock:
+            renderer = self.renderer
+            if renderer is None or renderer.owner != os.getpid():
+                renderer = self.renderer = start_renderer()
             try:
-                if self.process is None or self.owner != os.getpid():
-                    self.start()
-                self.connection.send(request)
-                return self.connection.recv()
+                if not renderer.ready:
+                    renderer.connection.recv()  # it says so
+                    renderer.ready = True
+                renderer.connection.send(request)
+                return renderer.connection.recv()
             except (EOFError, ConnectionError):
-                code = self.process.wait()
+                code = renderer.process.wait()
                 self.stop()
                 raise TemplateFailure(reason(code)) from None
             except BaseException:  # an answer that nobody waits for must not be the next one's
                 self.stop()
                 raise
 
-    def start(self) -> None:
-        self.connection, theirs = Pipe()
+    def stop(self) -> None:
+        renderer, self.renderer = self.renderer, None
+        if renderer is not None and renderer.owner == os.getpid():
+            renderer.process.kill()
+            renderer.process.wait()
+            renderer.connection.close()
+
+
+def start_renderer() -> Renderer:
+    ours, theirs = Pipe()
+    with theirs:
         path = os.pathsep.join(entry for entry in sys.path if entry)
         environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, "-m", "tandem.engine.data.template_worker", str(theirs.fileno())]
-        self.process = subprocess.Popen(
+        process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -121,16 +143,7 @@ class Worker:
             pass_fds=(theirs.fileno(),),
             start_new_session=True,
         )
-        theirs.close()
-        self.owner = os.getpid()
-        self.connection.recv()  # it is ready
-
-    def stop(self) -> None:
-        if self.process is not None and self.owner == os.getpid():
-            self.process.kill()
-            self.process.wait()
-            self.connection.close()
-        self.process = None
+    return Renderer(process, ours, os.getpid())
 
 
 def reason(code: int) -> str:

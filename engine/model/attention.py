@@ -28,12 +28,8 @@ def attend(module, query, key, value, attention_mask, **options):
     """transformers' SDPA, in float32 for short queries that need a gradient."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if (
-        query.dtype != torch.bfloat16
-        or query.device.type != "cpu"
-        or not query.requires_grad
-        or query.shape[-2] > SHORT
-    ):
+    slow = query.dtype == torch.bfloat16 and query.device.type == "cpu" and query.requires_grad
+    if not slow or query.shape[-2] > SHORT:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if attention_mask is not None and attention_mask.is_floating_point():
         attention_mask = attention_mask.float()

@@ -9,9 +9,12 @@ vLLM knows the checkpoint's names only: Mixtral's `block_sparse_moe.experts.0.w1
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Shape = tuple[str, torch.dtype, tuple[int, ...]]
 
@@ -24,25 +27,21 @@ class CheckpointForm:
     all keep the names they have.
     """
 
-    def __init__(self, model: nn.Module, parameters: Sequence[Shape]):
+    def __init__(self, model: PreTrainedModel, parameters: Sequence[Shape]):
         self.model = model
         self.converts = False
         self.shapes = list(parameters)
         if not getattr(model, "_weight_conversions", None):
             return
-        empty = {
-            name: torch.empty(shape, dtype=dtype, device="meta")
-            for name, dtype, shape in parameters
-        }
-        pieces = [
-            piece for name, tensor in empty.items() for piece in self.revert({name: tensor}).items()
-        ]
-        found = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in pieces]
-        whole = {
-            (name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.revert(empty).items()
-        }
-        if len(found) == len(whole) and set(found) == whole:
-            self.converts, self.shapes = True, found
+        empty = {}
+        one_by_one: list[Shape] = []
+        for name, dtype, shape in parameters:
+            empty[name] = torch.empty(shape, dtype=dtype, device="meta")
+            one_by_one += shapes_of(self.revert({name: empty[name]}))
+        at_once = shapes_of(self.revert(empty))
+        if len(one_by_one) == len(at_once) and set(one_by_one) == set(at_once):
+            self.converts = True
+            self.shapes = one_by_one
 
     def revert(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         from transformers.core_model_loading import revert_weight_conversion
@@ -61,3 +60,7 @@ class CheckpointForm:
                 yield from self.revert({name: tensor}).items()
             else:
                 yield name, tensor
+
+
+def shapes_of(state: dict[str, torch.Tensor]) -> list[Shape]:
+    return [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()]

@@ -5,8 +5,7 @@ For z = f(h W^T + b) / T, logp = z[target] - lse(z) and H = lse(z) - sum p z, bo
 (float64 for float64 input). f is what the model does to its logits: f(x) = s x with a constant
 scale s, or f(x) = c tanh(s x / c) with a soft cap c; the temperature T comes after it, as in vLLM
 and transformers. Backward computes the logits of each chunk again and uses
-    d logp / d z = onehot(target) - p        dH / dz = -p (log p + H)        f'(x) = s (1 - (f(x) /
-                                             c)^2)
+    d logp / d z = onehot(target) - p      dH / dz = -p (log p + H)      f'(x) = s (1 - (f(x)/c)^2)
 so that a tensor of shape [tokens, vocabulary] exists neither forward nor backward. Backward begins
 with the chunk that forward ended with, which is kept: up to `chunk` tokens nothing is computed
 twice, beyond that the price is one more matmul h W^T per token. Figures: docs/performance.md.
@@ -48,19 +47,20 @@ def token_logprobs(
 class ChunkedHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, temperature, chunk, entropy, scale, cap):
-        kind = torch.promote_types(hidden.dtype, torch.float32)
-        logp = hidden.new_empty(len(hidden), dtype=kind)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        logp = hidden.new_empty(len(hidden), dtype=dtype)
         lse = torch.empty_like(logp)
         ent = torch.empty_like(logp) if entropy else None
         for part in parts(len(hidden), chunk):
-            z = final_logits(hidden[part], weight, bias, temperature, kind, scale, cap)
+            z = final_logits(hidden[part], weight, bias, temperature, dtype, scale, cap)
             lse[part] = z.logsumexp(-1)
             logp[part] = z.gather(-1, target[part, None]).squeeze(-1) - lse[part]
             log_p = z.sub_(lse[part, None])
-            if entropy:
+            if ent is not None:
                 ent[part] = -(log_p.exp().mul_(log_p)).sum(-1)
         ctx.save_for_backward(hidden, weight, bias, target, lse, ent)
-        ctx.temperature, ctx.chunk, ctx.last = temperature, chunk, log_p if len(hidden) else None
+        ctx.last = log_p if len(hidden) else None
+        ctx.temperature, ctx.chunk = temperature, chunk
         ctx.scale, ctx.cap = scale, cap
         ctx.set_materialize_grads(False)
         return logp, ent
@@ -98,21 +98,12 @@ class ChunkedHead(torch.autograd.Function):
                 d_weight.addmm_(d_z.T, hidden[part])
             elif d_weight is not None:
                 d_weight += d_z.T @ hidden[part]
-
-        def cast(grad, like):
-            return None if grad is None else grad.to(like.dtype)
-
-        return (
-            d_hidden,
-            cast(d_weight, weight),
-            cast(d_bias, bias),
-            None,
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        if d_weight is not None:
+            d_weight = d_weight.to(weight.dtype)
+        if d_bias is not None:
+            d_bias = d_bias.to(bias.dtype)
+        others = (None,) * 6  # target, temperature, chunk, entropy, scale, cap
+        return d_hidden, d_weight, d_bias, *others
 
 
 def parts(n: int, chunk: int) -> list[slice]:
@@ -120,13 +111,13 @@ def parts(n: int, chunk: int) -> list[slice]:
 
 
 def final_logits(
-    hidden, weight, bias, temperature: float, kind: torch.dtype, scale: float, cap: float | None
+    hidden, weight, bias, temperature: float, dtype: torch.dtype, scale: float, cap: float | None
 ) -> torch.Tensor:
-    """[chunk, V] in dtype `kind`, a fresh tensor that the caller may overwrite."""
-    if hidden.is_cuda and hidden.dtype != kind:
-        z = torch.mm(hidden, weight.T, out_dtype=kind)
+    """[chunk, V] in dtype `dtype`, a fresh tensor that the caller may overwrite."""
+    if hidden.is_cuda and hidden.dtype != dtype:
+        z = torch.mm(hidden, weight.T, out_dtype=dtype)
     else:
-        z = (hidden @ weight.T).to(kind)
+        z = (hidden @ weight.T).to(dtype)
     if bias is not None:
         z += bias
     if cap is None:

@@ -18,14 +18,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from tandem.engine.config.schema import ModelConfig
 from tandem.engine.core.errors import ConfigError
+from tandem.engine.model.resolve import load_tokenizer
 from tandem.engine.model.weight_files import SAFE, SAFE_INDEX, read_tensors, tensor_shapes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Named = Iterable[tuple[str, torch.Tensor]]
 
 # a model that is larger is written in several files; also what rank 0 holds at most
 SHARD_BYTES = 5 * 10**9
@@ -54,11 +60,10 @@ class Origin:
 
     folder: Path
     names: frozenset[str]  # of all its tensors
-    # of those that the model does not hold (speculative heads, vision parts)
-    unused: tuple[str, ...]
+    unused: tuple[str, ...]  # of those that the model lacks (speculative heads, vision parts)
 
 
-def find_origin(model: nn.Module, path: str) -> Origin:
+def find_origin(model: PreTrainedModel, path: str) -> Origin:
     """Compare the checkpoint at `path` with what an export of `model` would write: names and
     shapes, no data.
 
@@ -66,47 +71,43 @@ def find_origin(model: nn.Module, path: str) -> Origin:
     """
     folder = local_folder(path)
     shapes = tensor_shapes(folder)
-    named = {
-        name: torch.empty_like(tensor, device="meta") for name, tensor in model.state_dict().items()
-    }
-    written = {
-        name: tuple(tensor.shape)
-        for name, tensor in checkpoint_layout(model, named, shapes.keys()).items()
-    }
-    used = used_names(model, shapes.keys())
+    state = model.state_dict()
+    empty = {name: torch.empty_like(state[name], device="meta") for name in state}
+    written = checkpoint_layout(model, empty, shapes)
+    used = used_names(model, shapes)
     for name in sorted(used):
-        if written.get(name) != shapes[name]:
+        found = tuple(written[name].shape) if name in written else None
+        if found != shapes[name]:
+            words = "nothing of that name" if found is None else f"shape {list(found)}"
             raise ConfigError(
-                f"model {path!r} could not be exported after training: its tensor {name!r} "
-                f"of shape {list(shapes[name])} would be "
-                f"written as {describe(written.get(name))}; save the model once with "
-                "transformers' save_pretrained and train that"
+                f"model {path!r} could not be exported after training: its tensor {name!r} of "
+                f"shape {list(shapes[name])} would be written as {words}; save the model once "
+                "with transformers' save_pretrained and train that"
             )
     return Origin(folder, frozenset(shapes), tuple(sorted(shapes.keys() - used)))
-
-
-def describe(shape: tuple[int, ...] | None) -> str:
-    return "nothing of that name" if shape is None else f"shape {list(shape)}"
 
 
 def local_folder(path: str) -> Path:
     """A model folder, or where the hub's files of a model were put when it was loaded."""
     if Path(path).is_dir():
         return Path(path).absolute()
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
-    return Path(cached_file(path, "config.json")).absolute().parent
+    found = cached_file(path, "config.json")
+    assert found is not None  # it raises an error where there is none
+    return Path(found).absolute().parent
 
 
 def checkpoint_layout(
-    model: nn.Module, state: dict[str, torch.Tensor], names: Iterable[str]
+    model: PreTrainedModel, state: dict[str, torch.Tensor], names: Iterable[str]
 ) -> dict[str, torch.Tensor]:
     """`state`, which has the model's own names, with the names and layout of the checkpoint it was
     loaded from, which has `names`.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    known, prefix = frozenset(names), f"{model.base_model_prefix}."
+    known = frozenset(names)
+    prefix = f"{model.base_model_prefix}."
     reverted = revert_weight_conversion(model, state)
     return {with_prefix_of(name, prefix, known): tensor for name, tensor in reverted.items()}
 
@@ -115,19 +116,18 @@ def with_prefix_of(name: str, prefix: str, known: frozenset[str]) -> str:
     """Checkpoints of the bare decoder lack the prefix that its model with a head has (GPT-2's
     `transformer.`), or the other way round.
     """
-    if name not in known:
-        if name.removeprefix(prefix) in known:
-            return name.removeprefix(prefix)
-        if prefix + name in known:
-            return prefix + name
+    for candidate in (name, name.removeprefix(prefix), prefix + name):
+        if candidate in known:
+            return candidate
     return name
 
 
-def used_names(model: nn.Module, names: Iterable[str]) -> set[str]:
+def used_names(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
     """Those of a checkpoint's names that are loaded into the model, by transformers' own rules."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    state, prefix = model.state_dict(), model.base_model_prefix
+    state = model.state_dict()
+    prefix = model.base_model_prefix
     conversions = getattr(model, "_weight_conversions", None) or []
     renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
     converters = [one for one in conversions if isinstance(one, WeightConverter)]
@@ -140,7 +140,7 @@ def used_names(model: nn.Module, names: Iterable[str]) -> set[str]:
     return used
 
 
-def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+def persistent_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """What belongs to a checkpoint beside the parameters, e.g. the router's bias of DeepSeek-V3."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
@@ -148,9 +148,9 @@ def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def write_weights(
     folder: Path,
-    model: nn.Module,
+    model: PreTrainedModel,
     origin: Origin,
-    parameters: Iterable[tuple[str, torch.Tensor]],
+    parameters: Named,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write the parameters (name, full tensor, valid until the next is asked for), the buffers and
@@ -159,29 +159,35 @@ def write_weights(
     At most `shard_bytes` and one layer are held in memory.
     """
     own = chain(with_aliases(model, origin, parameters), persistent_buffers(model).items())
-    foreign = read_tensors(origin.folder, origin.unused)
-    stream = chain(
-        ((name, tensor, True) for name, tensor in own),
-        ((name, tensor, False) for name, tensor in foreign),
-    )
+    unused = read_tensors(origin.folder, origin.unused)
+    stream = chain(pieces(own, converted=True), pieces(unused, converted=False))
     shards = []
     for part in by_layers(stream, shard_bytes):
-        state = checkpoint_layout(
-            model, {name: tensor for name, tensor, mine in part if mine}, origin.names
-        )
-        state |= {name: tensor for name, tensor, mine in part if not mine}
+        own_part = {piece.name: piece.tensor for piece in part if piece.converted}
+        state = checkpoint_layout(model, own_part, origin.names)
+        state |= {piece.name: piece.tensor for piece in part if not piece.converted}
         path = folder / f"shard-{len(shards)}.safetensors"
-        save_file(
-            {name: tensor.contiguous() for name, tensor in state.items()},
-            path,
-            metadata={"format": "pt"},
-        )
+        whole = {name: tensor.contiguous() for name, tensor in state.items()}
+        save_file(whole, path, metadata={"format": "pt"})
         shards.append((path, {name: tensor.nbytes for name, tensor in state.items()}))
     name_shards(folder, shards)
 
 
+class Piece(NamedTuple):
+    """A tensor to be written."""
+
+    name: str
+    tensor: torch.Tensor
+    converted: bool  # it is the model's, and gets the checkpoint's name and layout
+
+
+def pieces(named: Named, converted: bool) -> Iterator[Piece]:
+    for name, tensor in named:
+        yield Piece(name, tensor, converted)
+
+
 def with_aliases(
-    model: nn.Module, origin: Origin, parameters: Iterable[tuple[str, torch.Tensor]]
+    model: PreTrainedModel, origin: Origin, parameters: Named
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Tied weights a second time where the checkpoint has them under both names."""
     names: dict[int, list[str]] = {}
@@ -195,23 +201,25 @@ def with_aliases(
                 yield alias, tensor
 
 
-def by_layers(
-    stream: Iterable[tuple[str, torch.Tensor, bool]], limit: int
-) -> Iterator[list[tuple[str, torch.Tensor, bool]]]:
+def by_layers(stream: Iterable[Piece], limit: int) -> Iterator[list[Piece]]:
     """Copies on the CPU, in lists of whole layers: a list ends with the layer that makes it larger
     than `limit` bytes.
 
     Whole, because one tensor of the checkpoint may come from several of the layer's, or the other
     way round.
     """
-    part, size, layer = [], 0, None
-    for name, tensor, mine in stream:
-        if size >= limit and layer_of(name) != layer:
+    part: list[Piece] = []
+    size = 0
+    layer = None
+    for piece in stream:
+        if size >= limit and layer_of(piece.name) != layer:
             yield part
-            part, size = [], 0
-        part.append((name, tensor.detach().to("cpu", copy=True), mine))
-        size += tensor.nbytes
-        layer = layer_of(name)
+            part = []
+            size = 0
+        copy = piece.tensor.detach().to("cpu", copy=True)
+        part.append(piece._replace(tensor=copy))
+        size += copy.nbytes
+        layer = layer_of(piece.name)
     yield part
 
 
@@ -226,7 +234,8 @@ def name_shards(folder: Path, shards: list[tuple[Path, dict[str, int]]]) -> None
     if len(shards) == 1:
         shards[0][0].rename(folder / SAFE)
         return
-    places, total = {}, 0
+    places = {}
+    total = 0
     for number, (path, sizes) in enumerate(shards, start=1):
         final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         path.rename(folder / final)
@@ -240,8 +249,6 @@ def read_files(model: ModelConfig) -> dict[str, bytes]:
     """{name: content} of the files beside the weights, of the model and of its tokenizer; read at
     the start, so that a later change of the source does not matter.
     """
-    from tandem.engine.model.resolve import load_tokenizer
-
     source = model.tokenizer or model.path
     if not Path(source).is_dir():
         load_tokenizer(model)  # brings the hub's files here
@@ -252,10 +259,11 @@ def read_files(model: ModelConfig) -> dict[str, bytes]:
 def tokenizer_folder(source: str) -> Path:
     if Path(source).is_dir():
         return Path(source)
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     for name in ("tokenizer_config.json", "tokenizer.json"):
-        if found := cached_file(source, name, _raise_exceptions_for_missing_entries=False):
+        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        if found:
             return Path(found).parent
     return local_folder(source)
 
@@ -273,7 +281,9 @@ def write_files(folder: Path, files: dict[str, bytes], dtype: str) -> None:
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(with_dtype(content, dtype) if name == "config.json" else content)
+        if name == "config.json":
+            content = with_dtype(content, dtype)
+        path.write_bytes(content)
 
 
 def with_dtype(content: bytes, dtype: str) -> bytes:

@@ -40,7 +40,7 @@ class Head(nn.Module):
     gathers parameters per module call.
     """
 
-    def __init__(self, output: nn.Module, scale: float = 1.0, cap: float | None = None):
+    def __init__(self, output: nn.Module | None, scale: float = 1.0, cap: float | None = None):
         super().__init__()
         if type(output) is not nn.Linear:
             raise ConfigError(
@@ -53,12 +53,11 @@ class Head(nn.Module):
     def forward(self, hidden, target, temperature: float, chunk: int, entropy: bool):
         """See token_logprobs; without a target the most likely tokens, int64 [n]."""
         if target is None:  # a scale or a cap does not change which logit is the largest
-            return torch.cat(
-                [
-                    nn.functional.linear(part, self.weight, self.bias).argmax(-1)
-                    for part in hidden.split(chunk)
-                ]
-            )
+            likely = []
+            for part in hidden.split(chunk):
+                logits = nn.functional.linear(part, self.weight, self.bias)
+                likely.append(logits.argmax(-1))
+            return torch.cat(likely)
         return token_logprobs(
             hidden,
             self.weight,
@@ -84,17 +83,19 @@ class ValueHead(nn.Module):
     def __init__(self, output: torch.Tensor, embedding: int = 0):
         super().__init__()
         size = output.shape[1]
-        draw = torch.randn(embedding, size, generator=torch.Generator().manual_seed(0)) / size**0.5
-        self.embedding = nn.Parameter(draw.to(output)) if embedding else None
-        self.weight, self.bias = (
-            nn.Parameter(output.new_zeros(embedding or size)),
-            nn.Parameter(output.new_zeros(1)),
-        )
+        self.embedding = None
+        if embedding:
+            generator = torch.Generator().manual_seed(0)
+            draw = torch.randn(embedding, size, generator=generator) / size**0.5
+            self.embedding = nn.Parameter(draw.to(output))
+        self.weight = nn.Parameter(output.new_zeros(embedding or size))
+        self.bias = nn.Parameter(output.new_zeros(1))
 
     def forward(self, hidden, embed: bool = False):
         """value [n], and with `embed` u [n, embedding]; float32."""
-        u = hidden.float() if self.embedding is None else hidden.float() @ self.embedding.float().T
-        value = (
-            u if self.embedding is None else u.relu()
-        ) @ self.weight.float() + self.bias.float()
+        u = features = hidden.float()
+        if self.embedding is not None:
+            u = u @ self.embedding.float().T
+            features = u.relu()
+        value = features @ self.weight.float() + self.bias.float()
         return (value, u) if embed else value

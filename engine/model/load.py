@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from tandem.engine.config.schema import ModelConfig
@@ -26,26 +28,24 @@ def load_policy(model: ModelConfig) -> Policy:
     path = resolve_model(model)
     refuse_quantized(model, path)
     try:
-        causal, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=getattr(torch, model.dtype),
             attn_implementation=model.attention,
             trust_remote_code=model.trust_remote_code,
             output_loading_info=True,
         )
-    # transformers, safetensors, torch.load and remote code raise many types for files that are no
-    # model
-    except Exception as error:
+    except Exception as error:  # of many types, for files that are no model
         raise ConfigError(
             f"model {model.path!r} could not be loaded with attention={model.attention!r}, "
-            f"dtype={model.dtype!r}: "
-            f"{type(error).__name__}: {first_line(error)}"
+            f"dtype={model.dtype!r}: {type(error).__name__}: {first_line(error)}"
         ) from None
-    if missing := sorted(loading["missing_keys"]):
+    causal, loading = loaded
+    missing = sorted(loading["missing_keys"])
+    if missing:
         raise ConfigError(
-            f"model {model.path!r}: its weight files lack {len(missing)} parameters, among "
-            f"them {', '.join(missing[:3])}; "
-            "they would stay random: export or download it again"
+            f"model {model.path!r}: its weight files lack {len(missing)} parameters, among them "
+            f"{', '.join(missing[:3])}; they would stay random: export or download it again"
         )
     refuse_unpackable(causal, model)
     if model.attention == "sdpa" and model.dtype == "bfloat16":
@@ -67,7 +67,7 @@ def refuse_quantized(model: ModelConfig, path: str) -> None:
         kind = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
         raise ConfigError(
             f"model {model.path!r} is quantized ({getattr(kind, 'value', kind)}: "
-            "quantization_config in its config.json), so that it could "
-            "neither be trained nor exported as it is; save it once in bfloat16, without "
-            "quantization_config, and set model.path to that"
+            "quantization_config in its config.json), so that it could neither be trained nor "
+            "exported as it is; save it once in bfloat16, without quantization_config, and set "
+            "model.path to that"
         )

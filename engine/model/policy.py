@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,6 +16,9 @@ from tandem.engine.core.errors import ConfigError
 from tandem.engine.core.text import first_line
 from tandem.engine.model.export import Origin
 from tandem.engine.model.heads import Head, ValueHead, logit_map
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Policy(nn.Module):
@@ -26,17 +30,16 @@ class Policy(nn.Module):
     sampled.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: PreTrainedModel):
         super().__init__()
-        self.model = model.eval()
+        self.model: PreTrainedModel = model.eval()
         self.head = Head(model.get_output_embeddings(), *logit_map(model.config.get_text_config()))
         self.critic: ValueHead | None = None
         # With flash attention transformers keeps packed sequences apart in a batch of one only;
         # rows start at position 0, so bins can stand in one line.
-        self.one_line = "flash" in model.config._attn_implementation
+        self.one_line = "flash" in (model.config._attn_implementation or "")
         self.shares_prompts = False  # see `can_share`
-        # the checkpoint it was loaded from, which an export reproduces
-        self.origin: Origin | None = None
+        self.origin: Origin | None = None  # the checkpoint that an export reproduces
 
     def forward(
         self,
@@ -61,9 +64,9 @@ class Policy(nn.Module):
         if custom is not None:
             return custom(self, tokens, positions, index, target, temperature, chunk, entropy, tags)
         hidden = self.trunk(tokens, positions, tree=tree)[index]
-        return *self.head(
-            hidden, target, temperature, chunk, entropy
-        ), None if self.critic is None else self.critic(hidden)
+        logp, entropies = self.head(hidden, target, temperature, chunk, entropy)
+        value = None if self.critic is None else self.critic(hidden)
+        return logp, entropies, value
 
     def trunk(
         self,
@@ -134,9 +137,10 @@ class Policy(nn.Module):
                 "learner.liger is true, but Liger has no kernels for "
                 f"{self.model.config.model_type!r} models; set learner.liger=false"
             )
-        # the head is ours
         _apply_liger_kernel_to_instance(
-            self.model, cross_entropy=False, fused_linear_cross_entropy=False
+            self.model,
+            cross_entropy=False,  # the head is ours
+            fused_linear_cross_entropy=False,
         )
 
     def compile_layers(self, gpu: bool) -> None:
@@ -144,15 +148,15 @@ class Policy(nn.Module):
 
         Raises ConfigError where there is nothing to compile it with.
         """
-        if not gpu and not (
-            os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-        ):
+        compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+        if not gpu and not compiler:
             raise ConfigError(
                 "learner.compile is true, which on a CPU needs a C++ compiler, and there is "
-                "neither g++ nor clang++ on this machine's PATH "
-                "(nor is CXX set); install one or set learner.compile=false"
+                "neither g++ nor clang++ on this machine's PATH (nor is CXX set); install one or "
+                "set learner.compile=false"
             )
-        for layer in self.model.get_decoder().layers:
+        layers: Any = self.model.get_decoder().layers
+        for layer in layers:
             layer.compile(dynamic=True)
 
 
@@ -161,7 +165,8 @@ def tree_mask(tree: torch.Tensor) -> torch.Tensor:
     prompt's.
     """
     block, prompt = tree[0], tree[1]
-    related = (block[:, None, :] == block[:, :, None]) | (block[:, None, :] == prompt[:, :, None])
+    seen = block[:, None, :]
+    related = (seen == block[:, :, None]) | (seen == prompt[:, :, None])
     return related.tril()[:, None]
 
 

@@ -8,6 +8,7 @@ from tandem.engine.config.schema import ModelConfig
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.core.hub import use_cache_if_unreachable
 from tandem.engine.core.text import first_line
+from tandem.engine.model.tiny import tiny_folder
 
 TINY = "tandem:tiny"
 
@@ -18,8 +19,6 @@ def resolve_model(model: ModelConfig) -> str:
     `tandem:tiny` is made on first use. Raises ConfigError if there is no such model.
     """
     if model.path == TINY:
-        from tandem.engine.model.tiny import tiny_folder
-
         return str(tiny_folder())
     folder = Path(model.path).expanduser()
     if folder.is_dir():
@@ -45,11 +44,9 @@ def read_config(model: ModelConfig, path: str):
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # a damaged config.json raises errors of many types
-        where = (
-            "its config.json could not be read"
-            if Path(path).is_dir()
-            else "neither a local folder nor a model that could be loaded"
-        )
+        where = "neither a local folder nor a model that could be loaded"
+        if Path(path).is_dir():
+            where = "its config.json could not be read"
         raise ConfigError(
             f"model.path is {model.path!r}: {where}: {first_line(error)}{remote_code_hint(error)}"
         ) from None

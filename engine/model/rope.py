@@ -7,6 +7,8 @@ learner.micro_batch_tokens. `RowRope` asks the model's own rope once for each ki
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -20,11 +22,12 @@ class RowRope(nn.Module):
 
     def __init__(self, rope: nn.Module):
         super().__init__()
-        self.rope, self.always_long = rope, False
+        self.rope: Any = rope  # its attributes are those of transformers
+        self.always_long = False
         self.switch = switch_length(rope)
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor):
-        """cos and sin [B, L, head size] at position_ids int64 [B, L], each row as if it were alone."""
+        """cos and sin [B, L, head size] at position_ids int64 [B, L], each row as if alone."""
         if self.always_long:
             return self.ask(x, position_ids, self.switch + 1)
         lengths = row_lengths(position_ids).clamp(min=self.switch)
@@ -52,7 +55,7 @@ class RowRope(nn.Module):
         return cos[:, :-1], sin[:, :-1]
 
 
-def switch_length(rope: nn.Module) -> int:
+def switch_length(rope: Any) -> int:
     """The largest number of tokens of a row that has the frequencies the model was first trained
     with.
     """
@@ -78,7 +81,7 @@ def row_lengths(position_ids: torch.Tensor) -> torch.Tensor:
 
 
 def separate_rows(model: nn.Module) -> None:
-    """Put a `RowRope` in the place of every rope of `model` whose frequencies depend on the length."""
+    """Put a `RowRope` in the place of every rope whose frequencies depend on the length."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             kind = getattr(child, "rope_type", None)

@@ -8,36 +8,35 @@ import inspect
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from tandem.engine.config.schema import ModelConfig
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.model.attention import NAME
 from tandem.engine.model.context import context_length, rope_kind, ropes
+from tandem.engine.model.policy import Policy
 from tandem.engine.model.rope import row_ropes
 
 if TYPE_CHECKING:
-    from tandem.engine.model.policy import Policy  # which imports this module
+    from transformers import PreTrainedModel
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # on log-probs
 
 
-def refuse_unpackable(causal: nn.Module, model: ModelConfig) -> None:
+def refuse_unpackable(causal: PreTrainedModel, model: ModelConfig) -> None:
     """Raise ConfigError for what is known to go wrong without a difference that `self_check` could
     see.
     """
     if "position_ids" not in inspect.signature(causal.get_decoder().forward).parameters:
         raise ConfigError(
             f"model {model.path!r} ({type(causal).__name__}) takes no position_ids, so that "
-            "packed sequences cannot be told apart; "
-            "this model is not supported"
+            "packed sequences cannot be told apart; this model is not supported"
         )
     cap = getattr(causal.config.get_text_config(), "attn_logit_softcapping", None)
     if cap and causal.config._attn_implementation == "sdpa":
         raise ConfigError(
-            f"model {model.path!r} caps its attention scores (attn_logit_softcapping={cap} "
-            "in its config.json), which model.attention=sdpa "
-            "leaves out without a word; set model.attention=eager, or flash_attention_2 on a GPU"
+            f"model {model.path!r} caps its attention scores (attn_logit_softcapping={cap} in its "
+            "config.json), which model.attention=sdpa leaves out without a word; set "
+            "model.attention=eager, or flash_attention_2 on a GPU"
         )
 
 
@@ -49,10 +48,10 @@ def self_check(policy: Policy, model: ModelConfig) -> None:
     Raises ConfigError if they differ by more than rounding; the second difference is exactly 0 on
     the CPU. Flash attention needs a GPU: on the CPU its model is checked with SDPA.
     """
-    causal, device, tolerance = policy.model, policy.head.weight.device, TOLERANCE[model.dtype]
-    a, other, b = torch.randint(
-        len(policy.head.weight), (3, 8), generator=torch.Generator().manual_seed(0)
-    ).to(device)
+    causal = policy.model
+    device = policy.head.weight.device
+    tolerance = TOLERANCE[model.dtype]
+    a, other, b = random_rows(policy, (3, 8), seed=0)
     b = b[:6]
     swapped = policy.one_line and device.type == "cpu"
     if swapped:
@@ -71,30 +70,33 @@ def self_check(policy: Policy, model: ModelConfig) -> None:
     far = beside_a_long_row(policy, a, b)
     if swapped:
         causal.set_attn_implementation(model.attention)
-    gap, leak = (
-        (packed[0] - own).abs().mean().item(),
-        (packed[0] - packed[1])[len(a) - 1 :].abs().max().item(),
-    )
+    gap = (packed[0] - own).abs().mean().item()
+    leak = (packed[0] - packed[1])[len(a) - 1 :].abs().max().item()
     if not (gap <= tolerance and leak <= tolerance / 10):
         raise ConfigError(
             f"model {model.path!r} ({type(causal).__name__}, attention {model.attention!r}, "
-            f"{model.dtype}): packed log-probs differ from the "
-            f"model's own by {gap:.1e} on average (expected at most {tolerance:.0e}), and by "
-            f"{leak:.1e} between two neighbours in the pack "
-            f"({tolerance / 10:.0e}): it mixes packed sequences, or its logits are not a "
-            "linear map of the hidden states; "
-            "try model.attention=sdpa, else this model is not supported"
+            f"{model.dtype}): packed log-probs differ from the model's own by {gap:.1e} on average "
+            f"(expected at most {tolerance:.0e}), and by {leak:.1e} between two neighbours in the "
+            f"pack ({tolerance / 10:.0e}): it mixes packed sequences, or its logits are not a "
+            "linear map of the hidden states; try model.attention=sdpa, else this model is not "
+            "supported"
         )
     drift = 0.0 if far is None else (far - packed[0, len(a) - 1 :]).abs().max().item()
     if not drift <= tolerance / 10:
         kinds = sorted({rope_kind(rope) for rope in ropes(causal.config.get_text_config())})
         raise ConfigError(
-            f"model {model.path!r} ({type(causal).__name__}): log-probs of a packed row "
-            f"change by {drift:.1e} (expected at most "
-            f"{tolerance / 10:.0e}) when its neighbour reaches the end of the model's "
-            f"context: its positions (rope {', '.join(kinds) or 'unknown'}) "
+            f"model {model.path!r} ({type(causal).__name__}): log-probs of a packed row change by "
+            f"{drift:.1e} (expected at most {tolerance / 10:.0e}) when its neighbour reaches the "
+            f"end of the model's context: its positions (rope {', '.join(kinds) or 'unknown'}) "
             "depend on the longest row of a pack; this model is not supported"
         )
+
+
+def random_rows(policy: Policy, shape: tuple[int, int], seed: int) -> torch.Tensor:
+    """Token ids int64 `shape`, the same on every machine."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(len(policy.head.weight), shape, generator=generator)
+    return ids.to(policy.head.weight.device)
 
 
 def beside_a_long_row(policy: Policy, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
@@ -114,49 +116,57 @@ def beside_a_long_row(policy: Policy, a: torch.Tensor, b: torch.Tensor) -> torch
     return policy(bins, positions, index, b[1:])[0]
 
 
-@torch.no_grad()
 def can_share(policy: Policy) -> bool:
     """Whether rows may stand behind one copy of their prompt: SDPA with full attention in every
     layer, and the right log-probs on real numbers.
-
-    Layers with a window would lose it to the mask; flash attention takes no mask; eager attention
-    takes another kind; a recurrent layer would see the rows before.
     """
-    config = policy.model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windowed = (
-        getattr(config, "sliding_window", None) is not None
-        and getattr(config, "layer_types", None) is None
-    )
-    if (
-        windowed
-        or kinds != {"full_attention"}
-        or policy.model.config._attn_implementation not in ("sdpa", NAME)
-    ):
+    if not attends_fully(policy):
         return False
     if row_ropes(policy.model):  # a prompt would belong to rows of several lengths
         return False
-    device, dtype = policy.head.weight.device, str(policy.head.weight.dtype).removeprefix("torch.")
-    prompt, a, b = torch.randint(
-        len(policy.head.weight), (3, 4), generator=torch.Generator().manual_seed(1)
-    ).to(device)
-    order, four = torch.arange(8, device=device), torch.ones(4, dtype=torch.long, device=device)
+    dtype = str(policy.head.weight.dtype).removeprefix("torch.")
+    return sharing_gap(policy) <= TOLERANCE[dtype]
+
+
+def attends_fully(policy: Policy) -> bool:
+    """Whether SDPA with full attention runs in every layer: a layer with a window would lose it to
+    the mask, flash attention takes no mask, eager attention takes another kind, and a recurrent
+    layer would see the rows before.
+    """
+    if policy.model.config._attn_implementation not in ("sdpa", NAME):
+        return False
+    config = policy.model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return getattr(config, "sliding_window", None) is None
+    return set(kinds) <= {"full_attention"}
+
+
+@torch.no_grad()
+def sharing_gap(policy: Policy) -> float:
+    """How far the log-probs of two rows that share a prompt are from those of the rows alone, on
+    average.
+    """
+    prompt, a, b = random_rows(policy, (3, 4), seed=1)
+    device = prompt.device
+    order = torch.arange(8, device=device)
+    four = torch.ones(4, dtype=torch.long, device=device)
+    target = torch.cat([a, b])
     alone = policy(
         torch.stack([torch.cat([prompt, a]), torch.cat([prompt, b])]),
         order.expand(2, -1),
         torch.cat([order[3:7], order[3:7] + 8]),
-        torch.cat([a, b]),
+        target,
     )[0]
+    block = torch.cat([0 * four, 1 * four, 2 * four])
+    prompt_block = torch.zeros_like(block)
     # b's first token is predicted from the end of the prompt
     index = torch.cat([order[3:7], order[3:4], order[5:8] + 3])
-    tree = torch.stack([torch.cat([0 * four, 1 * four, 2 * four]), 0 * torch.cat([four] * 3)])[
-        :, None
-    ]
     shared = policy(
         torch.cat([prompt, a, b])[None],
         torch.cat([order, order[4:]])[None],
         index,
-        torch.cat([a, b]),
-        tree=tree,
+        target,
+        tree=torch.stack([block, prompt_block])[:, None],
     )[0]
-    return (shared - alone).abs().mean().item() <= TOLERANCE[dtype]
+    return (shared - alone).abs().mean().item()

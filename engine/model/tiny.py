@@ -20,8 +20,8 @@ from tandem.engine.core.errors import ConfigError
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>", "<system>", "<user>", "<assistant>")
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + "
-    "eos_token }}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<' + m['role'] + '>' + m['content'] + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
 
@@ -46,9 +46,8 @@ def tiny_folder() -> Path:
                 ) from None
             failures.append(f"{folder}: {error.strerror}")
     raise ConfigError(
-        "model.path is tandem:tiny, which can be written nowhere here ("
-        + "; ".join(failures)
-        + "); start in a folder that can be written"
+        f"model.path is tandem:tiny, which can be written nowhere here ({'; '.join(failures)}); "
+        "start in a folder that can be written"
     )
 
 
@@ -89,9 +88,9 @@ def make_tiny(
         num_key_value_heads=heads,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=SPECIALS.index("<bos>"),
+        eos_token_id=SPECIALS.index("<eos>"),
+        pad_token_id=SPECIALS.index("<pad>"),
         attention_bias=False,
         dtype="float32",
         architectures=["LlamaForCausalLM"],

@@ -10,8 +10,12 @@ import struct
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tandem.engine.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 SAFE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -38,15 +42,13 @@ def indexed_files(index: Path) -> list[Path]:
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ConfigError(
             f"{index} cannot be read as an index of weight files ({type(error).__name__}: "
-            f"{error}), "
-            "expected JSON with weight_map; copy or download the model again"
+            f"{error}), expected JSON with weight_map; copy or download the model again"
         ) from None
     absent = [path.name for path in files if not path.is_file()]
     if absent or not files:
         raise ConfigError(
-            f"{index} names {len(files)} weight files, but {len(absent)} of them are not "
-            "beside it, "
-            f"among them {', '.join(absent[:3])}; copy or download the model again"
+            f"{index} names {len(files)} weight files, but {len(absent)} of them are not beside "
+            f"it, among them {', '.join(absent[:3])}; copy or download the model again"
         )
     return files
 
@@ -58,7 +60,8 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for file in weight_files(folder):
-        shapes |= safe_shapes(file) if file.suffix == ".safetensors" else pickled_shapes(file)
+        read = safe_shapes if file.suffix == ".safetensors" else pickled_shapes
+        shapes |= read(file)
     return shapes
 
 
@@ -76,9 +79,8 @@ def safe_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         expected = 8 + length + max(ends)
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise ConfigError(
-            f"{file} ({found} bytes) is damaged: its first bytes are not those of a "
-            "safetensors file; "
-            "copy or download the model again"
+            f"{file} ({found} bytes) is damaged: its first bytes are not those of a safetensors "
+            "file; copy or download the model again"
         ) from None
     if found != expected:
         raise ConfigError(
@@ -92,7 +94,7 @@ def pickled_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in read_pickled(file).items()}
 
 
-def read_pickled(file: Path) -> dict:
+def read_pickled(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a pytorch_model.bin: from the disk as they are used where the format allows
     it. Code in the file is never run.
     """
@@ -115,13 +117,12 @@ def read_pickled(file: Path) -> dict:
     if not tensors or not state:
         raise ConfigError(
             f"{file} holds no weights: expected a dict of tensors by name, found "
-            f"{type(state).__name__}; "
-            "copy or download the model again"
+            f"{type(state).__name__}; copy or download the model again"
         )
     return state
 
 
-def read_tensors(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, object]]:
+def read_tensors(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of some tensors, as they are in the files.
 
     Raises ConfigError if they are no longer there.
@@ -138,13 +139,12 @@ def read_tensors(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, obje
         left -= here
     if left:
         raise ConfigError(
-            f"{folder} has no tensor {min(left)!r} any more (and {len(left) - 1} others), "
-            "which an export copies from there: "
-            "the model's folder must stay as it is while the run goes on"
+            f"{folder} has no tensor {min(left)!r} any more (and {len(left) - 1} others), which an "
+            "export copies from there: the model's folder must stay as it is while the run goes on"
         )
 
 
-def read_safe(file: Path, names: Sequence[str]) -> Iterator[tuple[str, object]]:
+def read_safe(file: Path, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
     from safetensors import safe_open
 
     with safe_open(file, "pt") as tensors:

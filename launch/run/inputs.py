@@ -50,12 +50,10 @@ class Sources:
 def open_sources(config: Config, data: DataConfig, method: Method, tokenizer) -> Sources:
     """`data` is config.data, with the date that templates tell. Raises ConfigError."""
 
-    def opened(
-        kind: type[RowSource], dataset: DatasetConfig | None, seed: int = config.run.seed
-    ) -> Any:
+    def opened(kind: type[RowSource], dataset: DatasetConfig | None) -> Any:
         if dataset is None:
             return None
-        return kind(dataset, data, tokenizer, config.model, seed)
+        return kind(dataset, data, tokenizer, config.model, config.run.seed)
 
     prompts = experts = expert_prompts = None
     if method.uses_rollouts:
@@ -73,6 +71,7 @@ def open_sources(config: Config, data: DataConfig, method: Method, tokenizer) ->
         expert_prompts = opened(PromptSource, replace(data.experts, response=response))
     elif method.uses_experts:
         experts = opened(ExpertSource, data.experts)
-    # the same problems for all seeds
-    evaluation = opened(PromptSource, data.evaluation, seed=0)
+    evaluation = None
+    if data.evaluation is not None:  # the same problems for all seeds
+        evaluation = PromptSource(data.evaluation, data, tokenizer, config.model, 0, True)
     return Sources(prompts, experts, expert_prompts, evaluation)

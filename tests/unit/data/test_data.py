@@ -368,9 +368,9 @@ def test_bad_paths(path, words, tmp_path, tokenizer, model):
 def test_generated_data_keeps_training_and_evaluation_apart(tokenizer, model):
     fixed = DatasetConfig("task:sort", options={"size": 5})
     test = replace(fixed, split="test")
-    PromptSource(test, DataConfig(evaluation=test), tokenizer, model, 0)
+    PromptSource(test, DataConfig(evaluation=test), tokenizer, model, 0, evaluation=True)
     with pytest.raises(ConfigError, match=r"split: test in data.evaluation"):
-        PromptSource(fixed, DataConfig(evaluation=fixed), tokenizer, model, 0)
+        PromptSource(fixed, DataConfig(evaluation=fixed), tokenizer, model, 0, evaluation=True)
     with pytest.raises(ConfigError, match="for training"):
         ExpertSource(test, DataConfig(experts=test), tokenizer, model, 0)
     with pytest.raises(ConfigError, match=r"options.size is not set"):
@@ -386,7 +386,7 @@ def test_every_config_loads_and_its_data_fits_its_limits(path, tokenizer, model)
     if config.model.path == "tandem:tiny":
         sources = {
             name: (ExpertSource if name == "experts" else PromptSource)(
-                dataset, config.data, tokenizer, model, 0
+                dataset, config.data, tokenizer, model, 0, name == "evaluation"
             )
             for name in ("prompts", "experts", "evaluation")
             if (dataset := getattr(config.data, name))
