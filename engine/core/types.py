@@ -118,7 +118,7 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class RewardError:
-    """A reward that could not be had; never a silent zero."""
+    """A reward that failed; never a silent zero."""
 
     kind: str  # timeout | exception | not_finite | arity | crash
     message: str
