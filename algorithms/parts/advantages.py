@@ -76,11 +76,13 @@ def each_group(rewards: Groups, estimate: Callable[[np.ndarray], np.ndarray]) ->
     """A group of one, or without spread, has nothing to be compared with: exactly 0, where rounding
     in mean and std would leave a rest.
     """
-    arrays = [np.asarray(r, np.float64) for r in rewards]
-    return [
-        (estimate(r) if len(r) > 1 and np.ptp(r) > 0 else np.zeros(len(r))).astype(np.float32)
-        for r in arrays
-    ]
+    found = []
+    for group in rewards:
+        r = np.asarray(group, np.float64)
+        comparable = len(r) > 1 and np.ptp(r) > 0
+        advantages = estimate(r) if comparable else np.zeros(len(r))
+        found.append(advantages.astype(np.float32))
+    return found
 
 
 def whiten(values: Sequence[np.ndarray], lengths: Groups) -> list[np.ndarray]:
@@ -89,7 +91,8 @@ def whiten(values: Sequence[np.ndarray], lengths: Groups) -> list[np.ndarray]:
     """
     if not values:
         return []
-    v, n = np.concatenate(values), np.concatenate([np.asarray(x, np.float64) for x in lengths])
+    v = np.concatenate(values)
+    n = np.concatenate([np.asarray(x, np.float64) for x in lengths])
     total = max(n.sum(), 1.0)
     mean = (v * n).sum() / total
     std = np.sqrt(((v - mean) ** 2 * n).sum() / max(total - 1.0, 1.0))
