@@ -191,7 +191,7 @@ class RayLearner:
 
         refs = [
             getattr(actor, method).remote(*args)
-            for actor, args in zip(self.actors, arguments, strict=True)
+            for actor, args in zip(self.actors, arguments, strict=False)
         ]
         results, failures, waiting, end = {}, {}, list(refs), time.monotonic() + deadline
         while waiting:
