@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from tandem.algorithms.parts.diagnostics import critic_diagnostics
 from tandem.algorithms.parts.objectives.correction import RolloutCorrection
 from tandem.algorithms.parts.reductions import Reduction
 from tandem.engine.core.types import (
@@ -168,6 +169,10 @@ class Method:
         in the same order.
         """
         return self.policy.credit(rows, batch) if self.critic else rows
+
+    def diagnostics(self, rows: Sequence[Row]) -> dict[str, float]:
+        """Numbers about the rows of a step, as `credit` returned them, for its report."""
+        return critic_diagnostics(rows)
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> None:
         """Called after every optimizer step with its metrics (grad_norm, entropy, loss/TERM,

@@ -113,6 +113,7 @@ def learner(args, name: str) -> None:
     from tandem.engine.core.types import Row, Source, StepPlan
     from tandem.engine.learner.local_engine import join
     from tandem.engine.learner.packing import pack
+    from tandem.engine.learner.protocol import PolicySpec
     from tandem.engine.learner.rank import LearnerRank, build_policy
     from tandem.engine.learner.terms import denominators
     from tandem.engine.learner.zero_engine import ZeroEngine
@@ -131,7 +132,9 @@ def learner(args, name: str) -> None:
         )
         if not torch.distributed.is_initialized():
             join(0, 1, "127.0.0.1", args.port, 120.0, gpu=gpu)
-        rank = LearnerRank(config, path, ZeroEngine(build_policy(config, path), config.learner))
+        spec = PolicySpec()
+        engine = ZeroEngine(build_policy(config, path, spec), config.learner)
+        rank = LearnerRank(config, path, spec, engine)
     policy, device, terms = rank.engine.module, rank.engine.device, (Term("sft", NLL()),)
     count, rng = args.tokens // args.sequence * args.micro_batches, np.random.default_rng(0)
     rows = [

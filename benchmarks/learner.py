@@ -53,6 +53,7 @@ def throughput(args, path: str) -> None:
     from tandem.engine.core.types import StepPlan
     from tandem.engine.learner.local_engine import LocalEngine
     from tandem.engine.learner.packing import pack
+    from tandem.engine.learner.protocol import PolicySpec
     from tandem.engine.learner.rank import LearnerRank, build_policy
     from tandem.engine.learner.terms import denominators
 
@@ -61,7 +62,9 @@ def throughput(args, path: str) -> None:
         model=ModelConfig(path=path, dtype=args.dtype),
         learner=LearnerConfig(micro_batch_tokens=args.micro_batch_tokens),
     )
-    rank = LearnerRank(config, path, LocalEngine(build_policy(config, path), config.learner))
+    spec = PolicySpec()
+    engine = LocalEngine(build_policy(config, path, spec), config.learner)
+    rank = LearnerRank(config, path, spec, engine)
     model, terms = rank.engine.module.model, (Term("sft", NLL()),)
     vocabulary = len(rank.engine.module.head.weight)
     rows = ragged(args.rows, vocabulary)

@@ -62,6 +62,7 @@ def main() -> None:
     )
     from tandem.engine.core.types import GenRequest, Prompt, Row, Sampling, Source, StepPlan
     from tandem.engine.learner.packing import pack
+    from tandem.engine.learner.protocol import PolicySpec
     from tandem.engine.learner.ray import RayLearner
     from tandem.engine.learner.terms import denominators
     from tandem.engine.weights import verify as weights
@@ -96,7 +97,7 @@ def main() -> None:
         places = placement.start(config, folder)
         try:
             pool = EnginePool.start(config, path, places, folder)
-            learner = RayLearner.start(config, path, places, folder)
+            learner = RayLearner.start(config, path, PolicySpec(), places, folder)
             learner.connect(pool)
             reports = []
             for version in range(args.repeats + 1):

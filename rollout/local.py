@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
+import numpy as np
+
 from tandem.engine.config.schema import Config
 from tandem.engine.core import stop
 from tandem.engine.core.types import GenRequest, Trajectory
@@ -32,6 +34,8 @@ class LocalPool:
         """Load the model or the record. Raises ConfigError. Nothing is written to `run_dir`."""
         kind = ReplayBackend if config.rollout.backend == "replay" else HFBackend
         return cls(kind(model_path, config, config.run.seed))
+
+    handles = ()
 
     @property
     def backends(self) -> list[HFBackend | ReplayBackend]:
@@ -59,6 +63,16 @@ class LocalPool:
             return
         for (_, future), trajectories in zip(waiting, answers, strict=True):
             future.set_result(trajectories)
+
+    def abort(self, request: GenRequest) -> None:
+        """Requests end in the call that computes them."""
+
+    def logprobs(self, tokens: np.ndarray) -> dict[int, np.ndarray]:
+        """There is no engine elsewhere."""
+        return {}
+
+    def sleep(self) -> None:
+        """There is no GPU memory to give away."""
 
     def recover(self) -> int:
         """Nothing can die apart from this process."""

@@ -60,6 +60,8 @@ class EnginePool:
     callbacks of its futures: inside Ray's callback threads a call to Ray would wait for itself.
     """
 
+    backends = ()  # none in this process
+
     def __init__(self, config: Config, model_path: str, placement, run_dir: str | Path):
         self.config, self.model_path, self.placement, self.run_dir = (
             config,

@@ -215,27 +215,3 @@ def shortened(row: Row) -> Row:
 def at(row: Row, stream: str, steps: np.ndarray) -> np.ndarray:
     """[n]: a stream of the row, one that it has, at `steps`."""
     return getattr(row, stream)[steps]
-
-
-def diagnostics(rows: Sequence[Row]) -> dict[str, float]:
-    """How good the critic was on this batch, before the update: the share of the returns' variance
-    that it explains; and the KL to the reference per response.
-    """
-    # a method of one's own may have returns alone
-    rows = [row for row in rows if "value" in row.weights]
-    rows = [row for row in rows if row.returns is not None and row.old_value is not None]
-    if not rows:
-        return {}
-    steps = [np.flatnonzero(row.weights["value"]) for row in rows]
-    pairs = list(zip(rows, steps, strict=True))
-    returns = np.concatenate([at(row, "returns", where) for row, where in pairs])
-    values = np.concatenate([at(row, "old_value", where) for row, where in pairs])
-    unexplained = np.var(returns - values) / max(np.var(returns), 1e-8)
-    found = {
-        "critic/explained_variance": float(1.0 - unexplained),
-        "critic/return": float(returns.mean()),
-    }
-    if all(row.ref_logp is not None and row.old_logp is not None for row in rows):
-        kl = [(at(row, "old_logp", s) - at(row, "ref_logp", s)).sum() for row, s in pairs]
-        found["critic/kl"] = float(np.mean(kl))
-    return found

@@ -5,21 +5,23 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from tandem.engine.config.schema import Config
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.core.process import keep_freed_memory
-from tandem.engine.core.types import (
-    Delivery,
-)
+from tandem.engine.core.types import Delivery, Row
 from tandem.engine.learner.local_engine import LocalEngine
-from tandem.engine.learner.rank import LearnerRank, build_policy
+from tandem.engine.learner.protocol import PolicySpec, Pool
+from tandem.engine.learner.rank import LearnerRank, build_policy, complete
 from tandem.engine.weights.digest import digest
+from tandem.engine.weights.verify import Synced
+from tandem.rollout.backend import Backend
 
 
 def deliver(
-    named: Sequence[tuple[str, torch.Tensor]], backends: Sequence, version: int
+    named: Sequence[tuple[str, torch.Tensor]], backends: Sequence[Backend], version: int
 ) -> Delivery:
     """Hand tensors to backends of this process."""
     installed = []
@@ -42,23 +44,18 @@ class InlineLearner:
     ranks = 1
 
     def __init__(self, rank: LearnerRank):
-        self.rank, self.pool, self.synced = rank, None, None
+        self.rank = rank
+        self.pool: Pool | None = None
+        self.synced: Synced | None = None
         self.shares_prompts = rank.shares_prompts()
-        self.step, self.logprobs, self.streams, self.set_reference = (
-            rank.step,
-            rank.logprobs,
-            rank.streams,
-            rank.set_reference,
-        )
-        self.save, self.load, self.export, self.close = (
-            rank.save,
-            rank.load,
-            rank.export,
-            rank.close,
-        )
+        self.step = rank.step
+        self.set_reference = rank.set_reference
+        self.save, self.load, self.export = rank.save, rank.load, rank.export
+        self.release_memory = rank.release_memory
+        self.close = rank.close
 
     @classmethod
-    def start(cls, config: Config, model_path: str) -> InlineLearner:
+    def start(cls, config: Config, model_path: str, spec: PolicySpec) -> InlineLearner:
         """Raises ConfigError if cluster.learner_gpus asks for a GPU that is not there."""
         gpu = config.cluster.learner_gpus > 0
         if gpu and not torch.cuda.is_available():
@@ -70,19 +67,27 @@ class InlineLearner:
             keep_freed_memory()
         torch.set_num_threads(config.cluster.threads)
         torch.manual_seed(config.run.seed)
-        return cls(
-            LearnerRank(
-                config,
-                model_path,
-                LocalEngine(build_policy(config, model_path), config.learner, gpu),
-            )
-        )
+        engine = LocalEngine(build_policy(config, model_path, spec), config.learner, gpu)
+        return cls(LearnerRank(config, model_path, spec, engine))
 
-    def connect(self, pool) -> None:
+    def logprobs(
+        self, rows: Sequence[Row], temperature: float, reference: bool = False
+    ) -> list[np.ndarray]:
+        """The log-probs of `compute_streams`."""
+        return self.compute_streams(rows, temperature, reference)["logp"]
+
+    def compute_streams(
+        self, rows: Sequence[Row], temperature: float, reference: bool = False
+    ) -> dict[str, list[np.ndarray]]:
+        """See LearnerRank.compute_streams."""
+        return complete([self.rank.compute_streams(rows, temperature, reference)])
+
+    def connect(self, pool: Pool) -> None:
         self.pool = pool
 
     def send(self, version: int) -> Delivery:
         """Put the present weights into every backend of the pool."""
+        assert self.pool is not None, "connect comes first"
         return deliver(list(self.rank.engine.full_parameters()), self.pool.backends, version)
 
     def rss(self) -> list[int]:

@@ -33,8 +33,9 @@ from tandem.engine.core.types import (
     Source,
     Trajectory,
 )
+from tandem.engine.learner.metrics import StepMetrics
 from tandem.engine.learner.packing import pack
-from tandem.engine.learner.terms import denominators, evaluate, means, streams
+from tandem.engine.learner.terms import Outputs, denominators, evaluate, make_tokens
 
 PerRow = Callable[[Row], np.ndarray]
 NO_EXTRA: Mapping[str, PerRow] = {}
@@ -97,24 +98,24 @@ def inspect(
         z = denominators(terms, rows)
     unknown = needs.keys() - set(Tokens.__dataclass_fields__)
     given = Given(rows, logp, entropy, value, {**dict.fromkeys(unknown, zeros), **extra})
-    total, sums = torch.zeros(()), {}
+    total, metrics = torch.zeros(()), StepMetrics()
     for micro_batches in pack(rows, terms, ranks, micro_batch_tokens, batch.step):
         for micro in micro_batches:
             with naming(method):
-                loss, parts = evaluate(terms, z, micro, streams(micro, *given.of(micro)))
+                loss, found = evaluate(terms, z, micro, make_tokens(micro, given.of(micro)))
             total = total + loss
-            for key, part in parts.items():
-                sums[key] = sums.get(key, 0.0) + float(part)
+            metrics.merge(found.on_host())
     if total.requires_grad:
         total.backward()
+    losses = metrics.report()
     return Inspection(
         loss=total.item(),
-        terms={term.name: sums.get(f"loss/{term.name}", 0.0) for term in terms},
+        terms={term.name: losses.get(f"loss/{term.name}", 0.0) for term in terms},
         coefficients={term.name: term.coefficient for term in terms},
         denominators=z,
         gradients=gradients_of(given.logp),
         value_gradients=gradients_of(given.value or []),
-        metrics=means(sums),
+        metrics=metrics.means(),
         rows=rows,
     )
 
@@ -170,15 +171,13 @@ class Given:
         found = [numbers(name, per_row, row) for row in self.rows]
         return [torch.tensor(values, requires_grad=True) for values in found]
 
-    def of(self, micro: MicroBatch) -> tuple:
-        """logp, entropy, value [n] of the micro-batch's trained tokens (None where not given), and
-        {name: [n]} of the extra streams.
-        """
-        return (
-            self.gather(micro, self.logp),
-            None if self.entropy is None else self.gather(micro, self.entropy),
-            None if self.value is None else self.gather(micro, self.value),
-            {name: self.gather(micro, leaves) for name, leaves in self.extra.items()},
+    def of(self, micro: MicroBatch) -> Outputs:
+        """As if a model had said it of this micro-batch."""
+        return Outputs(
+            logp=self.gather(micro, self.logp),
+            entropy=None if self.entropy is None else self.gather(micro, self.entropy),
+            value=None if self.value is None else self.gather(micro, self.value),
+            extra={name: self.gather(micro, leaves) for name, leaves in self.extra.items()},
         )
 
     def gather(self, micro: MicroBatch, leaves: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -346,19 +345,20 @@ def group(
             f"group: rewards are {values.tolist()}, expected one finite number for each of the "
             f"{len(trajectories)} trajectories"
         )
+    demonstrated = None
     if demonstration is not None:
         if len(demonstration) == 0:
             raise ValueError(
                 "group: the demonstration is empty, expected at least one token, or None for a "
                 "prompt that has none"
             )
-        demonstration = np.array(demonstration, np.int32)
+        demonstrated = np.array(demonstration, np.int32)
     prompt = Prompt(
         id=trajectories[0].prompt_id,
         tokens=np.array(prompts[0], np.int32),
         content="",
         columns={},
-        demonstration=demonstration,
+        demonstration=demonstrated,
     )
     return ScoredGroup(
         group=number,

@@ -1,16 +1,6 @@
-"""The two engines under the learner: `ZeroEngine` (DeepSpeed ZeRO 0-3, any number of ranks) and
-`LocalEngine` (Accelerate, one process).
-
-Both have the same methods and the same contract:
-  * The caller owns the step boundary: any number of `backward` calls, then one `step`. Nothing is
-    divided by a number of micro-batches.
-  * Losses are shares of a sum that is already divided by its global denominators, so gradients are
-    added up over micro-batches and ranks.
-  * `step` clips by the global norm and returns that norm as it was before clipping. A norm that is
-    not finite leaves weights and moments alone, on all ranks.
-  * AdamW works on fp32 master weights, also where the model is bfloat16.
-  * AdamW's moments come in named sets, so that two stages of a run can keep theirs apart; a new
-    name starts from zero.
+"""LocalEngine: the engine of one process (Accelerate), and what both engines share: AdamW, its
+named sets of moments, random states, the layout of a checkpoint. The contract of both is
+`protocol.TrainEngine`.
 """
 
 from __future__ import annotations
@@ -26,6 +16,7 @@ import torch
 
 from tandem.engine.config.schema import LearnerConfig
 from tandem.engine.core.errors import ConfigError
+from tandem.engine.learner.protocol import Stepped
 from tandem.engine.model.policy import Policy, hf_parameters
 
 
@@ -60,20 +51,20 @@ class Moments:
 
     def state_dict(self) -> dict:
         """The parked sets and the name of the one in use, which the engine saves itself."""
-        return {
-            "name": self.name,
-            "parked": {
-                name: [dict(state.get(m, {})) for m in self.masters]
-                for name, state in self.parked.items()
-            },
-        }
+        parked = {}
+        for name, state in self.parked.items():
+            parked[name] = [dict(state.get(master, {})) for master in self.masters]
+        return {"name": self.name, "parked": parked}
 
     def load_state_dict(self, saved: dict) -> None:
         self.name = saved["name"]
-        self.parked = {
-            name: defaultdict(dict, {m: s for m, s in zip(self.masters, states, strict=True) if s})
-            for name, states in saved["parked"].items()
-        }
+        self.parked = {}
+        for name, states in saved["parked"].items():
+            state = defaultdict(dict)
+            for master, moments in zip(self.masters, states, strict=True):
+                if moments:
+                    state[master] = moments
+            self.parked[name] = state
 
 
 def random_state() -> dict:
@@ -95,14 +86,14 @@ def read_state(folder: str | Path, rank: int, layout: dict) -> dict:
     Raises ConfigError if it was written with another layout (ranks, ZeRO stage, dtype), which
     cannot be read back exactly.
     """
-    for path in (Path(folder) / f"rank_{rank}.pt", Path(folder) / "rank_0.pt"):
-        if path.is_file():
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            break
-    else:
+    path = Path(folder) / f"rank_{rank}.pt"
+    if not path.is_file():
+        path = Path(folder) / "rank_0.pt"
+    if not path.is_file():
         raise ConfigError(
             f"checkpoint {folder} has no {path.name}: it is not a learner's checkpoint"
         )
+    state = torch.load(path, map_location="cpu", weights_only=True)
     if state["layout"] != layout:
         raise ConfigError(
             f"checkpoint {folder} was written with {state['layout']}, this run has {layout}: "
@@ -111,6 +102,13 @@ def read_state(folder: str | Path, rank: int, layout: dict) -> dict:
             "start a new run from an exported model"
         )
     return state
+
+
+def master_of(weight: torch.Tensor) -> torch.Tensor:
+    """The fp32 tensor that AdamW works on: the weight itself, or a copy of a bfloat16 one."""
+    if weight.dtype == torch.float32:
+        return weight
+    return weight.detach().float().requires_grad_()
 
 
 class LocalEngine:
@@ -127,18 +125,16 @@ class LocalEngine:
             "dtype": str(next(policy.parameters()).dtype),
             "critic": policy.critic is not None,
         }
-        self.device, self.clip, self.learner = self.accelerator.device, learner.grad_clip, learner
+        self.device: torch.device = self.accelerator.device
+        self.clip, self.learner = learner.grad_clip, learner
         self.module = self.accelerator.prepare(policy)
         self.weights = [p for p in policy.parameters() if p.requires_grad]
-        self.masters = [
-            p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
-            for p in self.weights
-        ]
+        self.masters = [master_of(weight) for weight in self.weights]
         self.optimizer = adamw(self.masters, learner)
         self.moments = Moments(self.optimizer, self.masters)
 
-    def forward(self, *inputs):
-        return self.module(*inputs)
+    def forward(self, *inputs, **options) -> tuple:
+        return self.module(*inputs, **options)
 
     @torch.no_grad()
     def _collect(self) -> None:
@@ -146,23 +142,25 @@ class LocalEngine:
         do not round each other away.
         """
         for weight, master in zip(self.weights, self.masters, strict=True):
-            if weight is not master and weight.grad is not None:
-                master.grad = (
-                    weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
-                )
-                weight.grad = None
+            if weight is master or weight.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = weight.grad.float()
+            else:
+                master.grad.add_(weight.grad)
+            weight.grad = None
 
     def backward(self, loss: torch.Tensor) -> None:
         self.accelerator.backward(loss)
         self._collect()
 
-    def step(self) -> tuple[float, bool]:
+    def step(self) -> Stepped:
         norm = float(torch.nn.utils.clip_grad_norm_(self.masters, self.clip or math.inf))
         if applied := math.isfinite(norm):
             self.optimizer.step()
             self._refresh()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm, applied
+        return Stepped(norm, applied)
 
     @torch.no_grad()
     def _refresh(self) -> None:
@@ -182,12 +180,12 @@ class LocalEngine:
             yield name, parameter.detach()
 
     def save(self, folder: str | Path) -> None:
-        """Everything that an exact resume needs: weights.safetensors (fp32 masters) and rank_0.pt."""
+        """Everything that an exact resume needs: weights.safetensors (fp32 masters), rank_0.pt."""
         from safetensors.torch import save_file
 
         Path(folder).mkdir(parents=True, exist_ok=True)
         save_file(
-            {f"{i}": m.detach().contiguous() for i, m in enumerate(self.masters)},
+            {str(i): master.detach().contiguous() for i, master in enumerate(self.masters)},
             Path(folder) / "weights.safetensors",
         )
         state = {
@@ -206,7 +204,7 @@ class LocalEngine:
         state = read_state(folder, 0, self.layout)
         saved = load_file(Path(folder) / "weights.safetensors")
         for i, master in enumerate(self.masters):
-            master.copy_(saved[f"{i}"])
+            master.copy_(saved[str(i)])
         self._refresh()
         self.optimizer.load_state_dict(state["optimizer"])
         follow(self.optimizer, self.learner)
@@ -236,7 +234,7 @@ def join(rank: int, ranks: int, address: str, port: int, timeout: float, gpu: bo
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
     # DeepSpeed would compile a shared-memory collective first. A build that was killed leaves a
-    # lock file behind, on which every later start waits for ever.
+    # lock file behind, on which every later start waits forever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend="nccl" if gpu else "gloo",

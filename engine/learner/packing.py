@@ -60,16 +60,16 @@ def pack(
     ranks: int,
     micro_batch_tokens: int,
     version: int,
-    share: bool = False,
+    share_prompts: bool = False,
 ) -> tuple[tuple[MicroBatch, ...], ...]:
     """[rank][k] micro-batches for one optimizer step.
 
-    `version` is the learner's weight version, for `MicroBatch.fresh`. With `share`, rows that
-    continue the same prompt stand behind one copy of it (see `MicroBatch.tree`); the policy must
-    support that.
+    `version` is the learner's weight version, for `MicroBatch.fresh`. With `share_prompts`, rows
+    that continue the same prompt stand behind one copy of it (see `MicroBatch.tree`); the policy
+    must support that.
     """
     lengths = [tokens_to_run(row) for row in rows]
-    units = make_units(rows, lengths, terms, micro_batch_tokens, share)
+    units = make_units(rows, lengths, terms, micro_batch_tokens, share_prompts)
     arranged = [arrange(part, micro_batch_tokens) for part in assign(units, ranks)]
     steps = max(1, *(len(micro_batches) for micro_batches in arranged))
     streams = present_streams(rows)
@@ -98,7 +98,11 @@ def families_of(bin_: Bin) -> list[Family]:
 
 
 def make_units(
-    rows: Sequence[Row], lengths: Sequence[int], terms: Sequence[Term], budget: int, share: bool
+    rows: Sequence[Row],
+    lengths: Sequence[int],
+    terms: Sequence[Term],
+    budget: int,
+    share_prompts: bool,
 ) -> list[Unit]:
     """What is placed: families of rows, or whole groups if a term needs its group together."""
 
@@ -107,7 +111,7 @@ def make_units(
 
     trained = [i for i, length in enumerate(lengths) if length]
     if not any(term.together for term in terms):
-        found = make_families(rows, lengths, trained, budget, share)
+        found = make_families(rows, lengths, trained, budget, share_prompts)
         return [unit([family]) for family in found]
     groups: dict[tuple[str, int], list[int]] = {}
     for i in trained:
@@ -115,15 +119,20 @@ def make_units(
         key = ("row", i) if alone else ("group", rows[i].group)
         groups.setdefault(key, []).append(i)
     return [
-        unit(make_families(rows, lengths, members, budget, share)) for members in groups.values()
+        unit(make_families(rows, lengths, members, budget, share_prompts))
+        for members in groups.values()
     ]
 
 
 def make_families(
-    rows: Sequence[Row], lengths: Sequence[int], members: Sequence[int], budget: int, share: bool
+    rows: Sequence[Row],
+    lengths: Sequence[int],
+    members: Sequence[int],
+    budget: int,
+    share_prompts: bool,
 ) -> list[Family]:
     """The members, those that continue the same prompt behind one copy of it."""
-    if not share:
+    if not share_prompts:
         return [Family(0, (i,)) for i in members]
     same_prompt: dict[tuple[int, bytes], list[int]] = {}
     for i in members:

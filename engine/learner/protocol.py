@@ -1,14 +1,16 @@
-"""What the loop asks of the two sides of a run: the learner, and the pool of rollout engines.
+"""What the parts around the learner must do: the learner itself as the loop sees it, the rollout
+pool as learner and loop see it, and the engine that holds the optimizer under a learner's rank.
 
 Nothing here imports torch, Ray or an engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from tandem.engine.core.types import (
     Delivery,
@@ -18,24 +20,47 @@ from tandem.engine.core.types import (
     StepReport,
     Trajectory,
 )
+from tandem.rollout.backend import Backend
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
+
+    from tandem.engine.model.policy import Policy
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """What a method asks of the policy that the learner builds. The learner knows no more of it."""
+
+    critic: bool = False  # whether there is a value head
+    embedding: int = 0  # dimensions of its hidden layer, 0: linear
+    uses_rollouts: bool = False  # then it computes as the rollout engines do
 
 
 class Pool(Protocol):
     """Rollout engines: LocalPool (mode=inline, recorded rollouts) or EnginePool (vLLM)."""
+
+    @property
+    def backends(self) -> Sequence[Backend]:
+        """The engines of this process, which take weights by calls; none if they are elsewhere."""
+        ...
+
+    @property
+    def handles(self) -> Sequence[Any]:
+        """Ray handles of the engines elsewhere; none if they are in this process."""
+        ...
 
     def submit(self, request: GenRequest) -> Future[tuple[Trajectory, ...]]:
         """All samples of one request, with the weights that are live now."""
         ...
 
     def abort(self, request: GenRequest) -> None:
-        """Let a submitted request (the very object) end early; its future is answered anyway."""
+        """Let a submitted request (the very object) end early; its future is answered all the same."""
         ...
 
     def logprobs(self, tokens: np.ndarray) -> Mapping[int, np.ndarray]:
-        """{engine: its log-probs of the tokens}, where they are not in this process."""
+        """{engine: its log-probs of the tokens}, for the engines behind `handles`."""
         ...
 
     def sleep(self) -> None:
@@ -70,7 +95,7 @@ class Learner(Protocol):
         """float32 [T] per row, NaN on tokens that are not trained."""
         ...
 
-    def streams(
+    def compute_streams(
         self, rows: Sequence[Row], temperature: float, reference: bool = False
     ) -> dict[str, list[np.ndarray]]:
         """`logp` and, with a critic, `value`: as `logprobs`."""
@@ -104,6 +129,57 @@ class Learner(Protocol):
 
     def rss(self) -> list[int]:
         """Bytes of memory per rank."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Stepped(NamedTuple):
+    """What an optimizer step did."""
+
+    grad_norm: float  # before clipping
+    applied: bool  # False: the norm was not finite, weights and moments were left alone
+
+
+class TrainEngine(Protocol):
+    """Weights, optimizer and gradients of one rank: LocalEngine or ZeroEngine.
+
+    * The caller owns the step boundary: any number of `backward` calls, then one `step`. Nothing
+      is divided by a number of micro-batches.
+    * Losses are parts of a sum that is already divided by its global denominators, so gradients
+      are added up over micro-batches and ranks.
+    * `step` clips by the global norm and returns that norm as it was before clipping. A norm that
+      is not finite leaves weights and moments alone, on all ranks.
+    * AdamW works on fp32 master weights, also where the model is bfloat16.
+    * AdamW's moments come in named sets, so that two stages of a run can keep theirs apart; a new
+      name starts from zero.
+    """
+
+    module: Policy
+    device: torch.device
+
+    def forward(self, *inputs, **options) -> tuple:
+        """Policy.forward."""
+        ...
+
+    def backward(self, loss: torch.Tensor) -> None: ...
+
+    def step(self) -> Stepped: ...
+
+    def set_optimizer(self, name: str) -> None:
+        """Which set of moments the next steps use."""
+        ...
+
+    def set_learning_rate(self, value: float) -> None: ...
+
+    def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, parameter in full) on every rank: a collective."""
+        ...
+
+    def save(self, folder: str | Path) -> None: ...
+
+    def load(self, folder: str | Path) -> None:
+        """Raises ConfigError if the checkpoint was written by another kind of learner."""
         ...
 
     def close(self) -> None: ...

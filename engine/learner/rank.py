@@ -10,10 +10,11 @@ is a group of them in Ray actors, with the same surface.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -23,12 +24,12 @@ from torch.autograd.graph import save_on_cpu
 from tandem.algorithms.base import Term
 from tandem.algorithms.checks.losses import check_vocabulary
 from tandem.algorithms.parts.objectives.nll import NLL
-from tandem.algorithms.registry import configured
 from tandem.engine.config.schema import Config, ModelConfig
 from tandem.engine.core.types import MicroBatch, Row, StepPlan, StepReport
-from tandem.engine.learner import terms as term_losses
-from tandem.engine.learner.metrics import gather, merge, numbers, observe, report
+from tandem.engine.learner.metrics import StepMetrics, gather, observe, step_report
 from tandem.engine.learner.packing import pack
+from tandem.engine.learner.protocol import PolicySpec, TrainEngine
+from tandem.engine.learner.terms import Outputs, evaluate, make_tokens
 from tandem.engine.model.context import engine_length
 from tandem.engine.model.export import read_files, write_files, write_weights
 from tandem.engine.model.load import load_policy
@@ -39,18 +40,18 @@ from tandem.engine.model.rope import follow_engines
 REFERENCE = "reference.safetensors"
 
 
-def load_like_engines(config: Config, model_path: str) -> Policy:
+def load_like_engines(config: Config, model_path: str, spec: PolicySpec) -> Policy:
     """The model as it is in the folder, computing as the engines of this run do."""
     policy = load_policy(replace(config.model, path=model_path))
-    if config.method and configured(config.method).uses_rollouts:
+    if spec.uses_rollouts:
         follow_engines(policy.model, engine_length(config))
     return policy
 
 
-def build_policy(config: Config, model_path: str) -> Policy:
-    policy = load_like_engines(config, model_path)
-    if config.method and (method := configured(config.method)).critic:
-        policy.add_critic(method.embedding)
+def build_policy(config: Config, model_path: str, spec: PolicySpec) -> Policy:
+    policy = load_like_engines(config, model_path, spec)
+    if spec.critic:
+        policy.add_critic(spec.embedding)
     if config.learner.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
     if config.learner.liger:
@@ -58,6 +59,34 @@ def build_policy(config: Config, model_path: str) -> Policy:
     if config.learner.compile:
         policy.compile_layers(gpu=config.cluster.learner_gpus > 0)
     return policy
+
+
+def no_number(row: Row) -> np.ndarray:
+    """float32 [T] of NaN."""
+    return np.full(len(row.tokens), np.nan, np.float32)
+
+
+def scatter_to_rows(
+    micro: MicroBatch, values_n: np.ndarray, rows: Sequence[Row], out: list[np.ndarray | None]
+) -> None:
+    """Put the numbers of a micro-batch's trained tokens where they stand in their rows: out[i]
+    becomes float32 [T] for every row i of the micro-batch, NaN elsewhere.
+    """
+    predicted_n = micro.positions.reshape(-1)[micro.index] + 1
+    for number, i in enumerate(micro.rows):
+        mine = micro.segment == number
+        stream = no_number(rows[i])
+        stream[predicted_n[mine]] = values_n[mine]
+        out[i] = stream
+
+
+def complete(ranks: Sequence[dict[str, list[np.ndarray | None]]]) -> dict[str, list[np.ndarray]]:
+    """The streams of all ranks together: of each row what the one rank says that computed it."""
+    streams = {}
+    for name in ranks[0]:
+        per_row = zip(*[streams_of_rank[name] for streams_of_rank in ranks], strict=True)
+        streams[name] = [next(one for one in found if one is not None) for found in per_row]
+    return streams
 
 
 class LearnerRank:
@@ -68,8 +97,17 @@ class LearnerRank:
     checkpoint.
     """
 
-    def __init__(self, config: Config, model_path: str, engine, rank: int = 0, ranks: int = 1):
-        self.config, self.engine, self.rank, self.ranks = config, engine, rank, ranks
+    def __init__(
+        self,
+        config: Config,
+        model_path: str,
+        spec: PolicySpec,
+        engine: TrainEngine,
+        rank: int = 0,
+        ranks: int = 1,
+    ):
+        self.config, self.spec, self.engine = config, spec, engine
+        self.rank, self.ranks = rank, ranks
         self.model: ModelConfig = replace(config.model, path=model_path)
         self.reference: Policy | None = None
         self.own_reference = False  # the reference is not the run's original model
@@ -95,75 +133,79 @@ class LearnerRank:
         started = time.perf_counter()
         self.engine.set_optimizer(plan.optimizer)
         self.engine.set_learning_rate(plan.learning_rate)
-        sums: dict[str, torch.Tensor] = {}
+        metrics = StepMetrics()
         for micro in plan.micro_batches[0]:
-            with (
-                save_on_cpu(pin_memory=self.engine.device.type == "cuda")
-                if self.config.learner.offload_activations
-                else nullcontext()
-            ):
-                logp, entropy, *more = self._forward(
+            with self.kept_activations():
+                outputs = self.run_micro_batch(
                     self.engine.forward, micro, plan.temperature, plan.entropy, plan.forward
                 )
-            loss, found = term_losses.evaluate(
-                plan.terms,
-                plan.denominators,
-                micro,
-                term_losses.streams(micro, logp, entropy, *more),
-            )
+            tokens = make_tokens(micro, outputs)
+            loss, found = evaluate(plan.terms, plan.denominators, micro, tokens)
             self.engine.backward(loss)
-            merge(
-                sums,
-                {
-                    **found,
-                    **observe(micro, logp.detach(), None if entropy is None else entropy.detach()),
-                },
-            )
-        totals = gather(numbers(sums), self.ranks)
+            metrics.merge(found)
+            observe(metrics, micro, outputs.logp, outputs.entropy)
+        totals = gather(metrics.on_host(), self.ranks)
         gradient = time.perf_counter()
-        norm, applied = self.engine.step()
+        stepped = self.engine.step()
         done = time.perf_counter()
-        metrics = {
-            **report(plan, totals),
-            "grad_norm": norm,
+        report = {
+            **step_report(plan, totals),
+            "grad_norm": stepped.grad_norm,
             "learning_rate": plan.learning_rate,
             "seconds/gradient": gradient - started,
             "seconds/optimizer": done - gradient,
         }
-        return StepReport(metrics, skipped=not applied, seconds=done - started)
+        return StepReport(report, skipped=not stepped.applied, seconds=done - started)
 
-    def _forward(self, forward, micro: MicroBatch, temperature: float, entropy: bool, custom=None):
-        check_vocabulary(micro, self.engine.module.model.get_input_embeddings().num_embeddings)
+    def kept_activations(self) -> AbstractContextManager:
+        """Where forward keeps what backward needs: on the device, or in CPU memory."""
+        if not self.config.learner.offload_activations:
+            return nullcontext()
+        return save_on_cpu(pin_memory=self.engine.device.type == "cuda")
 
-        def move(array):
-            return torch.as_tensor(array, device=self.engine.device)
-
-        if custom is None:
-            hook = (None, None, None if micro.tree is None else move(micro.tree))
-        else:
-            hook = (
-                custom,
-                {name: move(getattr(micro, name)) for name in ("segment", "group", "source")},
-            )
-        return forward(
-            move(micro.tokens),
-            move(micro.positions),
-            move(micro.index),
-            move(micro.target),
-            temperature,
-            self.config.learner.head_chunk,
-            entropy,
-            *hook,
+    def run_micro_batch(
+        self,
+        forward: Callable[..., tuple],
+        micro: MicroBatch,
+        temperature: float,
+        entropy: bool = False,
+        custom: Callable | None = None,
+    ) -> Outputs:
+        """Run a micro-batch through `forward`, that of a Policy, or through a method's own."""
+        model: Any = self.engine.module.model  # transformers' own types say nothing of it
+        check_vocabulary(micro, model.get_input_embeddings().num_embeddings)
+        options = {}
+        if custom is not None:
+            options["custom"] = custom
+            options["tags"] = {
+                name: self.to_device(getattr(micro, name))
+                for name in ("segment", "group", "source")
+            }
+        elif micro.tree is not None:
+            options["tree"] = self.to_device(micro.tree)
+        found = forward(
+            tokens=self.to_device(micro.tokens),
+            positions=self.to_device(micro.positions),
+            index=self.to_device(micro.index),
+            target=self.to_device(micro.target),
+            temperature=temperature,
+            chunk=self.config.learner.head_chunk,
+            entropy=entropy,
+            **options,
         )
+        return Outputs(*found)
+
+    def to_device(self, array: np.ndarray) -> torch.Tensor:
+        return torch.as_tensor(array, device=self.engine.device)
 
     def logprobs(
         self, rows: Sequence[Row], temperature: float, reference: bool = False
     ) -> list[np.ndarray | None]:
-        """The log-probs of `streams`."""
-        return self.streams(rows, temperature, reference)["logp"]
+        """The log-probs of `compute_streams`."""
+        return self.compute_streams(rows, temperature, reference)["logp"]
 
     @torch.no_grad()
-    def streams(
+    def compute_streams(
         self, rows: Sequence[Row], temperature: float, reference: bool = False
     ) -> dict[str, list[np.ndarray | None]]:
         """`logp` and, if there is a critic, `value`: float32 [T] per row, in row order, NaN on
@@ -174,43 +216,38 @@ class LearnerRank:
         another rank computed are None here.
         """
         forward = self._reference() if reference else self.engine.forward
-        names = ("logp",) if reference or self.engine.module.critic is None else ("logp", "value")
-        plain = [
-            Term(name, NLL()) for name in sorted({name for row in rows for name in row.weights})
-        ]
-        share = pack(
+        with_value = self.engine.module.critic is not None and not reference
+        every_term = sorted({name for row in rows for name in row.weights})
+        micro_batches = pack(
             rows,
-            plain,
+            [Term(name, NLL()) for name in every_term],
             self.ranks,
             self.config.learner.micro_batch_tokens,
             version=-1,
-            share=self.shares_prompts(),
+            share_prompts=self.shares_prompts(),
         )[self.rank]
-        results = [(micro, self._forward(forward, micro, temperature, False)) for micro in share]
-        out: list[np.ndarray | None] = [None] * len(rows)
+        outputs = [self.run_micro_batch(forward, micro, temperature) for micro in micro_batches]
+        found = {"logp": self.untrained(rows)}
+        if with_value:
+            found["value"] = self.untrained(rows)
+        for micro, out in zip(micro_batches, outputs, strict=True):
+            scatter_to_rows(micro, out.logp.cpu().numpy(), rows, found["logp"])
+            if out.value is not None:
+                scatter_to_rows(micro, out.value.cpu().numpy(), rows, found["value"])
+        return found
 
-        def empty(row):
-            return np.full((len(names), len(row.tokens)), np.nan, np.float32)
-
-        if self.rank == 0:  # the packer leaves out rows without a trained token
-            out = [None if row.trained.any() else empty(row) for row in rows]
-        for micro, (logp, _, value) in results:
-            found, place = (
-                torch.stack([logp, value][: len(names)]).cpu().numpy(),
-                micro.positions.reshape(-1)[micro.index] + 1,
-            )
-            for number, i in enumerate(micro.rows):
-                mine = micro.segment == number
-                out[i] = empty(rows[i])
-                out[i][:, place[mine]] = found[:, mine]
-        return {
-            name: [None if one is None else one[k] for one in out] for k, name in enumerate(names)
-        }
+    def untrained(self, rows: Sequence[Row]) -> list[np.ndarray | None]:
+        """NaN for rows without a trained token, which the packer leaves out, on rank 0; None for
+        all others.
+        """
+        return [
+            no_number(row) if self.rank == 0 and not row.trained.any() else None for row in rows
+        ]
 
     def _reference(self) -> Policy:
         if self.reference is None:
             self.reference = (
-                load_like_engines(self.config, self.model.path)
+                load_like_engines(self.config, self.model.path, self.spec)
                 .to(self.engine.device)
                 .requires_grad_(False)
             )
@@ -232,7 +269,7 @@ class LearnerRank:
             from safetensors.torch import save_file
 
             save_file(
-                {name: p.detach().cpu() for name, p in hf_parameters(self.reference)},
+                {name: p.detach().cpu() for name, p in hf_parameters(self._reference())},
                 Path(folder) / REFERENCE,
             )
 
@@ -261,6 +298,7 @@ class LearnerRank:
         folder, policy = Path(folder), self.engine.module
         folder.mkdir(parents=True, exist_ok=True)
         write_files(folder, self.files, self.model.dtype)
+        assert policy.origin is not None  # load_policy noted it
         write_weights(folder, policy.model, policy.origin, parameters)
 
     def release_memory(self) -> None:

@@ -10,21 +10,24 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from tandem.algorithms.registry import configured
 from tandem.engine.config.schema import Config
 from tandem.engine.core import stop
 from tandem.engine.core.errors import ConfigError, EngineDied, SyncError
 from tandem.engine.core.loading import UserCode, user_code
 from tandem.engine.core.types import Delivery, Row, StepPlan, StepReport
 from tandem.engine.learner.inline import deliver
+from tandem.engine.learner.protocol import PolicySpec, Pool
+from tandem.engine.learner.rank import complete
 from tandem.engine.model.checkpoint_form import CheckpointForm
+from tandem.engine.weights.verify import Synced
 from tandem.rollout.vllm.backend import transport
 
 # seconds for one optimizer step, forward pass or checkpoint, of whatever size
@@ -43,7 +46,15 @@ class RankActor:
     it.
     """
 
-    def __init__(self, rank: int, config: Config, model_path: str, run_dir: str, code: UserCode):
+    def __init__(
+        self,
+        rank: int,
+        config: Config,
+        model_path: str,
+        spec: PolicySpec,
+        run_dir: str,
+        code: UserCode,
+    ):
         from tandem.engine.core.loading import install
         from tandem.engine.core.process import pin_cores, redirect_output
 
@@ -51,7 +62,8 @@ class RankActor:
         if config.cluster.pin_cores:
             pin_cores(config.cluster.threads, config.engine_count + rank)
         redirect_output(log_path(run_dir, rank))
-        self.rank, self.config, self.model_path, self.sender = rank, config, model_path, None
+        self.rank, self.config, self.model_path, self.spec = rank, config, model_path, spec
+        self.sender: Any = None  # engine.weights.sender, once connected
 
     def free_address(self) -> tuple[str, int]:
         """This node's address and a port of it that is free now."""
@@ -81,16 +93,15 @@ class RankActor:
         )
         if learner.offload_optimizer:
             check_offload(learner.zero_stage)
-        engine = ZeroEngine(
-            build_policy(self.config, self.model_path),
-            learner,
-            bucket_mib=self.config.sync.bucket_mib,
-        )
+        policy = build_policy(self.config, self.model_path, self.spec)
+        self.engine = ZeroEngine(policy, learner, bucket_mib=self.config.sync.bucket_mib)
         self.learner = LearnerRank(
-            self.config, self.model_path, engine, self.rank, cluster.learner_ranks
+            self.config, self.model_path, self.spec, self.engine, self.rank, cluster.learner_ranks
         )
         if self.config.rollout.backend != "replay":
-            import tandem.engine.weights.sender  # noqa: F401  for `connect`: it imports vLLM, which takes seconds, better now than when the engines wait for it
+            # for `connect`: it imports vLLM, which takes seconds, better now than while the engines
+            # wait for it
+            import tandem.engine.weights.sender  # noqa: F401
 
     def call(self, method: str, *arguments):
         """A method of LearnerRank."""
@@ -101,7 +112,7 @@ class RankActor:
 
         from tandem.engine.weights.sender import trainer_engine
 
-        engine = self.learner.engine
+        engine = self.engine
         form = CheckpointForm(engine.module.model, engine.parameter_shapes())
 
         class FullWeights(WeightSource):
@@ -124,56 +135,57 @@ class RankActor:
         return Delivery(done.sent, done.installed, done.bytes)
 
 
-def actors(config: Config, model_path: str, placement, run_dir: str | Path) -> list:
-    """One actor per rank, each in its place and not started."""
+def actors(
+    config: Config, model_path: str, spec: PolicySpec, placement, run_dir: str | Path
+) -> list:
+    """One actor per rank, each on its bundle and not started."""
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     cluster = config.cluster
-    if config.method:
-        configured(config.method)  # loads the user's code, so that it is among what travels
     code, folder = user_code(), os.path.abspath(run_dir)
-
-    def place(rank):
-        return PlacementGroupSchedulingStrategy(
+    found = []
+    for rank in range(cluster.learner_ranks):
+        bundle = PlacementGroupSchedulingStrategy(
             placement.group, placement_group_bundle_index=placement.learner_bundle(rank)
         )
-
-    return [
-        ray.remote(RankActor)
-        .options(
+        actor = ray.remote(RankActor).options(
             num_cpus=cluster.learner_cpus,
             num_gpus=cluster.learner_gpus,
             max_restarts=0,
-            scheduling_strategy=place(rank),
+            scheduling_strategy=bundle,
             runtime_env={"env_vars": dict(placement.learner_env)},
         )
-        .remote(rank, config, model_path, folder, code)
-        for rank in range(cluster.learner_ranks)
-    ]
+        found.append(actor.remote(rank, config, model_path, spec, folder, code))
+    return found
 
 
 class RayLearner:
     """All ranks, with the surface of InlineLearner."""
 
     def __init__(self, config: Config, actors: list, run_dir: Path):
-        self.config, self.actors, self.run_dir, self.ranks = config, actors, run_dir, len(actors)
-        self.pool, self.synced = None, None
+        self.config, self.actors, self.run_dir = config, actors, run_dir
+        self.ranks = len(actors)
+        self.shares_prompts = False
+        self.pool: Pool | None = None
+        self.synced: Synced | None = None
 
     @classmethod
-    def start(cls, config: Config, model_path: str, placement, run_dir: str | Path) -> RayLearner:
-        """Start all ranks.
+    def start(
+        cls, config: Config, model_path: str, spec: PolicySpec, placement, run_dir: str | Path
+    ) -> RayLearner:
+        """Start all ranks, with the user's code that is loaded by now.
 
         Raises ConfigError for the user's mistakes, LearnerFailed if a rank is not up within
         cluster.start_timeout.
         """
         timeout = config.cluster.start_timeout
-        learner = cls(config, actors(config, model_path, placement, run_dir), Path(run_dir))
+        ranks = actors(config, model_path, spec, placement, run_dir)
+        learner = cls(config, ranks, Path(run_dir))
         try:
             address, port = learner._gather("free_address", [()], timeout)[0]
-            learner._gather(
-                "start", [(address, config.cluster.port or port)] * learner.ranks, timeout
-            )
+            meeting = (address, config.cluster.port or port)
+            learner._gather("start", [meeting] * learner.ranks, timeout)
             learner.shares_prompts = all(learner._all("shares_prompts"))
         except BaseException as error:
             learner.close(0 if isinstance(error, stop.Stopped) else CLOSE_SECONDS)
@@ -188,12 +200,15 @@ class RayLearner:
         Raises what the user or the rollout pool must hear, else LearnerFailed.
         """
         import ray
+        from ray.exceptions import RayError
 
-        refs = [
-            getattr(actor, method).remote(*args)
-            for actor, args in zip(self.actors, arguments, strict=False)
-        ]
-        results, failures, waiting, end = {}, {}, list(refs), time.monotonic() + deadline
+        name = arguments[0][0] if method == "call" else method
+        refs = []
+        for actor, args in zip(self.actors, arguments, strict=False):
+            refs.append(getattr(actor, method).remote(*args))
+        results, failures = {}, {}
+        waiting = list(refs)
+        end = time.monotonic() + deadline
         while waiting:
             left = max(0.0, end - time.monotonic())
             done, waiting = ray.wait(waiting, timeout=min(left, LOOK_SECONDS))
@@ -203,37 +218,39 @@ class RayLearner:
             if not done:
                 if failures:
                     break  # the others hang in a collective with the rank that failed
+                silent = [refs.index(ref) for ref in waiting]
+                logs = ", ".join(str(log_path(self.run_dir, rank)) for rank in silent)
                 raise LearnerFailed(
-                    f"learner rank(s) {[refs.index(r) for r in waiting]} did not answer "
-                    f"`{self._name(method, arguments)}` within {deadline:g} s; "
-                    f"see {', '.join(str(log_path(self.run_dir, refs.index(r))) for r in waiting)}"
+                    f"learner rank(s) {silent} did not answer `{name}` within {deadline:g} s; "
+                    f"see {logs}"
                 )
             for ref in done:
                 try:
                     results[ref] = ray.get(ref)
-                except ray.exceptions.RayError as error:
+                except RayError as error:
                     failures[refs.index(ref)] = getattr(error, "cause", None) or error
                     end = min(end, time.monotonic() + GRACE)
+        self._raise_failures(name, failures)
+        return [results[ref] for ref in refs]
+
+    def _raise_failures(self, name: str, failures: Mapping[int, BaseException]) -> None:
+        """`failures` of a call: {rank: what it raised}."""
         for kind in (ConfigError, SyncError, EngineDied):
             for cause in failures.values():
                 if isinstance(cause, kind):
                     raise cause
-        if failures:
-            raise LearnerFailed(
-                "\n".join(
-                    f"learner rank {rank} failed in `{self._name(method, arguments)}`: "
-                    f"{type(cause).__name__}: {str(cause).strip()}\n"
-                    f"  see {log_path(self.run_dir, rank)}"
-                    for rank, cause in sorted(failures.items())
-                )
+        if not failures:
+            return
+        lines = []
+        for rank, cause in sorted(failures.items()):
+            lines.append(
+                f"learner rank {rank} failed in `{name}`: {type(cause).__name__}: "
+                f"{str(cause).strip()}\n  see {log_path(self.run_dir, rank)}"
             )
-        return [results[ref] for ref in refs]
-
-    @staticmethod
-    def _name(method: str, arguments: Sequence[tuple]) -> str:
-        return arguments[0][0] if method == "call" else method
+        raise LearnerFailed("\n".join(lines))
 
     def _all(self, method: str, *arguments, deadline: float = STEP_DEADLINE) -> list:
+        """A method of LearnerRank, with the same arguments on all ranks."""
         return self._gather("call", [(method, *arguments)] * self.ranks, deadline)
 
     def step(self, plan: StepPlan) -> StepReport:
@@ -241,10 +258,9 @@ class RayLearner:
 
         Raises ConfigError for an objective that cannot be sent.
         """
+        calls = [("step", plan_of_rank(plan, rank)) for rank in range(self.ranks)]
         try:
-            return self._gather(
-                "call", [("step", share(plan, rank)) for rank in range(self.ranks)]
-            )[0]
+            return self._gather("call", calls)[0]
         except (ConfigError, EngineDied, LearnerFailed, SyncError):
             raise
         except Exception:
@@ -254,44 +270,35 @@ class RayLearner:
     def logprobs(
         self, rows: Sequence[Row], temperature: float, reference: bool = False
     ) -> list[np.ndarray]:
-        """See LearnerRank.logprobs; here complete."""
-        return self.streams(rows, temperature, reference)["logp"]
+        """The log-probs of `compute_streams`."""
+        return self.compute_streams(rows, temperature, reference)["logp"]
 
-    def streams(
+    def compute_streams(
         self, rows: Sequence[Row], temperature: float, reference: bool = False
     ) -> dict[str, list[np.ndarray]]:
-        """See LearnerRank.streams; here complete."""
+        """See LearnerRank.compute_streams; here complete."""
         import ray
 
-        parts = self._all("streams", ray.put(list(rows)), temperature, reference)
-
-        def complete(lists):
-            return [
-                next(one for one in found if one is not None) for found in zip(*lists, strict=True)
-            ]
-
-        return {name: complete([part[name] for part in parts]) for name in parts[0]}
+        return complete(self._all("compute_streams", ray.put(list(rows)), temperature, reference))
 
     def set_reference(self) -> None:
         self._all("set_reference")
 
-    def connect(self, pool) -> None:
+    def connect(self, pool: Pool) -> None:
         """Make the transfer group between the ranks and the engines of the pool, anew after an
         engine was restarted.
         """
         self.pool = pool
-        if hasattr(pool, "backends"):  # recorded rollouts: no engine to send to
+        if pool.backends:  # of this process, with recorded rollouts: they are called directly
             return
         address, port = self._gather("free_address", [()])[0]
-        self._gather(
-            "connect",
-            [(transport(self.config), pool.handles, address, port)] * self.ranks,
-            self.config.sync.timeout + GRACE,
-        )
+        group = (transport(self.config), pool.handles, address, port)
+        self._gather("connect", [group] * self.ranks, self.config.sync.timeout + GRACE)
 
     def send(self, version: int) -> Delivery:
         """Send the present weights to every engine. Raises SyncError or EngineDied."""
-        if hasattr(self.pool, "backends"):
+        assert self.pool is not None, "connect comes first"
+        if self.pool.backends:
             return deliver([], self.pool.backends, version)
         return self._gather("send", [(version,)] * self.ranks, self.config.sync.timeout + GRACE)[0]
 
@@ -332,12 +339,13 @@ def check_sendable(plan: StepPlan) -> None:
     """Raise ConfigError that names the part of a method which cannot be pickled: Ray's own error
     names none.
     """
-    from ray import cloudpickle
+    from ray.cloudpickle.cloudpickle import dumps
 
-    parts = {f"the term {term.name!r}": term for term in plan.terms} | {"its forward": plan.forward}
+    parts: dict[str, Any] = {f"the term {term.name!r}": term for term in plan.terms}
+    parts["its forward"] = plan.forward
     for part, value in parts.items():
         try:
-            cloudpickle.dumps(value)
+            dumps(value)
         # of any type: objects decide themselves how they are pickled
         except Exception as error:
             raise ConfigError(
@@ -348,7 +356,7 @@ def check_sendable(plan: StepPlan) -> None:
             ) from None
 
 
-def share(plan: StepPlan, rank: int) -> StepPlan:
+def plan_of_rank(plan: StepPlan, rank: int) -> StepPlan:
     """The plan with the micro-batches of one rank only, as LearnerRank.step takes it."""
     return replace(plan, micro_batches=(plan.micro_batches[rank],))
 

@@ -10,6 +10,7 @@ numbers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,14 +21,16 @@ from tandem.algorithms.checks.method import real
 from tandem.algorithms.parts.objectives.tokens import Tokens
 from tandem.engine.core.errors import MethodError
 from tandem.engine.core.types import MicroBatch, Row
+from tandem.engine.learner.metrics import StepMetrics
 
 
 def row_counts(rows: Sequence[Row], term: str) -> np.ndarray:
     """int [rows]: how many tokens each row has in `term`."""
-    return np.array(
-        [int((row.weights[term] != 0).sum()) if term in row.weights else 0 for row in rows],
-        np.int64,
-    )
+    counts = np.zeros(len(rows), np.int64)
+    for i, row in enumerate(rows):
+        if term in row.weights:
+            counts[i] = np.count_nonzero(row.weights[term])
+    return counts
 
 
 def denominators(terms: Sequence[Term], rows: Sequence[Row]) -> dict[str, float]:
@@ -63,75 +66,71 @@ def denominator(term: Term, counts: np.ndarray) -> float:
     return found
 
 
-def streams(
-    micro: MicroBatch,
-    logp: torch.Tensor,
-    entropy: torch.Tensor | None = None,
-    value: torch.Tensor | None = None,
-    extra: Mapping[str, torch.Tensor] = {},
-) -> Tokens:
-    """The objective's view of a micro-batch. logp, entropy, the critic's value and a custom
-    forward's extra streams: float32 [n] on the compute device.
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """What the model says of the n trained tokens of a micro-batch: float32 [n] on the compute
+    device.
     """
 
-    def tensor(name):
-        return (
-            torch.as_tensor(micro.streams[name], device=logp.device)
-            if name in micro.streams
-            else None
-        )
+    logp: torch.Tensor
+    entropy: torch.Tensor | None = None
+    value: torch.Tensor | None = None  # the critic's
+    extra: Mapping[str, torch.Tensor] = field(default_factory=dict)  # of a custom forward
+
+
+def make_tokens(micro: MicroBatch, outputs: Outputs) -> Tokens:
+    """The objective's view of a micro-batch."""
+    device = outputs.logp.device
+
+    def stream(name: str) -> torch.Tensor | None:
+        if name not in micro.streams:
+            return None
+        return torch.as_tensor(micro.streams[name], device=device)
 
     return Tokens(
-        logp=logp,
-        segment=torch.as_tensor(micro.segment, device=logp.device),
-        group=torch.as_tensor(micro.group, device=logp.device),
-        source=torch.as_tensor(micro.source, device=logp.device),
-        advantage=tensor("advantage"),
-        old_logp=tensor("old_logp"),
-        behaviour_logp=tensor("behaviour_logp"),
-        ref_logp=tensor("ref_logp"),
-        entropy=entropy,
-        value=value,
-        old_value=tensor("old_value"),
-        returns=tensor("returns"),
-        extra=extra,
+        logp=outputs.logp,
+        segment=torch.as_tensor(micro.segment, device=device),
+        group=torch.as_tensor(micro.group, device=device),
+        source=torch.as_tensor(micro.source, device=device),
+        advantage=stream("advantage"),
+        old_logp=stream("old_logp"),
+        behaviour_logp=stream("behaviour_logp"),
+        ref_logp=stream("ref_logp"),
+        entropy=outputs.entropy,
+        value=outputs.value,
+        old_value=stream("old_value"),
+        returns=stream("returns"),
+        extra=outputs.extra,
     )
 
 
 def evaluate(
     terms: Sequence[Term], z: Mapping[str, float], micro: MicroBatch, tokens: Tokens
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """This micro-batch's share of the step's loss, and sums for the report.
+) -> tuple[torch.Tensor, StepMetrics]:
+    """This micro-batch's part of the step's loss, and its metrics.
 
-    Returns (loss, sums): `loss` is a scalar attached to everything that any rank may differentiate
-    even when no token here belongs to any term (a rank without rows still has to run its whole
-    backward pass, or collectives of the other ranks would wait for ever). `sums` are detached
-    scalars to be added up over micro-batches and ranks: `loss/TERM` (already divided by Z),
-    `count/TERM` (tokens), `sum/TERM/METRIC` (token sums, divided by the count at the end, see
-    `means`), and the same of `TERM/PART` where an objective reports on some of its tokens.
+    The loss is a scalar attached to everything that any rank may differentiate even when no token
+    here belongs to any term (a rank without rows still has to run its whole backward pass, or
+    collectives of the other ranks would wait forever). The metrics are detached: the sum
+    `loss/TERM` (already divided by Z), and the means `TERM/METRIC` over the term's tokens and
+    `TERM/PART/METRIC` over those that an objective reports on as a part.
     """
-    attached = [
-        tokens.logp,
-        tokens.value,
-        *tokens.extra.values(),
-        tokens.entropy if any("entropy" in term.needs for term in terms) else None,
-    ]
-    loss = sum(stream.sum() * 0.0 for stream in attached if stream is not None)
-    sums: dict[str, torch.Tensor] = {}
+    loss = attached_zero(terms, tokens)
+    found = StepMetrics()
     for term in terms:
         if term.name not in micro.weights:
             continue
-        weight = torch.as_tensor(micro.weights[term.name], device=tokens.logp.device)
-        # found on the host: nobody waits for a GPU
-        index = torch.as_tensor(np.flatnonzero(micro.weights[term.name]), device=weight.device)
-        if len(index) == 0:
+        # computed on the host to avoid a device sync
+        in_term = np.flatnonzero(micro.weights[term.name])
+        if len(in_term) == 0:
             continue
+        index = torch.as_tensor(in_term, device=tokens.logp.device)
         chosen = asked_for(term, terms, tokens.take(index))
         per_token, metrics = checked_losses(term, chosen)
         check_given(term, micro, chosen, per_token)
-        factor = (
-            weight[index] * torch.as_tensor(micro.scale[term.name], device=weight.device)[index]
-        )
+        weight = torch.as_tensor(micro.weights[term.name], device=index.device)[index]
+        scale = torch.as_tensor(micro.scale[term.name], device=index.device)[index]
+        factor = weight * scale
         if term.correction is not None and chosen.behaviour_logp is not None:
             correction = term.correction(chosen)
             check_tensor(f"term {term.name!r}: its correction", correction, len(index))
@@ -139,29 +138,34 @@ def evaluate(
             metrics = {**metrics, "correction": correction}
         value = (factor * per_token).sum() / z[term.name]
         loss = loss + term.coefficient * value
-        sums[f"loss/{term.name}"] = value.detach()
-        sums[f"count/{term.name}"] = torch.tensor(float(len(index)), device=weight.device)
-        for key, metric in metrics.items():
-            if not isinstance(metric, Mapping):
-                sums[f"sum/{term.name}/{key}"] = metric.detach().sum()
-                continue
-            for name, values in metric.items():
-                sums[f"sum/{term.name}/{key}/{name}"] = values.detach().sum()
-                sums[f"count/{term.name}/{key}"] = torch.tensor(float(len(values)))
-    return loss, sums
+        found.add_sum(f"loss/{term.name}", value.detach())
+        add_metrics(found, term.name, metrics, len(index))
+    return loss, found
 
 
-def means(sums: Mapping[str, float]) -> dict[str, float]:
-    """{TERM/METRIC: mean over the term's tokens, TERM/PART/METRIC: mean over the part's} from the
-    sums of `evaluate` over a whole step.
-    """
-    names = [
-        key.removeprefix("sum/") for key in sums if key.startswith("sum/") and key.count("/") >= 2
-    ]
+def attached_zero(terms: Sequence[Term], tokens: Tokens) -> torch.Tensor:
+    """0, as a function of every number that has a gradient."""
+    zero = tokens.logp.sum() * 0.0
+    more = [tokens.value, *tokens.extra.values()]
+    if any("entropy" in term.needs for term in terms):
+        more.append(tokens.entropy)
+    for numbers in more:
+        if numbers is not None:
+            zero = zero + numbers.sum() * 0.0
+    return zero
 
-    def count(name):
-        return (
-            sums.get(f"count/{name.rpartition('/')[0]}") or sums[f"count/{name.partition('/')[0]}"]
-        )
 
-    return {name: sums[f"sum/{name}"] / count(name) for name in names}
+def add_metrics(found: StepMetrics, term: str, metrics: Mapping, count: int) -> None:
+    """Add a term's metrics over its `count` tokens: {METRIC: [n], or PART: {METRIC: [m]}}."""
+    whole = f"loss/{term}"  # names of counts that none of `observe` can meet
+    found.add_count(whole, count)
+    for key, metric in metrics.items():
+        if not isinstance(metric, Mapping):
+            found.add_mean(f"{term}/{key}", metric.detach().sum(), count_of=whole)
+            continue
+        part = f"{whole}/{key}"
+        size = 0
+        for name, values in metric.items():
+            found.add_mean(f"{term}/{key}/{name}", values.detach().sum(), count_of=part)
+            size = len(values)
+        found.add_count(part, size)

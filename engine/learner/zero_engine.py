@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from tandem.engine.learner.local_engine import (
     read_state,
     set_random_state,
 )
+from tandem.engine.learner.protocol import Stepped
 from tandem.engine.model.policy import Policy, hf_parameters
 
 # elements reduced at once; DeepSpeed's own 500 million would reserve 2 GB for a model of any size
@@ -92,48 +94,50 @@ class ZeroEngine:
         self.engine, _, _, _ = deepspeed.initialize(
             model=policy, optimizer=inner, config=config, dist_init_required=False
         )
-        self.module, self.device, self.inner = self.engine.module, self.engine.device, inner
+        self.module, self.inner = policy, inner
+        assert self.engine.device is not None  # it has one once it is initialized
+        self.device = torch.device(self.engine.device)
         if self.stage == 0:
             self.engine.set_gradient_accumulation_boundary(False)
-        # Stage 3 hands its masters to AdamW one at a time, so AdamW's own list is empty between
-        # steps.
-        masters = (
-            self.engine.optimizer.fp32_partitioned_groups_flat
-            if self.stage == 3
-            else [p for g in inner.param_groups for p in g["params"]]
-        )
-        self.moments = Moments(inner, list(masters))
+        self.moments = Moments(inner, self._masters())
 
-    def forward(self, *inputs):
-        return self.engine(*inputs)
+    def _masters(self) -> list[torch.Tensor]:
+        """The tensors that AdamW works on."""
+        if self.stage == 3:
+            # handed to AdamW one at a time, so that its own list is empty between steps
+            optimizer: Any = self.engine.optimizer
+            return list(optimizer.fp32_partitioned_groups_flat)
+        return [p for group in self.inner.param_groups for p in group["params"]]
+
+    def forward(self, *inputs, **options) -> tuple:
+        return self.engine(*inputs, **options)
 
     def backward(self, loss: torch.Tensor) -> None:
         self.engine.backward(loss * self.ranks)  # DeepSpeed averages over ranks; we want the sum
 
-    def step(self) -> tuple[float, bool]:
+    def step(self) -> Stepped:
         if self.stage == 0:
             return self._step_unpartitioned()
         self.engine.step()
-        return float(self.engine.get_global_grad_norm()), self.engine.was_step_applied()
+        norm = self.engine.get_global_grad_norm()
+        assert norm is not None  # there was a step
+        return Stepped(float(norm), self.engine.was_step_applied())
 
-    def _step_unpartitioned(self) -> tuple[float, bool]:
+    def _step_unpartitioned(self) -> Stepped:
         """Stage 0 has neither a gradient norm nor a check of it: reduce, look, then let DeepSpeed
         clip and step.
         """
         self.engine.set_gradient_accumulation_boundary(True)
         self.engine.allreduce_gradients()
         grads = [p.grad for p in self.module.parameters() if p.grad is not None]
-        norm = float(
-            torch.linalg.vector_norm(
-                torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads])
-            )
-        )
+        norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
+        norm = float(torch.linalg.vector_norm(torch.stack(norms)))
         if applied := math.isfinite(norm):
             self.engine.step()
         else:
             self.engine.zero_grad()
         self.engine.set_gradient_accumulation_boundary(False)
-        return norm, applied
+        return Stepped(norm, applied)
 
     def set_optimizer(self, name: str) -> None:
         self.moments.use(name)
@@ -144,10 +148,7 @@ class ZeroEngine:
 
     def parameter_shapes(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """(name, dtype, full shape) in the order of full_parameters; no communication."""
-        return [
-            (name, p.dtype, tuple(getattr(p, "ds_shape", p.shape)))
-            for name, p in hf_parameters(self.module)
-        ]
+        return [(name, p.dtype, whole_shape(p)) for name, p in hf_parameters(self.module)]
 
     def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All parameters in full, on every rank: a collective at stage 3.
@@ -155,19 +156,30 @@ class ZeroEngine:
         A tensor is valid only until the next one is asked for.
         """
         if self.stage < 3:
-            yield from ((name, p.detach()) for name, p in hf_parameters(self.module))
+            for name, parameter in hf_parameters(self.module):
+                yield name, parameter.detach()
             return
         from deepspeed.runtime.zero import GatheredParameters
 
+        for bucket in self._buckets():
+            with GatheredParameters([parameter for _, parameter in bucket]):
+                for name, parameter in bucket:
+                    yield name, parameter.detach()
+
+    def _buckets(self) -> Iterator[list[tuple[str, torch.nn.Parameter]]]:
+        """The parameters in portions that are gathered together, of at most `self.bucket` bytes or
+        one parameter.
+        """
         bucket, size = [], 0
-        for name, parameter in [*hf_parameters(self.module), (None, None)]:
-            bytes_ = 0 if parameter is None else parameter.ds_numel * parameter.element_size()
-            if bucket and (parameter is None or size + bytes_ > self.bucket):
-                with GatheredParameters([p for _, p in bucket]):
-                    yield from ((n, p.detach()) for n, p in bucket)
+        for name, parameter in hf_parameters(self.module):
+            bytes_ = math.prod(whole_shape(parameter)) * parameter.element_size()
+            if bucket and size + bytes_ > self.bucket:
+                yield bucket
                 bucket, size = [], 0
             bucket.append((name, parameter))
             size += bytes_
+        if bucket:
+            yield bucket
 
     def save(self, folder: str | Path) -> None:
         """All ranks write into the same folder: DeepSpeed's own checkpoint, and rank_R.pt with what
@@ -193,6 +205,11 @@ class ZeroEngine:
         """Without this a ZeRO-3 process does not leave the interpreter."""
         self.engine.destroy()
         torch.distributed.destroy_process_group()
+
+
+def whole_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
+    """Its shape on all ranks together: at stage 3 each holds a part."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def check_offload(stage: int) -> None:

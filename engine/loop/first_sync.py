@@ -31,7 +31,7 @@ def prove(sync: Sync, tokenizer) -> None:
 
     Raises SyncError.
     """
-    if not hasattr(sync.pool, "logprobs"):
+    if sync.pool.backends:
         # the pool computes in this process, with the modules that the learner's weights are copied
         # into, or replays a record
         return

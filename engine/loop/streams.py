@@ -12,7 +12,7 @@ from tandem.algorithms.checks.rows import has_tokens
 from tandem.engine.core.types import Row
 from tandem.engine.learner.protocol import Learner
 
-# {stream of a Row: its name in Learner.streams}
+# {stream of a Row: its name in Learner.compute_streams}
 LEARNER_STREAMS = {"old_logp": "logp", "old_value": "value"}
 
 
@@ -29,7 +29,7 @@ def with_streams(
     wanted = [name for name in LEARNER_STREAMS if any(name in term.needs for term in terms)]
     chosen = needing(rows, terms, wanted)
     if chosen:
-        found = learner.streams([rows[i] for i in chosen], temperature)
+        found = learner.compute_streams([rows[i] for i in chosen], temperature)
         rows = filled(rows, chosen, {name: found[LEARNER_STREAMS[name]] for name in wanted})
     chosen = needing(rows, terms, ["ref_logp"])
     if chosen:

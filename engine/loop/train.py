@@ -22,12 +22,12 @@ from pathlib import Path
 from tandem.algorithms.base import Batch, Demand, Method
 from tandem.algorithms.checks.method import check_metrics, check_terms, checked_state
 from tandem.algorithms.checks.rows import ask_credit, ask_rows, check_rows, has_tokens
-from tandem.algorithms.parts.critic import diagnostics
 from tandem.engine.config.schema import Config
 from tandem.engine.core import stop
 from tandem.engine.core.errors import NotFinite, SyncError
 from tandem.engine.core.types import ScoredGroup, Trajectory
 from tandem.engine.data.sources import ExpertSource
+from tandem.engine.learner.learning_rate import learning_rate
 from tandem.engine.learner.protocol import Learner
 from tandem.engine.loop.evaluation import Evaluator
 from tandem.engine.loop.producer import Producer, oldest_version
@@ -36,7 +36,7 @@ from tandem.engine.loop.saver import Saver
 from tandem.engine.loop.state import RunState
 from tandem.engine.loop.streams import with_streams
 from tandem.engine.loop.sync import Sync
-from tandem.engine.loop.update import Work, step_learning_rate, step_temperature, update
+from tandem.engine.loop.update import Work, step_temperature, update
 from tandem.engine.report.display import Display
 
 
@@ -106,7 +106,8 @@ def train(components: Components, state: RunState) -> None:
         clock.lap("prepare")
 
         # optimizer steps
-        rate = step_learning_rate(config, state, demand)
+        taken = state.optimizer_steps.get(demand.optimizer, 0)
+        rate = learning_rate(config, demand, step, taken)
         work = Work(step, demand, rows, terms, temperature, rate)
         report = update(learner, config, method, work)
         clock.lap("learn")
@@ -116,11 +117,11 @@ def train(components: Components, state: RunState) -> None:
         if skipped > config.learner.max_skipped_steps:
             raise too_many_skipped(skipped, components)
         state.step += 1
-        state.optimizer_steps[demand.optimizer] = state.optimizer_steps.get(demand.optimizer, 0) + 1
+        state.optimizer_steps[demand.optimizer] = taken + 1
         state.tokens += int(report.metrics.get("tokens/real", 0)) + rollouts.tokens
 
         # what the next step knows
-        metrics = {**report.metrics, **rollout_metrics(groups), **diagnostics(rows)}
+        metrics = {**report.metrics, **rollout_metrics(groups), **method.diagnostics(rows)}
         method.observe(step, metrics)
         of_method = check_metrics(method, method.metrics(step))
         metrics.update(of_method)

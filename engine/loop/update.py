@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,6 @@ from tandem.engine.core.types import Row, StepPlan, StepReport
 from tandem.engine.learner.packing import pack
 from tandem.engine.learner.protocol import Learner
 from tandem.engine.learner.terms import denominators
-from tandem.engine.loop.state import RunState
 from tandem.engine.loop.streams import with_old_logp
 
 # a version that no token has: after the first update of a batch the learner's weights match no
@@ -43,24 +41,6 @@ def step_temperature(config: Config, demand: Demand) -> float:
     SFT, at 1.
     """
     return config.rollout.temperature if demand.prompts else 1.0
-
-
-def step_learning_rate(config: Config, state: RunState, demand: Demand) -> float:
-    """Linear warm-up over the first steps of every set of optimizer moments (fresh moments step at
-    full size in every direction), then the schedule.
-    """
-    learner = config.learner
-    rate = learner.learning_rate if demand.learning_rate is None else demand.learning_rate
-    taken = state.optimizer_steps.get(demand.optimizer, 0)
-    if taken < learner.warmup_steps:
-        rate *= (taken + 1) / learner.warmup_steps
-    after_warmup = max(1, config.run.steps - learner.warmup_steps)
-    done = max(0, state.step - learner.warmup_steps) / after_warmup
-    if learner.schedule == "linear":
-        return rate * (1.0 - done)
-    if learner.schedule == "cosine":
-        return rate * (0.5 * (1.0 + math.cos(math.pi * done)))
-    return rate
 
 
 def update(learner: Learner, config: Config, method: Method, work: Work) -> StepReport:
@@ -104,7 +84,7 @@ def make_plan(
         learner.ranks,
         config.learner.micro_batch_tokens,
         version=version,
-        share=learner.shares_prompts and method.forward is None,
+        share_prompts=learner.shares_prompts and method.forward is None,
     )
     needs_entropy = any("entropy" in term.needs for term in work.terms)
     return StepPlan(

@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from typing import Any
 
+from tandem.algorithms.base import Method
 from tandem.engine.config.schema import Config
 from tandem.engine.learner.inline import InlineLearner
-from tandem.engine.learner.protocol import Learner, Pool
+from tandem.engine.learner.protocol import Learner, PolicySpec, Pool
 from tandem.engine.learner.ray import RayLearner
 from tandem.launch import placement
 from tandem.launch.placement import Placement
@@ -37,8 +38,16 @@ def make_pool(run: Prepared, place: Placement | None) -> Pool:
 
 def make_learner(run: Prepared, place: Placement | None) -> Learner:
     if place is None:
-        return InlineLearner.start(run.config, run.model_path)
-    return RayLearner.start(run.config, run.model_path, place, run.folder.path)
+        return InlineLearner.start(run.config, run.model_path, policy_spec(run.method))
+    spec = policy_spec(run.method)
+    return RayLearner.start(run.config, run.model_path, spec, place, run.folder.path)
+
+
+def policy_spec(method: Method) -> PolicySpec:
+    """What the learner's policy needs for a method."""
+    return PolicySpec(
+        critic=method.critic, embedding=method.embedding, uses_rollouts=method.uses_rollouts
+    )
 
 
 def start_sides(run: Prepared, makers: Sequence[Maker], stack: ExitStack) -> list[Any]:

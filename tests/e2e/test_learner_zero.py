@@ -14,8 +14,8 @@ import pytest
 import torch
 from learner_cases import (
     CLIP,
-    METHOD,
     SEEDS,
+    SPEC,
     TERMS,
     equal,
     hook_plan,
@@ -204,11 +204,9 @@ def local(model_path):
     config = Config(
         model=ModelConfig(path=model_path),
         learner=LearnerConfig(grad_clip=CLIP, weight_decay=0.1),
-        method=METHOD,
     )
-    return LearnerRank(
-        config, model_path, LocalEngine(make_policy(config, model_path), config.learner)
-    )
+    engine = LocalEngine(make_policy(config, model_path), config.learner)
+    return LearnerRank(config, model_path, SPEC, engine)
 
 
 def test_non_finite_gradient_of_one_rank_changes_nothing_on_any(results):
@@ -255,7 +253,7 @@ def test_logprobs_and_values_of_all_ranks_together_are_those_of_one_process(resu
     one = local(model_path)
     one.step(make_plan(make_rows(0)))
     rows = make_rows(5)
-    for name, streams in one.streams(rows, 0.8).items():
+    for name, streams in one.compute_streams(rows, 0.8).items():
         for i, (row, right) in enumerate(zip(rows, streams, strict=True)):
             found = [
                 out["streams"][name][i]

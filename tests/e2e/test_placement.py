@@ -5,7 +5,7 @@ import time
 
 import psutil
 import pytest
-from learner_cases import METHOD, make_plan, make_rows
+from learner_cases import SPEC, make_plan, make_rows
 
 from tandem.engine.config.schema import (
     ClusterConfig,
@@ -46,7 +46,6 @@ def two_nodes():
 def config(**cluster) -> Config:
     """Two learner ranks and no engine: rollouts are replayed."""
     return Config(
-        method=METHOD,
         model=ModelConfig(path="tandem:tiny"),
         rollout=RolloutConfig(backend="replay", record="unused"),
         learner=LearnerConfig(zero_stage=2),
@@ -67,7 +66,7 @@ def test_learner_ranks_of_two_nodes_train_together(two_nodes, in_tmp):
     model_path = resolve_model(cfg.model)
     places = placement.start(cfg, in_tmp / "run", said.append)
     try:
-        learner = RayLearner.start(cfg, model_path, places, in_tmp / "run")
+        learner = RayLearner.start(cfg, model_path, SPEC, places, in_tmp / "run")
         try:
             nodes = ray.get(
                 [
@@ -90,7 +89,7 @@ def test_learner_ranks_of_two_nodes_train_together(two_nodes, in_tmp):
         f"learner rank {rank} on " in said[-1] and node[:6] in said[-1]
         for rank, node in enumerate(nodes)
     )
-    alone = InlineLearner.start(cfg, model_path).step(make_plan(make_rows()))
+    alone = InlineLearner.start(cfg, model_path, SPEC).step(make_plan(make_rows()))
     assert report.metrics["grad_norm"] == pytest.approx(alone.metrics["grad_norm"], rel=1e-4)
 
 
@@ -103,7 +102,7 @@ def actors_of(cfg: Config, places, run_dir) -> tuple[list, list]:
 
     pool = EnginePool(cfg, "unused", places, run_dir)
     return [pool.actor(i, stale=False) for i in range(cfg.cluster.engines)], ray_learner.actors(
-        cfg, "unused", places, run_dir
+        cfg, "unused", SPEC, places, run_dir
     )
 
 

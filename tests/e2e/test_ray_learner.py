@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from learner_cases import CLIP, METHOD, TEMPERATURE, make_plan, make_rows
+from learner_cases import CLIP, SPEC, TEMPERATURE, make_plan, make_rows
 
 from tandem.engine.config.schema import (
     ClusterConfig,
@@ -36,9 +36,8 @@ def model_path(tmp_path_factory):
 
 
 def local(config, model_path):
-    return LearnerRank(
-        config, model_path, LocalEngine(build_policy(config, model_path), config.learner)
-    )
+    engine = LocalEngine(build_policy(config, model_path, SPEC), config.learner)
+    return LearnerRank(config, model_path, SPEC, engine)
 
 
 def sampled_gap(pool, learner, seed):
@@ -63,7 +62,6 @@ def test_two_ranks_and_an_engine(model_path, tmp_path):
     from tandem.rollout.pool import EnginePool
 
     config = Config(
-        method=METHOD,
         model=ModelConfig(path=model_path),
         data=DataConfig(max_prompt_tokens=16),
         rollout=RolloutConfig(max_tokens=16, kv_cache_gib=0.25, max_sequences=8),
@@ -75,7 +73,7 @@ def test_two_ranks_and_an_engine(model_path, tmp_path):
     )
     places = placement.start(config, tmp_path)
     try:
-        learner = RayLearner.start(config, model_path, places, tmp_path)
+        learner = RayLearner.start(config, model_path, SPEC, places, tmp_path)
         pool = EnginePool.start(config, model_path, places, tmp_path)
         try:
             learner.connect(pool)

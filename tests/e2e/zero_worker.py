@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from learner_cases import (
     CLIP,
-    METHOD,
     SEEDS,
+    SPEC,
     TERMS,
     budget_of,
     hook_plan,
@@ -29,7 +29,7 @@ from tandem.engine.config.schema import Config, LearnerConfig, ModelConfig
 from tandem.engine.learner import local_engine
 from tandem.engine.learner import zero_engine as zero
 from tandem.engine.learner.rank import LearnerRank
-from tandem.engine.learner.ray import share
+from tandem.engine.learner.ray import plan_of_rank
 
 
 class Probe(torch.optim.AdamW):
@@ -58,12 +58,12 @@ def build(case, stage, model, ranks, rank):
     config = Config(
         model=ModelConfig(path=model, dtype="bfloat16" if case == "bfloat16" else "float32"),
         learner=learner,
-        method=METHOD,
     )
     torch.manual_seed(rank)
     return LearnerRank(
         config,
         model,
+        SPEC,
         zero.ZeroEngine(make_policy(config, model), learner, persistent=0),
         rank,
         ranks,
@@ -71,7 +71,7 @@ def build(case, stage, model, ranks, rank):
 
 
 def take(learner, plan):
-    return learner.step(share(plan, learner.rank))
+    return learner.step(plan_of_rank(plan, learner.rank))
 
 
 def gradients(learner, ranks):
@@ -119,7 +119,7 @@ def training(learner, ranks, folder):
         weights(learner),
         moments(learner),
     )
-    out["streams"] = learner.streams(make_rows(5), 0.8)
+    out["streams"] = learner.compute_streams(make_rows(5), 0.8)
     take(learner, make_plan(make_rows(1), ranks, optimizer="sft"))
     learner.save(folder)
     out["noise"] = torch.rand(3)

@@ -17,6 +17,7 @@ from tandem.algorithms.registry import make_method
 from tandem.engine.core.types import Row, Source, StepPlan
 from tandem.engine.learner.inspect import group, trajectory
 from tandem.engine.learner.packing import pack
+from tandem.engine.learner.protocol import PolicySpec
 from tandem.engine.learner.rank import build_policy
 from tandem.engine.learner.terms import denominators
 
@@ -39,7 +40,7 @@ TERMS = (
         needs=frozenset({"value", "old_value", "returns"}),
     ),
 )
-METHOD = {"name": "ppo"}  # so that the learner gets a critic
+SPEC = PolicySpec(critic=True, uses_rollouts=True)  # as of PPO
 
 CLIP = 0.75  # above the gradient norms of make_rows(count=17), below those of make_rows(0)
 SEEDS = (("sft", 2), ("main", 3), ("other", 4))  # (moment set, rows) of the steps after a resume
@@ -83,7 +84,7 @@ def make_rows(seed=0, count=7):
 
 def make_policy(config, model_path):
     """With a critic that says something from the start."""
-    policy = build_policy(config, model_path)
+    policy = build_policy(config, model_path, SPEC)
     with torch.no_grad():
         policy.critic.weight.copy_(critic_weight(len(policy.critic.weight)))
         policy.critic.bias.fill_(0.1)
@@ -114,12 +115,12 @@ def siblings(rows):
     ]
 
 
-def make_plan(rows, ranks=1, budget=64, terms=TERMS, share=False, **changes):
+def make_plan(rows, ranks=1, budget=64, terms=TERMS, share_prompts=False, **changes):
     plan = StepPlan(
         0,
         tuple(terms),
         denominators(terms, rows),
-        pack(rows, terms, ranks, budget, version=0, share=share),
+        pack(rows, terms, ranks, budget, version=0, share_prompts=share_prompts),
         learning_rate=1e-3,
         temperature=TEMPERATURE,
         entropy=True,

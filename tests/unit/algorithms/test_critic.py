@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from tandem.algorithms.base import Batch, Budget
-from tandem.algorithms.parts.critic import Critic, diagnostics, gae
+from tandem.algorithms.parts.critic import Critic, gae
+from tandem.algorithms.parts.diagnostics import critic_diagnostics
 from tandem.algorithms.registry import make_method
 from tandem.engine.core.types import Finish
 from tandem.engine.learner.inspect import group, inspect, trajectory
@@ -157,7 +158,7 @@ def test_kl_in_the_reward_by_hand():
     method, old, now = ppo(kl=0.1), at(-0.5, -1.0, -2.0), at(-0.4, -1.1, -2.0)
     out = inspect(method, one(), now, old=old, reference=at(-1.0, 0.0, -4.0), value=flat(0.0))
     np.testing.assert_allclose(out.rows[0].advantage[1:], [0.85, 0.9, 0.8], rtol=1e-5)
-    found = diagnostics(out.rows)
+    found = critic_diagnostics(out.rows)
     assert (
         found["critic/kl"] == pytest.approx(1.5)
         and found["critic/return"] == pytest.approx(0.85)

@@ -11,7 +11,7 @@ import torch
 from tandem.algorithms.base import Batch
 from tandem.algorithms.parts.objectives.embedding import Attraction, PairedForward, similarity
 from tandem.algorithms.parts.objectives.tokens import Tokens
-from tandem.algorithms.registry import make_method
+from tandem.algorithms.registry import configured, make_method
 from tandem.algorithms.sft.ift import MixedForward, PropagatedNLL
 from tandem.engine.config.schema import Config, LearnerConfig, ModelConfig
 from tandem.engine.core.types import Source, StepPlan
@@ -20,6 +20,7 @@ from tandem.engine.learner.local_engine import LocalEngine
 from tandem.engine.learner.packing import pack
 from tandem.engine.learner.rank import LearnerRank, build_policy
 from tandem.engine.learner.terms import denominators
+from tandem.launch.run.components import policy_spec
 
 EXPERTS = (trajectory([1, 2], [5, 6, 3], expert=True), trajectory([1], [7, 3], expert=True))
 
@@ -90,9 +91,9 @@ def learner(model_path, method):
     config = Config(
         model=ModelConfig(path=model_path), learner=LearnerConfig(grad_clip=0.0), method=method
     )
-    return LearnerRank(
-        config, model_path, LocalEngine(build_policy(config, model_path), config.learner)
-    )
+    spec = policy_spec(configured(config.method))
+    engine = LocalEngine(build_policy(config, model_path, spec), config.learner)
+    return LearnerRank(config, model_path, spec, engine)
 
 
 def run(rank, rows, terms, forward, budget=10_000):
@@ -100,12 +101,12 @@ def run(rank, rows, terms, forward, budget=10_000):
     found = {}
     for micro in pack(rows, terms, 1, budget, version=0)[0]:
         with torch.no_grad():
-            logp, _, _, extra = rank._forward(rank.engine.forward, micro, 1.0, False, forward)
+            out = rank.run_micro_batch(rank.engine.forward, micro, 1.0, custom=forward)
         place = micro.positions.reshape(-1)[micro.index] + 1
         for i, (segment, t) in enumerate(zip(micro.segment, place, strict=True)):
             found[micro.rows[segment], int(t)] = {
-                "logp": float(logp[i]),
-                **{k: float(v[i]) for k, v in extra.items()},
+                "logp": float(out.logp[i]),
+                **{k: float(v[i]) for k, v in out.extra.items()},
             }
     return found
 
@@ -335,7 +336,7 @@ def test_carft_trains_the_same_however_it_is_packed_and_draws_answers_closer(mod
         rows = method.credit(
             [
                 replace(r, old_value=v)
-                for r, v in zip(rows, rank.streams(rows, 1.0)["value"], strict=True)
+                for r, v in zip(rows, rank.compute_streams(rows, 1.0)["value"], strict=True)
             ],
             batch,
         )

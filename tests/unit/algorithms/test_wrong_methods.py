@@ -13,7 +13,7 @@ from method_cases import batch, half
 from wrong_cases import Right, look, with_objective, with_row, with_terms, with_weights, wrong
 
 from tandem.algorithms.base import Term
-from tandem.algorithms.parts.critic import diagnostics
+from tandem.algorithms.parts.diagnostics import critic_diagnostics
 from tandem.algorithms.parts.objectives.nll import NLL
 from tandem.algorithms.parts.objectives.policy import PPOClip
 from tandem.algorithms.parts.reductions import Reduction
@@ -24,6 +24,7 @@ from tandem.engine.core.errors import MethodError
 from tandem.engine.core.types import StepPlan
 from tandem.engine.learner.inline import InlineLearner
 from tandem.engine.learner.packing import pack
+from tandem.engine.learner.protocol import PolicySpec
 from tandem.engine.learner.terms import denominators
 from tandem.engine.model.tiny import make_tiny
 
@@ -215,7 +216,7 @@ def test_names_of_terms(name, tmp_path):
     rows = [expert_row(t, name) for t in batch().experts]
     terms = [Term(name, NLL())]
     model = str(make_tiny(tmp_path / "tiny", hidden=32, layers=2))
-    learner = InlineLearner.start(Config(model=ModelConfig(model)), model)
+    learner = InlineLearner.start(Config(model=ModelConfig(model)), model, PolicySpec())
     micro_batches = pack(rows, terms, 1, 64, version=0)
     for entropy in (False, True):
         plan = StepPlan(0, terms, denominators(terms, rows), micro_batches, 1e-4, entropy=entropy)
@@ -330,7 +331,7 @@ def test_rows(method, words):
 )
 def test_rows_that_are_right(method):
     out = look(method)
-    assert np.isfinite(out.loss) and diagnostics(out.rows) == {}
+    assert np.isfinite(out.loss) and critic_diagnostics(out.rows) == {}
 
 
 def test_rows_of_which_none_names_a_term():

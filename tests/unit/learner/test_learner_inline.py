@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from learner_cases import (
-    METHOD,
+    SPEC,
     TEMPERATURE,
     TERMS,
     equal,
@@ -29,6 +29,7 @@ from tandem.algorithms.parts.objectives.policy import PPOClip
 from tandem.engine.config.schema import Config, LearnerConfig, ModelConfig
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.learner.local_engine import LocalEngine
+from tandem.engine.learner.protocol import PolicySpec
 from tandem.engine.learner.rank import LearnerRank
 
 
@@ -43,11 +44,9 @@ def make_rank(model_path, dtype="float32", **learner):
     config = Config(
         model=ModelConfig(path=model_path, dtype=dtype),
         learner=LearnerConfig(**{"grad_clip": 0.0, **learner}),
-        method=METHOD,
     )
-    return LearnerRank(
-        config, model_path, LocalEngine(make_policy(config, model_path), config.learner)
-    )
+    engine = LocalEngine(make_policy(config, model_path), config.learner)
+    return LearnerRank(config, model_path, SPEC, engine)
 
 
 @pytest.mark.parametrize("term", ["policy", "sft", "kl", "value", "all"])
@@ -126,8 +125,8 @@ def test_rows_behind_one_copy_of_their_prompt_give_the_same_gradient_and_streams
     rank = make_rank(model_path, micro_batch_tokens=budget, gradient_checkpointing=checkpointing)
     alone = make_rank(model_path, micro_batch_tokens=budget)
     alone.shares_prompts = lambda: False
-    for name, found in rank.streams(rows, 0.8).items():
-        for mine, theirs in zip(found, alone.streams(rows, 0.8)[name], strict=True):
+    for name, found in rank.compute_streams(rows, 0.8).items():
+        for mine, theirs in zip(found, alone.compute_streams(rows, 0.8)[name], strict=True):
             np.testing.assert_allclose(mine, theirs, atol=2e-6)
     captured = {}
     rank.engine.optimizer.register_step_pre_hook(
@@ -138,7 +137,7 @@ def test_rows_behind_one_copy_of_their_prompt_give_the_same_gradient_and_streams
             }
         )
     )
-    plan = make_plan(rows, budget=budget, share=True)
+    plan = make_plan(rows, budget=budget, share_prompts=True)
     assert any(micro.tree is not None for micro in plan.micro_batches[0])
     report = rank.step(plan)
     for name in expected:
@@ -171,12 +170,10 @@ def test_compiled_layers_give_the_same_gradient(model_path):
     for compiled in (False, True):
         config = Config(
             model=ModelConfig(path=model_path),
-            method=METHOD,
             learner=LearnerConfig(grad_clip=0.0, compile=compiled, gradient_checkpointing=True),
         )
-        rank = LearnerRank(
-            config, model_path, LocalEngine(build_policy(config, model_path), config.learner)
-        )
+        engine = LocalEngine(build_policy(config, model_path, SPEC), config.learner)
+        rank = LearnerRank(config, model_path, SPEC, engine)
         captured = gradients_before_step(rank.engine)
         rank.step(make_plan(make_rows(), budget=24))
         results.append((captured, rank.logprobs(make_rows(count=4), 0.8)))
@@ -208,9 +205,7 @@ def test_liger_that_is_not_installed_is_an_error_that_says_so(model_path, monkey
     monkeypatch.setitem(__import__("sys").modules, "liger_kernel", None)
     with pytest.raises(ConfigError, match=r"learner.liger is true.*pip install liger-kernel"):
         make_policy(
-            Config(
-                model=ModelConfig(path=model_path), method=METHOD, learner=LearnerConfig(liger=True)
-            ),
+            Config(model=ModelConfig(path=model_path), learner=LearnerConfig(liger=True)),
             model_path,
         )
 
@@ -218,13 +213,11 @@ def test_liger_that_is_not_installed_is_an_error_that_says_so(model_path, monkey
 def test_compile_without_a_compiler_is_an_error_that_says_so(model_path, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    config = Config(
-        model=ModelConfig(path=model_path), method=METHOD, learner=LearnerConfig(compile=True)
-    )
+    config = Config(model=ModelConfig(path=model_path), learner=LearnerConfig(compile=True))
     from tandem.engine.learner.rank import build_policy
 
     with pytest.raises(ConfigError, match=r"learner.compile is true.*C.. compiler"):
-        build_policy(config, model_path)
+        build_policy(config, model_path, SPEC)
 
 
 def test_gap_is_measured_on_fresh_sampled_tokens(model_path):
@@ -281,7 +274,9 @@ def test_values_are_those_of_the_states_in_which_the_tokens_were_chosen(model_pa
             row, tokens=np.where(np.arange(len(row.tokens)) == t, 101, row.tokens).astype(np.int32)
         )
 
-    found = rank.streams([row, changed(len(row.tokens) - 1), changed(len(row.tokens) - 2)], 1.0)
+    found = rank.compute_streams(
+        [row, changed(len(row.tokens) - 1), changed(len(row.tokens) - 2)], 1.0
+    )
     same, last, before = found["value"]
     assert (
         last[-1] == pytest.approx(same[-1], abs=1e-6)
@@ -304,18 +299,14 @@ def test_values_are_those_of_the_states_in_which_the_tokens_were_chosen(model_pa
 def test_a_new_critic_says_zero(model_path):
     from tandem.engine.learner.rank import build_policy
 
-    config = Config(model=ModelConfig(path=model_path), method=METHOD)
-    rank, rows = (
-        LearnerRank(
-            config, model_path, LocalEngine(build_policy(config, model_path), config.learner)
-        ),
-        make_rows(),
-    )
+    config = Config(model=ModelConfig(path=model_path))
+    engine = LocalEngine(build_policy(config, model_path, SPEC), config.learner)
+    rank, rows = LearnerRank(config, model_path, SPEC, engine), make_rows()
     assert all(
         not v[row.trained].any()
-        for v, row in zip(rank.streams(rows, 1.0)["value"], rows, strict=True)
+        for v, row in zip(rank.compute_streams(rows, 1.0)["value"], rows, strict=True)
     )
-    assert build_policy(replace(config, method={"name": "grpo"}), model_path).critic is None
+    assert build_policy(config, model_path, PolicySpec(uses_rollouts=True)).critic is None
 
 
 def test_reference_set_to_the_present_weights_survives_a_resume(model_path, tmp_path):

@@ -252,7 +252,7 @@ def test_behind_a_shared_prompt_every_token_sees_its_own_row_up_to_itself(seed, 
     ranks, budget = int(rng.integers(1, 3)), int(rng.integers(60, 400))
     rows = with_prompts(make_rows(rng.integers(1, 40, 40), seed, untrained=0.2), seed)
     terms = [*TERMS, Term("c", NLL(), together=True)] if together else TERMS
-    plan = pack(rows, terms, ranks, budget, version=0, share=True)
+    plan = pack(rows, terms, ranks, budget, version=0, share_prompts=True)
     packed, run = [], 0
     for micro in (micro for micros in plan for micro in micros):
         assert micro.tokens.size <= budget or len(micro.rows) == 1 or together
@@ -286,5 +286,6 @@ def test_long_answers_are_not_put_behind_one_prompt():
     """Attention over the bin would cost more than the prompt that is saved."""
     rows = with_prompts(make_rows([2000] * 12), 0)
     assert all(
-        micro.tree is None for micro in pack(rows, TERMS, 1, 10_000, version=0, share=True)[0]
+        micro.tree is None
+        for micro in pack(rows, TERMS, 1, 10_000, version=0, share_prompts=True)[0]
     )

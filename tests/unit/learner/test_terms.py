@@ -18,7 +18,7 @@ from tandem.algorithms.parts.objectives.policy import PPOClip
 from tandem.algorithms.parts.reductions import Reduction
 from tandem.engine.core.types import Row, Source
 from tandem.engine.learner.packing import pack
-from tandem.engine.learner.terms import denominators, evaluate, row_counts, streams
+from tandem.engine.learner.terms import Outputs, denominators, evaluate, make_tokens, row_counts
 from tandem.engine.model.policy import Policy, hf_parameters
 
 
@@ -33,13 +33,14 @@ def expert(weight, term="sft"):
 
 
 def step(rows, terms, logp):
-    """Loss and sums of one micro-batch, `logp` {row: log-probs of its trained tokens}."""
+    """Loss and metrics of one micro-batch, `logp` {row: log-probs of its trained tokens}."""
     ((micro,),) = pack(rows, terms, 1, 1000, version=0)
     values = torch.tensor(
         [x for i in micro.rows for x in logp[i]], dtype=torch.float32, requires_grad=True
     )
-    loss, sums = evaluate(terms, denominators(terms, rows), micro, streams(micro, values))
-    return loss, sums, values
+    tokens = make_tokens(micro, Outputs(values))
+    loss, metrics = evaluate(terms, denominators(terms, rows), micro, tokens)
+    return loss, metrics, values
 
 
 # Two rows: three tokens with -log p = 1, 2, 3 and one token with 8 of weight 0.5; a third row whose
@@ -58,12 +59,10 @@ def test_reductions_by_hand(reduction, expected):
     """Section 0.3 of the methods dossier."""
     rows = [expert([1, 1, 1]), expert([0, 0.5]), expert([0, 0])]
     terms = [Term("sft", NLL(), reduction, coefficient=3.0)]
-    loss, sums, _logp = step(rows, terms, {0: [-1, -2, -3], 1: [-8]})
+    loss, metrics, _logp = step(rows, terms, {0: [-1, -2, -3], 1: [-8]})
     assert loss.item() == pytest.approx(3 * expected, rel=1e-6)
-    assert (
-        sums["loss/sft"].item() == pytest.approx(expected, rel=1e-6)
-        and sums["count/sft"].item() == 4
-    )
+    assert metrics.report()["loss/sft"] == pytest.approx(expected, rel=1e-6)
+    assert metrics.counts["loss/sft"] == 4
     assert row_counts(rows, "sft").tolist() == [3, 1, 0]
 
 
@@ -86,13 +85,13 @@ def test_terms_add_up_by_hand():
         Term("policy", PPOClip(0.2, 0.2), correction=RolloutCorrection(cap=2.0)),
         Term("kl", KLToReference(), coefficient=0.1, needs=frozenset({"ref_logp"})),
     ]
-    loss, sums, _ = step([row], terms, {0: logp})
+    loss, metrics, _ = step([row], terms, {0: logp})
     # corrections exp(-1 + 3) cut to 2, and exp(-1 + 1.5)
     policy = (2.0 * (-2 * 1.2) + exp(0.5) * (1 * 0.9)) / 2
     d = -0.8 - logp[1]
     assert loss.item() == pytest.approx(policy + 0.1 * (exp(d) - d - 1), rel=1e-5)
-    assert sums["loss/policy"].item() == pytest.approx(policy, rel=1e-5)
-    assert sums["sum/policy/clip_fraction"].item() == 1
+    assert metrics.report()["loss/policy"] == pytest.approx(policy, rel=1e-5)
+    assert metrics.totals["policy/clip_fraction"].item() == 1
 
 
 TERMS = (
@@ -174,7 +173,7 @@ def gradient(policy, rows, terms, parts, ranks):
                 16,
                 True,
             )
-            loss, _ = evaluate(terms, z, micro, streams(micro, logp, entropy))
+            loss, _ = evaluate(terms, z, micro, make_tokens(micro, Outputs(logp, entropy)))
             loss.backward()
             total, forwards = total + loss.item(), forwards + 1
     assert forwards == parts * ranks

@@ -15,6 +15,7 @@ from transformers.core_model_loading import WeightRenaming
 
 from tandem.engine.config.schema import Config, ModelConfig
 from tandem.engine.core.errors import ConfigError
+from tandem.engine.learner.protocol import PolicySpec
 from tandem.engine.learner.rank import LearnerRank
 from tandem.engine.model.export import find_origin, write_weights
 from tandem.engine.model.load import load_policy
@@ -105,7 +106,7 @@ def trained(model):
             parameter.add_(0.01)
     full = [(name, parameter.detach()) for name, parameter in hf_parameters(policy)]
     engine = SimpleNamespace(module=policy, full_parameters=lambda: iter(full))
-    return LearnerRank(Config(model=model), model.path, engine)
+    return LearnerRank(Config(model=model), model.path, PolicySpec(), engine)
 
 
 def logits(model):

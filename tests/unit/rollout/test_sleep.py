@@ -240,7 +240,7 @@ class Scripted:
         return []
 
     terms = rows
-    metrics = observe = state_dict = lambda self, *args: {}
+    metrics = diagnostics = observe = state_dict = lambda self, *args: {}
 
     def credit(self, rows, batch):
         return rows

@@ -5,7 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 import torch
-from learner_cases import METHOD, make_plan, make_rows
+from learner_cases import SPEC, make_plan, make_rows
 
 from tandem.engine.config.schema import (
     Config,
@@ -44,9 +44,8 @@ def start(model_path, *kinds):
         data=DataConfig(max_prompt_tokens=32),
         rollout=RolloutConfig(max_tokens=8),
         learner=LearnerConfig(),
-        method=METHOD,
     )
-    learner = InlineLearner.start(config, model_path)
+    learner = InlineLearner.start(config, model_path, SPEC)
     pool = Pool([kind(model_path, config, 0) for kind in kinds])
     learner.connect(pool)
     return learner, pool
@@ -222,9 +221,8 @@ def test_bfloat16_travels_as_bfloat16(model_path):
         mode="inline",
         model=ModelConfig(path=model_path, dtype="bfloat16"),
         rollout=RolloutConfig(max_tokens=8),
-        method=METHOD,
     )
-    learner = InlineLearner.start(config, model_path)
+    learner = InlineLearner.start(config, model_path, SPEC)
     pool = Pool([HFBackend(model_path, config, 0)])
     learner.connect(pool)
     learner.step(make_plan(make_rows(), learning_rate=0.01))
