@@ -58,11 +58,11 @@ def naming_rows(method: Method, function: str) -> Iterator[None]:
     try:
         yield
     except CarrierError as error:
-        place = place_of(error, getattr(type(method), function.removesuffix("()")))
-        raise MethodError(f"{title(method)}: {function}: {error}{place}") from error
+        made_at = line_of(error, getattr(type(method), function.removesuffix("()")))
+        raise MethodError(f"{title(method)}: {function}: {error}{made_at}") from error
 
 
-def place_of(error: Exception, function) -> str:
+def line_of(error: Exception, function) -> str:
     """The line of the function's file that an error came through, the last one."""
     file = getattr(getattr(function, "__code__", None), "co_filename", None)
     frames = [one for one in traceback.extract_tb(error.__traceback__) if one.filename == file]
@@ -169,9 +169,9 @@ def check_numbers(where: str, values: np.ndarray, expected: str) -> None:
         bad = ~np.isfinite(values.astype(np.float32, copy=False))
     if not bad.any():
         return
-    place = int(np.flatnonzero(bad)[0])
-    found = f"{values[place]} at token {place}"
-    if np.isfinite(values[place]):
+    first = int(np.flatnonzero(bad)[0])
+    found = f"{values[first]} at token {first}"
+    if np.isfinite(values[first]):
         found += ", more than float32 holds"
     raise MethodError(f"{where} is {found}, {expected}")
 

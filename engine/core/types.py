@@ -251,7 +251,7 @@ class MicroBatch:
     rows: tuple[int, ...]  # positions in the step's row list
     real_tokens: int  # all tokens of the rows, prompts counted with each
     # int64 [2, B, L]: block of each token, and block of its prompt; None: no row shares its prompt
-    tree: np.ndarray | None = None
+    prompt_blocks: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)

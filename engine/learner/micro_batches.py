@@ -36,7 +36,7 @@ class Layout:
 
     tokens_BL: np.ndarray
     positions_BL: np.ndarray
-    tree_2BL: np.ndarray
+    prompt_blocks_2BL: np.ndarray
     index_n: np.ndarray
     shared: bool  # whether two rows stand behind one prompt
 
@@ -58,14 +58,14 @@ def build(
     trained tokens. No bins: an empty micro-batch.
     """
     bins = bins or [[]]
-    layout = place(rows, lengths, bins)
+    layout = lay_out(rows, lengths, bins)
     order = [i for families in bins for family in families for i in family.rows]
     columns = Columns([rows[i] for i in order])
     return MicroBatch(
         tokens=layout.tokens_BL,
         positions=layout.positions_BL,
         index=layout.index_n,
-        tree=layout.tree_2BL if layout.shared else None,
+        prompt_blocks=layout.prompt_blocks_2BL if layout.shared else None,
         target=columns.gather([row.tokens for row in columns.rows], np.int64),
         weights={term.name: columns.weights(term) for term in terms},
         scale={term.name: columns.scales(term) for term in terms},
@@ -79,17 +79,19 @@ def build(
     )
 
 
-def place(rows: Sequence[Row], lengths: Sequence[int], bins: Sequence[Sequence[Family]]) -> Layout:
-    """Give every token of the families its place.
+def lay_out(
+    rows: Sequence[Row], lengths: Sequence[int], bins: Sequence[Sequence[Family]]
+) -> Layout:
+    """Give every token of the families its position in a bin.
 
-    The first row of a family brings the prompt with it, the others continue it. `tree` numbers the
-    blocks: a prompt that is shared is one, and the tail of each row behind it is one.
+    The first row of a family brings the prompt with it, the others continue it. `prompt_blocks`
+    numbers the blocks: a prompt that is shared is one, and the tail of each row behind it is one.
     """
     shape = (len(bins), max(1, max(used_tokens(families, lengths) for families in bins)))
     width = shape[1]
     tokens_BL = np.zeros(shape, np.int64)
     positions_BL = np.zeros(shape, np.int64)
-    tree_2BL = np.full((2, *shape), -1, np.int64)
+    prompt_blocks_2BL = np.full((2, *shape), -1, np.int64)
     index = [np.zeros(0, np.int64)]
     shared = False
     block = 0
@@ -106,9 +108,9 @@ def place(rows: Sequence[Row], lengths: Sequence[int], bins: Sequence[Sequence[F
                 positions_BL[b, start:stop] = np.arange(first, lengths[i])
                 if len(family.rows) > 1:
                     block += 1
-                tree_2BL[:, b, start:stop] = [[block], [root]]
+                prompt_blocks_2BL[:, b, start:stop] = [[block], [root]]
                 if number == 0:
-                    tree_2BL[0, b, start : start + family.prompt] = root
+                    prompt_blocks_2BL[0, b, start : start + family.prompt] = root
                 # the hidden states that predict: those one before the trained tokens
                 before = rows[i].trained.nonzero()[0] - 1
                 in_prompt = before < family.prompt
@@ -117,7 +119,7 @@ def place(rows: Sequence[Row], lengths: Sequence[int], bins: Sequence[Sequence[F
                 start = stop
             block += 1
         positions_BL[b, start:] = np.arange(width - start)
-    return Layout(tokens_BL, positions_BL, tree_2BL, np.concatenate(index), shared)
+    return Layout(tokens_BL, positions_BL, prompt_blocks_2BL, np.concatenate(index), shared)
 
 
 def used_tokens(families: Sequence[Family], lengths: Sequence[int]) -> int:

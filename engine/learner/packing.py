@@ -65,8 +65,8 @@ def pack(
     """[rank][k] micro-batches for one optimizer step.
 
     `version` is the learner's weight version, for `MicroBatch.fresh`. With `share_prompts`, rows
-    that continue the same prompt stand behind one copy of it (see `MicroBatch.tree`); the policy
-    must support that.
+    that continue the same prompt stand behind one copy of it (see `MicroBatch.prompt_blocks`); the
+    policy must support that.
     """
     lengths = [tokens_to_run(row) for row in rows]
     units = make_units(rows, lengths, terms, micro_batch_tokens, share_prompts)

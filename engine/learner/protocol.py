@@ -56,7 +56,7 @@ class Pool(Protocol):
         ...
 
     def abort(self, request: GenRequest) -> None:
-        """Let a submitted request (the very object) end early; its future is answered all the same."""
+        """Let a submitted request (the very object) end early; its future is answered anyway."""
         ...
 
     def logprobs(self, tokens: np.ndarray) -> Mapping[int, np.ndarray]:

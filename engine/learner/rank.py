@@ -181,8 +181,8 @@ class LearnerRank:
                 name: self.to_device(getattr(micro, name))
                 for name in ("segment", "group", "source")
             }
-        elif micro.tree is not None:
-            options["tree"] = self.to_device(micro.tree)
+        elif micro.prompt_blocks is not None:
+            options["prompt_blocks"] = self.to_device(micro.prompt_blocks)
         found = forward(
             tokens=self.to_device(micro.tokens),
             positions=self.to_device(micro.positions),

@@ -52,18 +52,19 @@ class Policy(nn.Module):
         entropy: bool = False,
         custom=None,
         tags=None,
-        tree: torch.Tensor | None = None,
+        prompt_blocks: torch.Tensor | None = None,
     ) -> tuple:
         """Log-prob of `target[i]` given the hidden state at flat position `index[i]` of the bins,
         as in `MicroBatch`, and the critic's value of that state.
 
         tokens, positions int64 [B, L]; index, target int64 [n] -> (logp [n], entropy [n] or None,
-        value [n] or None), float32. `tree` int64 [2, B, L] as in `MicroBatch`, for a policy that
-        `shares_prompts`. `custom` is Method.forward, which then does all this itself, with `tags`.
+        value [n] or None), float32. `prompt_blocks` int64 [2, B, L] as in `MicroBatch`, for a
+        policy that `shares_prompts`. `custom` is Method.forward, which then does all this itself,
+        with `tags`.
         """
         if custom is not None:
             return custom(self, tokens, positions, index, target, temperature, chunk, entropy, tags)
-        hidden = self.trunk(tokens, positions, tree=tree)[index]
+        hidden = self.trunk(tokens, positions, prompt_blocks=prompt_blocks)[index]
         logp, entropies = self.head(hidden, target, temperature, chunk, entropy)
         value = None if self.critic is None else self.critic(hidden)
         return logp, entropies, value
@@ -73,10 +74,10 @@ class Policy(nn.Module):
         tokens: torch.Tensor,
         positions: torch.Tensor,
         embeddings: torch.Tensor | None = None,
-        tree: torch.Tensor | None = None,
+        prompt_blocks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states [B * L, H] of the bins; with `embeddings` [B, L, H] in the place of those
-        of the tokens, and `tree` where rows share prompts.
+        of the tokens, and `prompt_blocks` where rows share prompts.
         """
         if self.one_line:
             tokens, positions = tokens.reshape(1, -1), positions.reshape(1, -1)
@@ -84,9 +85,9 @@ class Policy(nn.Module):
             inputs = {"input_ids": tokens}
         else:
             inputs = {"inputs_embeds": embeddings.reshape(*tokens.shape, -1)}
-        if tree is not None:
+        if prompt_blocks is not None:
             # transformers takes a mask of four dimensions as it is
-            inputs["attention_mask"] = tree_mask(tree)
+            inputs["attention_mask"] = block_mask(prompt_blocks)
         hidden = self.model.get_decoder()(**inputs, position_ids=positions, use_cache=False)[0]
         return hidden.reshape(-1, hidden.shape[-1])
 
@@ -160,11 +161,11 @@ class Policy(nn.Module):
             layer.compile(dynamic=True)
 
 
-def tree_mask(tree: torch.Tensor) -> torch.Tensor:
+def block_mask(prompt_blocks: torch.Tensor) -> torch.Tensor:
     """bool [B, 1, L, L]: a token sees the tokens before it, and itself, of its own block and of its
     prompt's.
     """
-    block, prompt = tree[0], tree[1]
+    block, prompt = prompt_blocks[0], prompt_blocks[1]
     seen = block[:, None, :]
     related = (seen == block[:, :, None]) | (seen == prompt[:, :, None])
     return related.tril()[:, None]

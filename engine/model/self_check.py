@@ -167,6 +167,6 @@ def sharing_gap(policy: Policy) -> float:
         torch.cat([order, order[4:]])[None],
         index,
         target,
-        tree=torch.stack([block, prompt_block])[:, None],
+        prompt_blocks=torch.stack([block, prompt_block])[:, None],
     )[0]
     return (shared - alone).abs().mean().item()

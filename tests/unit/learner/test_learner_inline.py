@@ -138,7 +138,7 @@ def test_rows_behind_one_copy_of_their_prompt_give_the_same_gradient_and_streams
         )
     )
     plan = make_plan(rows, budget=budget, share_prompts=True)
-    assert any(micro.tree is not None for micro in plan.micro_batches[0])
+    assert any(micro.prompt_blocks is not None for micro in plan.micro_batches[0])
     report = rank.step(plan)
     for name in expected:
         assert torch.allclose(captured[name], expected[name], rtol=1e-5, atol=1e-7), name

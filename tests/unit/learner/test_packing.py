@@ -13,7 +13,7 @@ from tandem.algorithms.parts.objectives.nll import NLL
 from tandem.algorithms.parts.reductions import Reduction
 from tandem.engine.core.types import Row, Source
 from tandem.engine.learner.packing import cost, pack
-from tandem.engine.model.policy import tree_mask
+from tandem.engine.model.policy import block_mask
 
 TERMS = [Term("a", NLL()), Term("b", NLL(), Reduction("seq_mean_token_mean"))]
 
@@ -258,9 +258,12 @@ def test_behind_a_shared_prompt_every_token_sees_its_own_row_up_to_itself(seed, 
         assert micro.tokens.size <= budget or len(micro.rows) == 1 or together
         packed += micro.rows
         run += micro.tokens.size
-        if micro.tree is None:
+        if micro.prompt_blocks is None:
             continue
-        mask, width = tree_mask(torch.as_tensor(micro.tree))[:, 0].numpy(), micro.tokens.shape[1]
+        mask, width = (
+            block_mask(torch.as_tensor(micro.prompt_blocks))[:, 0].numpy(),
+            micro.tokens.shape[1],
+        )
         for number, i in enumerate(micro.rows):
             mine = micro.index[micro.segment == number]
             for flat, t in zip(mine, rows[i].trained.nonzero()[0], strict=True):
@@ -286,6 +289,6 @@ def test_long_answers_are_not_put_behind_one_prompt():
     """Attention over the bin would cost more than the prompt that is saved."""
     rows = with_prompts(make_rows([2000] * 12), 0)
     assert all(
-        micro.tree is None
+        micro.prompt_blocks is None
         for micro in pack(rows, TERMS, 1, 10_000, version=0, share_prompts=True)[0]
     )
