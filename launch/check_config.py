@@ -6,27 +6,32 @@ asked what it needs, before anything heavy starts.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tandem.algorithms.base import Method
-from tandem.algorithms.registry import configured, method_class
-from tandem.engine.config import parse
+from tandem.engine.config.config_file import read_tree
+from tandem.engine.config.parse import checked
 from tandem.engine.config.paths import process_kept
 from tandem.engine.config.rules import require
 from tandem.engine.config.schema import Config
 from tandem.engine.core.errors import ConfigError
 
+if TYPE_CHECKING:
+    from tandem.algorithms.base import Method
+
 GENERATED = ("task:", "reasoning_gym:")  # datasets that come with a response
 
 
-def load(path: str | Path, overrides: list[str] = (), redacted: bool = False) -> Config:
+def load(path: str | Path, overrides: Iterable[str] = (), redacted: bool = False) -> Config:
     """Read a YAML config, apply `key.sub=value` overrides, and check all of it, the method too.
 
     Raises ConfigError. Paths are absolute in the result. `redacted` admits a config with secrets
     that were not written down, one that is only to be looked at.
     """
-    config = parse.load(path, overrides, redacted)
-    with parse.told_where(path, overrides), process_kept():
+    tree = read_tree(path, overrides)
+    config = checked(tree, redacted)
+    with tree.told_where(), process_kept():
         check_method(config)
     return config
 
@@ -52,6 +57,9 @@ def check_method(config: Config) -> None:
 
 def make(config: Config) -> type[Method]:
     """The method's class, made once with its options. A user's own may raise anything."""
+    # methods bring torch along: a mistake in a key is told without it
+    from tandem.algorithms.registry import configured, method_class
+
     name = config.method["name"]
     try:
         method = method_class(name)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tandem.engine.config.config_file import override
+from tandem.engine.config.tree import override
 from tandem.engine.config.schema import Config
 from tandem.engine.config.secrets import redact
 from tandem.engine.core import stop

@@ -20,8 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from tandem.engine.config.config_file import UTF8
 from tandem.engine.config.schema import Config, DatasetConfig
+from tandem.engine.config.tree import UTF8
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.core.text import shorten
 from tandem.engine.data.rows import open_rows

@@ -1,40 +1,28 @@
-"""From a config file and the overrides of a command line to one tree of plain values.
-
-Nothing is known here of the keys themselves; engine/config/parse.py checks them.
-"""
+"""Config files: those of the package by name, and a file together with the base it names."""
 
 from __future__ import annotations
 
 import os
-import sys
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from tandem.engine.config.yaml_reader import MAX_DEPTH, Document, YamlError, decode, read
+from tandem.engine.config.tree import Tree
+from tandem.engine.config.yaml_reader import Document, YamlError, decode, read
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.core.text import brief, closest
 
 PACKAGED = "tandem:"
-UTF8 = "set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
 
 
-@dataclass
-class Tree:
-    """The values, the dotted keys that overrides set, and the numbers and booleans as written."""
-
-    values: dict[str, Any]
-    overridden: set[str]
-    written: dict[tuple, str]
-
-
-def read_tree(path: Path, overrides: list[str] = ()) -> Tree:
-    """The file's tree with every `key.sub=value` put in. Raises ConfigError."""
-    document = read_file(path)
-    overridden = set()
+def read_tree(name: str | Path, overrides: Iterable[str] = ()) -> Tree:
+    """A config file over its bases, and every `key.sub=value` on top. Raises ConfigError."""
+    path = find_config(name)
+    tree = Tree(path)
+    for file, document in reversed(read_with_bases(path).items()):
+        tree.lay(document, file)
     for override in overrides:
-        overridden.add(put(document, override, path))
-    return Tree(document.value, overridden, document.written)
+        tree.put(override)
+    return tree
 
 
 def find_config(name: str | Path) -> Path:
@@ -52,10 +40,13 @@ def find_config(name: str | Path) -> Path:
 
 
 def packaged() -> dict[str, Path]:
-    """The configs of the package by name, e.g. demo or methods/chord_mu."""
+    """The configs of the package by name, e.g. demo or methods/chord_mu.
+
+    Files whose name begins with _ are bases of others, and not listed.
+    """
     folder = Path(__file__).resolve().parents[2] / "configs"
     found = {}
-    for path in sorted(folder.rglob("*.yaml")):
+    for path in sorted(folder.rglob("[!_]*.yaml")):
         found[path.relative_to(folder).with_suffix("").as_posix()] = path
     return found
 
@@ -64,6 +55,52 @@ def first_comment(path: Path) -> str:
     """The first line of a config, which says what it is."""
     line = path.read_text(encoding="utf-8").partition("\n")[0]
     return line.removeprefix("#").strip()
+
+
+def read_with_bases(path: Path) -> dict[Path, Document]:
+    """{file: what it says}: the config, its base, the base of that, and so on."""
+    documents = {path: read_file(path)}
+    seen = {path.resolve()}
+    base = take_base(documents[path], path)
+    while base is not None:
+        if base.resolve() in seen:
+            raise ConfigError(
+                f"config {path}: its base is {base}, which is the file itself or has it for a "
+                "base; a chain of bases must end"
+            )
+        seen.add(base.resolve())
+        documents[base] = read_file(base)
+        path, base = base, take_base(documents[base], base)
+    return documents
+
+
+def take_base(document: Document, path: Path) -> Path | None:
+    """The file that `base` of this document names, beside `path`; None where it names none."""
+    name = document.value.pop("base", None)
+    if name is None:
+        return None
+    if not isinstance(name, str):
+        raise ConfigError(
+            f"base: found {brief(name)}, expected the name of a config file, set in {path}"
+        )
+    if name.startswith(PACKAGED):
+        return find_base(name, path)
+    base = path.parent / os.path.expanduser(name)
+    if not os.path.isfile(base):
+        raise ConfigError(
+            f"config {path}: its base is {brief(name)}, but there is no file "
+            f"{brief(str(base))}{beside(base)}; a base is named relative to the folder of the "
+            "file that names it"
+        )
+    return base
+
+
+def find_base(name: str, path: Path) -> Path:
+    """The file of a base that comes with the package. Raises ConfigError."""
+    try:
+        return find_config(name)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (base of {path})") from None
 
 
 def read_file(path: Path) -> Document:
@@ -93,57 +130,3 @@ def beside(path: Path) -> str:
     if not path.parent.is_dir():
         return ""
     return closest(path.name, [other.name for other in path.parent.glob("*.yaml")])
-
-
-def override(key: str, text: str | Path) -> str:
-    """`key=text` for `load`, whatever characters the text has."""
-    quoted = str(text).replace("'", "''").replace("${", "$${")
-    return f"{key}='{quoted}'"
-
-
-def check_bytes(override: str) -> None:
-    """Raise ConfigError for bytes on the command line that Python could not read as text."""
-    try:
-        override.encode()
-    except UnicodeEncodeError:
-        found = os.fsencode(override)
-        encoding = sys.getfilesystemencoding()
-        advice = f"; {UTF8}" if encoding != "utf-8" else ""
-        raise ConfigError(
-            f"override {brief(found)}: it holds bytes that are no {encoding}, the "
-            f"encoding of this locale{advice}"
-        ) from None
-
-
-def put(document: Document, override: str, path: Path) -> str:
-    """Set one override in the document; returns its key. Raises ConfigError."""
-    check_bytes(override)
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override {brief(override)}: expected key=value, e.g. run.steps=100")
-    parts = tuple(key.split("."))
-    if len(parts) > MAX_DEPTH:
-        raise ConfigError(
-            f"override {brief(override)}: the key has {len(parts)} parts, more than {MAX_DEPTH}"
-        )
-    try:
-        given = read(text)
-    except YamlError as error:
-        raise ConfigError(
-            f"override {brief(override)}: the value is {error} (in the shell, quotes "
-            "go around a word with spaces: 'method={name: sft}')"
-        ) from None
-    node = document.value
-    for part in parts[:-1]:
-        if node.get(part) is None:
-            node[part] = {}
-        node = node[part]
-        if not isinstance(node, dict):
-            raise ConfigError(
-                f"override {brief(override)}: {part!r} is a value in {path}, not a section"
-            )
-    node[parts[-1]] = given.value
-    document.forget(parts)
-    for below, words in given.written.items():
-        document.written[(*parts, *below)] = words
-    return key

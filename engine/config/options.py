@@ -15,6 +15,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
+from tandem.engine.config.words import describe
 from tandem.engine.core.text import closest
 
 T = TypeVar("T")
@@ -82,8 +83,6 @@ def typed(hint: Any, value: Any, key: str) -> Any:
     A mapping becomes the dataclass that the hint names, unless the hint names dict too: then the
     owner of the option makes something of it.
     """
-    from tandem.engine.config.parse import describe
-
     union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     kinds = typing.get_args(hint) if union else (hint,)
     if any(fits(kind, value) for kind in kinds):

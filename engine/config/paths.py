@@ -175,7 +175,7 @@ def shown_code(text: str) -> str:
 
 @contextmanager
 def process_kept() -> Iterator[None]:
-    """Whatever the user's code in the block does to the current folder and to sys.argv is undone."""
+    """What the user's code in the block does to the current folder and to sys.argv is undone."""
     arguments = list(sys.argv)
     try:
         folder = os.getcwd()

@@ -99,9 +99,8 @@ def read(text: str) -> Document:
 
 def check_events(text: str) -> None:
     """One document, not nested deeper than MAX_DEPTH. Nothing is built yet and nothing recurses."""
-    depth = documents = events = 0
-    for event in yaml.parse(text, Loader):
-        events += 1
+    depth = documents = 0
+    for events, event in enumerate(yaml.parse(text, Loader), 1):
         if events > 2 * MAX_VALUES:  # a list or mapping has two: its start and its end
             raise YamlError(
                 f"the document holds more than {MAX_VALUES} values {place(event)}; "
@@ -222,7 +221,7 @@ class Reader:
             "not text; put it in quotes"
         )
 
-    def scalar(self, node: yaml.ScalarNode, name: str) -> Any:
+    def scalar(self, node: yaml.Node, name: str) -> Any:
         """Text, number, boolean or None. `name` is what errors call the place."""
         tag, text = node.tag.removeprefix(PREFIX), node.value
         if tag in ("str", "value", "merge"):
@@ -258,13 +257,15 @@ class Reader:
 def merged_nodes(node: yaml.Node, path: Path) -> list[yaml.MappingNode]:
     """The mappings that a merge key names; the first of them wins."""
     nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    found = []
     for merged in nodes:
         if not isinstance(merged, yaml.MappingNode):
             raise YamlError(
                 f"{dotted(path) or 'the document'} {place(node)}: "
                 "a merge (<<) names something that is no mapping"
             )
-    return nodes
+        found.append(merged)
+    return found
 
 
 def expect_tag(node: yaml.Node, tag: str, path: Path) -> None:

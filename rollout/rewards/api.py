@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from tandem.engine.config.parse import coerce
+from tandem.engine.config.options import typed
 from tandem.engine.config.schema import RewardConfig
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.core.foreign import message
@@ -292,13 +292,7 @@ def load_function(name: str, options: Mapping[str, Any], seed: int) -> RewardFun
                 f"reward.options; its options: {', '.join(free) or 'none'}"
             )
     if name in BUILTIN:
-        hints = typing.get_type_hints(function)
-        options = {
-            option: coerce(
-                hints[option], value, f"reward.options.{name}.{option}", "in reward.options", "", {}
-            )
-            for option, value in options.items()
-        }
+        options = typed_options(name, function, options)
     needed = [
         p for p in free if parameters[p].default is inspect.Parameter.empty and p not in options
     ]
@@ -323,6 +317,18 @@ def load_function(name: str, options: Mapping[str, Any], seed: int) -> RewardFun
     return RewardFunction(
         Signature(name, kind, tuple(needed)), function, parameters, dict(options), seed
     )
+
+
+def typed_options(name: str, function: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a built-in function, held to its annotations. Raises ConfigError."""
+    hints = typing.get_type_hints(function)
+    found = {}
+    for option, value in options.items():
+        try:
+            found[option] = typed(hints[option], value, f"reward.options.{name}.{option}")
+        except ValueError as error:
+            raise ConfigError(f"{error}, set in reward.options") from error
+    return found
 
 
 def parameters_of(name: str, function: Any) -> Mapping[str, inspect.Parameter]:

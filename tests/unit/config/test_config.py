@@ -4,6 +4,8 @@ expected and where it was set.
 
 import dataclasses
 import math
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -185,6 +187,56 @@ def test_each_mistake_is_named(write, override, words):
     for word in words:
         assert word in message, message
     assert len(message.splitlines()) <= 10
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("learner.zero_stage=true", "learner.zero_stage: found True, expected one of 0, 1, 2, 3"),
+        ("run.resume=1", "run.resume: found 1, expected one of false, true, auto"),
+        ("run.save_model='yes'", "run.save_model: found 'yes', expected true or false"),
+        ("run.save_model=1", "run.save_model: found 1, expected true or false"),
+        ("run.seed=1e400", "run.seed: found '1e400', expected an integer"),
+        ("run.seed=9223372036854775808", "run.seed: found 9223372036854775808, expected an int"),
+        ("learner.weight_decay=.nan", "learner.weight_decay: found nan, expected a number"),
+        ("learner.betas=[0.9, 1]", "learner.betas[1] is 1, must be less than 1"),
+        ("learner.learning_rate=0", "learner.learning_rate is 0, must be more than 0"),
+        ("rollout.top_p=1.5", "rollout.top_p is 1.5, must be at most 1"),
+        ("reward.memory_gib=0", "reward.memory_gib is 0, must be more than 0, or null"),
+        ("cluster.port=70000", "cluster.port is 70000, must be at most 65535, or null"),
+        ("data.prompts=3", "data.prompts: found 3, expected a section or nothing"),
+        ("run=null", "run: found None, expected a section"),
+        ("steps=3", "unknown key 'steps' (did you mean 'run.steps'?)"),
+        ("run={3: 4}", "unknown key 'run.3'"),
+    ],
+)
+def test_types_are_strict_and_bounds_are_told(write, override, words):
+    message = error(write(GOOD), override)
+    assert words in message and "set on the command line" in message
+
+
+def test_a_number_may_be_written_as_text(write):
+    config = load(write(GOOD), ["run.steps=1e3", "run.seed='7'", "learner.zero_stage=2.0"])
+    assert (config.run.steps, config.run.seed, config.learner.zero_stage) == (1000, 7, 2)
+
+
+def test_several_mistakes_are_told_at_once_and_no_more_than_a_few(write):
+    path = write(GOOD | {"learner": {"zero_stage": 5}})
+    lines = error(path, "run.stepz=3", "eval.every=-1").splitlines()
+    assert len(lines) == 3
+    assert f"set in {path}" in lines[0] and "eval.every is -1" in lines[1]
+    assert "did you mean 'steps'" in lines[2]
+    wrong = [f"run.wrong{number}=1" for number in range(9)]
+    assert error(path, *wrong).splitlines()[-1] == "and 5 more"
+
+
+def test_a_process_that_holds_a_config_needs_no_pydantic():
+    code = (
+        "import pickle, sys; from tandem.engine.config.schema import Config\n"
+        "assert pickle.loads(pickle.dumps(Config())) == Config()\n"
+        "sys.exit('pydantic' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == 0
 
 
 def test_over_sampling_is_for_engines_that_can_abort_and_steps_with_groups_to_abort(write):

@@ -81,6 +81,7 @@ def test_a_reference_has_the_value_and_is_written_as_itself(project):
             lambda c: c.data.prompts.options["x"][0]["y"],
         ),
         ("run.dir=${JUDGE_KEY}/x", lambda c: c.run.dir),
+        ("reward.environment=['${JUDGE_KEY}']", lambda c: c.reward.environment[0]),
     ],
 )
 def test_references_work_in_every_text(project, where, found):
@@ -95,6 +96,12 @@ def test_numbers_may_come_from_the_environment_and_an_escape_stays(project, monk
     assert config.run.steps == 7 and config.model.system_prompt == "${ABSENT} $5 {x} ${"
     Path("again.yaml").write_text(yaml.safe_dump(to_dict(config)))
     assert load("again.yaml") == config
+
+
+def test_a_choice_from_the_environment_is_written_as_its_variable(project, monkeypatch):
+    monkeypatch.setenv("MODE", "inline")
+    config = load("c.yaml", ["mode=${MODE}"])
+    assert config.mode == "inline" and to_dict(config)["mode"] == "${MODE}"
 
 
 def test_a_template_of_a_task_keeps_its_dollars(project):

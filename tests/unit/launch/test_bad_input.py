@@ -84,7 +84,7 @@ def refused(folder, capsys):
 )
 def test_numbers_out_of_range(refused, override):
     message, key = refused(override), override.partition("=")[0]
-    assert key in message and f"on the command line {key}" in message
+    assert key in message and "on the command line" in message
     assert "not finite" not in message
 
 

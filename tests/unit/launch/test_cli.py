@@ -56,7 +56,7 @@ def test_help_needs_nothing_heavy():
     code = (
         "import sys; from tandem.launch import cli\n"
         "try: cli.main(['--help'])\nexcept SystemExit: pass\n"
-        "heavy = {'torch', 'ray', 'vllm', 'deepspeed', 'transformers', 'datasets'} & "
+        "heavy = {'torch', 'pydantic', 'ray', 'vllm', 'deepspeed', 'transformers', 'datasets'} & "
         "set(sys.modules); sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)

@@ -1,0 +1,116 @@
+"""A config's values against the schema: pydantic checks, its errors are told in words of ours."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from functools import cache
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from tandem.engine.config.config_file import Tree
+from tandem.engine.config.keys import hint_of, keys_of, without_none
+from tandem.engine.config.schema import Config
+from tandem.engine.config.secrets import Reference
+from tandem.engine.config.words import describe
+from tandem.engine.config.yaml_reader import dotted
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.core.text import brief, closest
+
+BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+MOST = 5  # mistakes that one error tells
+# {a key of an earlier version: what to write instead}
+GONE = {"run.fake_reward": "write reward.functions=[fake] for random rewards"}
+
+
+@cache
+def adapter() -> TypeAdapter[Config]:
+    return TypeAdapter(Config)
+
+
+def validated(values: dict[str, Any], tree: Tree) -> Config:
+    """The config of these values, which were read from `tree`. Raises ConfigError."""
+    try:
+        config = adapter().validate_python(values)
+    except ValidationError as error:
+        raise ConfigError(told(error, tree)) from None
+    return with_references(config, values)
+
+
+def told(error: ValidationError, tree: Tree) -> str:
+    """A line for each mistake, the first few of them."""
+    mistakes = error.errors(include_url=False)
+    lines = [mistake_in_words(mistake, tree) for mistake in mistakes[:MOST]]
+    if len(mistakes) > MOST:
+        lines.append(f"and {len(mistakes) - MOST} more")
+    return "\n".join(lines)
+
+
+def mistake_in_words(mistake: Any, tree: Tree) -> str:
+    """One of pydantic's errors: what was found, what was expected, where it was set."""
+    path, value, context = mistake["loc"], mistake["input"], mistake.get("ctx", {})
+    if mistake["type"] in ("unexpected_keyword_argument", "invalid_key"):
+        return unknown_key(path, tree)
+    if mistake["type"] == "missing":  # an entry of a list that is too short
+        path = path[:-1]
+    key, hint, where = dotted(path), hint_of(path), tree.source(path)
+    for name, words in BOUNDS.items():
+        if name in context:
+            bound = f"{words} {context[name]:g}"
+            if hint != without_none(hint):
+                bound += ", or null"
+            return f"{key} is {value}, must be {bound}, set {where}"
+    guess = closest(value, choices(hint))
+    return f"{key}: found {brief(value)}{guess}, expected {describe(hint)}, set {where}"
+
+
+def choices(hint: Any) -> tuple:
+    """The words of a Literal; none for another type."""
+    kind = without_none(hint)
+    return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+
+
+def unknown_key(path: tuple, tree: Tree) -> str:
+    name = ".".join(str(part) for part in path)
+    if name in GONE:
+        return f"{name}, set {tree.source(path)}, is no key any more: {GONE[name]}"
+    key = path[-1]
+    known = keys_of(without_none(hint_of(path[:-1])))
+    candidates = list(known)
+    if len(path) == 1:  # perhaps its section was left out
+        candidates = below_sections(str(key)) or candidates
+    return (
+        f"unknown key {brief(name)}{closest(key, candidates)}, set {tree.source(path)}; "
+        f"known keys here: {', '.join(known)}"
+    )
+
+
+def below_sections(key: str) -> list[str]:
+    """The dotted keys of this name, e.g. learner.zero_stage for zero_stage."""
+    found = []
+    for section, hint in keys_of(Config).items():
+        if dataclasses.is_dataclass(hint) and key in keys_of(hint):
+            found.append(f"{section}.{key}")
+    return found
+
+
+def with_references(section: Any, values: dict[str, Any]) -> Any:
+    """The section with the texts that name environment variables as they were: pydantic copies
+    them as plain text.
+    """
+    changes = {}
+    for name, value in values.items():
+        built = getattr(section, name)
+        if dataclasses.is_dataclass(built):
+            changes[name] = with_references(built, value)
+        elif isinstance(built, tuple):
+            changes[name] = tuple(map(reference_or, value, built))
+        else:
+            changes[name] = reference_or(value, built)
+    return dataclasses.replace(section, **changes)
+
+
+def reference_or(value: Any, built: Any) -> Any:
+    """What stood in the file if it is a reference that stayed text, else what was made of it."""
+    return value if isinstance(value, Reference) and isinstance(built, str) else built
