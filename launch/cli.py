@@ -78,8 +78,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "compare the log-probs of rollout engines and learner on sampled tokens",
     )
     with_config(sub)
-    command(
+    sub = command(
         "configs", configs, "list the configs that come with the package: tandem train tandem:NAME"
+    )
+    sub.add_argument("--keys", action="store_true", help="print the reference of keys instead")
+    sub.add_argument(
+        "--schema", action="store_true", help="print a JSON schema of configs for editors instead"
     )
     command("methods", methods, "list the methods, their papers and where they live")
     sub = command(
@@ -236,6 +240,11 @@ def check_logprobs(args: argparse.Namespace) -> int:
 
 
 def configs(args: argparse.Namespace) -> int:
+    if args.keys or args.schema:
+        from tandem.engine.config.reference import reference, schema_text
+
+        print(reference() if args.keys else schema_text(), end="")
+        return 0
     from tandem.engine.config.config_file import PACKAGED, first_comment, packaged
 
     found = packaged()

@@ -60,7 +60,8 @@ def mistake_in_words(mistake: Any, tree: Tree) -> str:
             bound = f"{words} {context[name]:g}"
             if hint != without_none(hint):
                 bound += ", or null"
-            return f"{key} is {value}, must be {bound}, set {where}"
+            shown = f"{value:g}" if isinstance(value, float) else value
+            return f"{key} is {shown}, must be {bound}, set {where}"
     guess = closest(value, choices(hint))
     return f"{key}: found {brief(value)}{guess}, expected {describe(hint)}, set {where}"
 
