@@ -12,9 +12,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tandem.engine.config.tree import override
 from tandem.engine.config.schema import Config
 from tandem.engine.config.secrets import redact
+from tandem.engine.config.tree import override
 from tandem.engine.core import stop
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.report import terminal

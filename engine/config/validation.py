@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from tandem.engine.config.config_file import Tree
 from tandem.engine.config.keys import hint_of, keys_of, without_none
 from tandem.engine.config.schema import Config
 from tandem.engine.config.secrets import Reference
+from tandem.engine.config.tree import Tree
 from tandem.engine.config.words import describe
 from tandem.engine.config.yaml_reader import dotted
 from tandem.engine.core.errors import ConfigError
