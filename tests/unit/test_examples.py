@@ -59,3 +59,14 @@ def test_a_run_with_my_reward(tmp_path):
     (step,) = run_inline(tmp_path, {**SMALL, "reward": REWARDS})
     assert 0 <= step["reward/mean"] <= 1.1
     assert any("in_place" in key for key in step)
+
+
+@pytest.mark.whole_run
+def test_my_config(tmp_path, monkeypatch):
+    """Its base has the model, the data and two steps; method and reward are the files beside it."""
+    monkeypatch.chdir(EXAMPLES)
+    config = tandem.load("my_config.yaml", [f"run.dir={tmp_path}"])
+    assert config.mode == "inline" and config.run.steps == 2 and config.data.experts_per_step == 8
+    assert config.method["name"].endswith("my_method.py:FocalMix")
+    assert tandem.train(config) == 0
+    assert len((tmp_path / "my_config" / "metrics.jsonl").read_text().splitlines()) >= 2
