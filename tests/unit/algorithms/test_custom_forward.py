@@ -20,7 +20,7 @@ from tandem.engine.learner.local_engine import LocalEngine
 from tandem.engine.learner.packing import pack
 from tandem.engine.learner.rank import LearnerRank, build_policy
 from tandem.engine.learner.terms import denominators
-from tandem.launch.run.components import policy_spec
+from tandem.launch.run.sides import policy_spec
 
 EXPERTS = (trajectory([1, 2], [5, 6, 3], expert=True), trajectory([1], [7, 3], expert=True))
 
