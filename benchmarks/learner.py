@@ -8,8 +8,9 @@ and backward on one full sequence of the same model.
 Rows have lognormal lengths from 20 to 400 tokens, all of them trained but the first of each row.
 The bare side is what a user would write: `model(ids, labels=ids)` on one sequence without any
 padding, at the length of `--lengths` that is fastest for it, and no optimizer; ours packs,
-evaluates the terms, collects metrics and steps AdamW. `--head` measures the memory of the chunked
-head and of a naive one for vocabularies of 49k and 150k, each in a process of its own.
+evaluates the terms, collects metrics and steps AdamW. `--head` measures the memory and the
+time of the chunked head, of a naive one and of every quantity of the full distribution for
+vocabularies of 49k and 150k, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -137,39 +141,65 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
         return out
 
 
-def one_head(kind: str, vocabulary: int, tokens: int, hidden: int = 576) -> dict:
+def head_sides(h, w, target) -> dict[str, Callable]:
+    """{side: forward to a list of [n] or [n, k]} of the plain heads and of each quantity, beside a
+    teacher of the same size where it has one.
+    """
+    from tandem.engine.model.chunked_head import token_logprobs
+    from tandem.engine.model.measured_head import HeadInputs, measure, top_tokens
+    from tandem.engine.model.quantities import Divergence, Entropy, LogProbs, TopKDivergence
+
+    teacher = HeadInputs(torch.randn_like(h), torch.randn_like(w).mul_(0.02))
+
+    def measured(*quantities):
+        def run():
+            ids = torch.randint(len(w), (len(h), 20))
+            top, top_logp = top_tokens(teacher.hidden, teacher.weight, None, 20)
+            data = {"target": target, "ids": ids, "top": top, "top_logp": top_logp}
+            others = {"teacher": teacher}
+            return lambda: measure(h, w, None, quantities, data, others)
+
+        return run
+
+    def plain(entropy):
+        return lambda: lambda: token_logprobs(h, w, None, target, entropy=entropy)[: 1 + entropy]
+
+    def naive():
+        return lambda: [(h @ w.T).log_softmax(-1).gather(-1, target[:, None]).squeeze(-1)]
+
+    divergences = {
+        "forward KL": Divergence("teacher", 0.0),
+        "reverse KL": Divergence("teacher", 1.0),
+        "JSD 0.5": Divergence("teacher", 0.5),
+        "top-20 with tail": TopKDivergence("top", "top_logp", 0.0),
+        "log-probs at 20 ids": LogProbs("ids"),
+        "entropy": Entropy(),
+    }
+    sides = {"chunked": plain(False), "naive": naive, "chunked with entropy": plain(True)}
+    target_logp = LogProbs("target")
+    sides |= {name: measured(target_logp, one) for name, one in divergences.items()}
+    return sides | {"all of these": measured(target_logp, *divergences.values())}
+
+
+def one_head(side: str, vocabulary: int, tokens: int, hidden: int = 576) -> dict:
     """Bytes that forward and backward of one head take at most, seconds, and the largest tensor;
     run in a fresh process.
     """
-    from tandem.engine.model.chunked_head import token_logprobs
-
-    h, w = (
-        torch.randn(tokens, hidden, requires_grad=True),
-        torch.randn(vocabulary, hidden).mul_(0.02).requires_grad_(),
-    )
-    target = torch.randint(vocabulary, (tokens,))
+    h = torch.randn(tokens, hidden, requires_grad=True)
+    w = torch.randn(vocabulary, hidden).mul_(0.02).requires_grad_()
+    forward = head_sides(h, w, torch.randint(vocabulary, (tokens,)))[side]()
 
     def run():
-        logp = (
-            token_logprobs(h, w, None, target)[0]
-            if kind == "chunked"
-            else (h @ w.T).log_softmax(-1).gather(-1, target[:, None]).squeeze(-1)
-        )
-        logp.mean().backward()
+        sum(values.mean() for values in forward()).backward()
 
     def status(key):
-        return (
-            next(
-                int(line.split()[1])
-                for line in Path("/proc/self/status").read_text().splitlines()
-                if line.startswith(key)
-            )
-            * 1024
-        )
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
 
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before = status("VmRSS")
+    before, cpu = status("VmRSS"), time.process_time()
     taken = seconds(run)
+    cpu = time.process_time() - cpu
     peak = status("VmHWM") - before
     h.grad = w.grad = None
     with Largest() as largest:
@@ -177,51 +207,36 @@ def one_head(kind: str, vocabulary: int, tokens: int, hidden: int = 576) -> dict
     return {
         "peak_bytes": peak,
         "seconds": taken,
+        "cpu_seconds": cpu,
         "largest_tensor": largest.elements,
         "tokens_times_vocabulary": tokens * vocabulary,
     }
 
 
 def heads(args) -> None:
+    names = list(head_sides(torch.zeros(1, 1), torch.zeros(20, 1), torch.zeros(1).long()))
     for vocabulary in (49152, 150_000):
-        found = {}
-        for kind in ("chunked", "naive"):
-            command = [
-                sys.executable,
-                __file__,
-                "--one-head",
-                kind,
-                str(vocabulary),
-                "--tokens",
-                str(args.tokens),
-                "--threads",
-                str(args.threads),
-            ]
-            found[kind] = [
-                json.loads(
-                    subprocess.run(command, capture_output=True, text=True, check=True).stdout
-                )
-                for _ in range(args.repeats)
-            ]
-        peak = {kind: median(f["peak_bytes"] for f in runs) / 2**20 for kind, runs in found.items()}
-        largest = found["chunked"][0]["largest_tensor"] / (args.tokens * vocabulary)
-        emit(
-            "learner head",
-            {
-                "vocabulary": vocabulary,
-                "tokens": args.tokens,
-                "hidden": 576,
-                "dtype": "float32",
-                "peak_mib": peak,
-                "runs": found,
-            },
-            f"vocabulary {vocabulary}, {args.tokens} tokens, hidden 576: peak "
-            f"{peak['chunked']:.0f} MiB chunked, {peak['naive']:.0f} MiB naive, "
-            f"{median(f['seconds'] for f in found['chunked']):.1f} s and "
-            f"{median(f['seconds'] for f in found['naive']):.1f} s; "
-            f"largest tensor of the chunked head {largest:.2f} of [tokens, vocabulary]",
-            args.out,
-        )
+
+        def measure(side, vocabulary=vocabulary):
+            command = [sys.executable, __file__, "--one-head", side, str(vocabulary)]
+            command += ["--tokens", str(args.tokens), "--threads", str(args.threads)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            return json.loads(done.stdout)
+
+        found = alternate({name: partial(measure, name) for name in names}, args.repeats)
+        lines = [f"vocabulary {vocabulary}, {args.tokens} tokens, hidden 576, float32:"]
+        for name, runs in found.items():
+            peak = median(one["peak_bytes"] for one in runs) / 2**20
+            taken = median(one["seconds"] for one in runs)
+            cpu = median(one["cpu_seconds"] for one in runs)
+            largest = runs[0]["largest_tensor"] / (args.tokens * vocabulary)
+            lines.append(
+                f"    {name:<22} peak {peak:5.0f} MiB, {taken:5.2f} s, {cpu:5.2f} s of CPU, "
+                f"largest tensor {largest:.2f} of [tokens, vocabulary]"
+            )
+        fields = {"vocabulary": vocabulary, "tokens": args.tokens, "hidden": 576}
+        fields |= {"dtype": "float32", "runs": found}
+        emit("learner head", fields, "\n".join(lines), args.out)
 
 
 def main() -> None:

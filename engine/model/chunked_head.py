@@ -70,9 +70,7 @@ class ChunkedHead(torch.autograd.Function):
     def backward(ctx, grad_logp, grad_entropy):
         hidden, weight, bias, target, lse, ent = ctx.saved_tensors
         grad_logp = torch.zeros_like(lse) if grad_logp is None else grad_logp
-        d_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight, dtype=lse.dtype) if ctx.needs_input_grad[1] else None
-        d_bias = torch.zeros_like(bias, dtype=lse.dtype) if ctx.needs_input_grad[2] else None
+        gradients = Gradients(hidden, weight, bias, ctx.needs_input_grad, lse.dtype)
         for part in reversed(parts(len(hidden), ctx.chunk)):
             if part.stop == len(hidden) and ctx.last is not None:
                 log_p, ctx.last = ctx.last, None  # overwritten below, so it serves once
@@ -80,30 +78,43 @@ class ChunkedHead(torch.autograd.Function):
                 log_p = final_logits(
                     hidden[part], weight, bias, ctx.temperature, lse.dtype, ctx.scale, ctx.cap
                 ).sub_(lse[part, None])
-            factor = ctx.scale / ctx.temperature  # dz / dx, here without the cap's part
-            if ctx.cap is not None:
-                factor = cap_slope(log_p, lse[part, None], ctx.temperature, ctx.cap).mul_(factor)
+            factor = logit_slope(log_p, lse[part, None], ctx.temperature, ctx.scale, ctx.cap)
             slope = grad_logp[part, None]
             if grad_entropy is not None:
                 slope = (log_p + ent[part, None]).mul_(grad_entropy[part, None]).add_(slope)
             d_z = log_p.exp_().mul_(slope).neg_()
             d_z.scatter_add_(-1, target[part, None], grad_logp[part, None])
-            d_z.mul_(factor)
-            if d_bias is not None:
-                d_bias += d_z.sum(0)
-            d_z = d_z.to(hidden.dtype)
-            if d_hidden is not None:
-                d_hidden[part] = d_z @ weight
-            if d_weight is not None and d_weight.dtype == d_z.dtype:
-                d_weight.addmm_(d_z.T, hidden[part])
-            elif d_weight is not None:
-                d_weight += d_z.T @ hidden[part]
-        if d_weight is not None:
-            d_weight = d_weight.to(weight.dtype)
-        if d_bias is not None:
-            d_bias = d_bias.to(bias.dtype)
+            gradients.add(part, d_z.mul_(factor))
         others = (None,) * 6  # target, temperature, chunk, entropy, scale, cap
-        return d_hidden, d_weight, d_bias, *others
+        return *gradients.of_inputs(), *others
+
+
+class Gradients:
+    """Gradients of hidden, weight and bias, as far as they are needed, added up chunk by chunk."""
+
+    def __init__(self, hidden, weight, bias, needed, dtype: torch.dtype):
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.d_hidden = torch.zeros_like(hidden) if needed[0] else None
+        self.d_weight = torch.zeros_like(weight, dtype=dtype) if needed[1] else None
+        self.d_bias = torch.zeros_like(bias, dtype=dtype) if needed[2] else None
+
+    def add(self, part: slice, d_x: torch.Tensor) -> None:
+        """d_x [c, V]: the gradient of x = h W^T + b for the tokens of `part`."""
+        if self.d_bias is not None:
+            self.d_bias += d_x.sum(0)
+        d_x = d_x.to(self.hidden.dtype)
+        if self.d_hidden is not None:
+            self.d_hidden[part] = d_x @ self.weight
+        if self.d_weight is not None and self.d_weight.dtype == d_x.dtype:
+            self.d_weight.addmm_(d_x.T, self.hidden[part])
+        elif self.d_weight is not None:
+            self.d_weight += d_x.T @ self.hidden[part]
+
+    def of_inputs(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """(d hidden, d weight, d bias) in the dtypes of hidden, weight and bias."""
+        d_weight = None if self.d_weight is None else self.d_weight.to(self.weight.dtype)
+        d_bias = None if self.d_bias is None else self.d_bias.to(self.bias.dtype)
+        return self.d_hidden, d_weight, d_bias
 
 
 def parts(n: int, chunk: int) -> list[slice]:
@@ -125,12 +136,15 @@ def final_logits(
     return z.mul_(scale / cap).tanh_().mul_(cap / temperature)
 
 
-def cap_slope(
-    log_p: torch.Tensor, lse: torch.Tensor, temperature: float, cap: float
-) -> torch.Tensor:
-    """1 - tanh^2 at the capped logits that gave `log_p` [chunk, V]; lse [chunk, 1].
+def logit_slope(
+    log_p: torch.Tensor, lse: torch.Tensor, temperature: float, scale: float, cap: float | None
+) -> torch.Tensor | float:
+    """dz / dx at the logits z that gave `log_p` [chunk, V]; lse [chunk, 1].
 
-    A fresh tensor.
+    With a cap a fresh tensor: 1 - tanh^2 of the capped logits is a part of it.
     """
+    factor = scale / temperature
+    if cap is None:
+        return factor
     tanh = (log_p + lse).mul_(temperature / cap)
-    return tanh.square_().neg_().add_(1.0)
+    return tanh.square_().neg_().add_(1.0).mul_(factor)

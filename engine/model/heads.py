@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -50,8 +52,32 @@ class Head(nn.Module):
         self.weight, self.bias = output.weight, output.bias
         self.scale, self.cap = scale, cap
 
-    def forward(self, hidden, target, temperature: float, chunk: int, entropy: bool):
-        """See token_logprobs; without a target the most likely tokens, int64 [n]."""
+    def forward(
+        self,
+        hidden,
+        target=None,
+        temperature: float = 1.0,
+        chunk: int = 1024,
+        entropy: bool = False,
+        ask: Callable | None = None,
+    ):
+        """See token_logprobs; without a target the most likely tokens, int64 [n].
+
+        `ask` gets the head's parameters instead and gives the result: a function of
+        engine/model/measured_head.py whose other arguments are bound, e.g.
+        `partial(measure, quantities=[Entropy()])` or `partial(top_tokens, k=20)`. To be called in
+        here, where ZeRO-3 has gathered the parameters.
+        """
+        if ask is not None:
+            return ask(
+                hidden,
+                self.weight,
+                self.bias,
+                temperature=temperature,
+                chunk=chunk,
+                scale=self.scale,
+                cap=self.cap,
+            )
         if target is None:  # a scale or a cap does not change which logit is the largest
             likely = []
             for part in hidden.split(chunk):

@@ -93,7 +93,7 @@ def gradients(learner, ranks):
 def hooks(learner, ranks):
     """{method: metrics} of steps with a forward of the method's own; the weights stay."""
     out = {}
-    for name in ("ift", "carft"):
+    for name in ("ift", "carft", "measured"):
         Probe.mode = "show"
         out[name] = dict(take(learner, hook_plan(name, ranks)).metrics)
         Probe.mode = "hide"

@@ -4,25 +4,9 @@ vocabulary] tensor.
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from head_cases import LargestTensor, inputs
 
 from tandem.engine.model.chunked_head import token_logprobs
-
-
-def inputs(n=13, hidden=6, vocabulary=37, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def make(*shape):
-        return (
-            torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-        )
-
-    return (
-        make(n, hidden),
-        make(vocabulary, hidden),
-        make(vocabulary),
-        torch.randint(vocabulary, (n,), generator=generator),
-    )
 
 
 def plain(hidden, weight, bias, target, temperature, scale=1.0, cap=None):
@@ -92,23 +76,6 @@ def test_scaled_and_capped_logits(scale, cap, chunk):
     )
     torch.testing.assert_close(without_entropy, expected[0], rtol=1e-10, atol=1e-12)
     assert none is None
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the number of elements of the largest tensor that any operation returned, views
-    included.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return out
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
