@@ -16,6 +16,7 @@ from tandem.engine.config.paths import process_kept
 from tandem.engine.config.rules import require
 from tandem.engine.config.schema import Config
 from tandem.engine.core.errors import ConfigError
+from tandem.rollout.backend import backend_class
 
 if TYPE_CHECKING:
     from tandem.algorithms.base import Method
@@ -24,7 +25,8 @@ GENERATED = ("task:", "reasoning_gym:")  # datasets that come with a response
 
 
 def load(path: str | Path, overrides: Iterable[str] = (), redacted: bool = False) -> Config:
-    """Read a YAML config, apply `key.sub=value` overrides, and check all of it, the method too.
+    """Read a YAML config, apply `key.sub=value` overrides, and check all of it, the method and
+    a rollout backend of the user's own too.
 
     Raises ConfigError. Paths are absolute in the result. `redacted` admits a config with secrets
     that were not written down, one that is only to be looked at.
@@ -33,6 +35,8 @@ def load(path: str | Path, overrides: Iterable[str] = (), redacted: bool = False
     config = checked(tree, redacted)
     with tree.told_where(), process_kept():
         check_method(config)
+        if ":" in config.rollout.backend or config.rollout.backend_options:
+            backend_class(config)
     return config
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 from typing import Any
@@ -12,42 +13,40 @@ from tandem.engine.config.schema import Config
 from tandem.engine.core.errors import SyncError
 from tandem.engine.core.loading import UserCode
 from tandem.engine.core.types import GenRequest, Installed, Trajectory
+from tandem.engine.weights.receiver import ChannelInfo, Parameters, Receiver
+from tandem.rollout.backend import Backend, CacheCounts, backend_class
 
 
 class EngineActor:
     """One engine in a Ray actor; the methods are those of rollout.backend.Backend, and a few for
-    the pool.
+    the pool. `start` comes first.
     """
+
+    backend: Backend
 
     def __init__(
         self, index: int, config: Config, model_path: str, run_dir: str, stale: bool, code: UserCode
     ):
+        """`stale`: the run has newer weights than the model folder, so that none of its tokens may
+        be sampled before an update.
+        """
         from tandem.engine.core.loading import install
         from tandem.engine.core.process import pin_cores, redirect_output
 
         install(code)
         if config.cluster.pin_cores:
             pin_cores(config.cluster.threads, index)
-        # before vLLM is imported, so that nothing of it reaches the user's terminal
+        # before the engine's libraries are imported, so that nothing of theirs reaches the terminal
         redirect_output(log_path(run_dir, index))
         self.index, self.config, self.model_path, self.stale = index, config, model_path, stale
-        self.backend = None
+        self.in_update = False
+        # takes the weights for a backend that is given named tensors
+        self.receiver: Receiver | None = None
 
-    async def start(self) -> dict[str, float]:
-        """Returns seconds spent by phase."""
-        from tandem.rollout.vllm.backend import VllmBackend
-
-        self.backend = await VllmBackend.start(
-            self.model_path, self.config, self.config.run.seed + self.index
-        )
-        print(
-            "engine up: "
-            + ", ".join(
-                f"{phase} {seconds:.1f}" for phase, seconds in self.backend.start_seconds.items()
-            ),
-            flush=True,
-        )
-        return self.backend.start_seconds
+    async def start(self) -> None:
+        cls, seed = backend_class(self.config), self.config.run.seed + self.index
+        options = self.config.rollout.backend_options
+        self.backend = await cls.start(self.model_path, self.config, seed, **options)
 
     async def generate(self, request: GenRequest) -> tuple[Trajectory, ...]:
         if self.stale:
@@ -55,7 +54,7 @@ class EngineActor:
                 f"engine {self.index} was restarted and still has the weights of "
                 f"{self.model_path}; sync weights before it serves"
             )
-        return await self.backend.generate(request)
+        return tuple(await self.backend.generate(request))
 
     async def logprobs(self, tokens: np.ndarray) -> np.ndarray:
         return await self.backend.logprobs(tokens)
@@ -66,44 +65,55 @@ class EngineActor:
     async def sleep(self) -> None:
         await self.backend.sleep()
 
+    async def transfer_ranks(self) -> int:
+        return self.backend.transfer_ranks
+
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        await self.backend.init_weight_transfer_engine(init_info)
+        if self.backend.joins_transfer:
+            await self.backend.init_weight_transfer_engine(init_info)
+            return
+        if self.receiver is not None:
+            self.receiver.close()
+        # in a thread: with gloo it waits for the other engines
+        self.receiver = await asyncio.to_thread(Receiver, ChannelInfo(**init_info))
 
     async def start_weight_update(self) -> None:
+        self.in_update = True
         await self.backend.start_weight_update()
 
     async def update_weights(self, update_info: dict[str, Any]) -> None:
-        await self.backend.update_weights(update_info)
+        if self.receiver is None:
+            await self.backend.update_weights(update_info)
+            return
+        incoming = self.receiver.receive(Parameters(**update_info))
+        while named := await asyncio.to_thread(next, incoming, None):
+            await self.backend.update_weights({"named": named})
 
     async def finish_weight_update(self, version: int) -> Installed:
         installed = await self.backend.finish_weight_update(version)
-        self.stale = False
+        self.stale = self.in_update = False
         return installed
+
+    async def updating(self) -> bool:
+        """Whether a weight update was begun and not finished."""
+        return self.in_update
 
     async def health(self) -> None:
         await self.backend.health()
 
+    async def cache_counts(self) -> CacheCounts | None:
+        return await self.backend.cache_counts()
+
     async def close(self) -> None:
-        if self.backend is not None:
+        if hasattr(self, "backend"):
             await self.backend.close()
 
-    async def transfer_ranks(self) -> int:
-        """How many ranks of the transfer group this engine takes."""
-        return self.config.cluster.tensor_parallel
-
-    async def updating(self) -> bool:
-        """Whether a weight update was begun and not finished."""
-        return self.backend.updating
-
-    async def cache_counts(self) -> tuple[int, int]:
-        """(prompt tokens, those of them that the prefix cache had), since the start."""
-        return self.backend.prompt_tokens, self.backend.cached_tokens
-
     async def process_ids(self) -> list[int]:
-        """The actor's process and vLLM's."""
+        """The actor's process and its children, such as vLLM's."""
         import multiprocessing
 
-        return [os.getpid(), *(p.pid for p in multiprocessing.active_children())]
+        children = [process.pid for process in multiprocessing.active_children()]
+        return [os.getpid(), *(pid for pid in children if pid is not None)]
 
 
 def log_path(run_dir: str | Path, index: int) -> Path:

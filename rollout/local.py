@@ -8,44 +8,47 @@ it was submitted, as on a cluster.
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from pathlib import Path
 
 import numpy as np
+import torch
 
 from tandem.engine.config.schema import Config
 from tandem.engine.core import stop
-from tandem.engine.core.types import GenRequest, Trajectory
-from tandem.rollout.backends.hf import HFBackend
-from tandem.rollout.backends.replay import ReplayBackend
+from tandem.engine.core.types import GenRequest, Installed, Trajectory
+from tandem.rollout.backend import Backend, backend_class
+from tandem.rollout.trajectories import sampled
 
 
 class LocalPool:
-    """Same surface as `rollout.pool.EnginePool`, with `backends` instead of Ray handles."""
+    """Same surface as `rollout.pool.EnginePool`, with `install` instead of Ray handles."""
 
-    def __init__(self, backend: HFBackend | ReplayBackend):
-        self.backend = backend
-        self.waiting: list[tuple[GenRequest, LazyFuture]] = []
-        backend.before_update = self.generate
-
-    @classmethod
-    def start(cls, config: Config, model_path: str, run_dir: str | Path) -> LocalPool:
-        """Load the model or the record. Raises ConfigError. Nothing is written to `run_dir`."""
-        kind = ReplayBackend if config.rollout.backend == "replay" else HFBackend
-        return cls(kind(model_path, config, config.run.seed))
-
+    scores = False  # its backend is not compared with itself around the first update
     handles = ()
 
-    @property
-    def backends(self) -> list[HFBackend | ReplayBackend]:
-        return [self.backend]
+    def __init__(self, backend: Backend, loop: asyncio.AbstractEventLoop):
+        """`loop`: on which the backend was started; it runs only while something is asked."""
+        self.backend, self.loop = backend, loop
+        self.waiting: list[tuple[GenRequest, OnDemand]] = []
+        self.busy_seconds, self.generated_tokens = 0.0, 0
+
+    @classmethod
+    def start(cls, config: Config, model_path: str) -> LocalPool:
+        """Load the model or the record. Raises ConfigError."""
+        loop = asyncio.new_event_loop()
+        starting = backend_class(config).start(
+            model_path, config, config.run.seed, **config.rollout.backend_options
+        )
+        return cls(loop.run_until_complete(starting), loop)
 
     def submit(self, request: GenRequest) -> Future[tuple[Trajectory, ...]]:
         """A future that computes when its result or exception is asked for; it must be asked in the
         thread that submits.
         """
-        future = LazyFuture(self)
+        future = OnDemand(self)
         self.waiting.append((request, future))
         return future
 
@@ -54,15 +57,33 @@ class LocalPool:
         waiting, self.waiting = self.waiting, []
         if not waiting:
             return
+        requests = [request for request, _ in waiting]
+        began = time.perf_counter()
         try:
             with stop.computing():
-                answers: Sequence = self.backend.generate_all([request for request, _ in waiting])
+                answers = self.loop.run_until_complete(self.backend.generate_all(requests))
         except Exception as error:
             for _, future in waiting:
                 future.set_exception(error)
             return
+        if not self.backend.recorded:
+            self.busy_seconds += time.perf_counter() - began
+            self.generated_tokens += sum(map(sampled, answers))
         for (_, future), trajectories in zip(waiting, answers, strict=True):
-            future.set_result(trajectories)
+            future.set_result(tuple(trajectories))
+
+    def install(self, named: Sequence[tuple[str, torch.Tensor]], version: int) -> list[Installed]:
+        """Give the backend all parameters as `version`, after what waits was generated with those
+        it has.
+        """
+        self.generate()
+
+        async def update() -> Installed:
+            await self.backend.start_weight_update()
+            await self.backend.update_weights({"named": named})
+            return await self.backend.finish_weight_update(version)
+
+        return [self.loop.run_until_complete(update())]
 
     def abort(self, request: GenRequest) -> None:
         """Requests end in the call that computes them."""
@@ -81,19 +102,23 @@ class LocalPool:
     def stats(self) -> dict[str, float]:
         """Sums since the start."""
         return {
-            "busy_seconds": self.backend.busy_seconds,
-            "generated_tokens": float(self.backend.generated_tokens),
+            "busy_seconds": self.busy_seconds,
+            "generated_tokens": float(self.generated_tokens),
             "engines": 1.0,
         }
 
     def close(self) -> None:
+        """Idempotent."""
         for _, future in self.waiting:
             future.cancel()
         self.waiting = []
+        if not self.loop.is_closed():
+            self.loop.run_until_complete(self.backend.close())
+            self.loop.close()
 
 
-class LazyFuture(Future):
-    """Generates what waits in its pool when it is asked."""
+class OnDemand(Future):
+    """The pool has no thread that could fulfil a future: asking for it does."""
 
     def __init__(self, pool: LocalPool):
         super().__init__()

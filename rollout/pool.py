@@ -1,4 +1,4 @@
-"""The rollout pool: N Ray actors with one vLLM engine each, and what to do when one of them dies.
+"""The rollout pool: N Ray actors with one engine each, and what to do when one of them dies.
 
 All samples of a request go to one engine, the one with the fewest samples outstanding. An engine is
 dead when its actor is gone, its vLLM process is gone, an update of its weights failed, or it had
@@ -23,8 +23,11 @@ from tandem.engine.config.schema import Config
 from tandem.engine.core import stop
 from tandem.engine.core.errors import EngineDied, RolloutPoolExhausted
 from tandem.engine.core.loading import user_code
-from tandem.engine.core.types import GenRequest, Source, Trajectory
+from tandem.engine.core.types import GenRequest, Trajectory
 from tandem.rollout.actor import EngineActor, log_path
+from tandem.rollout.backend import backend_class, overrides
+from tandem.rollout.ray_errors import cause_of, first_line, is_death
+from tandem.rollout.trajectories import sampled
 
 CLOSE_SECONDS = 20.0  # for an engine to end by itself
 
@@ -63,12 +66,11 @@ class EnginePool:
     backends = ()  # none in this process
 
     def __init__(self, config: Config, model_path: str, placement, run_dir: str | Path):
-        self.config, self.model_path, self.placement, self.run_dir = (
-            config,
-            model_path,
-            placement,
-            Path(run_dir).absolute(),
-        )
+        self.config, self.model_path, self.placement = config, model_path, placement
+        self.run_dir = Path(run_dir).absolute()
+        # loaded here, so that a user's own is among the code that travels
+        backend = backend_class(config)
+        self.scores = overrides(backend, "logprobs")
         # as it was at the start, also for an engine that is started later
         self.code = user_code()
         self.lock = threading.RLock()
@@ -91,7 +93,7 @@ class EnginePool:
             pool.wait_started(pool.slots)
         except stop.Stopped:
             for slot in pool.slots:
-                pool.bury(slot, slot.handle, "the start was stopped")
+                pool.mark_dead(slot, slot.handle, "the start was stopped")
             raise
         except BaseException:
             pool.close()
@@ -104,7 +106,7 @@ class EnginePool:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         cluster = self.config.cluster
-        place = PlacementGroupSchedulingStrategy(
+        strategy = PlacementGroupSchedulingStrategy(
             self.placement.group, placement_group_bundle_index=self.placement.engine_bundle(index)
         )
         return (
@@ -113,7 +115,7 @@ class EnginePool:
                 num_cpus=cluster.engine_cpus,
                 num_gpus=cluster.engine_gpus,
                 max_restarts=0,
-                scheduling_strategy=place,
+                scheduling_strategy=strategy,
                 runtime_env={"env_vars": dict(self.placement.engine_env)},
             )
             .remote(index, self.config, self.model_path, str(self.run_dir), stale, self.code)
@@ -121,28 +123,24 @@ class EnginePool:
 
     def wait_started(self, slots: list[Slot]) -> None:
         import ray
+        from ray.exceptions import GetTimeoutError, RayError
 
-        deadline = time.monotonic() + self.config.cluster.start_timeout
-        for slot, ref in [(slot, slot.handle.start.remote()) for slot in slots]:
+        limit = self.config.cluster.start_timeout
+        deadline = time.monotonic() + limit
+        starting = {slot.index: slot.handle.start.remote() for slot in slots}
+        for index, ref in starting.items():
             while time.monotonic() < deadline and not ray.wait([ref], timeout=stop.LOOK_SECONDS)[0]:
                 stop.check_start()
             try:
                 ray.get(ref, timeout=max(0.0, deadline - time.monotonic()))
-            except ray.exceptions.RayError as error:
-                path = log_path(self.run_dir, slot.index)
-                tail = (
-                    "\n  ".join(path.read_text(errors="replace").splitlines()[-15:])
-                    if path.exists()
-                    else "(on another machine)"
-                )
-                late = isinstance(error, ray.exceptions.GetTimeoutError)
-                reason = (
-                    f"not up after cluster.start_timeout={self.config.cluster.start_timeout:g} s"
-                    if late
-                    else str(error)
-                )
+            except RayError as error:
+                reason = str(error)
+                if isinstance(error, GetTimeoutError):
+                    reason = f"not up after cluster.start_timeout={limit:g} s"
+                path = log_path(self.run_dir, index)
                 raise RuntimeError(
-                    f"rollout engine {slot.index} did not start: {reason}\nend of {path}:\n  {tail}"
+                    f"rollout engine {index} did not start: {reason}\n"
+                    f"end of {path}:\n  {end_of(path)}"
                 ) from error
 
     # -- generation
@@ -157,14 +155,10 @@ class EnginePool:
         with self.lock:
             living = [slot for slot in self.slots if slot.alive]
             if not living:
-                result.set_exception(
-                    EngineDied(
-                        "no rollout engine is alive: "
-                        + "; ".join(f"engine {s.index}: {s.error}" for s in self.slots)
-                    )
-                )
+                errors = [f"engine {slot.index}: {slot.error}" for slot in self.slots]
+                result.set_exception(EngineDied(f"no rollout engine is alive: {'; '.join(errors)}"))
                 return result
-            slot = min(living, key=lambda s: (s.load, s.index))
+            slot = min(living, key=lambda slot: (slot.load, slot.index))
             handle = slot.handle
             ref = handle.generate.remote(request)
             slot.pending[ref] = Pending(request, result)
@@ -195,34 +189,35 @@ class EnginePool:
         are left alone; one that fails counts as dead, which the next update finds.
         """
         import ray
+        from ray.exceptions import RayError
 
-        # ends: an engine that stays silent is buried
+        # ends: an engine that stays silent is marked dead
         while any(slot.pending for slot in self.slots if slot.alive):
             time.sleep(0.005)
         for slot, ref in [(slot, slot.handle.sleep.remote()) for slot in self.slots if slot.alive]:
             try:
                 ray.get(ref, timeout=self.config.rollout.request_timeout)
-            except ray.exceptions.RayError as error:
-                self.bury(slot, slot.handle, first_line(getattr(error, "cause", None) or error))
+            except RayError as error:
+                self.mark_dead(slot, slot.handle, first_line(cause_of(error)))
 
     def logprobs(self, tokens: np.ndarray) -> dict[int, np.ndarray]:
-        """{engine: VllmBackend.logprobs of `tokens`}.
+        """{engine: Backend.logprobs of `tokens`}; only where the pool `scores`.
 
         One that dies over it is left out, and found by the next update.
         """
         import ray
+        from ray.exceptions import RayError
 
+        living = [slot for slot in self.slots if slot.alive]
+        asked = [(slot, slot.handle.logprobs.remote(tokens)) for slot in living]
         found = {}
-        for slot, ref in [
-            (slot, slot.handle.logprobs.remote(tokens)) for slot in self.slots if slot.alive
-        ]:
+        for slot, ref in asked:
             try:
                 found[slot.index] = ray.get(ref, timeout=self.config.rollout.request_timeout)
-            except ray.exceptions.RayError as error:
-                cause = getattr(error, "cause", None) or error
-                if not isinstance(cause, EngineDied) and not is_actor_error(error):
+            except RayError as error:
+                if not is_death(error):
                     raise
-                self.bury(slot, slot.handle, first_line(cause))
+                self.mark_dead(slot, slot.handle, first_line(cause_of(error)))
         return found
 
     def work(self) -> None:
@@ -239,7 +234,9 @@ class EnginePool:
                         if slot.pending and time.monotonic() - slot.heard > limit
                     ]
                 for slot, handle in late:
-                    self.bury(slot, handle, f"no answer within rollout.request_timeout={limit:g} s")
+                    self.mark_dead(
+                        slot, handle, f"no answer within rollout.request_timeout={limit:g} s"
+                    )
                 continue
             if answer is None:
                 return
@@ -248,9 +245,8 @@ class EnginePool:
     def finish(self, slot: Slot, handle, ref, done: Future) -> None:
         """One answer of an engine."""
         error = done.exception()
-        cause = getattr(error, "cause", None) or error
-        if isinstance(cause, EngineDied) or is_actor_error(error):
-            self.bury(slot, handle, first_line(cause))
+        if error is not None and is_death(error):
+            self.mark_dead(slot, handle, first_line(cause_of(error)))
             return
         with self.lock:
             pending = self.retire(slot, ref)
@@ -258,25 +254,23 @@ class EnginePool:
                 return  # it failed before, together with its engine
             slot.heard = time.monotonic()
             if error is None:
-                self.generated_tokens += sum(
-                    int((t.source == Source.POLICY).sum()) for t in done.result()
-                )
+                self.generated_tokens += sampled(done.result())
         if error is None:
             pending.result.set_result(done.result())
         else:
-            pending.result.set_exception(cause)
+            pending.result.set_exception(cause_of(error))
 
     def retire(self, slot: Slot, ref) -> Pending | None:
         pending = slot.pending.pop(ref, None)
-        if pending is not None and not slot.pending:
+        if pending is not None and not slot.pending and slot.busy_since is not None:
             slot.busy_seconds += time.monotonic() - slot.busy_since
             slot.busy_since = None
         return pending
 
     # -- death and recovery
 
-    def bury(self, slot: Slot, handle, reason: str) -> None:
-        """Mark the engine `handle` dead, end its actor and fail everything it was working on.
+    def mark_dead(self, slot: Slot, handle, reason: str) -> None:
+        """End the actor `handle` of a slot and fail everything it was working on.
 
         News of an engine that was replaced since changes nothing.
         """
@@ -289,7 +283,8 @@ class EnginePool:
             lost = [self.retire(slot, ref) for ref in list(slot.pending)]
         ray.kill(handle)  # vLLM's process notices within a second and ends
         for pending in lost:
-            pending.result.set_exception(EngineDied(f"engine {slot.index}: {reason}"))
+            if pending is not None:
+                pending.result.set_exception(EngineDied(f"engine {slot.index}: {reason}"))
 
     def recover(self) -> int:
         """Restart every engine that is dead, unhealthy or stuck in a weight update; returns how
@@ -298,26 +293,14 @@ class EnginePool:
         Raises RolloutPoolExhausted when that takes more restarts than rollout.max_restarts. Not to
         be called while weights are being sent.
         """
-        import ray
-
-        checks = [
-            (slot, slot.handle.health.remote(), slot.handle.updating.remote())
-            for slot in self.slots
-            if slot.alive
-        ]
-        for slot, health, updating in checks:
-            try:
-                if ray.get([health, updating], timeout=CLOSE_SECONDS)[1]:
-                    self.bury(slot, slot.handle, "a weight update was begun and never finished")
-            except ray.exceptions.RayError as error:
-                self.bury(slot, slot.handle, first_line(getattr(error, "cause", None) or error))
+        self.find_dead()
         dead = [slot for slot in self.slots if not slot.alive]
-        if self.restarts + len(dead) > self.config.rollout.max_restarts:
+        limit = self.config.rollout.max_restarts
+        if self.restarts + len(dead) > limit:
+            errors = [f"  engine {slot.index}: {slot.error}" for slot in dead]
             raise RolloutPoolExhausted(
                 f"{len(dead)} rollout engine(s) dead after {self.restarts} restarts, "
-                "rollout.max_restarts is "
-                f"{self.config.rollout.max_restarts}; last errors:\n"
-                + "\n".join(f"  engine {s.index}: {s.error}" for s in dead)
+                f"rollout.max_restarts is {limit}; last errors:\n" + "\n".join(errors)
             )
         self.restarts += len(dead)
         # without a learner, as in an evaluation, the model folder's weights are the run's
@@ -330,6 +313,24 @@ class EnginePool:
                 slot.alive, slot.error = True, ""
         return len(dead)
 
+    def find_dead(self) -> None:
+        """Ask every engine that counts as alive whether it is."""
+        import ray
+        from ray.exceptions import RayError
+
+        living = [slot for slot in self.slots if slot.alive]
+        asked = [
+            (slot, slot.handle.health.remote(), slot.handle.updating.remote()) for slot in living
+        ]
+        for slot, health, updating in asked:
+            try:
+                _, in_update = ray.get([health, updating], timeout=CLOSE_SECONDS)
+                if in_update:
+                    reason = "a weight update was begun and never finished"
+                    self.mark_dead(slot, slot.handle, reason)
+            except RayError as error:
+                self.mark_dead(slot, slot.handle, first_line(cause_of(error)))
+
     # -- the rest
 
     @property
@@ -340,16 +341,17 @@ class EnginePool:
 
     def stats(self) -> dict[str, float]:
         """Totals since the start: busy_seconds (summed over engines), generated_tokens, restarts;
-        engines alive; prefix_cache_hit_rate of the living.
+        engines alive; prefix_cache_hit_rate of the living, where they count.
         """
         import ray
+        from ray.exceptions import RayError
 
-        now = time.monotonic()
+        now, busy = time.monotonic(), 0.0
         with self.lock:
-            busy = sum(
-                s.busy_seconds + (now - s.busy_since if s.busy_since is not None else 0.0)
-                for s in self.slots
-            )
+            for slot in self.slots:
+                busy += slot.busy_seconds
+                if slot.busy_since is not None:
+                    busy += now - slot.busy_since
             tokens, handles = self.generated_tokens, self.handles
         stats = {
             "busy_seconds": busy,
@@ -359,12 +361,14 @@ class EnginePool:
         }
         try:
             counts = ray.get([handle.cache_counts.remote() for handle in handles], timeout=5.0)
-        except ray.exceptions.RayError:
+        except RayError:
             return stats  # a dying engine; whoever waits for its rollouts will be told
-        return {
-            **stats,
-            "prefix_cache_hit_rate": sum(c for _, c in counts) / max(1, sum(p for p, _ in counts)),
-        }
+        known = [count for count in counts if count is not None]
+        if known:
+            cached = sum(count.cached_tokens for count in known)
+            total = sum(count.prompt_tokens for count in known)
+            stats["prefix_cache_hit_rate"] = cached / max(1, total)
+        return stats
 
     def close(self) -> None:
         """End all engines and their processes; unanswered requests fail with EngineDied.
@@ -384,15 +388,11 @@ class EnginePool:
         if refs:
             ray.wait(refs, num_returns=len(refs), timeout=CLOSE_SECONDS)
         for slot in living:
-            self.bury(slot, slot.handle, "the pool was closed")
+            self.mark_dead(slot, slot.handle, "the pool was closed")
 
 
-def first_line(error: BaseException) -> str:
-    """Ray's errors are a page long."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def is_actor_error(error: BaseException | None) -> bool:
-    import ray
-
-    return isinstance(error, (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError))
+def end_of(path: Path) -> str:
+    """The last lines of a log."""
+    if not path.exists():
+        return "(on another machine)"
+    return "\n  ".join(path.read_text(errors="replace").splitlines()[-15:])

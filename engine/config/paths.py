@@ -2,7 +2,7 @@
 
 `resolve_paths` makes them absolute before any code of the user runs, so that nothing depends on the
 current folder afterwards. What is no path stays: names on a hub, tandem:tiny, task:NAME,
-reasoning_gym:TASK, built-in rewards and methods, package.module:Name.
+reasoning_gym:TASK, built-in rewards, methods and backends, package.module:Name.
 """
 
 from __future__ import annotations
@@ -41,7 +41,13 @@ def resolve_paths(config):
     functions = tuple(code(name, "reward.functions") for name in reward.functions)
     renamed = dict(zip(reward.functions, functions, strict=True))
     options = {renamed.get(name, name): value for name, value in reward.options.items()}
-    record = config.rollout.record
+    rollout = config.rollout
+    rollout = replace(
+        rollout,
+        backend=code(rollout.backend, "rollout.backend"),
+        backend_options=code_in(rollout.backend_options, "rollout.backend_options"),
+        record=rollout.record and absolute(rollout.record, "rollout.record"),
+    )
     datasets = {}
     for field in fields(config.data):
         value = getattr(config.data, field.name)
@@ -57,7 +63,7 @@ def resolve_paths(config):
         data=replace(config.data, **datasets),
         method=code_in(config.method, "method"),
         reward=replace(reward, functions=functions, options=options),
-        rollout=replace(config.rollout, record=record and absolute(record, "rollout.record")),
+        rollout=rollout,
         run=replace(config.run, dir=absolute(config.run.dir, "run.dir")),
     )
 
@@ -111,7 +117,7 @@ def code(text: str, key: str) -> str:
 
 
 def code_in(value: Any, key: str) -> Any:
-    """The same for every text in the options of a method."""
+    """The same for every text in a section of options."""
     if isinstance(value, dict):
         return {name: code_in(entry, f"{key}.{name}") for name, entry in value.items()}
     if isinstance(value, list):

@@ -12,6 +12,9 @@ from tandem.engine.config.keys import hint_of
 from tandem.engine.config.names import RESERVED, name_fault
 from tandem.engine.config.schema import ClusterConfig, Config
 from tandem.engine.core.errors import ConfigError
+from tandem.engine.core.text import closest
+
+BACKENDS = ("auto", "vllm", "hf", "replay")
 
 
 def require(condition: bool, message: str) -> None:
@@ -98,8 +101,19 @@ def check_rollout(c: Config) -> None:
 
 
 def check_backend(c: Config) -> None:
-    """vLLM is for mode=cluster, hf for mode=inline, replay for both."""
+    """vLLM is for mode=cluster, hf for mode=inline, replay and a user's own for both."""
     backend = c.rollout.backend
+    require(
+        backend in BACKENDS or ":" in backend,
+        f"rollout.backend is {backend!r}{closest(backend, BACKENDS)}, expected one of "
+        f"{', '.join(BACKENDS)}, or a class of your own: my_backend.py:MyBackend",
+    )
+    require(
+        c.mode == "inline" or not backend.startswith("__main__:"),
+        f"rollout.backend is {backend!r}, a class of the script or notebook that runs, which the "
+        "processes of mode=cluster do not have; write the class into a file and name it "
+        "my_backend.py:MyBackend, or use mode=inline",
+    )
     require(
         not (c.mode == "cluster" and backend == "hf"),
         "rollout.backend hf runs in one process, but mode is cluster; use mode=inline or backend "

@@ -133,8 +133,11 @@ class RewardConfig:
 class RolloutConfig:
     """How engines sample."""
 
-    backend: Literal["auto", "vllm", "hf", "replay"] = "auto"
-    """auto: vllm with mode=cluster, hf with mode=inline."""
+    backend: str = "auto"
+    """auto (vllm with mode=cluster, hf with mode=inline), vllm, hf, replay, or a class of your own:
+    my_backend.py:MyBackend."""
+    backend_options: Options = field(default_factory=dict)
+    """Keyword arguments of your own backend."""
     prompts_per_step: FromOne = 8
     """Prompts that are rolled out for one step."""
     samples_per_prompt: FromOne = 8

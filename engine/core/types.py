@@ -344,4 +344,4 @@ class Installed(NamedTuple):
 
     received: dict[str, str]  # {parameter: digest} of the bytes as they were received
     version: int  # see Backend.weight_version
-    held: str  # see Backend.held_digest
+    active_digest: str  # see Backend.active_digest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,18 +16,11 @@ from tandem.engine.learner.protocol import PolicySpec, Pool
 from tandem.engine.learner.rank import LearnerRank, build_policy, complete
 from tandem.engine.weights.digest import digest
 from tandem.engine.weights.verify import Synced
-from tandem.rollout.backend import Backend
 
 
-def deliver(
-    named: Sequence[tuple[str, torch.Tensor]], backends: Sequence[Backend], version: int
-) -> Delivery:
-    """Hand tensors to backends of this process."""
-    installed = []
-    for backend in backends:
-        asyncio.run(backend.start_weight_update())
-        asyncio.run(backend.update_weights({"named": named}))
-        installed.append(asyncio.run(backend.finish_weight_update(version)))
+def deliver(named: Sequence[tuple[str, torch.Tensor]], pool: Pool, version: int) -> Delivery:
+    """Hand tensors to the backend of a pool in this process."""
+    installed = pool.install(named, version)
     return Delivery(
         {name: digest(tensor) for name, tensor in named},
         installed,
@@ -86,9 +78,9 @@ class InlineLearner:
         self.pool = pool
 
     def send(self, version: int) -> Delivery:
-        """Put the present weights into every backend of the pool."""
+        """Give the pool the present weights."""
         assert self.pool is not None, "connect comes first"
-        return deliver(list(self.rank.engine.full_parameters()), self.pool.backends, version)
+        return deliver(list(self.rank.engine.full_parameters()), self.pool, version)
 
     def rss(self) -> list[int]:
         """Bytes of memory per rank."""

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from tandem.engine.core.types import (
     Delivery,
     GenRequest,
+    Installed,
     Row,
     StepPlan,
     StepReport,
     Trajectory,
 )
-from tandem.rollout.backend import Backend
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,16 +39,17 @@ class PolicySpec:
 
 
 class Pool(Protocol):
-    """Rollout engines: LocalPool (mode=inline, recorded rollouts) or EnginePool (vLLM)."""
+    """Rollout engines: LocalPool (mode=inline, recorded rollouts) or EnginePool (Ray actors)."""
 
-    @property
-    def backends(self) -> Sequence[Backend]:
-        """The engines of this process, which take weights by calls; none if they are elsewhere."""
-        ...
+    scores: bool  # whether `logprobs` can be asked
 
     @property
     def handles(self) -> Sequence[Any]:
         """Ray handles of the engines elsewhere; none if they are in this process."""
+        ...
+
+    def install(self, named: Sequence[tuple[str, torch.Tensor]], version: int) -> list[Installed]:
+        """Give the engines of this process all parameters; none if they are elsewhere."""
         ...
 
     def submit(self, request: GenRequest) -> Future[tuple[Trajectory, ...]]:
@@ -60,7 +61,7 @@ class Pool(Protocol):
         ...
 
     def logprobs(self, tokens: np.ndarray) -> Mapping[int, np.ndarray]:
-        """{engine: its log-probs of the tokens}, for the engines behind `handles`."""
+        """{engine: its log-probs of the tokens}, where the pool `scores`."""
         ...
 
     def sleep(self) -> None:

@@ -27,8 +27,8 @@ from tandem.engine.learner.inline import deliver
 from tandem.engine.learner.protocol import PolicySpec, Pool
 from tandem.engine.learner.rank import complete
 from tandem.engine.model.checkpoint_form import CheckpointForm
+from tandem.engine.weights.transport import transport
 from tandem.engine.weights.verify import Synced
-from tandem.rollout.vllm.backend import transport
 
 # seconds for one optimizer step, forward pass or checkpoint, of whatever size
 STEP_DEADLINE = 6 * 3600.0
@@ -289,7 +289,7 @@ class RayLearner:
         engine was restarted.
         """
         self.pool = pool
-        if pool.backends:  # of this process, with recorded rollouts: they are called directly
+        if self.config.rollout.backend == "replay":  # no engine to send to
             return
         address, port = self._gather("free_address", [()])[0]
         group = (transport(self.config), pool.handles, address, port)
@@ -298,8 +298,8 @@ class RayLearner:
     def send(self, version: int) -> Delivery:
         """Send the present weights to every engine. Raises SyncError or EngineDied."""
         assert self.pool is not None, "connect comes first"
-        if self.pool.backends:
-            return deliver([], self.pool.backends, version)
+        if self.config.rollout.backend == "replay":
+            return deliver([], self.pool, version)
         return self._gather("send", [(version,)] * self.ranks, self.config.sync.timeout + GRACE)[0]
 
     def save(self, folder: str | Path) -> None:

@@ -31,9 +31,8 @@ def prove(sync: Sync, tokenizer) -> None:
 
     Raises SyncError.
     """
-    if sync.pool.backends:
-        # the pool computes in this process, with the modules that the learner's weights are copied
-        # into, or replays a record
+    if not sync.pool.scores:
+        # the pool computes in this process, replays a record, or its engines cannot score tokens
         return
     first = FirstSync(sync.pool, tokenizer, sync.config)
     sync.publish(0)

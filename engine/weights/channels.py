@@ -2,12 +2,12 @@
 machines. vLLM has neither.
 
     learner rank 0                                            every worker of every engine
-    room(size) -> buffer, filled by the caller                for buffer in receive(sizes): ...
+    next_buffer(size) -> buffer, filled by the caller         for buffer in receive(sizes): ...
     publish(buffer)
 
 A buffer that was received is good until the next one is asked for. Both sides wait no longer than
-their timeout; the learner's side meanwhile asks `patience()`, which raises when it is of no use to
-wait any more.
+their timeout; the learner's side meanwhile calls `raise_if_stuck()`, which raises when waiting
+cannot succeed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 
 from tandem.engine.core.errors import EngineDied, SyncError
 
@@ -29,9 +30,7 @@ SLOTS = 2
 
 
 def open_store(address: str, port: int, world_size: int, timeout: float, master: bool):
-    """The small key-value server through which learner (which runs it) and workers find each other."""
-    import torch.distributed as dist
-
+    """The key-value server through which learner (which runs it) and workers find each other."""
     return dist.TCPStore(
         address,
         port,
@@ -48,37 +47,31 @@ class Gloo:
     """
 
     def __init__(self, store, rank: int, world_size: int, timeout: float):
-        import torch.distributed as dist
+        own_store = dist.PrefixStore("tandem_weights", store)
+        self.group = dist.ProcessGroupGloo(own_store, rank, world_size, timedelta(seconds=timeout))
 
-        self.group = dist.ProcessGroupGloo(
-            dist.PrefixStore("tandem_weights", store), rank, world_size, timedelta(seconds=timeout)
-        )
-
-    def start(self, buffer: torch.Tensor):
-        """Start a broadcast from rank 0; returns the work handle."""
-        import torch.distributed as dist
-
+    def start(self, buffer: torch.Tensor) -> dist.Work:
+        """Start a broadcast from rank 0."""
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
         return self.group.broadcast([buffer], options)
 
-    def room(self, size: int, patience: Callable[[], None]) -> torch.Tensor:
+    def next_buffer(self, size: int, raise_if_stuck: Callable[[], None]) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8)
 
-    def publish(self, buffer: torch.Tensor, patience: Callable[[], None]) -> None:
+    def publish(self, buffer: torch.Tensor, raise_if_stuck: Callable[[], None]) -> None:
         work = self.start(buffer)
         while not work.is_completed():
-            patience()
+            raise_if_stuck()
             time.sleep(POLL)
         try:
             work.wait()
         except RuntimeError as error:  # gloo says so as soon as a peer closes its connection
-            raise EngineDied(
-                f"an engine left the weight transfer: {str(error).splitlines()[0]}"
-            ) from error
+            first_line = str(error).splitlines()[0]
+            raise EngineDied(f"an engine left the weight transfer: {first_line}") from error
 
     def receive(self, sizes: Iterable[int]) -> Iterator[torch.Tensor]:
-        def begin(size):
+        def begin(size: int) -> tuple[torch.Tensor, dist.Work]:
             buffer = torch.empty(size, dtype=torch.uint8)
             return buffer, self.start(buffer)
 
@@ -91,66 +84,53 @@ class Gloo:
             yield buffer
 
     def close(self) -> None:
-        self.group = None
+        del self.group
 
 
 class Memory:
     """Buffers in a piece of memory without a name, which the learner makes and every worker maps:
     nothing is left behind, whoever is killed.
 
-    Learner and workers count buffers; what has come how far stands in the store. Raises SyncError
-    where the learner's memory cannot be mapped.
+    Learner and workers count buffers; what has come how far stands in the store.
     """
 
-    def __init__(self, store, workers: int, slot: int, place: tuple[int, int] | None = None):
-        """`slot`: bytes of the largest buffer.
+    def __init__(self, store, workers: int, largest: int, source: tuple[int, int] | None = None):
+        """`largest`: bytes of the largest buffer.
 
-        `place` (process, file descriptor) is None for the learner and `self.place` of the learner
-        for the workers.
+        `source` (process, file descriptor) is None for the learner, and `self.source` of the
+        learner for the workers. Raises SyncError where the learner's memory cannot be mapped.
         """
-        self.store, self.workers, self.slot, self.count = (
-            store,
-            workers,
-            -(-slot // mmap.PAGESIZE) * mmap.PAGESIZE,
-            0,
-        )
-        if place is None:
-            file = os.memfd_create(NAME)
-            os.ftruncate(file, SLOTS * self.slot)
-            self.file, self.place = file, (os.getpid(), file)
+        self.store, self.workers, self.count = store, workers, 0
+        self.slot_bytes = -(-largest // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = SLOTS * self.slot_bytes
+        self.own_file: int | None = None  # the learner keeps it open for the workers
+        if source is None:
+            file = self.own_file = os.memfd_create(NAME)
+            os.ftruncate(file, size)
+            source = os.getpid(), file
         else:
-            self.file = None
-            path = "/proc/{}/fd/{}".format(*place)
-            try:
-                # on another machine the numbers may stand for anything
-                if NAME not in os.readlink(path):
-                    raise FileNotFoundError(0, "it is another file here")
-                file = os.open(path, os.O_RDWR)
-            except OSError as error:
-                raise SyncError(
-                    f"the learner's shared memory cannot be opened ({error.strerror}): "
-                    "sync.transport=shm is for engines and learner on one machine, "
-                    "in one container; use sync.transport=gloo"
-                ) from error
-        self.memory = torch.frombuffer(mmap.mmap(file, SLOTS * self.slot), dtype=torch.uint8)
-        if self.file is None:
+            file = open_memory(*source)
+        self.source = source
+        self.memory = torch.frombuffer(mmap.mmap(file, size), dtype=torch.uint8)
+        if self.own_file is None:
             os.close(file)
 
     def at(self, number: int, size: int) -> torch.Tensor:
-        start = number % SLOTS * self.slot
+        start = number % SLOTS * self.slot_bytes
         return self.memory[start : start + size]
 
-    def room(self, size: int, patience: Callable[[], None]) -> torch.Tensor:
-        before = f"taken {self.count - SLOTS}"
-        if self.count >= SLOTS:
-            while self.store.add(before, 0) < self.workers:
-                patience()
+    def next_buffer(self, size: int, raise_if_stuck: Callable[[], None]) -> torch.Tensor:
+        """The next slot, once all workers have taken what is in it."""
+        before = self.count - SLOTS
+        if before >= 0:
+            while self.store.add(f"taken {before}", 0) < self.workers:
+                raise_if_stuck()
                 time.sleep(POLL)
-            self.store.delete_key(before)
-            self.store.delete_key(f"ready {self.count - SLOTS}")
+            self.store.delete_key(f"taken {before}")
+            self.store.delete_key(f"ready {before}")
         return self.at(self.count, size)
 
-    def publish(self, buffer: torch.Tensor, patience: Callable[[], None]) -> None:
+    def publish(self, buffer: torch.Tensor, raise_if_stuck: Callable[[], None]) -> None:
         self.store.set(f"ready {self.count}", "")
         self.count += 1
 
@@ -162,6 +142,22 @@ class Memory:
             self.count += 1
 
     def close(self) -> None:
-        if self.file is not None:
-            os.close(self.file)
-            self.file = None
+        if self.own_file is not None:
+            os.close(self.own_file)
+            self.own_file = None
+
+
+def open_memory(process: int, descriptor: int) -> int:
+    """The learner's memory as a file of this process."""
+    path = f"/proc/{process}/fd/{descriptor}"
+    try:
+        # on another machine the numbers may stand for anything
+        if NAME not in os.readlink(path):
+            raise FileNotFoundError(0, "it is another file here")
+        return os.open(path, os.O_RDWR)
+    except OSError as error:
+        raise SyncError(
+            f"the learner's shared memory cannot be opened ({error.strerror}): "
+            "sync.transport=shm is for engines and learner on one machine, "
+            "in one container; use sync.transport=gloo"
+        ) from error

@@ -21,13 +21,15 @@ from tandem.engine.core.errors import SyncError
 from tandem.engine.core.types import SyncReport
 from tandem.engine.weights.digest import combine
 
+SHOWN = 5  # parameters that an error names
+
 
 @dataclass(frozen=True)
 class Synced:
     """What the last verified sync left in the engines, kept as `learner.synced`."""
 
     sent: str  # digest over all parameters as the learner sent them
-    held: str  # digest of the engines' own weights after it
+    active_digest: str  # of the engines' own weights after it
 
 
 def sync(learner, version: int) -> SyncReport:
@@ -48,26 +50,32 @@ def sync(learner, version: int) -> SyncReport:
                 f"engine {engine} stamps its tokens with weight version {found.version} "
                 f"after weights {version} were sent, expected {version}"
             )
-    held, sent = [found.held for found in delivery.installed], combine(delivery.sent)
-    if len(set(held)) > 1:
+    active = [found.active_digest for found in delivery.installed]
+    if len(set(active)) > 1:
         raise SyncError(
-            f"engines compute with different weights after version {version}: held digests "
-            f"{held}, expected all equal"
+            f"engines compute with different weights after version {version}: their digests are "
+            f"{active}, expected all equal"
         )
-    last = learner.synced
-    if last is not None and (last.sent == sent) != (last.held == held[0]):
-
-        def moved(a, b):
-            return "are the same as" if a == b else "differ from"
-
-        raise SyncError(
-            f"weights {version} {moved(last.sent, sent)} those sent before, but the weights "
-            f"the engines compute with {moved(last.held, held[0])} "
-            f"those before (held digest {last.held} -> {held[0]}): the engines did not take "
-            "them, or not all of them"
-        )
-    learner.synced = Synced(sent, held[0])
+    now = Synced(combine(delivery.sent), active[0])
+    if learner.synced is not None:
+        check_movement(learner.synced, now, version)
+    learner.synced = now
     return SyncReport(time.perf_counter() - started, delivery.bytes, version)
+
+
+def check_movement(last: Synced, now: Synced, version: int) -> None:
+    """Raise SyncError unless the engines' weights changed exactly if the sent ones did."""
+    same_sent = last.sent == now.sent
+    same_active = last.active_digest == now.active_digest
+    if same_sent == same_active:
+        return
+    words = {True: "are the same as", False: "differ from"}
+    raise SyncError(
+        f"weights {version} {words[same_sent]} those sent before, but the weights "
+        f"the engines compute with {words[same_active]} "
+        f"those before (digest {last.active_digest} -> {now.active_digest}): the engines did not "
+        "take them, or not all of them"
+    )
 
 
 def compare(
@@ -77,20 +85,16 @@ def compare(
     received.
     """
     missing, extra = sorted(sent.keys() - received.keys()), sorted(received.keys() - sent.keys())
-    wrong = sorted(name for name in sent.keys() & received.keys() if sent[name] != received[name])
     for what, names in (("did not receive", missing), ("received, without it being sent,", extra)):
         if names:
             raise SyncError(
                 f"engine {engine} {what} {len(names)} parameter(s) of weights {version}: "
-                f"{', '.join(names[:5])}; sent {len(sent)}, received {len(received)}"
+                f"{', '.join(names[:SHOWN])}; sent {len(sent)}, received {len(received)}"
             )
+    wrong = [name for name in sorted(sent) if sent[name] != received[name]]
     if wrong:
+        shown = [f"{name} (sent {sent[name]}, received {received[name]})" for name in wrong[:SHOWN]]
         raise SyncError(
-            (
-                f"engine {engine} received other bytes than were sent for {len(wrong)} of "
-                f"{len(sent)} parameter(s) of weights {version}: "
-            )
-            + ", ".join(
-                f"{name} (sent {sent[name]}, received {received[name]})" for name in wrong[:5]
-            )
+            f"engine {engine} received other bytes than were sent for {len(wrong)} of "
+            f"{len(sent)} parameter(s) of weights {version}: {', '.join(shown)}"
         )

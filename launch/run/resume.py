@@ -110,9 +110,8 @@ class Facts:
 
 def facts_of(config: Config, content: Mapping[str, str] | None = None) -> Facts:
     tree = to_dict(config)
-    return Facts(
-        tree, dict(content or {}), code_digests([tree["method"], tree["reward"]["functions"]])
-    )
+    code = [tree["method"], tree["reward"]["functions"], tree["rollout"]["backend"]]
+    return Facts(tree, dict(content or {}), code_digests(code))
 
 
 def facts_before(checkpoint: Path, run_folder: Path) -> Facts:

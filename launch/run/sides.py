@@ -32,7 +32,7 @@ def start_placement(run: Prepared, stack: ExitStack) -> Placement | None:
 
 def make_pool(run: Prepared, place: Placement | None) -> Pool:
     if place is None or run.config.rollout.backend == "replay":
-        return LocalPool.start(run.config, run.model_path, run.folder.path)
+        return LocalPool.start(run.config, run.model_path)
     return EnginePool.start(run.config, run.model_path, place, run.folder.path)
 
 

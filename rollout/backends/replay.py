@@ -13,7 +13,7 @@ Weight updates are taken and digested, so that the sync's checks pass, and chang
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from tandem.engine.core.errors import ConfigError
 from tandem.engine.core.types import GenRequest, Installed, Prompt, Trajectory
 from tandem.engine.report.rollouts import read_rollouts
 from tandem.engine.weights.digest import combine, digest
+from tandem.rollout.backend import Backend
 
 
 class Record:
@@ -34,7 +35,9 @@ class Record:
 
     def __init__(self, path: str | Path):
         check_record(path)
-        self.path, self.groups, self.prompts = str(path), {}, {}
+        self.path = str(path)
+        self.groups: dict[int, list[Trajectory]] = {}
+        self.prompts: dict[int, Prompt] = {}
         for _, prompt, trajectory in read_rollouts(path):
             self.groups.setdefault(trajectory.group, []).append(trajectory)
             self.prompts.setdefault(trajectory.group, prompt)
@@ -105,62 +108,44 @@ class RecordedPrompts:
         self.position = state["position"]
 
 
-class ReplayBackend:
-    """See rollout.backend.Backend. `samples` of a request is an upper bound here, see above."""
+class ReplayBackend(Backend):
+    """`samples` of a request is an upper bound here, see above."""
 
-    busy_seconds = 0.0
-    generated_tokens = 0
+    recorded = True
 
     def __init__(self, model_path: str, config: Config, seed: int):
-        self.record = Record(config.rollout.record)
+        """Read `rollout.record`; no model is loaded.
+
+        Raises ConfigError if the file is missing or empty.
+        """
+        self.record = Record(config.rollout.record or "")
         self.unserved: dict[str, list[int]] = {}  # recorded ordinals of each prompt
         for group, prompt in self.record.prompts.items():
             self.unserved.setdefault(prompt.id, []).append(group)
         # request's ordinal: recorded ordinal; a request may come again
         self.served: dict[int, int] = {}
-        self.version, self.received = 0, {}
-        self.before_update = lambda: None
-
-    @classmethod
-    async def start(
-        cls, model_path: str, config: Config, seed: int, log_dir: str | None = None
-    ) -> ReplayBackend:
-        """Read `rollout.record`; no model is loaded.
-
-        Raises ConfigError if the file is missing or empty.
-        """
-        return cls(model_path, config, seed)
+        self.version = 0
+        self.received: dict[str, str] = {}
 
     async def generate(self, request: GenRequest) -> tuple[Trajectory, ...]:
-        return self.generate_all([request])[0]
-
-    async def abort(self, request: GenRequest) -> None:
-        """Nothing is running between calls."""
-
-    def generate_all(self, requests: Sequence[GenRequest]) -> list[tuple[Trajectory, ...]]:
-        """The recorded samples of every request, in order.
-
-        Raises ConfigError for a request with no record, or with a record that does not fit it.
-        """
-        return [self.serve(request) for request in requests]
+        """Raises ConfigError for a request with no record, or with a record that does not fit."""
+        return self.serve(request)
 
     def serve(self, request: GenRequest) -> tuple[Trajectory, ...]:
         prompt = request.prompt
         if request.group not in self.served:
             choice = self.unserved.get(prompt.id, [])
             if not choice:
+                found = "no rollouts left" if prompt.id in self.unserved else "no rollouts"
                 raise ConfigError(
-                    f"rollout.record {self.record.path} has no rollouts "
-                    f"{'left ' if prompt.id in self.unserved else ''}for prompt "
-                    f"{prompt.id!r} "
+                    f"rollout.record {self.record.path} has {found} for prompt {prompt.id!r} "
                     f"(group {request.group}); it holds {len(self.record.groups)} groups of "
                     f"{len(self.unserved)} prompts. Use the recorded run's "
                     "data.prompts, run.seed and rollout.prompts_per_step, no "
                     "data.evaluation, and no more steps than were recorded"
                 )
-            self.served[request.group] = choice.pop(
-                choice.index(request.group) if request.group in choice else 0
-            )
+            first = choice.index(request.group) if request.group in choice else 0
+            self.served[request.group] = choice.pop(first)
         recorded = self.served[request.group]
         trajectories = self.record.groups[recorded]
         if len(trajectories) > request.samples:
@@ -178,11 +163,7 @@ class ReplayBackend:
             )
         return tuple(replace(trajectory, group=request.group) for trajectory in trajectories)
 
-    async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Nothing to join."""
-
     async def start_weight_update(self) -> None:
-        self.before_update()
         self.received = {}
 
     async def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -190,18 +171,12 @@ class ReplayBackend:
 
     async def finish_weight_update(self, version: int) -> Installed:
         self.version = version
-        return Installed(dict(self.received), version, await self.held_digest())
+        return Installed(dict(self.received), version, await self.active_digest())
 
     async def weight_version(self) -> int:
         """The version of the last update; served tokens keep their recorded versions."""
         return self.version
 
-    async def held_digest(self) -> str:
+    async def active_digest(self) -> str:
         """Over what was last received: there are no weights to compute with."""
         return combine(self.received)
-
-    async def health(self) -> None:
-        pass
-
-    async def close(self) -> None:
-        pass

@@ -17,258 +17,166 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tandem.engine.config.schema import Config
 from tandem.engine.core.errors import EngineDied, SyncError
-from tandem.engine.core.types import Finish, GenRequest, Installed, Source, Trajectory
+from tandem.engine.core.types import Finish, GenRequest, Installed, Trajectory
 from tandem.engine.weights.digest import combine
+from tandem.rollout.backend import Backend, CacheCounts
+from tandem.rollout.trajectories import prefixes_of, trajectory
+from tandem.rollout.vllm.arguments import engine_arguments, set_environment
+from tandem.rollout.vllm.outputs import sampled
 
-FINISH = {"stop": Finish.STOP, "length": Finish.LENGTH}
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.outputs import RequestOutput
+    from vllm.v1.engine.async_llm import AsyncLLM
 
-
-def transport(config: Config) -> str:
-    """nccl, ipc, shm or gloo: what `sync.transport` asks for, or what fits the devices."""
-    if config.sync.transport != "auto":
-        return config.sync.transport
-    on_gpus = config.cluster.engine_gpus > 0 and config.cluster.learner_gpus > 0
-    if on_gpus:
-        return "ipc" if config.cluster.colocate else "nccl"
-    return "shm" if config.cluster.address is None else "gloo"
-
-
-def engine_arguments(model_path: str, config: Config, seed: int) -> dict[str, Any]:
-    """What AsyncLLM is started with."""
-    r, cluster = config.rollout, config.cluster
-    on_gpu = cluster.engine_gpus > 0
-    longest = config.data.max_prompt_tokens + max(r.max_tokens, config.eval.max_tokens or 0)
-    # whole prefills on CPU: where one is split, vLLM rewinds the generator of a seeded request,
-    # which torch's CPU generator cannot do, and the engine dies
-    device = (
-        dict(gpu_memory_utilization=r.gpu_memory_utilization)
-        if on_gpu
-        else dict(
-            kv_cache_memory_bytes=int(r.kv_cache_gib * 2**30),
-            enforce_eager=True,
-            enable_chunked_prefill=False,
-            max_num_batched_tokens=max(longest, 8192),
-        )
-    )
-    return dict(
-        model=model_path,
-        tokenizer=config.model.tokenizer or model_path,
-        trust_remote_code=config.model.trust_remote_code,
-        dtype=config.model.dtype,
-        max_model_len=r.max_model_len or longest,
-        max_num_seqs=r.max_sequences,
-        seed=seed,
-        enable_prefix_caching=r.prefix_caching,
-        logprobs_mode="processed_logprobs",
-        tensor_parallel_size=cluster.tensor_parallel,
-        distributed_executor_backend="uni" if cluster.tensor_parallel == 1 else "mp",
-        disable_log_stats=True,
-        weight_transfer_config={
-            "backend": {"nccl": "tandem_nccl", "ipc": "tandem_ipc"}.get(
-                transport(config), "tandem_cpu"
-            )
-        },
-        enable_sleep_mode=r.sleep,
-        worker_extension_cls="tandem.rollout.vllm.worker.WorkerExtension",
-        **device,
-    )
+LOOK_SECONDS = 0.2  # between two looks at whether vLLM's process still lives
+CLOSE_SECONDS = 10
+NOTHING = np.zeros(0, np.int32)
 
 
-def set_environment(config: Config) -> None:
-    """Variables that vLLM reads in this process and its children; the user's own values win, except
-    for the one that is needed.
-    """
-    for key, value in dict(VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="WARNING").items():
-        os.environ.setdefault(key, value)
-    if transport(config) == "ipc":
-        # IPC handles are pickled on their way to vLLM's worker
-        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-    if config.cluster.engine_gpus == 0:
-        # nobind: vLLM would pin every engine to the same cores. TORCH_COMPILE_DISABLE: a helper of
-        # the sampler would compile C++ for 15 s at the first request. V1_MULTIPROCESSING=0:
-        # AsyncLLM has its engine process all the same, but vLLM's CPU platform then honours the uni
-        # executor, which saves a third process and its start-up
-        for key, value in dict(
-            VLLM_CPU_OMP_THREADS_BIND="nobind",
-            OMP_NUM_THREADS=str(config.cluster.threads),
-            TORCH_COMPILE_DISABLE="1",
-        ).items():
-            os.environ.setdefault(key, value)
-        if config.cluster.tensor_parallel == 1:
-            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+class VllmBackend(Backend):
+    joins_transfer = True
 
-
-class VllmBackend:
-    """See rollout.backend.Backend."""
-
-    def __init__(self, llm, config: Config):
+    def __init__(self, llm: AsyncLLM, config: Config):
         self.llm, self.config = llm, config
         self.version = 0
         self.updating = False
         # weights or KV cache are not in the GPU's memory: only a finished weight update ends it
         self.asleep = False
         self.broken: str | None = None  # why this engine can never serve again
+        self.closed = False
         self.requests = 0
         self.prompt_tokens = self.cached_tokens = 0
-        self.start_seconds: dict[str, float] = {}
 
     @classmethod
-    async def start(
-        cls, model_path: str, config: Config, seed: int, log_dir: str | None = None
-    ) -> VllmBackend:
-        """Start the engine with the weights of `model_path`, which count as version 0.
-
-        `log_dir`: this process's stdout and stderr, its children's too, go to engine.log there;
-        None leaves them alone. Takes 10 to 20 s on a CPU, nearly all of it two imports of vLLM
-        (`start_seconds`).
+    async def start(cls, model_path: str, config: Config, seed: int) -> VllmBackend:
+        """Takes 10 to 20 s on a CPU, nearly all of it two imports of vLLM; the output says how
+        much.
         """
         set_environment(config)
-        if log_dir is not None:
-            from tandem.engine.core.process import redirect_output
-
-            redirect_output(Path(log_dir) / "engine.log")
-        begin = time.perf_counter()
+        began = time.perf_counter()
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
         import tandem.rollout.vllm.worker  # noqa: F401  registers the transports; vLLM checks their names here as well
 
         imported = time.perf_counter()
-        backend = cls(
-            AsyncLLM.from_engine_args(
-                AsyncEngineArgs(**engine_arguments(model_path, config, seed))
-            ),
-            config,
-        )
+        arguments = AsyncEngineArgs(**engine_arguments(model_path, config, seed))
+        backend = cls(AsyncLLM.from_engine_args(arguments), config)
         await backend.llm.update_weight_version("0")
         await backend.llm.collective_rpc("tandem_die_with", args=(os.getpid(),))
-        backend.start_seconds = {
-            "import": imported - begin,
-            "engine": time.perf_counter() - imported,
-        }
+        up = time.perf_counter()
+        print(f"engine up: import {imported - began:.1f}, engine {up - imported:.1f}", flush=True)
         return backend
 
     # -- generation
 
     async def generate(self, request: GenRequest) -> tuple[Trajectory, ...]:
-        """All samples of one request, in order.
-
-        Raises EngineDied; the request may then be re-issued elsewhere.
-        """
+        """Raises EngineDied; the request may then be re-issued elsewhere."""
         await self.health()
         self.must_be_awake("generate")
-        seed = (
-            None
-            if request.sampling.seed is None
-            else int(
-                np.random.SeedSequence([request.sampling.seed, request.group]).generate_state(1)[0]
-                >> 1
-            )
-        )
-        prefixes = request.prefixes
-        if prefixes and len(prefixes) != request.samples:
-            raise ValueError(
-                f"group {request.group}: {len(prefixes)} prefixes for {request.samples} "
-                "samples; give one per sample (may be empty) or none"
-            )
-        if not prefixes and request.sampling.temperature == 0:
-            prefixes = ((),) * request.samples  # vLLM refuses n > 1 for greedy samples
-        if prefixes:
-            jobs = [
-                self.run(request, np.asarray(p, np.int32), 1, None if seed is None else seed + i)
-                for i, p in enumerate(prefixes)
-            ]
-            return tuple(t for part in await asyncio.gather(*jobs) for t in part)
-        return tuple(await self.run(request, np.zeros(0, np.int32), request.samples, seed))
+        prefixes, seed = prefixes_of(request), seed_of(request)
+        greedy = request.sampling.temperature == 0  # vLLM refuses n > 1 for greedy samples
+        if not request.prefixes and not greedy:
+            return tuple(await self.run(request, NOTHING, request.samples, seed))
+        jobs = []
+        for i, prefix in enumerate(prefixes):
+            own_seed = None if seed is None else seed + i
+            jobs.append(self.run(request, prefix, 1, own_seed))
+        return tuple(one for (one,) in await asyncio.gather(*jobs))
 
     async def run(
         self, request: GenRequest, prefix: np.ndarray, samples: int, seed: int | None
     ) -> list[Trajectory]:
         """`samples` continuations of prompt + prefix; they share the prompt's keys and values."""
         from vllm import SamplingParams
-        from vllm.inputs.engine import tokens_input
         from vllm.sampling_params import RequestOutputKind
-        from vllm.v1.engine.exceptions import EngineDeadError
 
         sampling = request.sampling
-        room = sampling.max_tokens - len(prefix)
-        if room < 1:
-            return [trajectory(request, prefix) for _ in range(samples)]
+        most = sampling.max_tokens - len(prefix)
+        if most < 1:  # the prefix is the whole response
+            whole = trajectory(request, prefix, NOTHING, np.zeros(0), 0, Finish.LENGTH)
+            return [whole] * samples
         params = SamplingParams(
             n=samples,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
-            max_tokens=room,
+            max_tokens=most,
             seed=seed,
-            min_tokens=min(room, max(0, sampling.min_tokens - len(prefix))),
+            min_tokens=min(most, max(0, sampling.min_tokens - len(prefix))),
             logprobs=0,
             flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        prompt = tokens_input(request.prompt.tokens.tolist() + prefix.tolist())
-        self.requests += 1
-        try:
-            async for answer in self.llm.generate(
-                prompt, params, request_id=f"{request.group}.{request.attempt}.{self.requests}"
-            ):
-                final = answer
-        except EngineDeadError as error:
-            raise EngineDied(f"vLLM's engine process died: {error}") from error
-        self.prompt_tokens += len(final.prompt_token_ids)
+        tokens = request.prompt.tokens.tolist() + prefix.tolist()
+        final = await self.complete(tokens, params, f"{request.group}.{request.attempt}")
+        self.prompt_tokens += len(final.prompt_token_ids or ())
         self.cached_tokens += final.num_cached_tokens or 0
-        return [trajectory(request, prefix, output) for output in final.outputs]
+        return [sampled(request, prefix, output) for output in final.outputs]
 
-    async def logprobs(self, tokens: np.ndarray) -> np.ndarray:
-        """float32 [n - 1]: the log-prob of each token after those before it, at temperature 1.
-
-        Computed anew, whatever the prefix cache holds.
-        """
-        from vllm import SamplingParams
+    async def complete(self, tokens: list[int], params: SamplingParams, name: str) -> RequestOutput:
+        """vLLM's answer to a request of `name`, which need not be unique. Raises EngineDied."""
         from vllm.inputs.engine import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        await self.health()
-        self.must_be_awake("score")
         self.requests += 1
-        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        answers = self.llm.generate(
+            tokens_input(tokens), params, request_id=f"{name}.{self.requests}"
+        )
+        final = None
         try:
-            async for answer in self.llm.generate(
-                tokens_input(tokens.tolist()), params, request_id=f"score.{self.requests}"
-            ):
+            async for answer in answers:
                 final = answer
         except EngineDeadError as error:
             raise EngineDied(f"vLLM's engine process died: {error}") from error
-        pairs = zip(tokens.tolist(), final.prompt_logprobs, strict=False)
-        scores = [found[token].logprob for token, found in pairs if found is not None]
+        if final is None:
+            raise RuntimeError(f"vLLM ended the request {name} without an answer")
+        return final
+
+    async def logprobs(self, tokens: np.ndarray) -> np.ndarray:
+        from vllm import SamplingParams
+
+        await self.health()
+        self.must_be_awake("score")
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        final = await self.complete(tokens.tolist(), params, "score")
+        scores = []
+        # vLLM has none for the first token
+        for token, found in zip(tokens.tolist(), final.prompt_logprobs or (), strict=False):
+            if found is not None:
+                scores.append(found[token].logprob)
         return np.array(scores, np.float32)
 
     async def abort(self, request: GenRequest) -> None:
-        """Let a running request end now: its samples that had not ended come back as they are, with
-        Finish.ABORT. One that is not running is left alone.
-        """
-        known, mine = (
-            self.llm.output_processor,
-            lambda r: r.external_req_id.startswith(f"{request.group}.{request.attempt}."),
-        )
+        known = self.llm.output_processor
+        name = f"{request.group}.{request.attempt}."
         # by vLLM's own ids: aborted by the id that it was given, a request with n > 1 would leave
         # the parent of its samples behind, with all their tokens
-        ids = [i for i, parent in known.parent_requests.items() if mine(parent)]
-        ids += [
-            i
-            for i, state in known.request_states.items()
-            if state.parent_req is None and mine(state)
+        ids = [
+            number
+            for number, parent in known.parent_requests.items()
+            if parent.external_req_id.startswith(name)
         ]
+        for number, state in known.request_states.items():
+            if state.parent_req is None and state.external_req_id.startswith(name):
+                ids.append(number)
         await self.llm.abort(ids, internal=True)
 
+    async def cache_counts(self) -> CacheCounts:
+        return CacheCounts(self.prompt_tokens, self.cached_tokens)
+
     # -- weights
+
+    @property
+    def transfer_ranks(self) -> int:
+        return self.config.cluster.tensor_parallel
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
@@ -299,8 +207,8 @@ class VllmBackend:
     async def finish_weight_update(self, version: int) -> Installed:
         await self.health()
         async with self.or_broken("finish"):
-            self.all_equal(
-                await self.ask(self.llm.collective_rpc("tandem_missing")),
+            all_equal(
+                await self.ask_workers("tandem_missing"),
                 [],
                 f"weights {version} are incomplete, the engine still has old values in",
             )
@@ -311,8 +219,8 @@ class VllmBackend:
                     f"vLLM stamps tokens with weight version {stamp} after weights {version} "
                     "were installed"
                 )
-            self.all_equal(
-                await self.ask(self.llm.collective_rpc("tandem_stale_heads")),
+            all_equal(
+                await self.ask_workers("tandem_stale_heads"),
                 [],
                 f"with weights {version} the engine still computes with the old weights in",
             )
@@ -321,47 +229,37 @@ class VllmBackend:
                     f"vLLM did not reset its prefix cache after weights {version}: it would "
                     "serve keys and values of older weights"
                 )
-            received = await self.ask(self.llm.collective_rpc("tandem_received"))
-            self.all_equal(
+            received = await self.ask_workers("tandem_received")
+            all_equal(
                 received,
                 received[0],
                 f"tensor-parallel workers received different weights {version}:",
             )
             if self.asleep:
                 await self.wake_kv_cache()
-            held = await self.held_digest()
+            active = await self.active_digest()
             await self.ask(self.llm.resume_generation())
             self.version, self.updating = version, False
-        return Installed(received[0], int(stamp), held)
+        return Installed(received[0], int(stamp), active)
 
     def or_broken(self, phase: str) -> BrokenOnError:
         return BrokenOnError(self, phase)
-
-    @staticmethod
-    def all_equal(answers: list[Any], expected: Any, complaint: str) -> None:
-        """Raise SyncError with the first differing answer of a worker."""
-        for rank, answer in enumerate(answers):
-            if answer != expected:
-                raise SyncError(f"{complaint} {answer} (worker {rank})")
 
     async def weight_version(self) -> int:
         await self.health()
         return int(await self.ask(self.llm.get_weight_version()))
 
-    async def held_digest(self) -> str:
-        """One digest over the weights all workers compute with; on a CPU with the limits of
-        WorkerExtension.tandem_held.
+    async def active_digest(self) -> str:
+        """Over the weights of all workers; on a CPU with the limits of
+        WorkerExtension.tandem_digests.
         """
         await self.health()
         self.must_be_awake("digest its weights")
-        held = await self.ask(self.llm.collective_rpc("tandem_held"))
-        return combine(
-            {
-                f"{rank}:{name}": value
-                for rank, worker in enumerate(held)
-                for name, value in worker.items()
-            }
-        )
+        digests = {}
+        for rank, worker in enumerate(await self.ask_workers("tandem_digests")):
+            for name, value in worker.items():
+                digests[f"{rank}:{name}"] = value
+        return combine(digests)
 
     # -- sleep
 
@@ -408,14 +306,18 @@ class VllmBackend:
         if self.llm.errored:
             raise EngineDied("vLLM's engine process died")
 
+    async def ask_workers(self, method: str) -> list[Any]:
+        """What the method of WorkerExtension answers in each worker."""
+        return await self.ask(self.llm.collective_rpc(method))
+
     async def ask(self, call: Awaitable[Any]) -> Any:
-        """Await a control call to vLLM, or raise EngineDied: vLLM leaves calls unanswered for ever
+        """Await a control call to vLLM, or raise EngineDied: vLLM leaves calls unanswered forever
         when its engine process dies under them.
         """
         from vllm.v1.engine.exceptions import EngineDeadError
 
         task = asyncio.ensure_future(call)
-        while not (await asyncio.wait({task}, timeout=0.2))[0]:
+        while not (await asyncio.wait({task}, timeout=LOOK_SECONDS))[0]:
             if self.llm.errored:
                 task.cancel()
                 raise EngineDied("vLLM's engine process died")
@@ -426,9 +328,9 @@ class VllmBackend:
 
     async def close(self) -> None:
         self.broken = self.broken or "the engine was closed"
-        if self.llm is not None:
-            self.llm.shutdown(timeout=10)
-            self.llm = None
+        if not self.closed:
+            self.closed = True
+            self.llm.shutdown(timeout=CLOSE_SECONDS)
 
 
 class BrokenOnError:
@@ -451,39 +353,16 @@ class BrokenOnError:
                 raise SyncError(self.backend.broken) from error
 
 
-def trajectory(request: GenRequest, prefix: np.ndarray, output=None) -> Trajectory:
-    """vLLM's CompletionOutput as a Trajectory; without one the prefix is the whole response (it
-    left no room to sample).
-    """
-    ids = np.array(output.token_ids if output else [], np.int32)
-    given = len(request.prompt.tokens) + len(prefix)
-    length = given + len(ids)
-    source = np.full(length, Source.POLICY, np.int8)
-    source[: len(request.prompt.tokens)], source[len(request.prompt.tokens) : given] = (
-        Source.PROMPT,
-        request.prefix_source,
-    )
-    logp, version = np.full(length, np.nan, np.float32), np.full(length, -1, np.int32)
-    if len(ids):
-        if (
-            len(output.logprobs.logprobs) != len(ids)
-            or output.logprobs.token_ids != list(output.token_ids)
-            or output.weight_versions is None
-        ):
-            raise RuntimeError(
-                f"group {request.group}: vLLM gave {len(ids)} tokens, "
-                f"{len(output.logprobs.logprobs)} log-probs and weight versions "
-                f"{output.weight_versions}; expected one of each per token"
-            )
-        logp[given:] = output.logprobs.logprobs
-        for span in output.weight_versions:
-            version[given + span.start : given + span.end] = int(span.version)
-    return Trajectory(
-        prompt_id=request.prompt.id,
-        tokens=np.concatenate([request.prompt.tokens, prefix, ids]).astype(np.int32),
-        source=source,
-        finish=FINISH.get(output.finish_reason, Finish.ABORT) if output else Finish.LENGTH,
-        behaviour_logp=logp,
-        version=version,
-        group=request.group,
-    )
+def all_equal(answers: list[Any], expected: Any, complaint: str) -> None:
+    """Raise SyncError with the first differing answer of a worker."""
+    for rank, answer in enumerate(answers):
+        if answer != expected:
+            raise SyncError(f"{complaint} {answer} (worker {rank})")
+
+
+def seed_of(request: GenRequest) -> int | None:
+    """Of the request's own samples, from the run's seed and the group; None without one."""
+    if request.sampling.seed is None:
+        return None
+    sequence = np.random.SeedSequence([request.sampling.seed, request.group])
+    return int(sequence.generate_state(1)[0] >> 1)

@@ -7,6 +7,8 @@ log-probs are off by a few hundredths, without a word. Where the packing pads, t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
@@ -16,7 +18,7 @@ def forget_packed_experts(model: torch.nn.Module) -> None:
     the first load, packing included.
     """
     for layer in model.modules():
-        method = getattr(layer, "quant_method", None)
+        method: Any = getattr(layer, "quant_method", None)
         kernel = getattr(method, "moe_kernel", None)
         if isinstance(getattr(kernel, "fused_experts", None), CPUUnquantizedExperts):
             method.moe_kernel = None

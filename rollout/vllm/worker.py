@@ -4,7 +4,9 @@ checks that new weights are really computed with.
 vLLM imports this module because `worker_extension_cls` names WorkerExtension; the import registers
 the receivers. The faults guarded against are real, silent ones of vLLM 0.32: a layer that an update
 left out keeps its old weights (a log line), and on a CPU a tied lm_head keeps its old packed copy,
-while experts are not packed at all (vllm_experts.py).
+while experts are not packed at all (experts.py).
+
+Models and layers are Any here: vLLM gives them attributes that torch's types do not know.
 """
 
 from __future__ import annotations
@@ -19,18 +21,19 @@ from typing import Any
 
 import torch
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
-from vllm.distributed.weight_transfer.base import ParamMeta, WeightTransferEngine
+from vllm.distributed.weight_transfer.base import WeightTransferEngine
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
-from tandem.engine.weights.channels import Gloo, Memory, open_store
 from tandem.engine.weights.digest import digest
-from tandem.engine.weights.wire import CpuInitInfo, CpuUpdateInfo, Stopwatch, buckets, size_of
+from tandem.engine.weights.receiver import Receiver
+from tandem.engine.weights.stopwatch import Stopwatch
+from tandem.engine.weights.wire import CpuInitInfo, CpuUpdateInfo
 from tandem.rollout.vllm.experts import forget_packed_experts
 
 
 @contextmanager
-def digesting(model: torch.nn.Module, digests: dict[str, str]):
+def digesting(model: Any, digests: dict[str, str]):
     """While active, every tensor given to `model.load_weights` leaves its digest in `digests`."""
     load = model.load_weights
 
@@ -50,24 +53,13 @@ class CpuReceiver(WeightTransferEngine[CpuInitInfo, CpuUpdateInfo]):
     """Receives the learner's weights through a channel in a vLLM worker."""
 
     init_info_cls, update_info_cls = CpuInitInfo, CpuUpdateInfo
-    channel = None
+    receiver: Receiver | None = None
+    model: Any
 
     def init_transfer_engine(self, init_info: CpuInitInfo) -> None:
         self.shutdown()
-        p, init = self.parallel_config, init_info
-        store = open_store(
-            init.master_address, init.master_port, init.world_size, init.timeout, master=False
-        )
-        if init.transport == "shm":
-            self.channel = Memory(store, init.world_size - 1, init.slot, tuple(init.place))
-        else:
-            self.channel = Gloo(
-                store,
-                init.rank_offset + p.data_parallel_index * p.world_size + p.rank,
-                init.world_size,
-                init.timeout,
-            )
-        self.bucket_bytes = init.bucket_bytes
+        p = self.parallel_config
+        self.receiver = Receiver(init_info, p.data_parallel_index * p.world_size + p.rank)
 
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
@@ -83,24 +75,13 @@ class CpuReceiver(WeightTransferEngine[CpuInitInfo, CpuUpdateInfo]):
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: CpuUpdateInfo) -> None:
-        meta = [
-            ParamMeta(n, getattr(torch, d), tuple(s))
-            for n, d, s in zip(
-                update_info.names, update_info.dtype_names, update_info.shapes, strict=True
-            )
-        ]
-        plan = list(buckets(meta, self.bucket_bytes))
-        # the channel first: it is told that the last buffer is done with, too
-        for buffer, bucket in zip(self.channel.receive(map(size_of, plan)), plan, strict=True):
+        assert self.receiver is not None
+        for weights in self.receiver.receive(update_info):
             self.watch.lap("receive")
-            weights = [
-                (m.name, buffer[start : start + size].view(m.dtype).view(m.shape))
-                for m, start, size in bucket
-            ]
             self.received.update((name, digest(tensor)) for name, tensor in weights)
             self.watch.lap("digest")
             self.model.load_weights(weights)
-            keep_unfinished(self.model, buffer)
+            keep_unfinished(self.model, weights[0][1])
             self.watch.lap("load and repack")
 
     def finish_weight_update(self) -> None:
@@ -114,34 +95,31 @@ class CpuReceiver(WeightTransferEngine[CpuInitInfo, CpuUpdateInfo]):
         self.watch.show("received")
 
     def shutdown(self) -> None:
-        if self.channel is not None:
-            self.channel.close()
-            self.channel = None
+        if self.receiver is not None:
+            self.receiver.close()
+            self.receiver = None
 
 
-def keep_unfinished(model: torch.nn.Module, buffer: torch.Tensor) -> None:
-    """Copy what vLLM holds of layers that are not complete yet: it keeps views of the buffer, which
-    the next weights will overwrite.
+def keep_unfinished(model: Any, received: torch.Tensor) -> None:
+    """Copy what vLLM holds of layers that are not complete yet: it keeps views of the buffer in
+    which `received` lies too, and which the next weights will overwrite.
     """
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-    place = buffer.untyped_storage().data_ptr()
+    buffer = received.untyped_storage().data_ptr()
     for layer in model.modules():
         for _, bound in get_layerwise_info(layer).loaded_weights:
-            bound.arguments.update(
-                {
-                    key: value.clone()
-                    for key, value in bound.arguments.items()
-                    if type(value) is torch.Tensor and value.untyped_storage().data_ptr() == place
-                }
-            )
+            for key, value in bound.arguments.items():
+                if type(value) is torch.Tensor and value.untyped_storage().data_ptr() == buffer:
+                    bound.arguments[key] = value.clone()
 
 
-class Digesting:
-    """Put before one of vLLM's own receivers: digests what arrives.
+class NcclReceiver(NCCLWeightTransferEngine):
+    """vLLM's own, which also digests what arrives: on the GPU, on the stream it arrived on."""
 
-    A tensor is digested on the GPU, on the stream it arrived on.
-    """
+    def init_transfer_engine(self, init_info) -> None:
+        self.shutdown()
+        super().init_transfer_engine(init_info)
 
     def start_weight_update(self) -> None:
         self.received: dict[str, str] = {}
@@ -152,24 +130,26 @@ class Digesting:
             super().receive_weights(update_info)
 
 
-class NcclReceiver(Digesting, NCCLWeightTransferEngine):
-    def init_transfer_engine(self, init_info) -> None:
-        self.shutdown()
-        super().init_transfer_engine(init_info)
+class IpcReceiver(IPCWeightTransferEngine):
+    """The same for vLLM's CUDA-IPC handles."""
+
+    def start_weight_update(self) -> None:
+        self.received: dict[str, str] = {}
+        super().start_weight_update()
+
+    def receive_weights(self, update_info) -> None:
+        with digesting(self.model, self.received):
+            super().receive_weights(update_info)
 
 
-class IpcReceiver(Digesting, IPCWeightTransferEngine):
-    pass
-
-
-def packed_linears(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+def packed_linears(model: Any) -> Iterator[tuple[str, Any]]:
     """Modules that compute with a weight packed away by vLLM's CPU kernels, out of reach of
     named_parameters().
     """
     return ((name, m) for name, m in model.named_modules() if hasattr(m, "cpu_linear"))
 
 
-def heads(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+def heads(model: Any) -> Iterator[tuple[str, Any]]:
     """The packed linears that keep their weight readable: lm_head, tied or not."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
@@ -180,7 +160,7 @@ def heads(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
     )
 
 
-def repack_tied_heads(model: torch.nn.Module) -> None:
+def repack_tied_heads(model: Any) -> None:
     """On a CPU a tied lm_head has a packed copy of the embedding that a reload does not renew (vLLM
     0.32): logits would keep the old weights.
     """
@@ -195,11 +175,25 @@ def probe(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
+def effect(layer: Any) -> str:
+    """The digest of a packed layer's output on fixed inputs."""
+    if layer.weight.numel():
+        columns = layer.weight.shape[1]
+    else:
+        columns = getattr(layer, "input_size_per_partition", None) or layer.input_size
+    return digest(layer.cpu_linear(probe(16, columns, layer.weight.dtype), layer.weight, None))
+
+
 class WorkerExtension:
     """Mixed into vLLM's worker; its methods are called by collective_rpc.
 
     Importing this module has registered the transports in the worker.
     """
+
+    # the worker's
+    weight_transfer_engine: Any
+    model_runner: Any
+    model_config: Any
 
     def tandem_received(self) -> dict[str, str]:
         """{parameter: digest} of the tensors of the last update, in checkpoint format, as they
@@ -232,10 +226,8 @@ class WorkerExtension:
             if isinstance(layer, ParallelLMHead) and getattr(config, "tie_word_embeddings", False):
                 wanted = 0  # the embedding is its weight
             elif isinstance(layer, VocabParallelEmbedding):
-                # padding rows
-                wanted -= (
-                    layer.num_embeddings_per_partition - layer.shard_indices.num_org_elements
-                ) * layer.embedding_dim
+                rows = layer.num_embeddings_per_partition - layer.shard_indices.num_org_elements
+                wanted -= rows * layer.embedding_dim  # padding
             if info.load_numel < wanted:
                 missing.append(f"{name} ({info.load_numel} of {wanted} elements)")
         return missing
@@ -245,16 +237,14 @@ class WorkerExtension:
         stale = []
         for name, head in heads(self.model_runner.get_model()):
             x = probe(4, head.weight.shape[1], head.weight.dtype)
-            packed, plain = (
-                head.cpu_linear(x, head.weight, None).float(),
-                torch.nn.functional.linear(x, head.weight).float(),
-            )
+            packed = head.cpu_linear(x, head.weight, None).float()
+            plain = torch.nn.functional.linear(x, head.weight).float()
             exact = 1e-5 if head.weight.dtype == torch.float32 else 1e-2
             if (packed - plain).abs().max() > exact * plain.abs().max():
                 stale.append(name)
         return stale
 
-    def tandem_held(self) -> dict[str, str]:
+    def tandem_digests(self) -> dict[str, str]:
         """{name: digest} of what this worker computes with.
 
         Readable parameters by their bytes. A weight that a CPU kernel packed away cannot be read
@@ -263,29 +253,19 @@ class WorkerExtension:
         compared only if they run on the same kind of CPU with equally many threads.
         """
         model = self.model_runner.get_model()
-
-        def effect(layer: torch.nn.Module) -> str:
-            columns = (
-                layer.weight.shape[1]
-                if layer.weight.numel()
-                else getattr(layer, "input_size_per_partition", None) or layer.input_size
-            )
-            return digest(
-                layer.cpu_linear(probe(16, columns, layer.weight.dtype), layer.weight, None)
-            )
-
-        jobs = {name: (digest, p) for name, p in model.named_parameters() if p.numel()} | {
-            f"{name}.packed": (effect, layer) for name, layer in packed_linears(model)
-        }
+        found = {}
         # the learner waits meanwhile, so that its core is free
         with ThreadPoolExecutor(2) as threads:
-            return dict(
-                zip(jobs, threads.map(lambda job: job[0](job[1]), jobs.values()), strict=True)
-            )
+            for name, parameter in model.named_parameters():
+                if parameter.numel():
+                    found[name] = threads.submit(digest, parameter)
+            for name, layer in packed_linears(model):
+                found[f"{name}.packed"] = threads.submit(effect, layer)
+        return {name: done.result() for name, done in found.items()}
 
     def tandem_die_with(self, parent: int) -> None:
         """Exit when process `parent` is gone: a worker whose owner was killed would hold its memory
-        for ever.
+        forever.
         """
 
         def watch():

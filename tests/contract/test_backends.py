@@ -4,10 +4,11 @@ Run it on a backend of your own with
 
     TANDEM_BACKEND=my_backend.py:MyBackend pytest tests/contract/test_backends.py
 
-The class is started as `await MyBackend.start(model_path, config, seed, log_dir)` and is given
-weights as the in-process backends are: `update_weights({"named": [(name in the checkpoint, tensor),
-...]})`. All its coroutines run on one event loop in a thread of its own, and generate is called for
-several requests at once. One backend serves the whole file; the last test breaks it.
+The class is started as `await MyBackend.start(model_path, config, seed, **options)`, with the
+options that TANDEM_BACKEND_OPTIONS has as JSON, and is given weights as named tensors:
+`update_weights({"named": [(name in the checkpoint, tensor), ...]})`. All its coroutines run on one
+event loop in a thread of its own, and generate is called for several requests at once. One backend
+serves the whole file; the last test breaks it.
 
 The reference is a plain transformers forward over each finished sequence, without cache, padding or
 batch. The model has tied embeddings.
@@ -16,6 +17,7 @@ batch. The model has tied embeddings.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import threading
 import time
@@ -27,7 +29,6 @@ import torch
 
 from tandem.engine.config.schema import Config, DataConfig, ModelConfig, RolloutConfig
 from tandem.engine.core.errors import EngineDied, SyncError
-from tandem.engine.core.loading import load_object
 from tandem.engine.core.types import (
     Finish,
     GenRequest,
@@ -41,7 +42,10 @@ from tandem.engine.model.tiny import make_tiny
 from tandem.engine.report.lines import write_line
 from tandem.engine.report.rollouts import rollout_record
 from tandem.engine.weights.digest import digest
+from tandem.rollout.backend import backend_class
 
+OWN = os.environ.get("TANDEM_BACKEND")
+OPTIONS = json.loads(os.environ.get("TANDEM_BACKEND_OPTIONS", "{}"))
 GAP = 1e-4  # fp32: what rounding may do to a log-prob
 EOS = 2
 
@@ -171,15 +175,13 @@ def settings(folder: str, **rollout) -> Config:
     )
 
 
-def start(kind: str, folder: str, config: Config, scratch, loop: Loop, closing: list):
+def start(kind: str, folder: str, config: Config, loop: Loop, closing: list):
     from transformers import AutoModelForCausalLM
 
-    cls = {
-        "hf": "tandem.rollout.backends.hf:HFBackend",
-        "replay": "tandem.rollout.backends.replay:ReplayBackend",
-        "vllm": "tandem.rollout.vllm.backend:VllmBackend",
-    }.get(kind, kind)
-    backend = loop(load_object(cls, "backend").start(folder, config, 0, str(scratch)))
+    rollout = replace(config.rollout, backend=kind, backend_options=OPTIONS if kind == OWN else {})
+    config = replace(config, rollout=rollout)
+    cls = backend_class(config)
+    backend = loop(cls.start(folder, config, 0, **rollout.backend_options))
     closing.append(lambda: loop(backend.close()))
 
     def send(named, version):
@@ -205,7 +207,7 @@ def sender_of(backend, loop: Loop, named: dict[str, torch.Tensor], closing: list
 
     from vllm.distributed.weight_transfer.base import ParamMeta
 
-    from tandem.engine.weights.sender import CpuSender
+    from tandem.engine.weights.cpu_sender import CpuSender
     from tandem.engine.weights.wire import CpuTrainerInit
 
     class Client:
@@ -266,14 +268,14 @@ def case(request, folder, tmp_path_factory):
                 backend="replay",
                 record=str(
                     record(
-                        start("hf", folder, settings(folder), scratch, loop, closing),
+                        start("hf", folder, settings(folder), loop, closing),
                         scratch / "rollouts.jsonl",
                     )
                 ),
             )
         else:
             config = settings(folder)
-        yield start(request.param, folder, config, scratch, loop, closing)
+        yield start(request.param, folder, config, loop, closing)
     finally:
         for close in reversed(closing):
             close()
@@ -293,7 +295,6 @@ def record(case: Case, path):
     return path
 
 
-OWN = os.environ.get("TANDEM_BACKEND")
 LIVE = [OWN] if OWN else ["hf", pytest.param("vllm", marks=pytest.mark.stack)]
 every_backend = pytest.mark.parametrize("case", LIVE if OWN else [*LIVE, "replay"], indirect=True)
 # all that compute, and so take weights
@@ -533,19 +534,19 @@ def test_an_update_takes_effect_and_stamps_its_version(case):
     """
     old_head, old_digest = (
         case.model.lm_head.weight.detach().clone(),
-        case.loop(case.backend.held_digest()),
+        case.loop(case.backend.active_digest()),
     )
     case.generate(REQUESTS["long"])
     installed = case.update(perturb)
-    assert (installed.version, installed.held) == (
+    assert (installed.version, installed.active_digest) == (
         case.version,
-        case.loop(case.backend.held_digest()),
+        case.loop(case.backend.active_digest()),
     )
     assert installed.received == {
         name: digest(parameter) for name, parameter in case.model.named_parameters()
     }
     assert case.loop(case.backend.weight_version()) == case.version
-    assert case.loop(case.backend.held_digest()) != old_digest
+    assert case.loop(case.backend.active_digest()) != old_digest
     for name in ("long", "plain"):
         (answer,) = case.generate(REQUESTS[name])
         for t in answer:
@@ -572,14 +573,14 @@ def test_tied_embeddings_follow_an_update_of_the_input_embedding(case):
 
 
 @every_engine
-def test_the_held_digest_changes_with_every_real_update_and_with_no_other(case):
+def test_the_active_digest_changes_with_every_real_update_and_with_no_other(case):
     case.update(lambda model: None)
-    same = case.loop(case.backend.held_digest())
+    same = case.loop(case.backend.active_digest())
     case.update(lambda model: None)
-    assert case.loop(case.backend.held_digest()) == same
+    assert case.loop(case.backend.active_digest()) == same
     # one number
     case.update(lambda model: model.model.layers[1].mlp.down_proj.weight[3, 5].mul_(1.01))
-    assert case.loop(case.backend.held_digest()) != same
+    assert case.loop(case.backend.active_digest()) != same
 
 
 @every_engine

@@ -112,7 +112,7 @@ def test_two_ranks_and_an_engine(model_path, tmp_path):
             learner.step(make_plan(rows, ranks=2))
             # the engine is asked to confirm weights it was never sent
             with pytest.raises(SyncError, match=r"other bytes|differ"):
-                learner.synced = weights.Synced("0" * 32, learner.synced.held)
+                learner.synced = weights.Synced("0" * 32, learner.synced.active_digest)
                 learner.load(tmp_path / "checkpoint")
                 weights.sync(learner, 3)
             learner.export(tmp_path / "model")

@@ -92,8 +92,8 @@ def test_prefixes_are_forced_and_not_sampled(rig):
 def test_sync_makes_the_new_weights_live(rig):
     # fills the prefix cache with keys and values of the old weights
     rig.generate(LONG)
-    before = rig.wait(rig.backend.held_digest())
-    assert before == rig.wait(rig.backend.held_digest())
+    before = rig.wait(rig.backend.active_digest())
+    assert before == rig.wait(rig.backend.active_digest())
     rig.change_weights()
     # not synced yet: the comparison can see it
     assert rig.gap(rig.generate(LONG)) > 0.1
@@ -102,7 +102,7 @@ def test_sync_makes_the_new_weights_live(rig):
         delivery.sent
     ) == {n for n, _ in rig.model.named_parameters()}
     assert (
-        rig.wait(rig.backend.held_digest()) != before
+        rig.wait(rig.backend.active_digest()) != before
         and rig.wait(rig.backend.weight_version()) == rig.version
     )
     group = rig.generate(LONG)

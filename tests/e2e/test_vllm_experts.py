@@ -66,7 +66,7 @@ class OneEngine:
 def forget(rig, what: str) -> None:
     """Replace the repair in the engine's process, or bring it back."""
     rig.in_worker(
-        "import tandem.rollout.vllm_worker as w, tandem.rollout.vllm_experts as e; "
+        "import tandem.rollout.vllm.worker as w, tandem.rollout.vllm.experts as e; "
         f"w.forget_packed_experts = {what}"
     )
 
@@ -93,7 +93,7 @@ def check(folder, dtype: str, experts: int, provoke: bool, kind: str = "qwen") -
             forget(rig, "e.forget_packed_experts")
         held = []
         for _ in range(2):
-            held.append(rig.sync().installed[0].held)
+            held.append(rig.sync().installed[0].active_digest)
             assert first.check() == 0, "the same weights, to the bit"
         assert held[0] == held[1], (
             "by which an engine in the place of a dead one is compared with the others"

@@ -111,7 +111,7 @@ def test_engines_share_the_work_and_agree(rig):
     delivery = rig.connect().send(1)
     assert [found.received for found in delivery.installed] == [delivery.sent] * 2
     assert [found.version for found in delivery.installed] == [1, 1] and len(
-        {found.held for found in delivery.installed}
+        {found.active_digest for found in delivery.installed}
     ) == 1
     futures = rig.submit(4)
     loads = [[p.request.group for p in slot.pending.values()] for slot in rig.pool.slots]
@@ -197,7 +197,7 @@ def test_engine_killed_mid_group(rig):
     assert len(current.result(60)) == 4
     delivery = rig.connect().send(2)
     assert [found.received for found in delivery.installed] == [delivery.sent] * 2 and len(
-        {found.held for found in delivery.installed}
+        {found.active_digest for found in delivery.installed}
     ) == 1
     for future in rig.submit(2):
         assert all((t.version[t.source == Source.POLICY] == 2).all() for t in future.result(60))
@@ -239,7 +239,7 @@ def test_a_dead_engine_is_found_before_the_others_begin_an_update(rig):
     """
     import ray
 
-    from tandem.engine.weights.sender import PoolClient
+    from tandem.engine.weights.client import PoolClient
 
     @ray.remote(num_cpus=0)
     class Engine:

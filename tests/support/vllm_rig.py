@@ -36,7 +36,7 @@ class Rig:
         self.model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, config.model.dtype)
         ).eval()
-        self.backend = self.wait(VllmBackend.start(str(folder), config, seed=0, log_dir=None))
+        self.backend = self.wait(VllmBackend.start(str(folder), config, seed=0))
         self.version = 0
         self.groups = 0
         self.sender = self.connect()
@@ -45,7 +45,9 @@ class Rig:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(120)
 
     def connect(self, skip=(), transport="shm", bucket_bytes=1 << 20):
-        from tandem.engine.weights.sender import CpuSender, DigestingSource, PoolClient, Sender
+        from tandem.engine.weights.client import PoolClient
+        from tandem.engine.weights.cpu_sender import CpuSender
+        from tandem.engine.weights.sender import DigestingSource, Sender
         from tandem.engine.weights.wire import CpuTrainerInit
 
         rig = self

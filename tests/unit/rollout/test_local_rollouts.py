@@ -32,7 +32,6 @@ def pool(folder, **rollout) -> LocalPool:
     return LocalPool.start(
         Config(mode="inline", model=ModelConfig(path=folder), rollout=RolloutConfig(**rollout)),
         folder,
-        "",
     )
 
 
@@ -93,7 +92,7 @@ def test_samples_do_not_depend_on_what_is_decoded_beside_them(folder):
 def test_a_request_is_sampled_with_the_weights_of_its_submission(folder):
     local = pool(folder)
     before = local.submit(request(0))
-    send(local.backends[0], 1.1, 7)
+    local.install([(n, p * 1.1) for n, p in local.backend.model.named_parameters()], 7)
     after = local.submit(request(0))
 
     def versions(future):
@@ -114,7 +113,7 @@ def test_bad_requests_are_refused(folder):
 
 
 def test_weights_that_do_not_fit_are_refused(folder):
-    backend = pool(folder).backends[0]
+    backend = pool(folder).backend
     with pytest.raises(SyncError, match="before start"):
         asyncio.run(backend.update_weights({"named": []}))
     norm = backend.model.model.norm.weight
@@ -128,14 +127,14 @@ def test_weights_that_do_not_fit_are_refused(folder):
     with pytest.raises(SyncError, match=r"1 of .*norm.weight"):
         send(backend, 1.0, 1, skip="model.norm.weight")
     with pytest.raises(EngineDied):
-        backend.generate_all([request(0)])
+        asyncio.run(backend.generate(request(0)))
     send(backend, 1.0, 1)  # a complete update heals it
-    backend.generate_all([request(0)])
+    asyncio.run(backend.generate(request(0)))
 
 
 def test_weights_that_are_not_finite_stop_the_run(folder):
     local = pool(folder)
-    send(local.backends[0], float("nan"), 3)
+    send(local.backend, float("nan"), 3)
     with pytest.raises(RuntimeError, match="not finite with weight version 3"):
         local.submit(request(0)).result()
 
@@ -183,7 +182,7 @@ def recording(folder, tmp_path_factory):
 
 def replay(recording) -> LocalPool:
     return LocalPool.start(
-        Config(rollout=RolloutConfig(backend="replay", record=str(recording))), "", ""
+        Config(rollout=RolloutConfig(backend="replay", record=str(recording))), ""
     )
 
 

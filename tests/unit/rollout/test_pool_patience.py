@@ -43,8 +43,8 @@ class SimpleRef:
 
 def test_requests_that_queue_longer_than_the_deadline_are_answered_while_the_engine_works():
     pool = EnginePool(replace(Config(), rollout=RolloutConfig(request_timeout=1.5)), "", None, ".")
-    engine, buried = OneAtATime(0.5), []
-    pool.bury = lambda slot, handle, reason: buried.append(reason)
+    engine, dead = OneAtATime(0.5), []
+    pool.mark_dead = lambda slot, handle, reason: dead.append(reason)
     pool.slots = [Slot(0, engine)]
     pool.thread.start()
     futures = [
@@ -52,9 +52,9 @@ def test_requests_that_queue_longer_than_the_deadline_are_answered_while_the_eng
         for i in range(6)
     ]
     engine.work()  # three seconds
-    assert [f.result(10) for f in futures] == [()] * 6 and not buried
+    assert [f.result(10) for f in futures] == [()] * 6 and not dead
     silent = pool.submit(GenRequest(9, Prompt("p", np.array([1], np.int32), ""), 1, Sampling(4)))
-    while not buried:
+    while not dead:
         time.sleep(0.1)
-    assert "request_timeout" in buried[0] and not silent.done()
+    assert "request_timeout" in dead[0] and not silent.done()
     pool.answers.put(None)

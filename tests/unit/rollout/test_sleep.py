@@ -27,7 +27,8 @@ from tandem.engine.loop import train as loop
 from tandem.engine.loop.producer import StepRollouts
 from tandem.engine.loop.state import RunState
 from tandem.engine.loop.sync import Sync
-from tandem.rollout.vllm.backend import VllmBackend, engine_arguments
+from tandem.rollout.vllm.arguments import engine_arguments
+from tandem.rollout.vllm.backend import VllmBackend
 
 CONFIG = Config(
     rollout=RolloutConfig(sleep=True),
@@ -62,7 +63,7 @@ class Recorder:
                 "reset_prefix_cache": True,
                 "wake_up": kwargs.get("tags") == ["kv_cache"],
                 "collective_rpc": [{"w": "1"}]
-                if args[:1] in (("tandem_received",), ("tandem_held",))
+                if args[:1] in (("tandem_received",), ("tandem_digests",))
                 else [[]],
             }
             return answers.get(name)
@@ -111,7 +112,7 @@ def test_weights_wake_before_the_update_and_the_kv_cache_after_it():
 def test_an_engine_that_sleeps_refuses_to_generate_until_an_update_has_ended():
     engine = backend()
     asyncio.run(engine.sleep())
-    for ask in (engine.generate(REQUEST), engine.held_digest()):
+    for ask in (engine.generate(REQUEST), engine.active_digest()):
         with pytest.raises(SyncError, match="while it sleeps"):
             asyncio.run(ask)
     asyncio.run(engine.start_weight_update())
@@ -119,7 +120,7 @@ def test_an_engine_that_sleeps_refuses_to_generate_until_an_update_has_ended():
         asyncio.run(engine.generate(REQUEST))
     assert "generate" not in engine.llm.calls
     asyncio.run(engine.finish_weight_update(1))
-    assert asyncio.run(engine.held_digest())
+    assert asyncio.run(engine.active_digest())
 
 
 @pytest.mark.parametrize("fails", ["wake_up ['weights']", "wake_up ['kv_cache']"])
@@ -192,7 +193,6 @@ class Scripted:
             saver=nothing,
             display=display,
         )
-        self.backends = [self]
         monkeypatch.setattr(
             loop,
             "update",

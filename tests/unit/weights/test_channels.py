@@ -13,7 +13,7 @@ import torch
 from tandem.engine.config.schema import ClusterConfig, Config, SyncConfig
 from tandem.engine.core.errors import SyncError
 from tandem.engine.weights.channels import SLOTS, Gloo, Memory, open_store
-from tandem.rollout.vllm.backend import transport
+from tandem.engine.weights.transport import transport
 
 SIZES = [5000, 1, 70_000, 70_000, 123, 70_000]
 
@@ -46,7 +46,7 @@ def test_two_workers_get_every_buffer_also_the_slow_one(address, kind):
     def work(rank):
         mine = open_store(*address, 3, 20.0, master=False)
         channel = (
-            Memory(mine, 2, max(SIZES), memory.place)
+            Memory(mine, 2, max(SIZES), memory.source)
             if kind == "shm"
             else Gloo(mine, rank, 3, 20.0)
         )
@@ -62,7 +62,7 @@ def test_two_workers_get_every_buffer_also_the_slow_one(address, kind):
     channel = memory or Gloo(store, 0, 3, 20.0)
     for update in range(3):
         for number, size in enumerate(SIZES):
-            buffer = channel.room(size, lambda: None)
+            buffer = channel.next_buffer(size, lambda: None)
             buffer.copy_(fill(size, 10 * update + number))
             channel.publish(buffer, lambda: None)
     for worker in workers:
@@ -71,29 +71,29 @@ def test_two_workers_get_every_buffer_also_the_slow_one(address, kind):
     channel.close()
 
 
-def test_the_learner_gives_up_when_its_patience_ends(address):
-    """No worker takes anything: the first buffers have room, the next has to wait for ever."""
+def test_the_learner_gives_up_when_waiting_cannot_succeed(address):
+    """No worker takes anything: the first buffers have room, the next has to wait forever."""
 
     class Enough(Exception):
         pass
 
-    def patience():
+    def stuck():
         raise Enough
 
     channel = Memory(open_store(*address, 2, 5.0, master=True), 1, 100)
     for _ in range(SLOTS):
-        channel.publish(channel.room(100, patience), patience)
+        channel.publish(channel.next_buffer(100, stuck), stuck)
     with pytest.raises(Enough):
-        channel.room(100, patience)
+        channel.next_buffer(100, stuck)
     channel.close()
 
 
 def test_memory_of_another_machine_is_named_as_such(address):
     store, other = open_store(*address, 2, 5.0, master=True), os.open(os.devnull, os.O_RDWR)
     # no process has this number; a file of that number is another one
-    for place in ((2**22 + 1, 3), (os.getpid(), other)):
+    for source in ((2**22 + 1, 3), (os.getpid(), other)):
         with pytest.raises(SyncError, match=r"one machine.*sync.transport=gloo"):
-            Memory(store, 1, 100, place)
+            Memory(store, 1, 100, source)
     os.close(other)
 
 

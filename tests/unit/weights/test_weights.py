@@ -29,11 +29,18 @@ def model_path(tmp_path_factory):
     return str(make_tiny(tmp_path_factory.mktemp("model") / "tiny", hidden=32, layers=2))
 
 
+def local(backend):
+    return LocalPool(backend, asyncio.new_event_loop())
+
+
 class Pool:
     """Several backends; LocalPool has one."""
 
     def __init__(self, backends):
         self.backends = backends
+
+    def install(self, named, version):
+        return [found for one in self.backends for found in local(one).install(named, version)]
 
 
 def start(model_path, *kinds):
@@ -78,7 +85,7 @@ def test_engines_compute_with_the_learners_weights(model_path):
 
 def test_local_pool_and_an_unchanged_learner(model_path):
     learner, pool = start(model_path, HFBackend)
-    pool = LocalPool(pool.backends[0])
+    pool = local(pool.backends[0])
     learner.connect(pool)
     for version in (0, 1, 1):  # nothing was trained: same weights sent, same weights held
         assert weights.sync(learner, version).version == version
@@ -92,7 +99,7 @@ class Drops(HFBackend):
 
     async def finish_weight_update(self, version):
         received, self.received, self.version = self.received, None, version
-        return Installed(received, version, await self.held_digest())
+        return Installed(received, version, await self.active_digest())
 
 
 class Garbles(HFBackend):
@@ -193,9 +200,9 @@ def test_an_engine_whose_weights_change_by_themselves_is_found(model_path):
 
     class Decays(HFBackend):
         @torch.no_grad()
-        async def held_digest(self):
+        async def active_digest(self):
             self.parameters["model.norm.weight"].mul_(0.5)
-            return await super().held_digest()
+            return await super().active_digest()
 
     pool.backends[0].__class__ = Decays
     with pytest.raises(

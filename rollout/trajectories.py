@@ -1,0 +1,62 @@
+"""What a backend sampled, as a Trajectory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tandem.engine.core.types import Finish, GenRequest, Source, Trajectory
+
+
+def trajectory(
+    request: GenRequest,
+    prefix: np.ndarray,
+    sampled: np.ndarray,
+    logp: np.ndarray,
+    version: np.ndarray | int,
+    finish: Finish,
+) -> Trajectory:
+    """One answer to `request`: its prompt, `prefix` (int32, the forced first ids, may be empty) and
+    the `sampled` ids int32 [n], with float32 [n] log-probs under the distribution that they were
+    sampled from, and the weight version that sampled them (one, or int32 [n]).
+    """
+    prompt = request.prompt.tokens
+    given = len(prompt) + len(prefix)
+    length = given + len(sampled)
+    source = np.full(length, Source.POLICY, np.int8)
+    source[: len(prompt)] = Source.PROMPT
+    source[len(prompt) : given] = request.prefix_source
+    behaviour_logp = np.full(length, np.nan, np.float32)
+    behaviour_logp[given:] = logp
+    versions = np.full(length, -1, np.int32)
+    versions[given:] = version
+    return Trajectory(
+        prompt_id=request.prompt.id,
+        tokens=np.concatenate([prompt, prefix, sampled]).astype(np.int32),
+        source=source,
+        finish=finish,
+        behaviour_logp=behaviour_logp,
+        version=versions,
+        group=request.group,
+    )
+
+
+def prefixes_of(request: GenRequest) -> list[np.ndarray]:
+    """int32 ids that each sample is made to start with, mostly none.
+
+    Raises ValueError if there are prefixes, and not one per sample.
+    """
+    if not request.prefixes:
+        return [np.zeros(0, np.int32) for _ in range(request.samples)]
+    if len(request.prefixes) != request.samples:
+        raise ValueError(
+            f"group {request.group}: {len(request.prefixes)} prefixes for {request.samples} "
+            "samples; give one per sample (may be empty) or none"
+        )
+    return [np.asarray(prefix, np.int32) for prefix in request.prefixes]
+
+
+def sampled(trajectories: Sequence[Trajectory]) -> int:
+    """Tokens that were sampled, over all of a request's trajectories."""
+    return sum(int((t.source == Source.POLICY).sum()) for t in trajectories)
