@@ -1,8 +1,8 @@
 """Expected answers: which values of a dataset can be compared with, and as what text.
 
 A missing answer (null, NaN, empty) or one that is no text and no number (a list) can never be met,
-so it is an error of its row and not a wrong completion. Rows are checked before a run where there
-is an end to them.
+so it is an error of its row and not a wrong completion. Rows are checked before a run, unless
+the dataset is endless.
 """
 
 from __future__ import annotations
@@ -77,13 +77,12 @@ def mathematical_text(value: Any) -> str:
 def unusable(name: str, row: Mapping[str, Any]) -> str:
     """Why the built-in function `name` can never score a row, or ''."""
     found = ground_truth(row)
-    # a column that is not there at all is told elsewhere
+    # a column that is not there at all is another error
     if name not in COMPARED or not found:
         return ""
+    read = mathematical_text if name == "math" else expected_texts
     try:
-        mathematical_text(found["ground_truth"]) if name == "math" else expected_texts(
-            found["ground_truth"]
-        )
+        read(found["ground_truth"])
     except ValueError as error:
         return str(error)
     return ""
@@ -102,17 +101,19 @@ def check_answers(functions: Sequence[str], source: Any, key: str) -> None:
     found = []
     for number in range(len(source)):
         row = rows[number]
-        reasons = [
-            f"reward {name!r}: {reason}" for name in names if (reason := unusable(name, row))
-        ]
-        if reasons:
-            found.append(f"{rows.label(number)}: {reasons[0]}")
-    if found:
-        more = f"\nand {len(found) - SHOWN} more rows" if len(found) > SHOWN else ""
-        raise ConfigError(
-            "\n".join(found[:SHOWN])
-            + more
-            + f"\n{len(found)} of the {len(source)} rows of {key} can never be scored. Mend or "
-            "remove them, or set "
-            "reward.check_answers=false: then each counts as a failed reward when its turn comes"
-        )
+        for name in names:
+            reason = unusable(name, row)
+            if reason:
+                found.append(f"{rows.label(number)}: reward {name!r}: {reason}")
+                break
+    if not found:
+        return
+    lines = found[:SHOWN]
+    if len(found) > SHOWN:
+        lines.append(f"and {len(found) - SHOWN} more rows")
+    lines.append(
+        f"{len(found)} of the {len(source)} rows of {key} can never be scored. Mend or remove "
+        "them, or set "
+        "reward.check_answers=false: then each counts as a failed reward when its turn comes"
+    )
+    raise ConfigError("\n".join(lines))

@@ -1,4 +1,4 @@
-"""Reward functions: finding them, telling their signature by parameter names, and calling them.
+"""A reward function, ready to be called, in any of three signatures.
 
     tandem   def score(prompt, completion, **columns) -> float                              one call
              per sample
@@ -18,52 +18,19 @@ import bdb
 import inspect
 import time
 import traceback
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from tandem.engine.config.options import typed
-from tandem.engine.config.schema import RewardConfig
-from tandem.engine.core.errors import ConfigError
 from tandem.engine.core.foreign import message
-from tandem.engine.core.loading import load_object
-from tandem.engine.core.text import closest
 from tandem.engine.core.types import RewardError
 from tandem.rollout.rewards import values
-from tandem.rollout.rewards.values import describe
 
 TRACEBACK_CHARACTERS = 8_000
 AT_THE_KEYBOARD = (KeyboardInterrupt, bdb.BdbQuit)  # raised by a person, in inline mode
-
-BUILTIN: dict[str, str] = {
-    "exact": "tandem.rollout.rewards.builtin:exact",
-    "format": "tandem.rollout.rewards.builtin:matches_format",
-    "length": "tandem.rollout.rewards.builtin:length",
-    "math": "tandem.rollout.rewards.mathematics:equal",
-    "reasoning_gym": "tandem.rollout.rewards.gym:score",
-    "fake": "tandem.rollout.rewards.builtin:fake",
-}
-TELLTALE = {
-    "tandem": {"completion"},
-    "trl": {"completions", "prompts", "completion_ids", "completions_ids"},
-    "verl": {"solution_str"},
-}
-GIVEN = {
-    "tandem": {
-        "prompt",
-        "completion",
-        "completion_ids",
-        "prompt_id",
-        "sample_index",
-        "run_seed",
-        "ground_truth",
-    },
-    "trl": {"prompts", "completions", "completion_ids", "completions_ids"},
-    "verl": {"data_source", "solution_str", "ground_truth", "extra_info"},
-}
+# a dataset's columns of these names are not handed on: the function is given others
 NOT_COLUMNS = {
     "prompt",
     "prompts",
@@ -72,7 +39,6 @@ NOT_COLUMNS = {
     "completion_ids",
     "completions_ids",
 }
-ONLY_IN_TRL = {"trainer_state", "log_extra", "log_metric", "environments"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,15 +82,13 @@ class Signature:
     def missing(self, columns: Mapping[str, Any]) -> str:
         """What is wrong with a dataset row for this function, or ''."""
         for name in self.columns:
-            found = (
-                ground_truth(columns) if name == "ground_truth" and self.kind != "trl" else columns
-            )
-            if name not in found:
+            found, wanted = columns, f"the dataset column {name!r}"
+            if name == "ground_truth" and self.kind != "trl":
+                found = ground_truth(columns)
                 wanted = (
                     "one of the dataset columns reward_model.ground_truth, ground_truth, answer"
-                    if found is not columns
-                    else f"the dataset column {name!r}"
                 )
+            if name not in found:
                 return (
                     f"reward {self.name!r} needs {wanted}; the row has "
                     f"{', '.join(columns) or 'none'}"
@@ -162,10 +126,12 @@ class RewardFunction:
         except BaseException as error:  # a SystemExit in a reward must not end the run either
             trace = message(traceback.format_exc(), TRACEBACK_CHARACTERS)
             found = (values.Failure("exception", message(values.one_line(error))),) * samples
-        entries = tuple(
-            self.error(entry) if isinstance(entry, values.Failure) else entry for entry in found
-        )
-        return Reply(entries, returned, time.perf_counter() - start, trace)
+        entries = []
+        for entry in found:
+            if isinstance(entry, values.Failure):
+                entry = RewardError(entry.kind, entry.message, self.signature.name)
+            entries.append(entry)
+        return Reply(tuple(entries), returned, time.perf_counter() - start, trace)
 
     def values(self, result: Any, samples: int) -> tuple[float | values.Failure | None, ...]:
         """The function's result as one checked entry per text."""
@@ -175,196 +141,73 @@ class RewardFunction:
             return (values.of_verl(result),)
         return (values.of_sample(result),)
 
-    def error(self, failure: values.Failure) -> RewardError:
-        return RewardError(failure.kind, failure.message, self.signature.name)
-
     def arguments(self, call: Call) -> dict[str, Any]:
         """Keyword arguments for one call: what Tandem gives, then the columns the function names
         (all of them for **kwargs), then its options.
         """
-        kind, columns = self.signature.kind, call.columns
-        if missing := self.signature.missing(columns):
+        missing = self.signature.missing(call.columns)
+        if missing:
             raise LookupError(missing)
-        if kind == "verl":
-            given = {
-                "data_source": columns.get("data_source", ""),
-                "solution_str": call.texts[0],
-                "extra_info": columns.get("extra_info", {}),
-                **ground_truth(columns),
-            }
-        elif kind == "trl":
-            n = len(call.texts)
-            chat = not isinstance(call.prompt, str)
-            ids = [i.tolist() for i in call.completion_ids]
-            given = {
-                "prompts": [call.prompt] * n,
-                "completions": [
-                    [{"role": "assistant", "content": t}] if chat else t for t in call.texts
-                ],
-                "completion_ids": ids,
-                "completions_ids": ids,
-            }
-            given = {
-                **{name: [value] * n for name, value in columns.items() if name not in NOT_COLUMNS},
-                **given,
-            }
-        else:
-            settable = {name for name, p in self.parameters.items() if p.kind is not p.KEYWORD_ONLY}
-            given = {
-                name: value
-                for name, value in columns.items()
-                if name not in NOT_COLUMNS and (name in settable or name not in self.parameters)
-            }
-            given |= ground_truth(columns) | {
-                "prompt": call.prompt,
-                "completion": call.texts[0],
-                "completion_ids": call.completion_ids[0].tolist(),
-                "prompt_id": call.prompt_id,
-                "sample_index": call.first,
-                "run_seed": self.seed,
-            }
+        give = {"tandem": self.given, "trl": given_trl, "verl": given_verl}
+        given = give[self.signature.kind](call)
+        if not takes_any(self.parameters):
+            given = {name: value for name, value in given.items() if name in self.parameters}
+        return {**given, **self.options}
+
+    def given(self, call: Call) -> dict[str, Any]:
+        """For Tandem's own signature. A column is never given for an option (after `*`)."""
+        options = {
+            name
+            for name, parameter in self.parameters.items()
+            if parameter.kind is parameter.KEYWORD_ONLY
+        }
+        columns = {
+            name: value
+            for name, value in call.columns.items()
+            if name not in NOT_COLUMNS and name not in options
+        }
         return {
-            **{
-                name: value
-                for name, value in given.items()
-                if name in self.parameters or self.takes_any
-            },
-            **self.options,
+            **columns,
+            **ground_truth(call.columns),
+            "prompt": call.prompt,
+            "completion": call.texts[0],
+            "completion_ids": call.completion_ids[0].tolist(),
+            "prompt_id": call.prompt_id,
+            "sample_index": call.first,
+            "run_seed": self.seed,
         }
 
-    @property
-    def takes_any(self) -> bool:
-        return any(p.kind is p.VAR_KEYWORD for p in self.parameters.values())
 
-
-def load_functions(config: RewardConfig, seed: int) -> tuple[RewardFunction, ...]:
-    """Every function of `reward.functions`.
-
-    Raises ConfigError for names, signatures and options that do not fit.
-    """
-    if not config.functions:
-        raise ConfigError(
-            f"reward.functions is empty: name {', '.join(BUILTIN)} or a path my_reward.py:score"
-        )
-    for name in config.options:
-        if name not in config.functions:
-            raise ConfigError(
-                f"reward.options has a section {name!r}{closest(name, config.functions)}, "
-                f"which is none of reward.functions: {', '.join(config.functions)}"
-            )
-    if len(set(config.functions)) < len(config.functions):
-        raise ConfigError(
-            f"reward.functions names a function twice: {', '.join(config.functions)}; give "
-            "it one larger weight instead"
-        )
-    return tuple(
-        load_function(name, config.options.get(name) or {}, seed) for name in config.functions
-    )
-
-
-def load_function(name: str, options: Mapping[str, Any], seed: int) -> RewardFunction:
-    if name not in BUILTIN and ":" not in name:
-        raise ConfigError(
-            f"reward.functions: unknown reward {name!r}{closest(name, BUILTIN)}; known: "
-            f"{', '.join(BUILTIN)}, or a path my_reward.py:score"
-        )
-    try:
-        function = load_object(BUILTIN.get(name, name), "reward")
-    except ValueError as error:
-        raise ConfigError(f"reward.functions: {error}") from error
-    parameters = parameters_of(name, function)
-    kind = kind_of(name, parameters)
-    if not isinstance(options, Mapping):
-        raise ConfigError(
-            f"reward.options: {name!r} is {options!r}, expected a section of keyword arguments"
-        )
-    any_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    free = [
-        p
-        for p, parameter in parameters.items()
-        if p not in GIVEN[kind]
-        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-    ]
-    for option in options:
-        if option in GIVEN[kind] or (option not in free and not any_name):
-            raise ConfigError(
-                f"reward {name!r} has no option {option!r}{closest(option, free)}, set in "
-                f"reward.options; its options: {', '.join(free) or 'none'}"
-            )
-    if name in BUILTIN:
-        options = typed_options(name, function, options)
-    needed = [
-        p for p in free if parameters[p].default is inspect.Parameter.empty and p not in options
-    ]
-    for p in needed:
-        if p in ONLY_IN_TRL:
-            raise ConfigError(
-                f"reward {name!r} needs {p!r}, which only TRL's own trainer has; give it a default"
-            )
-        if kind == "verl" or (
-            kind == "tandem" and parameters[p].kind is inspect.Parameter.KEYWORD_ONLY
-        ):
-            raise ConfigError(
-                f"reward {name!r} needs the option {p!r}: set reward.options: {{{name}: "
-                f"{{{p}: ...}}}}"
-            )
-    if (
-        kind != "trl"
-        and "ground_truth" in parameters
-        and parameters["ground_truth"].default is inspect.Parameter.empty
-    ):
-        needed.append("ground_truth")
-    return RewardFunction(
-        Signature(name, kind, tuple(needed)), function, parameters, dict(options), seed
-    )
-
-
-def typed_options(name: str, function: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a built-in function, held to its annotations. Raises ConfigError."""
-    hints = typing.get_type_hints(function)
-    found = {}
-    for option, value in options.items():
-        try:
-            found[option] = typed(hints[option], value, f"reward.options.{name}.{option}")
-        except ValueError as error:
-            raise ConfigError(f"{error}, set in reward.options") from error
-    return found
-
-
-def parameters_of(name: str, function: Any) -> Mapping[str, inspect.Parameter]:
-    if not callable(function) or isinstance(function, type):
-        raise ConfigError(f"reward {name!r} is {describe(function)}, expected a function")
-    try:
-        parameters = inspect.signature(function).parameters
-    except ValueError:
-        raise ConfigError(
-            f"reward {name!r}: Python cannot tell its parameters; wrap it in a function of your own"
-        ) from None
-    return parameters
-
-
-def kind_of(name: str, parameters: Mapping[str, inspect.Parameter]) -> str:
-    """tandem | trl | verl, or a ConfigError that lists all three."""
-    named = {
-        p
-        for p, parameter in parameters.items()
-        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+def given_trl(call: Call) -> dict[str, Any]:
+    """Lists with an entry per sample of the group."""
+    samples = len(call.texts)
+    completions: list[Any] = list(call.texts)
+    if not isinstance(call.prompt, str):
+        completions = [[{"role": "assistant", "content": text}] for text in call.texts]
+    ids = [one.tolist() for one in call.completion_ids]
+    columns = {
+        name: [value] * samples for name, value in call.columns.items() if name not in NOT_COLUMNS
     }
-    kinds = [kind for kind, telltale in TELLTALE.items() if named & telltale]
-    if kinds == ["tandem", "trl"] and named & TELLTALE["trl"] == {"completion_ids"}:
-        kinds = ["tandem"]  # completion_ids beside completion: those of the one sample
-    if len(kinds) != 1:
-        raise ConfigError(
-            (
-                f"reward {name!r} has the parameters "
-                f"({', '.join(map(str, parameters.values()))}), which "
-            )
-            + (f"mix the signatures {' and '.join(kinds)}" if kinds else "fit no known signature")
-            + "; expected one of: score(prompt, completion, **columns) -> float; TRL's "
-            "score(completions, prompts, **columns) -> list of floats; "
-            "verl's score(data_source, solution_str, ground_truth, extra_info) -> float"
-        )
-    return kinds[0]
+    return {
+        **columns,
+        "prompts": [call.prompt] * samples,
+        "completions": completions,
+        "completion_ids": ids,
+        "completions_ids": ids,
+    }
+
+
+def given_verl(call: Call) -> dict[str, Any]:
+    return {
+        "data_source": call.columns.get("data_source", ""),
+        "solution_str": call.texts[0],
+        "extra_info": call.columns.get("extra_info", {}),
+        **ground_truth(call.columns),
+    }
+
+
+def takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def ground_truth(columns: Mapping[str, Any]) -> dict[str, Any]:

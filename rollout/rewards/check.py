@@ -12,8 +12,10 @@ import numpy as np
 from tandem.engine.config.schema import RewardConfig
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.core.types import RewardError
-from tandem.rollout.rewards.api import Call, ground_truth
+from tandem.rollout.rewards.api import Call, Reply, Signature, ground_truth
 from tandem.rollout.rewards.runner import RewardRunner
+
+ROWS = 3
 
 
 def check(
@@ -33,50 +35,67 @@ def check(
     if not rows:
         raise ConfigError("the reward cannot be tried: the dataset has no rows")
     runner = RewardRunner(config)
+    lines: list[str] = []
+    failures = 0
     try:
-        lines, failures = [], 0
-        for i, row in enumerate(rows[:3]):
+        for i, row in enumerate(rows[:ROWS]):
             if prompt not in row:
                 raise ConfigError(
                     f"data: row {i} has no column {prompt!r}; it has {', '.join(row)}"
                 )
             right = row[response] if response else str(ground_truth(row).get("ground_truth", ""))
-            texts = (right, "")
             lines.append(f"row {i}: {short(right)!r} and an empty completion")
-            ids = tuple(
-                np.frombuffer(t.encode("utf-8", "surrogatepass"), np.uint8).astype(np.int32)
-                for t in texts
-            )
             for number, signature in enumerate(runner.signatures):
-                starts = (0,) if signature.per_group else (0, 1)
-                size = len(texts) // len(starts)
                 replies = [
-                    runner.call(
-                        number,
-                        Call(
-                            f"row {i}", row[prompt], row, texts[k : k + size], ids[k : k + size], k
-                        ),
-                    ).result()
-                    for k in starts
+                    runner.call(number, call).result()
+                    for call in calls(f"row {i}", row[prompt], row, (right, ""), signature)
                 ]
-                values = [value for reply in replies for value in reply.values]
-                errors = [v for v in values if isinstance(v, RewardError)]
+                errors = errors_of(replies)
                 failures += len(errors)
-                shown = "   ".join(
-                    "failed" if isinstance(v, RewardError) else str(v) for v in values
-                )
-                lines.append(
-                    f"  {signature.name} ({signature.kind}): {shown}   returns "
-                    f"{replies[0].returned or 'nothing'}, "
-                    f"{max(r.seconds for r in replies):.3f} s"
-                )
-                lines += [f"    {e.kind}: {e.message}" for e in dict.fromkeys(errors)]
+                lines.append(f"  {signature.name} ({signature.kind}): {shown(replies)}")
+                lines += [f"    {error.kind}: {error.message}" for error in dict.fromkeys(errors)]
     finally:
         runner.close()
     report = "\n".join(lines)
     if failures:
         raise ConfigError(f"rewards failed on {failures} of the completions tried:\n{report}")
     return report
+
+
+def calls(
+    row_id: str, prompt: Any, row: Mapping[str, Any], texts: tuple[str, ...], signature: Signature
+) -> list[Call]:
+    """One call for all texts, or one for each."""
+    ids = tuple(bytes_of(text) for text in texts)
+    if signature.per_group:
+        return [Call(row_id, prompt, row, texts, ids)]
+    return [
+        Call(row_id, prompt, row, (text,), (ids[number],), number)
+        for number, text in enumerate(texts)
+    ]
+
+
+def bytes_of(text: str) -> np.ndarray:
+    """int32: the text's bytes in the place of its token ids."""
+    return np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8).astype(np.int32)
+
+
+def errors_of(replies: Sequence[Reply]) -> list[RewardError]:
+    found = []
+    for reply in replies:
+        found += [value for value in reply.values if isinstance(value, RewardError)]
+    return found
+
+
+def shown(replies: Sequence[Reply]) -> str:
+    """Values, returned type and seconds, in one line."""
+    values = []
+    for reply in replies:
+        for value in reply.values:
+            values.append("failed" if isinstance(value, RewardError) else str(value))
+    seconds = max(reply.seconds for reply in replies)
+    returned = replies[0].returned or "nothing"
+    return f"{'   '.join(values)}   returns {returned}, {seconds:.3f} s"
 
 
 def short(text: str) -> str:

@@ -4,6 +4,7 @@ that the next call finds what this one found.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import resource
@@ -38,10 +39,8 @@ class Guard:
         for timer in TIMERS:
             signal.setitimer(timer, 0)
         sys.setrecursionlimit(self.recursion_limit)
-        try:
+        with contextlib.suppress(OSError):  # the folder is gone: there is none to go back to
             os.chdir(self.folder)
-        except OSError:  # the folder is gone: there is none to go back to
-            pass
         if identity(self.connection) != self.files[self.connection]:
             os._exit(LOST_CONNECTION)  # an answer would go into a file of the user's
         for fd, copy in self.copies.items():
@@ -50,7 +49,7 @@ class Guard:
         for name, fd in (("stdout", 1), ("stderr", 2)):
             if usable(getattr(sys, name)):
                 continue
-            stream = open(
+            stream = open(  # noqa: SIM115  it stays open
                 fd, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False
             )
             setattr(sys, name, stream)

@@ -8,15 +8,10 @@ from __future__ import annotations
 import functools
 import json
 import re
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 from tandem.rollout.rewards.builtin import inside
-
-EXTRACT = {
-    "answer_tags": lambda text: inside(text, "answer"),
-    "last_integer": lambda text: (re.findall(r"-?\d+", text) or [None])[-1],
-    "whole": lambda text: text,
-}
 
 
 def score(
@@ -33,7 +28,7 @@ def score(
     `extract` says what is taken for the answer: answer_tags (in the last <answer>...</answer>,
     white space around it aside), last_integer, or whole.
     """
-    found = EXTRACT[extract](completion)
+    found = answer_in(completion, extract)
     entry = {
         "question": question,
         "answer": answer,
@@ -42,8 +37,19 @@ def score(
     return verifier(source_dataset)(None if found is None else found.strip(), entry)
 
 
+def answer_in(completion: str, extract: str) -> str | None:
+    if extract == "answer_tags":
+        return inside(completion, "answer")
+    if extract == "whole":
+        return completion
+    integers = re.findall(r"-?\d+", completion)
+    return integers[-1] if integers else None
+
+
 @functools.cache
-def verifier(task: str):
+def verifier(task: str) -> Callable[[str | None, dict], float]:
     import reasoning_gym
 
-    return reasoning_gym.get_score_answer_fn(task)
+    # its annotation says that it takes no arguments
+    function: Any = reasoning_gym.get_score_answer_fn(task)
+    return function

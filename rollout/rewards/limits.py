@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -23,10 +24,8 @@ def memory_limit(gib: float | None) -> int:
     if gib is not None:
         return int(gib * 2**30)
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
+    with contextlib.suppress(OSError, ValueError):  # no such limit, or the word "max"
         machine = min(machine, int(CGROUP_LIMIT.read_text()))
-    except (OSError, ValueError):  # no such limit, or the word "max"
-        pass
     return machine // 2
 
 

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import Any
 
 from tandem.rollout.rewards.answers import mathematical_text
 from tandem.rollout.rewards.words import could_be_product, is_date, last_box, literal, said
 
+# math-verify says int, and takes None for its alarms to be off
+NO_ALARM: Any = None
 MARKS = ("$", "\\boxed", "\\fbox", "\\(", "\\[")
 
 
@@ -42,8 +45,8 @@ def equal(completion: str, ground_truth) -> float:
     from math_verify import parse, verify
 
     box = last_box(completion)
-    found = parse(completion if box is None else boxed(box), parsing_timeout=None)
-    return float(verify(list(expected(answer)), found, timeout_seconds=None))
+    found = parse(completion if box is None else boxed(box), parsing_timeout=NO_ALARM)
+    return float(verify(list(expected(answer)), found, timeout_seconds=NO_ALARM))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -62,8 +65,8 @@ def expected(answer: str) -> tuple:
         text = answer
     else:
         text = boxed(answer)
-    parsed = parse(text, parsing_timeout=None)
-    if not parsed or not verify(parsed, parsed, timeout_seconds=None):
+    parsed = parse(text, parsing_timeout=NO_ALARM)
+    if not parsed or not verify(parsed, parsed, timeout_seconds=NO_ALARM):
         raise ValueError(
             f"math-verify cannot read the expected answer {answer!r}; give it as a number or "
             "in LaTeX, or use the reward 'exact'"

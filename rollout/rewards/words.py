@@ -16,7 +16,7 @@ WRAPPER = re.compile(
 )
 SPACING = re.compile(r"\\[()\[\],;:! ]|~")  # LaTeX's spaces, and the marks of its formulas
 AROUND = " \t\r\n.,:;!?\"'`*_$()[]{}"
-WORDS = re.compile(r"[^\W\d_]+(?:[ '’][^\W\d_]+|-[^\W\d_]{3,})*")
+WORDS = re.compile(r"[^\W\d_]+(?:[ '\u2019][^\W\d_]+|-[^\W\d_]{3,})*")
 DATE = re.compile(
     r"\d{4}-\d{1,2}-\d{1,2}|\d{4}/\d{1,2}/\d{1,2}|\d{1,2}/\d{1,2}/\d{4}|\d{1,2}\.\d{1,2}\.\d{4}|\d{1,2}-\d{1,2}-\d{4}"
 )
@@ -40,7 +40,7 @@ def last_box(text: str) -> str | None:
 
 
 def braces(text: str) -> dict[int, int]:
-    """{position of an opening brace: position of the one that closes it}; escaped braces are text."""
+    """{position of an opening brace: of the one that closes it}; escaped braces are text."""
     closing = {}
     waiting = []
     for brace in BRACE.finditer(text):

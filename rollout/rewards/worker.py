@@ -1,7 +1,7 @@
 """A reward worker process: `python -m tandem.rollout.rewards.worker FD PARENT`, started by
-runner.py and by nobody else.
+worker_process.py and by nobody else.
 
-It is told the reward config, answers with the functions' signatures and source (or why they cannot
+It is given the reward config, answers with the functions' signatures and source (or why they cannot
 be used), then answers one call at a time. It is started as a program of its own, not by
 multiprocessing, which would run the user's main script once more in every worker.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import io
 import os
 import pickle
 import signal
@@ -20,7 +21,8 @@ from multiprocessing.connection import Connection
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.core.foreign import message
 from tandem.engine.core.loading import install, user_code
-from tandem.rollout.rewards.api import Reply, load_functions
+from tandem.rollout.rewards.api import Reply
+from tandem.rollout.rewards.functions import load_functions
 from tandem.rollout.rewards.guard import Guard
 
 PR_SET_PDEATHSIG = 1
@@ -35,6 +37,7 @@ def main() -> None:
         return  # the parent died before it could be watched
     faulthandler.enable()
     for stream in (sys.stdout, sys.stderr):
+        assert isinstance(stream, io.TextIOWrapper)
         # a print of any text works
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     pid, folder = os.getpid(), os.getcwd()

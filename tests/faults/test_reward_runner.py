@@ -14,7 +14,7 @@ import pytest
 from tandem.engine.config.schema import RewardConfig
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.core.types import Prompt
-from tandem.rollout.rewards import runner as runner_module
+from tandem.rollout.rewards import worker_thread
 from tandem.rollout.rewards.runner import RewardFailure, RewardRunner
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(120)]
@@ -239,7 +239,7 @@ def test_workers_stay_light_and_do_not_run_the_main_script(start):
 )
 def test_a_file_that_cannot_be_imported_is_a_config_error(start, monkeypatch, source, message):
     if "sleep" in source:
-        monkeypatch.setattr(runner_module, "START_SECONDS", 1)
+        monkeypatch.setattr(worker_thread, "START_SECONDS", 1)
     with pytest.raises(ConfigError, match=message):
         start(source, workers=2)
 

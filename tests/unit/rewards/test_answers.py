@@ -13,8 +13,9 @@ from tandem.engine.core.errors import ConfigError
 from tandem.engine.core.types import RewardError
 from tandem.launch.check_config import load
 from tandem.rollout.rewards.answers import check_answers
-from tandem.rollout.rewards.api import Call, load_function
+from tandem.rollout.rewards.api import Call
 from tandem.rollout.rewards.builtin import exact
+from tandem.rollout.rewards.functions import load_function
 from tandem.rollout.rewards.mathematics import equal
 from tandem.rollout.rewards.words import last_box, literal
 
