@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from tandem.rollout.backend import Backend
 from tandem.rollout.backends.hf_decoding import Sample, decode
 from tandem.rollout.trajectories import prefixes_of, trajectory
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class HFBackend(Backend):
     def __init__(self, model_path: str, config: Config, seed: int):
@@ -38,14 +41,15 @@ class HFBackend(Backend):
         from tandem.engine.model.resolve import load_tokenizer
         from tandem.engine.model.rope import follow_engines
 
-        model = replace(config.model, path=model_path)
+        section = replace(config.model, path=model_path)
         self.device = torch.device("cuda" if config.cluster.engine_gpus > 0 else "cpu")
-        self.model = load_policy(model).model.requires_grad_(False).to(self.device)
+        loaded = load_policy(section).model.requires_grad_(False).to(self.device)
+        self.model = cast("PreTrainedModel", loaded)
         follow_engines(self.model, engine_length(config))  # a debug run computes as a real one
         # a tied weight under each of its names
         self.parameters = dict(self.model.named_parameters(remove_duplicate=False))
         self.eos = torch.tensor(
-            sorted(stop_tokens(self.model, load_tokenizer(model))), device=self.device
+            sorted(stop_tokens(self.model, load_tokenizer(section))), device=self.device
         )
         text_config = self.model.config.get_text_config()
         self.longest = config.rollout.max_model_len or getattr(
@@ -73,7 +77,7 @@ class HFBackend(Backend):
                 "the hf backend is in the middle of a weight update that did not finish"
             )
         groups = [self.rows(request) for request in requests]
-        waiting = [row for rows in groups for row in rows if row.room > 0]
+        waiting = [row for rows in groups for row in rows if row.max_new_tokens > 0]
         for start in range(0, len(waiting), self.max_sequences):
             decode(self.model, waiting[start : start + self.max_sequences], self.eos)
         return [self.answer(request, rows) for request, rows in zip(requests, groups, strict=True)]

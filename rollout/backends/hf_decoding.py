@@ -33,8 +33,8 @@ class Sample:
     finish: Finish = Finish.LENGTH
 
     @property
-    def room(self) -> int:
-        """Tokens that may be sampled."""
+    def max_new_tokens(self) -> int:
+        """Tokens that may be sampled behind the forced prefix."""
         return self.sampling.max_tokens - self.forced
 
 
@@ -63,8 +63,8 @@ class Decoding:
 
     def __init__(self, model, rows: Sequence[Sample], eos: torch.Tensor):
         self.model, self.rows, self.eos, self.device = model, rows, eos, eos.device
-        self.room = self.integers([row.room for row in rows])
-        self.steps = int(self.room.max())
+        self.max_new_tokens = self.integers([row.max_new_tokens for row in rows])
+        self.steps = int(self.max_new_tokens.max())
         # step from which each row may end
         self.earliest = self.integers([row.sampling.min_tokens - row.forced for row in rows])
         self.all_may_end = int(self.earliest.max())
@@ -75,8 +75,8 @@ class Decoding:
         shape = len(rows), self.steps
         self.tokens = torch.zeros(shape, dtype=torch.long, device=self.device)
         self.logp = torch.zeros(shape, device=self.device)
-        self.length = torch.zeros_like(self.room)
-        self.stopped = torch.zeros_like(self.room, dtype=torch.bool)
+        self.length = torch.zeros_like(self.max_new_tokens)
+        self.stopped = torch.zeros_like(self.max_new_tokens, dtype=torch.bool)
         # the batch: its row numbers, and which of them have not ended
         self.batch = torch.arange(len(rows), device=self.device)
         self.live = torch.ones_like(self.batch, dtype=torch.bool)
@@ -142,7 +142,7 @@ class Decoding:
         self.logp[now, step] = logp[self.live]
         self.length[now] = step + 1
         self.stopped[now] = ended[self.live]
-        self.live &= ~ended & (step + 1 < self.room[batch])
+        self.live &= ~ended & (step + 1 < self.max_new_tokens[batch])
         return token
 
     def compact(self, token: torch.Tensor) -> torch.Tensor:
@@ -217,8 +217,8 @@ def left_padded(sequences: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Te
 
 
 def growing_cache(config):
-    """transformers' DynamicCache with keys and values written in place, into room for GROWTH more
-    tokens: joining them anew per token was a third of decoding.
+    """transformers' DynamicCache with keys and values written in place, into buffers for GROWTH
+    more tokens: joining them anew per token was a third of decoding.
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -230,13 +230,10 @@ def growing_cache(config):
         def update(self, key_states, value_states, *args, **kwargs):
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
-            past, new = self.get_seq_length(), key_states.shape[-2]
-            end = past + new
-            if self.all_keys is None or self.all_keys.shape[-2] < end:
-                self.all_keys = with_room(key_states, self.keys, past, end)
-                self.all_values = with_room(value_states, self.values, past, end)
-            self.all_keys[..., past:end, :] = key_states
-            self.all_values[..., past:end, :] = value_states
+            past = self.get_seq_length()
+            end = past + key_states.shape[-2]
+            self.all_keys = extended(self.all_keys, self.keys, key_states, past)
+            self.all_values = extended(self.all_values, self.values, value_states, past)
             self.keys = self.all_keys[..., :end, :]
             self.values = self.all_values[..., :end, :]
             return self.keys, self.values
@@ -245,12 +242,19 @@ def growing_cache(config):
             super().reorder_cache(beam_idx)
             self.all_keys = self.all_values = None
 
-    def with_room(states, before, past: int, end: int) -> torch.Tensor:
-        """A buffer for `end` tokens and GROWTH more that holds the first `past` of `before`."""
-        rows, heads, _, size = states.shape
-        buffer = states.new_empty(rows, heads, end + GROWTH, size)
-        if past:
-            buffer[..., :past, :] = before
+    def extended(
+        buffer: torch.Tensor | None, filled, states: torch.Tensor, past: int
+    ) -> torch.Tensor:
+        """The buffer with `states` behind its first `past` tokens, which are `filled`; a larger one
+        where it is too small.
+        """
+        end = past + states.shape[-2]
+        if buffer is None or buffer.shape[-2] < end:
+            rows, heads, _, size = states.shape
+            buffer = states.new_empty(rows, heads, end + GROWTH, size)
+            if past:
+                buffer[..., :past, :] = filled
+        buffer[..., past:end, :] = states
         return buffer
 
     cache = DynamicCache(config=config)
