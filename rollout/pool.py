@@ -23,7 +23,7 @@ from tandem.engine.config.schema import Config
 from tandem.engine.core import stop
 from tandem.engine.core.errors import EngineDied, RolloutPoolExhausted
 from tandem.engine.core.loading import user_code
-from tandem.engine.core.types import GenRequest, Trajectory
+from tandem.engine.core.types import GenRequest, Installed, Trajectory
 from tandem.rollout.actor import EngineActor, log_path
 from tandem.rollout.backend import backend_class, overrides
 from tandem.rollout.ray_errors import cause_of, first_line, is_death
@@ -62,8 +62,6 @@ class EnginePool:
     """Answers, deaths and timeouts are handled in one thread of the pool's own, which also runs the
     callbacks of its futures: inside Ray's callback threads a call to Ray would wait for itself.
     """
-
-    backends = ()  # none in this process
 
     def __init__(self, config: Config, model_path: str, placement, run_dir: str | Path):
         self.config, self.model_path, self.placement = config, model_path, placement
@@ -332,6 +330,10 @@ class EnginePool:
                 self.mark_dead(slot, slot.handle, first_line(cause_of(error)))
 
     # -- the rest
+
+    def install(self, named, version: int) -> list[Installed]:
+        """There is no engine in this process: `handles` are sent to."""
+        return []
 
     @property
     def handles(self) -> list[Any]:

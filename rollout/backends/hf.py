@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,9 +26,6 @@ from tandem.engine.weights.digest import combine, digest
 from tandem.rollout.backend import Backend
 from tandem.rollout.backends.hf_decoding import Sample, decode
 from tandem.rollout.trajectories import prefixes_of, trajectory
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class HFBackend(Backend):
@@ -43,8 +40,7 @@ class HFBackend(Backend):
 
         section = replace(config.model, path=model_path)
         self.device = torch.device("cuda" if config.cluster.engine_gpus > 0 else "cpu")
-        loaded = load_policy(section).model.requires_grad_(False).to(self.device)
-        self.model = cast("PreTrainedModel", loaded)
+        self.model = load_policy(section).model.requires_grad_(False).to(self.device)
         follow_engines(self.model, engine_length(config))  # a debug run computes as a real one
         # a tied weight under each of its names
         self.parameters = dict(self.model.named_parameters(remove_duplicate=False))
