@@ -213,13 +213,13 @@ def test_missing_parameter_is_found(rig):
 
 def test_stale_tied_lm_head_is_found(rig):
     rig.in_worker(
-        "import tandem.rollout.vllm_worker as w; w.kept = w.repack_tied_heads; "
+        "import tandem.rollout.vllm.worker as w; w.kept = w.repack_tied_heads; "
         "w.repack_tied_heads = lambda model: None"
     )
     rig.change_weights()
     with pytest.raises(SyncError, match="lm_head"):
         rig.sync()
-    rig.in_worker("import tandem.rollout.vllm_worker as w; w.repack_tied_heads = w.kept")
+    rig.in_worker("import tandem.rollout.vllm.worker as w; w.repack_tied_heads = w.kept")
     rig.heal()
     assert rig.gap(rig.generate(PROMPT)) < 1e-4
 
