@@ -105,6 +105,9 @@ class Method:
     needs_groups: ClassVar[bool] = True
     # the PolicyLoss of a method with an RL half: see algorithms/rl_method.py
     policy: ClassVar[Any] = None
+    # the DemoLoss of a method with an SFT half, and the term it makes: see parts/demos.py
+    demos: ClassVar[Any] = None
+    demos_term: ClassVar[str] = "expert"
 
     # Experimental, for methods whose log-probs are not those of the tokens' own context, or that
     # need more than log-probs (IFT, CARFT): what the learner calls in the place of Policy.forward
@@ -168,6 +171,8 @@ class Method:
         (one forward of the learner, before the update), ref_logp (of the reference). Returns rows
         in the same order.
         """
+        if self.demos is not None:
+            rows = self.demos.credit(rows, self.demos_term)
         return self.policy.credit(rows, batch) if self.critic else rows
 
     def diagnostics(self, rows: Sequence[Row]) -> dict[str, float]:

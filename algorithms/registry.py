@@ -146,6 +146,8 @@ def make_method(name: str, options: Mapping[str, Any]) -> Method:
     type are a ValueError that names the key.
     """
     cls = method_class(name)
+    if "demos" in options and not is_option(cls, "demos"):
+        raise ValueError(no_demos(name, cls))
     method = build(cls, options, "method", f"method {name!r}")
     if isinstance(method, RLMethod) and not isinstance(method.policy, PolicyLoss):
         raise ValueError(
@@ -153,3 +155,19 @@ def make_method(name: str, options: Mapping[str, Any]) -> Method:
             f"{cls.__name__}.__post_init__; begin that with super().__post_init__()"
         )
     return method
+
+
+def is_option(cls: type[Method], name: str) -> bool:
+    return any(field.name == name for field in dataclasses.fields(cls))
+
+
+def no_demos(name: str, cls: type[Method]) -> str:
+    """Why a method takes no `demos`."""
+    with_demos = [known for known in METHODS if is_option(method_class(known), "demos")]
+    reason = "it trains no demonstrations"
+    if cls.uses_experts:
+        reason = "what it does with demonstrations is its own formula, see its docstring"
+    return (
+        f"method.demos is given, but method {name!r} has no such option: {reason}; methods with "
+        f"demos: {', '.join(with_demos)}"
+    )

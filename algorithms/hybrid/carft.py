@@ -21,7 +21,7 @@ from before the batch. UNVERIFIED: the "embedding-enhanced partial reward" and t
 of the paper (another trainer, v8) are left out. Start from the SFT checkpoint that ReFT would make:
 it is also the reference. Demonstrations come with their questions. With contrast 0 it is ReFT's
 second stage. Uses the custom-forward hook (see `Method.forward`), and keeps a question's rows in
-one micro-batch.
+one micro-batch. No `demos`: the demonstration is only drawn to, it has no likelihood term.
 """
 
 from __future__ import annotations

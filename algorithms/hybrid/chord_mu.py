@@ -9,7 +9,8 @@ two streams need not match. Defaults: decay over 200 steps (math; the paper's to
 30), the schedule as in the authors' code (half cosine). The paper's adaptive variant mu = max(0,
 tau - mean reward) is `mu: {kind: reward_gap, peak: 0.5}`, one step late: it reads the reward of the
 step before. Paper and code: the code averages token means of micro-batches weighted by rows, which
-is the paper's token mean only for rows of equal length; this file does the paper's.
+is the paper's token mean only for rows of equal length; this file does the paper's. `demos` puts
+another objective in the place of -log p, `token_weight` stays a factor on it.
 """
 
 from __future__ import annotations
@@ -17,11 +18,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tandem.algorithms.base import Batch, Demand, Term
-from tandem.algorithms.parts.objectives.nll import NLL
+from tandem.algorithms.base import Batch, Demand
+from tandem.algorithms.parts.demos import DemoLoss
 from tandem.algorithms.parts.schedules import Schedule
 from tandem.algorithms.rl_method import RLMethod
-from tandem.algorithms.rows import expert_row
 
 
 @dataclass
@@ -32,6 +32,7 @@ class ChordMu(RLMethod):
 
     mu: Schedule = Schedule("cosine", peak=0.9, valley=0.05, decay=200)
     token_weight: str = "one"  # one | p (SFT-IS, the paper's rejected variant) | phi
+    demos: DemoLoss = DemoLoss()
 
     def __post_init__(self):
         super().__post_init__()
@@ -54,12 +55,12 @@ class ChordMu(RLMethod):
 
     def rows(self, batch: Batch):
         self.reported_mu = self.mu(batch.step, batch.signals)
-        return self.policy.rows(batch.groups) + [expert_row(t, "expert") for t in batch.experts]
+        return self.policy.rows(batch.groups) + [self.demos.row(t, "expert") for t in batch.experts]
 
     def terms(self, batch: Batch):
         mu = self.mu(batch.step, batch.signals)
-        expert = Term("expert", NLL(self.token_weight), coefficient=mu)
-        return [*self.policy.terms(batch, 1.0 - mu), expert]
+        expert = self.demos.terms("expert", batch, mu, weight=self.token_weight)
+        return [*self.policy.terms(batch, 1.0 - mu), *expert]
 
     def metrics(self, step):
         return {"mu": self.reported_mu}

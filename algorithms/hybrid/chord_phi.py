@@ -4,7 +4,7 @@ model knows already, or would never say.
     L = (1 - mu) L_GRPO - mu TOK_demo{ sg[p_t (1 - p_t)] log p_t },    mu = 0.1 constant
 
 Source: arXiv 2508.11408 sec. 4.2. phi carries no stop-gradient in the paper's formula, both public
-codes detach it; so does this file.
+codes detach it; so does this file. With `demos` phi is a factor on that objective.
 """
 
 from __future__ import annotations

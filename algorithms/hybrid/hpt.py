@@ -29,12 +29,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tandem.algorithms.base import Batch, Term
-from tandem.algorithms.parts.objectives.nll import NLL
+from tandem.algorithms.parts.demos import DemoLoss
 from tandem.algorithms.parts.reductions import Reduction
 from tandem.algorithms.parts.schedules import Schedule
 from tandem.algorithms.parts.variants import select, variant_option
 from tandem.algorithms.rl_method import RLMethod
-from tandem.algorithms.rows import demonstration, expert_row
+from tandem.algorithms.rows import demonstration
 from tandem.engine.core.types import Row, ScoredGroup
 
 
@@ -44,11 +44,13 @@ class HPT(RLMethod):
     paper: ClassVar[str] = "2509.04419"
     uses_experts: ClassVar[bool] = True
     prompts_from_experts: ClassVar[bool] = True
+    demos_term: ClassVar[str] = "sft"
 
     variant: str = variant_option()  # paper | code
     # share of right rollouts up to which a prompt goes to SFT; below 0: never
     gate: float = 0.0
     sft_coefficient: Schedule = Schedule(peak=1.0)  # the authors use 0.3 for Qwen2.5-Math-1.5B
+    demos: DemoLoss = DemoLoss()
 
     def __post_init__(self):
         super().__post_init__()
@@ -78,7 +80,7 @@ class HPT(RLMethod):
 
     def rows(self, batch: Batch) -> list[Row]:
         self.reported_share = self.sft_share(batch)
-        sft = [expert_row(demonstration(g), "sft") for g in batch.groups if self.gated(g)]
+        sft = [self.demos.row(demonstration(g), "sft") for g in batch.groups if self.gated(g)]
         if self.variant == "code" and "entropy" in self.policy.regularisers():
             sft = [row.with_term("entropy", row.weights["sft"].copy()) for row in sft]
         return self.policy.rows([g for g in batch.groups if not self.gated(g)]) + sft
@@ -91,7 +93,8 @@ class HPT(RLMethod):
             sft = self.policy.mean_weight
             rl, reduction = 1.0, Reduction("token_mean")
         coefficient = sft * self.sft_coefficient(batch.step, batch.signals)
-        return [*self.policy.terms(batch, rl), Term("sft", NLL(), reduction, coefficient)]
+        sft_terms = self.demos.terms("sft", batch, coefficient, reduction)
+        return [*self.policy.terms(batch, rl), *sft_terms]
 
     def metrics(self, step):
         return {"sft_share": self.reported_share}

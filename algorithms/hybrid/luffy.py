@@ -16,7 +16,7 @@ by a constant, the response limit (8192 there), not by tokens or rows: give it a
 {reduction_length: 8192}`; the entropy bonus stays a mean over tokens. How the two weigh against
 each other depends on the GPUs and micro-batches of the authors' machine: `code_gpus` and
 `code_micro_batches`, see algorithms/parts/policy.py. Watch policy/expert/p, the mean probability of
-demonstration tokens.
+demonstration tokens. No `demos`: the shaped ratio is what trains the demonstration.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ came from GRPO over all N (the code has other estimators, too). log pi_old on pr
 learner's own; rollout correction, KL and entropy bonus leave them out. The prefix is cut on token
 ids and never holds the whole response, its draw depends on (run seed, group). Dynamic sampling, if
 switched on, judges the group with its hybrid. Paper and code: the code takes the entropy quantile
-within each micro-batch; here it is within each row, which no packing can change.
+within each micro-batch; here it is within each row, which no packing can change. No `demos`: the
+prefix is trained by the policy term.
 """
 
 from __future__ import annotations

@@ -16,11 +16,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tandem.algorithms.base import Batch, Term
-from tandem.algorithms.parts.objectives.nll import NLL
+from tandem.algorithms.base import Batch
+from tandem.algorithms.parts.demos import DemoLoss
 from tandem.algorithms.parts.schedules import Schedule
 from tandem.algorithms.rl_method import RLMethod
-from tandem.algorithms.rows import expert_row
 
 
 @dataclass
@@ -30,10 +29,11 @@ class RLWithSFT(RLMethod):
     uses_experts: ClassVar[bool] = True
 
     coefficient: Schedule = Schedule(peak=1.0)
+    demos: DemoLoss = DemoLoss()
 
     def rows(self, batch: Batch):
-        return self.policy.rows(batch.groups) + [expert_row(t, "expert") for t in batch.experts]
+        return self.policy.rows(batch.groups) + [self.demos.row(t, "expert") for t in batch.experts]
 
     def terms(self, batch: Batch):
         coefficient = self.policy.mean_weight * self.coefficient(batch.step, batch.signals)
-        return [*self.policy.terms(batch), Term("expert", NLL(), coefficient=coefficient)]
+        return [*self.policy.terms(batch), *self.demos.terms("expert", batch, coefficient)]

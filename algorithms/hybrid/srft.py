@@ -9,7 +9,8 @@
 Source: arXiv 2506.19767. Rollouts ignore their advantage: right ones are pushed up with weight 0.1
 e^H, wrong ones down with weight 1, without a bound. Both halves of the self term share one mean
 over all rollouts: they are the expectation of -R log pi with R = +-1, taken apart. Rewards are read
-as right (> 0) or wrong. No `policy` options: the self term is the method's own. UNVERIFIED: the
+as right (> 0) or wrong. No `policy` and no `demos` options: the terms are the method's own, the
+SFT weight e^-H in any other method is `demos: entropy_nll`. UNVERIFIED: the
 level of H and the reductions, which the paper does not give (default: H is the row's mean token
 entropy, all terms are token means; options `level`, `reduction`). `as: code` equals no public code;
 do not report it as the authors'. It is put together from two second-hand sources: H of the token

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from tandem.algorithms.base import Batch, Term
-from tandem.algorithms.parts.objectives.nll import NLL
+from tandem.algorithms.parts.demos import DemoLoss
 from tandem.algorithms.parts.schedules import Schedule
 from tandem.algorithms.rl_method import RLMethod
 from tandem.engine.core.types import Row, Source
@@ -36,12 +36,14 @@ class UFT(RLMethod):
     paper: ClassVar[str] = "2505.16984"
     uses_experts: ClassVar[bool] = True
     prompts_from_experts: ClassVar[bool] = True
+    demos_term: ClassVar[str] = "hint"
     needs_groups: ClassVar[bool] = False  # the hint is learnt with any number of samples
 
     p: Schedule | None = None  # None: the cosine above
     hint_steps: int = 300  # T: no hints from this step on
     segments: int = 5
     hint_coefficient: Schedule = Schedule(peak=0.001)
+    demos: DemoLoss = DemoLoss()  # of the hint's tokens
 
     def __post_init__(self):
         super().__post_init__()
@@ -86,13 +88,13 @@ class UFT(RLMethod):
             hint = (row.source == Source.HINT).astype(np.float32)
             if hint.any() and row.group not in seen:
                 seen.add(row.group)
-                row = row.with_term("hint", hint)
+                row = self.demos.with_bonus(row.with_term("hint", hint), "hint")
             rows.append(row)
         return rows
 
     def terms(self, batch: Batch) -> list[Term]:
         coefficient = self.hint_coefficient(batch.step, batch.signals)
-        return [*self.policy.terms(batch), Term("hint", NLL(), coefficient=coefficient)]
+        return [*self.policy.terms(batch), *self.demos.terms("hint", batch, coefficient)]
 
     def metrics(self, step):
         return {"hint_p": self.probability(step)}

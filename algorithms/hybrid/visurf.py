@@ -16,7 +16,7 @@ Source: arXiv 2510.10606. Controls of the reward of y:
 UNVERIFIED: token or sequence reduction inside CLIP (default: mean of sequence means, as GRPO
 published), group size, learning rate and steps; no code of the authors is public. The KL term of
 the derivation is dropped, as in the paper's implementation. Dynamic sampling, if switched on,
-judges the G rollouts and y.
+judges the G rollouts and y. No `demos`: y is trained by the policy term.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ of both: lam 0.2; gamma 0.95 (code); RMSprop at 5e-7 there. gamma 0 means w = 1 
 = ell_t; with lam 0 too it is plain SFT, averaged per sequence. E is the present embedding table
 without gradient, as in the code; with lam 0 there is one ordinary forward. No rollouts, no rewards.
 Not from the code: options for other propagations, warm-up and noise of lam. Uses the custom-forward
-hook (see `Method.forward`), since its log-probs are not those of the tokens' own context.
+hook (see `Method.forward`), since its log-probs are not those of the tokens' own context. No
+`demos`: the weights w are made for ell_t.
 """
 
 from __future__ import annotations

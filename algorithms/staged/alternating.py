@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tandem.algorithms.base import Batch, Demand, Method
+from tandem.algorithms.parts.demos import DemoLoss
 from tandem.algorithms.rl.grpo import GRPO
 from tandem.algorithms.rl_method import RLMethod
 from tandem.algorithms.sft.sft import SFT
@@ -23,16 +24,18 @@ class Alternating(RLMethod):
     title: ClassVar[str] = "an SFT step every k steps, GRPO steps between"
     paper: ClassVar[str] = "2506.07527"
     uses_experts: ClassVar[bool] = True
+    demos_term: ClassVar[str] = "sft"
 
     every: int = 8
     sft_learning_rate: float | None = None
     separate_moments: bool = True
+    demos: DemoLoss = DemoLoss()
 
     def __post_init__(self):
         if self.every < 1:
             raise ValueError(f"every is {self.every}, must be at least 1 (1 = SFT only)")
         super().__post_init__()
-        self.sft, self.rl = SFT(), GRPO(policy=self.policy)
+        self.sft, self.rl = SFT(demos=self.demos), GRPO(policy=self.policy)
 
     def stage(self, step: int) -> Method:
         return self.sft if step % self.every == 0 else self.rl

@@ -23,12 +23,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from tandem.algorithms.base import Batch, Demand, Term
-from tandem.algorithms.parts.objectives.entropy import EntropyBonus
-from tandem.algorithms.parts.objectives.nll import NLL
+from tandem.algorithms.parts.demos import DemoLoss
 from tandem.algorithms.parts.schedules import Schedule
 from tandem.algorithms.parts.variants import select, variant_option
 from tandem.algorithms.rl_method import RLMethod
-from tandem.algorithms.rows import demonstration, expert_row
+from tandem.algorithms.rows import demonstration
 from tandem.engine.core.types import Row, ScoredGroup, Trajectory
 
 
@@ -38,6 +37,7 @@ class ReLIFT(RLMethod):
     paper: ClassVar[str] = "2506.07527"
     uses_experts: ClassVar[bool] = True
     prompts_from_experts: ClassVar[bool] = True
+    demos_term: ClassVar[str] = "buffer"
     # one rollout per prompt still shows which questions to learn from demonstrations
     needs_groups: ClassVar[bool] = False
 
@@ -46,6 +46,7 @@ class ReLIFT(RLMethod):
     newest_first: bool | None = None  # None: false as paper, true as code
     alpha: Schedule | None = None  # None: 1e-4 as paper, 1e-3 as code
     sft_learning_rate: float | None = None
+    demos: DemoLoss = DemoLoss()  # its entropy_bonus goes before alpha
 
     def __post_init__(self):
         if self.buffer < 1:
@@ -88,16 +89,12 @@ class ReLIFT(RLMethod):
         self.planned.discard(batch.step)
         taken, self.waiting = self.waiting[: self.buffer], self.waiting[self.buffer :]
         self.consumed += len(taken)
-        rows = [expert_row(t, "buffer") for t in taken]
-        return [row.with_term("buffer_entropy", row.weights["buffer"].copy()) for row in rows]
+        return [self.demos.row(t, "buffer", self.entropy_weight) for t in taken]
 
     def terms(self, batch: Batch) -> list[Term]:
         if batch.groups:
             return self.policy.terms(batch)
-        alpha = self.entropy_weight(batch.step, batch.signals)
-        needs = frozenset({"entropy"})
-        bonus = Term("buffer_entropy", EntropyBonus(), coefficient=alpha, needs=needs)
-        return [Term("buffer", NLL()), bonus]
+        return self.demos.terms("buffer", batch, bonus=self.entropy_weight)
 
     def metrics(self, step):
         return {"buffer": float(len(self.waiting)), "demonstrations_used": float(self.consumed)}

@@ -24,11 +24,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from tandem.algorithms.base import Batch, Demand, Term
-from tandem.algorithms.parts.objectives.nll import NLL
+from tandem.algorithms.parts.demos import DemoLoss
 from tandem.algorithms.parts.reductions import Reduction
 from tandem.algorithms.parts.schedules import Schedule
 from tandem.algorithms.rl_method import RLMethod
-from tandem.algorithms.rows import expert_row
 
 
 @dataclass
@@ -42,6 +41,7 @@ class SASR(RLMethod):
     probability: Schedule | None = None  # None: the p_t above
     sft_reduction: str = "token_mean"
     sft_learning_rate: float | None = None
+    demos: DemoLoss = DemoLoss()
 
     def __post_init__(self):
         if self.warmup < 1:
@@ -73,10 +73,12 @@ class SASR(RLMethod):
 
     def rows(self, batch: Batch):
         self.signals = batch.signals
-        return self.policy.rows(batch.groups) + [expert_row(t, "expert") for t in batch.experts]
+        return self.policy.rows(batch.groups) + [self.demos.row(t, "expert") for t in batch.experts]
 
     def terms(self, batch: Batch) -> list[Term]:
-        return [*self.policy.terms(batch), Term("expert", NLL(), Reduction(self.sft_reduction))]
+        reduction = Reduction(self.sft_reduction)
+        sft = self.demos.terms("expert", batch, reduction=reduction)
+        return [*self.policy.terms(batch), *sft]
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> None:
         if "loss/expert" in metrics and math.isfinite(metrics.get("grad_norm", math.nan)):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tandem.algorithms.base import Batch, Demand, Method
+from tandem.algorithms.parts.demos import DemoLoss
 from tandem.algorithms.rl.grpo import GRPO
 from tandem.algorithms.rl_method import RLMethod
 from tandem.algorithms.sft.sft import SFT
@@ -24,13 +25,15 @@ class SFTThenRL(RLMethod):
     title: ClassVar[str] = "SFT, then GRPO: the two-stage baseline"
     paper: ClassVar[str] = "2604.23747"
     uses_experts: ClassVar[bool] = True
+    demos_term: ClassVar[str] = "sft"
 
     sft_steps: int = 100
     sft_learning_rate: float | None = None  # None: learner.learning_rate for both stages
+    demos: DemoLoss = DemoLoss()
 
     def __post_init__(self):
         super().__post_init__()
-        self.sft, self.rl = SFT(), GRPO(policy=self.policy)
+        self.sft, self.rl = SFT(demos=self.demos), GRPO(policy=self.policy)
 
     def stage(self, step: int) -> Method:
         return self.sft if step < self.sft_steps else self.rl

@@ -28,11 +28,12 @@ from tandem.engine.learner.inspect import group, trajectory
 
 # Options that make much happen within a few steps; every method is also tested with none.
 LIVELY = {
+    "sft": {"demos": {"objective": "talr", "entropy_bonus": 0.01}},
     "sft_rl": {"sft_steps": 7},
     "alternating": {"every": 3},
-    "sasr": {"warmup": 3},
+    "sasr": {"warmup": 3, "demos": "iw_sft"},
     "relift": {"buffer": 3},
-    "hpt": {"gate": 0.25},
+    "hpt": {"gate": 0.25, "demos": {"objective": "thresholded"}},
     "chord_mu": {"mu": {"kind": "reward_gap", "peak": 0.5}},
     "static_mix": {"policy": "dapo"},
     "chord_phi": {"mu": {"kind": "cosine", "peak": 0.9, "warmup": 3, "decay": 6}},

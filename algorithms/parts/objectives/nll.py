@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
 from tandem.algorithms.parts.objectives.tokens import Objective, Tokens, segment_mean
+from tandem.engine.core.text import closest
 from tandem.engine.core.types import Source
+
+WEIGHTS = ("one", "p", "phi")
 
 
 @dataclass(frozen=True)
@@ -25,10 +29,35 @@ class NLL:
 
     weight: str = "one"
 
+    def __post_init__(self):
+        if self.weight not in WEIGHTS:
+            raise ValueError(
+                f"objective nll: weight is {self.weight!r}{closest(self.weight, WEIGHTS)}; known: "
+                f"{', '.join(WEIGHTS)}"
+            )
+
     def __call__(self, tokens: Tokens):
         p = tokens.logp.detach().exp()
-        w = {"one": torch.ones_like(p), "p": p, "phi": p * (1.0 - p)}[self.weight]
-        return -w * tokens.logp, {"p": p}
+        return -token_weight(p, self.weight) * tokens.logp, {"p": p}
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """`objective` times the detached function of p that NLL calls `weight`: CHORD's token weights
+    on another objective than NLL.
+    """
+
+    objective: Objective
+    weight: str
+
+    def __call__(self, tokens: Tokens):
+        loss, metrics = self.objective(tokens)
+        p = tokens.logp.detach().exp()
+        return token_weight(p, self.weight) * loss, {"p": p, **metrics}
+
+
+def token_weight(p: torch.Tensor, weight: str) -> torch.Tensor:
+    return {"one": torch.ones_like(p), "p": p, "phi": p * (1.0 - p)}[weight]
 
 
 @dataclass(frozen=True)
@@ -78,9 +107,17 @@ class EntropyWeightedNLL:
     token's own (`token`). SRFT, arXiv 2506.19767 eq. 7.
     """
 
+    needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
+
     scale: float = 0.5
     sign: float = -1.0
     level: str = "sequence"
+
+    def __post_init__(self):
+        if self.level not in ("sequence", "token"):
+            raise ValueError(
+                f"objective entropy_nll: level is {self.level!r}; known: sequence, token"
+            )
 
     def __call__(self, tokens: Tokens):
         weight = entropy_weight(tokens, self.scale, self.sign, self.level)

@@ -1,0 +1,167 @@
+"""The SFT half of a method: which objective demonstrations are trained with, how it is averaged,
+and an entropy bonus on their tokens.
+
+    L_SFT = RED{ w(p) objective(token) } - entropy_bonus RED{ h_t }
+
+`demos:` in a config is an objective's name, or a mapping of the fields below. Every method with an
+SFT term takes the same options; how it weighs against the RL half is the method's own (mu,
+coefficient, ...), and where demonstrations have steps of their own a coefficient would only scale
+the learning rate. w is the method's token weight, 1 but for CHORD (`token_weight`).
+
+objective      source               on a token of a demonstration
+nll                                 -log p, times 1 (SFT), p or p (1 - p) by `weight`
+dft            arXiv 2508.05629     -sg[p] log p
+power          Beyond Log           (1 - p^alpha)/alpha
+thresholded      Likelihood         the same where p is at least, or at most, a threshold
+iw_sft         iw-SFT               -sg[clip(pi/pi_ref)] log p, by sequence or token
+talr           TALR                 -sg[max(p^(1/tau), floor)] log p
+entropy_nll    arXiv 2506.19767     -sg[scale exp(sign H)] log p (SRFT)
+
+What an objective costs beyond a forward and backward pass: iw_sft a forward of the frozen
+reference, thresholded and talr one of the present policy before the update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tandem.algorithms.base import Batch, Term
+from tandem.algorithms.checks.rows import has_tokens
+from tandem.algorithms.parts.objectives.entropy import EntropyBonus
+from tandem.algorithms.parts.objectives.importance import ImportanceWeighted
+from tandem.algorithms.parts.objectives.likelihood import DFT, Power, Thresholded
+from tandem.algorithms.parts.objectives.nll import NLL, EntropyWeightedNLL, Weighted
+from tandem.algorithms.parts.objectives.talr import TALR
+from tandem.algorithms.parts.objectives.tokens import Objective
+from tandem.algorithms.parts.reductions import NAMES, Reduction
+from tandem.algorithms.parts.schedules import Schedule
+from tandem.algorithms.rows import expert_row
+from tandem.engine.config.options import build
+from tandem.engine.core.text import closest
+from tandem.engine.core.types import Row, Trajectory
+
+OBJECTIVES = {
+    "nll": NLL,
+    "dft": DFT,
+    "power": Power,
+    "thresholded": Thresholded,
+    "iw_sft": ImportanceWeighted,
+    "talr": TALR,
+    "entropy_nll": EntropyWeightedNLL,
+}
+NONE = Schedule()
+
+
+@dataclass(frozen=True)
+class DemoLoss:
+    """Options of the SFT half."""
+
+    objective: str = "nll"
+    options: dict = field(default_factory=dict)  # of the objective
+    reduction: str | None = None  # None: the method's own
+    reduction_length: int | None = None
+    entropy_bonus: Schedule | None = None  # None: the method's own, mostly none
+
+    def __post_init__(self):
+        if self.objective not in OBJECTIVES:
+            raise ValueError(
+                f"method.demos.objective is {self.objective!r}"
+                f"{closest(self.objective, OBJECTIVES)}; known: {', '.join(OBJECTIVES)}"
+            )
+        if self.reduction is not None and self.reduction not in NAMES:
+            raise ValueError(
+                f"method.demos.reduction is {self.reduction!r}{closest(self.reduction, NAMES)}; "
+                f"known: {', '.join(NAMES)}"
+            )
+        self.token_objective()  # these fail here, not in step 1
+        self.reduce(Reduction())
+
+    @classmethod
+    def parse(cls, value: Any, key: str = "method.demos") -> DemoLoss:
+        """An objective's name, a mapping of options, or a DemoLoss, which is taken as it is.
+
+        Raises ValueError that names the key of the config.
+        """
+        if isinstance(value, str):
+            value = {"objective": value}
+        if not isinstance(value, (cls, Mapping)):
+            raise ValueError(f"{key}: found {value!r}, expected a section or text")
+        return build(cls, value, key)
+
+    def token_objective(self) -> Objective:
+        owner = f"method.demos: objective {self.objective!r}"
+        return build(OBJECTIVES[self.objective], self.options, "method.demos.options", owner)
+
+    def reduce(self, default: Reduction) -> Reduction:
+        """The reduction of the options, or the method's own."""
+        if self.reduction is not None:
+            return Reduction(self.reduction, self.reduction_length)
+        if self.reduction_length is not None:
+            raise ValueError(
+                f"method.demos.reduction_length is {self.reduction_length}, but reduction is not "
+                "given; it goes with sum_over_constant and constant"
+            )
+        return default
+
+    def bonus(self, default: Schedule) -> Schedule:
+        return default if self.entropy_bonus is None else self.entropy_bonus
+
+    def row(self, trajectory: Trajectory, term: str, bonus: Schedule = NONE) -> Row:
+        """A demonstration as a row of `term`, over the method's own `bonus`."""
+        return self.with_bonus(expert_row(trajectory, term), term, bonus)
+
+    def with_bonus(self, row: Row, term: str, bonus: Schedule = NONE) -> Row:
+        """The row with its tokens of `term` in the entropy bonus too, if there is one."""
+        if self.bonus(bonus).off:
+            return row
+        return row.with_term(f"{term}_entropy", row.weights[term].copy())
+
+    def terms(
+        self,
+        term: str,
+        batch: Batch,
+        coefficient: float = 1.0,
+        reduction: Reduction = Reduction(),
+        weight: str = "one",
+        bonus: Schedule = NONE,
+    ) -> list[Term]:
+        """The terms of the SFT half, over the method's own `reduction` and `bonus`."""
+        objective = self.token_objective()
+        needs = getattr(objective, "needs", frozenset())
+        if hasattr(objective, "weigh"):
+            needs = needs | {"old_logp"}
+        if weight != "one":
+            objective = Weighted(objective, weight)
+        reduction = self.reduce(reduction)
+        terms = [Term(term, objective, reduction, coefficient, needs=needs)]
+        bonus = self.bonus(bonus)
+        if not bonus.off:
+            alpha = coefficient * bonus(batch.step, batch.signals)
+            needs = frozenset({"entropy"})
+            terms.append(Term(f"{term}_entropy", EntropyBonus(), reduction, alpha, needs=needs))
+        return terms
+
+    def credit(self, rows: Sequence[Row], term: str) -> Sequence[Row]:
+        """The rows with what the objective makes of their log-probs before the update as weights,
+        where it asks for those.
+        """
+        weigh = getattr(self.token_objective(), "weigh", None)
+        chosen = [i for i, row in enumerate(rows) if has_tokens(row, term)]
+        if weigh is None or not chosen:
+            return rows
+        masks = [np.flatnonzero(rows[i].weights[term]) for i in chosen]
+        streams = [rows[i].old_logp for i in chosen]
+        logps = []
+        for stream, mask in zip(streams, masks, strict=True):
+            assert stream is not None, f"a row of term {term!r} has no old_logp"
+            logps.append(stream[mask])
+        rows = list(rows)
+        for i, mask, factor in zip(chosen, masks, weigh(logps), strict=True):
+            weight = rows[i].weights[term].copy()
+            weight[mask] *= factor
+            rows[i] = rows[i].with_term(term, weight)
+        return rows

@@ -1,0 +1,382 @@
+"""The SFT half of a method, `demos:`: its objectives by hand, and in every method that takes one.
+
+Rows are those of the methods catalogue.
+"""
+
+import inspect
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from method_cases import EXPERTS, aligned, batch, by_source, constant, half, ids, look, ramp
+
+from tandem.algorithms.base import Batch
+from tandem.algorithms.parts.demos import OBJECTIVES, DemoLoss
+from tandem.algorithms.parts.objectives.importance import ImportanceWeighted
+from tandem.algorithms.parts.objectives.likelihood import DFT, Power, Thresholded
+from tandem.algorithms.parts.objectives.nll import NLL
+from tandem.algorithms.parts.objectives.talr import TALR
+from tandem.algorithms.parts.objectives.tokens import Tokens
+from tandem.algorithms.registry import METHODS, is_option, make_method, method_class
+from tandem.engine.core.types import Source
+from tandem.launch.check_config import load
+from tandem.launch.run.run import train
+
+# {objective: options with which it is -log p}
+NEUTRAL = {
+    "nll": {},
+    "power": {"alpha": 0.0},
+    "thresholded": {"threshold": 0.0, "alpha": 0.0},
+    "iw_sft": {"low": 1.0, "high": 1.0},
+    "talr": {"tau": math.inf},
+    "entropy_nll": {"scale": 1.0, "sign": 0.0},
+}
+# {method with an SFT half: (options, step) with which it trains EXPERTS or DEMOS by that alone}
+SFT_ALONE = {
+    "sft": ({}, 0),
+    "chord_mu": ({"mu": 1.0}, 0),
+    "static_mix": ({"mu": 1.0}, 0),
+    "rl_with_sft": ({}, 0),
+    "alternating": ({}, 0),
+    "sft_rl": ({}, 0),
+    "reft": ({}, 0),
+    "sasr": ({}, 0),
+}
+TAKES_NONE = ("luffy", "srft", "visurf", "prefix_rft", "carft", "ift")  # and what is RL alone
+MIXED_THEN_SFT = {"kind": "periodic", "peak": 0.5, "valley": 1.0, "period": 2}
+
+
+def demos(objective, **options):
+    return {"objective": objective, "options": options}
+
+
+def tokens(p, segment=None, **streams) -> Tokens:
+    """Demonstration tokens of these probabilities."""
+    logp = torch.tensor(np.log(p), dtype=torch.float32).requires_grad_()
+    zeros = torch.zeros(len(logp), dtype=torch.int64)
+    segment = zeros if segment is None else torch.tensor(segment)
+    streams = {name: torch.tensor(x, dtype=torch.float32) for name, x in streams.items()}
+    return Tokens(logp, segment, zeros, zeros.to(torch.int8), **streams)
+
+
+def pushes(objective, t: Tokens) -> np.ndarray:
+    """What each token weighs on grad log p."""
+    objective(t)[0].sum().backward()
+    return -t.logp.grad.numpy()
+
+
+def logit_gradients(loss_of_logp, logits) -> torch.Tensor:
+    """[n, V]: the gradient with which token 0 is trained at n positions."""
+    z = logits.clone().requires_grad_()
+    loss_of_logp(z.log_softmax(-1)[:, 0]).sum().backward()
+    return z.grad
+
+
+def of(objective):
+    """The objective as a function of log p alone."""
+
+    def loss(logp):
+        zeros = torch.zeros(len(logp), dtype=torch.int64)
+        return objective(Tokens(logp, zeros, zeros, zeros.to(torch.int8)))[0]
+
+    return loss
+
+
+def logits(seed=0):
+    return 3 * torch.randn(6, 5, generator=torch.Generator().manual_seed(seed))
+
+
+# the objectives
+
+
+def test_dft_has_the_gradient_of_minus_p():
+    """Row DFT: exactly, in logit space; a token with p -> 0 gets none, while cross-entropy's stays
+    near 1.
+    """
+    z = logits()
+    z[0] = torch.tensor([-20.0, 0, 0, 0, 0])
+    ours = logit_gradients(of(DFT()), z)
+    torch.testing.assert_close(ours, logit_gradients(lambda logp: -logp.exp(), z))
+    assert ours[0].abs().max() < 1e-7
+    assert logit_gradients(of(NLL()), z)[0].abs().max() > 0.99
+
+
+@pytest.mark.parametrize("alpha", [1e-6, 0.5, 1.0, 2.0, 10.0])
+def test_a_power_of_p_weighs_p_to_the_alpha(alpha):
+    """Row 3: the gradient is p^alpha times cross-entropy's; alpha 1 is DFT's; alpha 1e-6 agrees
+    with NLL to 1e-5.
+    """
+    z = logits()
+    p = z.softmax(-1)[:, :1]
+    ours, nll = logit_gradients(of(Power(alpha)), z), logit_gradients(of(NLL()), z)
+    torch.testing.assert_close(ours, p**alpha * nll)
+    if alpha == 1.0:
+        torch.testing.assert_close(ours, logit_gradients(of(DFT()), z))
+    if alpha == 1e-6:
+        logp = z.log_softmax(-1)[:, 0]
+        torch.testing.assert_close(of(Power(alpha))(logp), -logp, rtol=1e-5, atol=1e-5)
+
+
+def test_a_power_by_hand():
+    loss, _ = Power(2.0)(tokens([0.5, 0.2]))
+    np.testing.assert_allclose(loss.detach(), [(1 - 0.25) / 2, (1 - 0.04) / 2], rtol=1e-6)
+    assert Power(0.0)(tokens([0.5]))[0].item() == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("keep, kept", [("top", [1, 1, 0]), ("bottom", [0, 1, 1])])
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_a_threshold_edits_the_mask_and_the_denominator(keep, kept, alpha):
+    """Row 3: the bound itself is kept on both sides, and Z counts the kept tokens of all rows."""
+    (weight,) = Thresholded(keep, 0.5).weigh([np.log(np.float32([0.9, 0.5, 0.1]))])
+    assert weight.tolist() == kept
+    options = {"keep": keep, "threshold": 0.75, "alpha": alpha}
+    out = look(make_method("sft", {"demos": demos("thresholded", **options)}), sft_batch(), ramp)
+    p = np.exp(np.concatenate([ramp(r)[r.source == Source.EXPERT] for r in out.rows]))
+    chosen = p >= 0.75 if keep == "top" else p <= 0.75
+    assert 0 < chosen.sum() < len(p) and out.denominators["sft"] == chosen.sum()
+    loss = -np.log(p) if alpha == 0.0 else 1 - p
+    assert out.loss == pytest.approx(loss[chosen].mean(), rel=1e-5)
+
+
+def test_a_threshold_that_drops_all_tokens_leaves_an_empty_term():
+    method = make_method("sft", {"demos": demos("thresholded", threshold=1.0)})
+    out = look(method, sft_batch(), half)
+    assert out.loss == 0.0 and not any(g.any() for g in out.gradients)
+
+
+def test_iw_sft_at_the_reference_is_sft():
+    """Row 12: all w = 1."""
+    for level in ("sequence", "token"):
+        t = tokens([0.5, 0.1, 0.9], ref_logp=np.log([0.5, 0.1, 0.9]))
+        np.testing.assert_allclose(pushes(ImportanceWeighted(level), t), 1.0, rtol=1e-6)
+
+
+def test_iw_sft_by_hand_and_within_its_bounds():
+    """Row 12: w never leaves its bounds, and no gradient flows through it."""
+    t = tokens([0.4, 0.4, 0.5], [0, 0, 1], ref_logp=np.log([0.2, 0.1, 1e-6]))
+    # the first row's mean log-ratio is log of sqrt(2 * 4)
+    np.testing.assert_allclose(
+        pushes(ImportanceWeighted(), t), [math.sqrt(8), math.sqrt(8), 16.0], rtol=1e-5
+    )
+    t = tokens([0.4, 0.4, 0.5], [0, 0, 1], ref_logp=np.log([0.2, 0.1, 1e-6]))
+    squared = ImportanceWeighted(scale=2.0)
+    np.testing.assert_allclose(pushes(squared, t), [8.0, 8.0, 16.0], rtol=1e-5)
+    t = tokens([0.5, 0.5, 0.5], ref_logp=np.log([0.4, 0.1, 1.0 / 1.1]))
+    expected = [1.25, 1.8, 0.55]
+    np.testing.assert_allclose(pushes(ImportanceWeighted("token"), t), expected, rtol=1e-5)
+
+
+def test_talr_by_hand():
+    """tau is the median of the rows' means: here 2 log 2, so that p^(1/tau) is e^(-l/tau)."""
+    rows = [np.log(np.float32(p)) for p in ([0.5, 0.5], [0.25, 0.25, 0.25], [1e-3])]
+    weights = TALR().weigh(rows)
+    expected = [math.exp(-0.5), math.exp(-1.0), max(math.exp(-math.log(1e3) / math.log(4)), 0.01)]
+    for weight, value in zip(weights, expected, strict=True):
+        np.testing.assert_allclose(weight, value, rtol=1e-5)
+
+
+def test_talr_weights():
+    """Row 52: equal losses, equal weights; they fall in the loss, never below the floor; tau 1 and
+    floor 0 is DFT; tau without end is SFT.
+    """
+    p = np.linspace(0.001, 1.0, 50, dtype=np.float32)
+    (weight,) = TALR(tau=0.5).weigh([np.log(p)])
+    assert (np.diff(weight) >= 0).all() and weight.min() == np.float32(0.01) and weight[-1] == 1.0
+    (weight,) = TALR().weigh([np.log(np.full(4, 0.3, np.float32))])
+    assert len(set(weight.tolist())) == 1
+    (weight,) = TALR(tau=1.0, floor=0.0).weigh([np.log(p)])
+    np.testing.assert_allclose(weight, p, rtol=1e-5)
+    (weight,) = TALR(tau=math.inf).weigh([np.log(p)])
+    assert (weight == 1.0).all()
+
+
+def test_talr_weights_minimise_its_bound():
+    """Row 52: of sum w l + tau sum w log w over the simplex."""
+    rng = np.random.default_rng(0)
+    losses, tau = rng.exponential(size=8), 0.7
+
+    def bound(w):
+        return (w * losses).sum() + tau * (w * np.log(w)).sum()
+
+    (weight,) = TALR(tau, floor=0.0).weigh([-losses.astype(np.float32)])
+    best = weight / weight.sum()
+    for _ in range(200):
+        other = best * np.exp(0.1 * rng.normal(size=8))
+        assert bound(best) <= bound(other / other.sum()) + 1e-7
+
+
+# in the methods
+
+
+def sft_batch():
+    return Batch(0, (), EXPERTS)
+
+
+def expert_gradients(name, options, **more):
+    """{token ids: gradient} of the demonstrations' rows."""
+    found, step = SFT_ALONE.get(name, ({}, 0))
+    out = look(make_method(name, {**found, **options}), Batch(step, (), EXPERTS), ids, **more)
+    return {tuple(row.tokens): g for row, g in zip(out.rows, out.gradients, strict=True)}
+
+
+def assert_same(ours, theirs):
+    assert ours.keys() == theirs.keys() and theirs
+    for key in theirs:
+        np.testing.assert_array_equal(ours[key], theirs[key])
+
+
+@pytest.mark.parametrize("objective", NEUTRAL)
+@pytest.mark.parametrize("name", ["sft", "chord_mu", "rl_with_sft", "hpt", "uft", "sasr"])
+def test_a_neutral_objective_is_the_method_itself(name, objective):
+    """To the bit, beside an RL half."""
+    groups = [aligned([0, 1, 0, 1], 1.0), aligned([0, 0, 0, 0], 1.0, number=1)]
+    b = batch(groups=groups if name != "sft" else ())
+    ours = look(make_method(name, {"demos": demos(objective, **NEUTRAL[objective])}), b, ids)
+    parent = look(make_method(name, {}), b, ids)
+    assert ours.loss == parent.loss and parent.rows
+    for a, c in zip(ours.gradients, parent.gradients, strict=True):
+        np.testing.assert_array_equal(a, c)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("name", [name for name in SFT_ALONE if name != "sft"])
+def test_a_hybrids_sft_half_is_sft_with_that_objective(name, objective):
+    options = {"demos": demos(objective)}
+    assert_same(expert_gradients(name, options), expert_gradients("sft", options))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("name", ["sft", "chord_mu"])
+def test_no_packing_changes_an_objective(name, objective):
+    options = {"demos": {"objective": objective, "entropy_bonus": 0.1}}
+    b = Batch(0, batch().groups if name != "sft" else (), EXPERTS)
+    whole = look(make_method(name, options), b, ids)
+    for more in ({"micro_batch_tokens": 6}, {"ranks": 2}):
+        split = look(make_method(name, options), b, ids, **more)
+        assert split.loss == pytest.approx(whole.loss, rel=1e-6)
+        for a, c in zip(split.gradients, whole.gradients, strict=True):
+            np.testing.assert_allclose(a, c, rtol=1e-6, atol=1e-9)
+
+
+def test_chord_weighs_the_objective():
+    """CHORD's phi times the objective: p (1 - p) p^alpha; its p of DFT is p^2."""
+    plain = expert_gradients("sft", {})
+    cases = [
+        ("chord_phi", demos("power", alpha=2.0), lambda p: p**3 * (1 - p)),
+        ("sft_is", "dft", lambda p: p**2),
+        ("chord_phi", demos("iw_sft", low=3.0, high=3.0), lambda p: 3 * p * (1 - p)),
+    ]
+    for name, option, weight in cases:
+        ours = expert_gradients(name, {"mu": 1.0, "demos": option})
+        for key, g in plain.items():
+            p = np.exp(-0.05 * (1 + np.array(key) % 7) - 0.01 * np.arange(len(key)))
+            np.testing.assert_allclose(ours[key], g * weight(p), rtol=1e-5)
+
+
+def test_chord_with_dft_by_hand():
+    """p = 1/2 on five tokens: mu (1/2 log 2), and a push of mu/10 each."""
+    out = look(make_method("chord_mu", {"mu": 0.25, "demos": "dft"}), batch(), half)
+    assert out.terms["expert"] == pytest.approx(0.5 * math.log(2))
+    for g in by_source(out, Source.EXPERT):
+        assert set(np.round(g, 6)) == {0.0, np.float32(-0.025)}
+
+
+def test_reduction_and_entropy_bonus():
+    options = {"reduction": "seq_mean_token_sum", "entropy_bonus": 0.1}
+    method = make_method("rl_with_sft", {"coefficient": 0.5, "demos": options})
+    out = look(method, sft_batch(), half, entropy=constant(2.0))
+    assert out.denominators == {"policy": 1.0, "expert": 2.0, "expert_entropy": 2.0}
+    assert out.coefficients["expert_entropy"] == pytest.approx(0.05)
+    assert out.loss == pytest.approx(0.5 * (5 / 2) * math.log(2) - 0.05 * (5 / 2) * 2.0)
+
+
+def test_relifts_entropy_bonus_is_alpha_unless_demos_say_otherwise():
+    for options, bonus in (({}, 1e-4), ({"demos": {"entropy_bonus": 0.2}}, 0.2)):
+        method = make_method("relift", {"buffer": 1, **options})
+        method.rows(Batch(0, (aligned([0, 0, 0, 0], 1.0),), ()))
+        out = look(method, Batch(1, (), ()), half)
+        assert out.coefficients["buffer_entropy"] == pytest.approx(bonus)
+
+
+# options, and a run
+
+
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        ("dtf", ["method.demos.objective is 'dtf'", "did you mean 'dft'?", "iw_sft"]),
+        (3, ["method.demos: found 3"]),
+        ({"objectiv": "dft"}, ["method.demos has no option 'objectiv'", "'objective'?"]),
+        (demos("power", alhpa=2), ["objective 'power' has no option 'alhpa'", "'alpha'?"]),
+        (demos("power", alpha="big"), ["method.demos.options.alpha", "'big'", "number"]),
+        (demos("power", alpha=-1), ["power: alpha is -1", "at least 0"]),
+        (demos("nll", weight="q"), ["nll: weight is 'q'", "one, p, phi"]),
+        (demos("thresholded", keep="topp"), ["keep is 'topp'", "did you mean 'top'?"]),
+        (demos("thresholded", threshold=2), ["threshold is 2", "within [0, 1]"]),
+        (demos("iw_sft", level="tokens"), ["level is 'tokens'", "did you mean 'token'?"]),
+        (demos("talr", tau=0), ["tau is 0", "above 0"]),
+        (demos("talr", floor=2), ["floor is 2", "[0, 1]"]),
+        (demos("entropy_nll", level="row"), ["level is 'row'"]),
+        ({"reduction": "token_meen"}, ["method.demos.reduction", "did you mean 'token_mean'?"]),
+        ({"reduction_length": 8}, ["method.demos.reduction_length is 8"]),
+        ({"entropy_bonus": "much"}, ["method.demos.entropy_bonus", "'much'"]),
+    ],
+)
+def test_errors_name_the_key(value, words):
+    with pytest.raises(ValueError) as error:
+        make_method("sft", {"demos": value})
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_takes_demos_or_says_why_not(name):
+    if is_option(method_class(name), "demos"):
+        assert make_method(name, {"demos": "dft"}).demos == DemoLoss("dft")
+        assert name not in TAKES_NONE
+        return
+    with pytest.raises(ValueError) as error:
+        make_method(name, {"demos": "dft"})
+    trains = method_class(name).uses_experts
+    reason = "own formula" if trains else "trains no demonstrations"
+    assert reason in str(error.value) and "chord_mu" in str(error.value)
+    assert "`demos`" in inspect.getmodule(method_class(name)).__doc__ or not trains
+
+
+@pytest.mark.whole_run
+@pytest.mark.parametrize("objective", ["iw_sft", "talr"])
+def test_a_run_fills_in_what_an_objective_asks_for(tmp_path, objective):
+    """Steps with rollouts and steps without; in the first one iw_sft is plain SFT."""
+    small = {"digits": 3}
+    losses = {}
+    for name in ("nll", objective):
+        config = {
+            "mode": "inline",
+            "model": {"path": "tandem:tiny"},
+            "reward": {"functions": ["exact"]},
+            "learner": {"learning_rate": 1e-3},
+            "data": {
+                "prompts": {"path": "task:sort", "options": small},
+                "experts": {"path": "task:sort", "options": {**small, "size": 8}},
+                "experts_per_step": 4,
+                "max_prompt_tokens": 32,
+                "max_expert_tokens": 16,
+            },
+            "rollout": {"prompts_per_step": 2, "samples_per_prompt": 2, "max_tokens": 5},
+            "run": {"steps": 2, "save_model": False, "dir": str(tmp_path / name)},
+            "method": {"name": "chord_mu", "demos": name, "mu": MIXED_THEN_SFT},
+        }
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+        assert train(load(tmp_path / "c.yaml")) == 0
+        lines = (tmp_path / name / "run" / "metrics.jsonl").read_text().splitlines()
+        losses[name] = [json.loads(line)["loss/expert"] for line in lines]
+    assert len(losses[objective]) == len(losses["nll"]) == 2
+    first, plain = losses[objective][0], losses["nll"][0]
+    if objective == "iw_sft":
+        assert first == pytest.approx(plain, rel=1e-4)
+        assert losses[objective][1] != losses["nll"][1]
+    else:
+        assert 0 < first < 0.9 * plain
