@@ -52,6 +52,7 @@ class Budget:
     experts: int  # demonstrations
     steps: int  # optimizer steps of the whole run
     seed: int = 0  # of the run, for draws that a method makes itself
+    model: str = ""  # folder of the model that the run starts from
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,30 @@ class Demand:
 
     `optimizer` names the set of moments (a new name starts from zero); `learning_rate` None: the
     config's.
+
+    `updates` are the optimizer steps on this step's batch, each on its own part of the rows (whole
+    groups stay together), also without rollouts; more than 1 gives every row the `old_logp` of
+    before the first. None is learner.updates_per_batch, epochs_per_batch times, and 1 without
+    rollouts.
+
+    `stop` is the reason why the run ends with this step. If the step asks for neither prompts nor
+    demonstrations, the run ends instead of it. Either way it ends as after run.steps: evaluation,
+    checkpoint, model. The next steps are asked for no more, nor are they after a resume.
     """
 
     prompts: int = 0
     experts: int = 0
     learning_rate: float | None = None
     optimizer: str = "main"
+    updates: int | None = None
+    stop: str = ""
     # the weights this step starts from are the reference from now on
     set_reference: bool = False
+
+    @property
+    def ends_before(self) -> bool:
+        """Whether the run ends instead of this step."""
+        return bool(self.stop) and not self.prompts and not self.experts
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,10 +94,12 @@ class Batch:
     step: int
     groups: tuple[ScoredGroup, ...]
     experts: tuple[Trajectory, ...]
-    # each metric as last measured, in the step before if it did
+    # each metric as last measured, in the step before if it did, and eval/... of the latest
+    # evaluation
     signals: Mapping[str, float] = field(default_factory=dict)
     # rollouts may be older than the learner: correct for it
     off_policy: bool = False
+    budget: Budget = Budget(0, 0, 0, 0)  # what the config allows
 
 
 @dataclass
@@ -125,7 +144,7 @@ class Method:
     embedding: ClassVar[int] = 0
 
     def demand(self, step: int, budget: Budget, signals: Mapping[str, float]) -> Demand:
-        """What step `step` needs.
+        """What step `step` needs. `signals` are those of Batch.
 
         A pure function of its arguments and of the method's state: it is also asked for steps that
         are only looked at, as often as the run likes. What has to be remembered goes into `commit`.
@@ -181,7 +200,7 @@ class Method:
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> None:
         """Called after every optimizer step with its metrics (grad_norm, entropy, loss/TERM,
-        reward/mean, ...), for methods that react to them.
+        reward/mean, ...) and eval/... of the latest evaluation, for methods that react to them.
         """
 
     def metrics(self, step: int) -> dict[str, float]:

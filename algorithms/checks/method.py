@@ -65,6 +65,16 @@ def check_demand(method: Method, demand: Demand) -> Demand:
             "uses_rollouts is False, so there are none; leave uses_rollouts at True in its class"
         )
     check_learning_rate(where, demand.learning_rate)
+    updates = demand.updates
+    if updates is not None and (not isinstance(updates, Integral) or updates < 1):
+        raise MethodError(
+            f"{where} asks for updates={updates!r}, expected a whole number >= 1, or None for what "
+            "the config says"
+        )
+    if not isinstance(demand.stop, str):
+        raise MethodError(
+            f"{where} has stop={short(demand.stop)}, expected the reason as text, '' to go on"
+        )
     return demand
 
 

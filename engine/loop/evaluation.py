@@ -108,6 +108,12 @@ class Evaluator:
             f"{result.standard_error:.3f} ({result.describe()})"
         )
 
+    def signals(self) -> dict[str, float]:
+        """The numbers of the latest evaluation, by their names in metrics.jsonl."""
+        if self.last is None:
+            return {}
+        return {f"eval/{name}": float(value) for name, value in vars(self.last).items()}
+
     def recall(self) -> None:
         """Take the evaluations from before a resume out of the telemetry."""
         for step, numbers in sorted(self.telemetry.evaluations.items()):

@@ -73,6 +73,8 @@ class Producer:
     next_group: int = field(default=0, init=False)
     next_step: int = field(default=0, init=False)  # first step that has no ticket yet
     counts: RolloutCounts = field(default_factory=RolloutCounts, init=False)
+    # the method's last step, once it has ended the run
+    last_step: int | None = field(default=None, init=False)
     # aborted, the tokens not counted yet: an engine says a moment later how far it had come
     dropped: list[Slot] = field(default_factory=list, init=False)
     aborted_in_step: int = field(default=0, init=False)
@@ -93,6 +95,9 @@ class Producer:
                 ticket.slots.append(self.draw(number, from_experts=i < needed[True]))
             self.tickets.append(ticket)
             self.next_step = number + 1
+            if demand.stop:
+                self.last_step = number
+                break
         self.next_step = max(self.next_step, step)
 
     def wants_weights(self, step: int, signals: Mapping[str, float]) -> bool:
@@ -101,11 +106,17 @@ class Producer:
         """
         if any(slot.group is None for slot in self.slots()):
             return True
-        return any(self.demand(number, signals).prompts for number in self.steps_ahead(step))
+        for number in self.steps_ahead(step):
+            demand = self.demand(number, signals)
+            if demand.prompts or demand.stop:
+                return bool(demand.prompts)
+        return False
 
     def steps_ahead(self, step: int) -> range:
         """The steps that have no ticket yet and may have one when step `step` begins."""
         last = min(step + self.staleness, self.budget.steps - 1)
+        if self.last_step is not None:
+            last = min(last, self.last_step)
         return range(max(step, self.next_step), last + 1)
 
     def demand(self, step: int, signals: Mapping[str, float]) -> Demand:
@@ -336,6 +347,8 @@ class Producer:
         self.tickets = []
         for step, demand, slots in state["tickets"]:
             ticket = Ticket(step, demand)
+            if demand.stop:
+                self.last_step = step
             for request, from_experts, group in slots:
                 ticket.slots.append(Slot(request, from_experts, group=group))
             self.tickets.append(ticket)

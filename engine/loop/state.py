@@ -18,7 +18,7 @@ from tandem.engine.config.schema import RunConfig
 from tandem.engine.core.errors import CheckpointError
 
 FILE = "run_state.pkl"
-OWN = ("step", "signals", "gated", "tokens", "optimizer_steps")
+OWN = ("step", "signals", "gated", "tokens", "optimizer_steps", "stopped")
 # cursors: {"prompts": state_dict, ...} of the data sources; the producer's groups that are not
 # trained on yet, and its requests; the method's state; states of the random generators
 COMPONENTS = ("cursors", "producer", "method", "rng")
@@ -34,17 +34,19 @@ class RunState:
     """What changes from step to step. Components keep the rest of it themselves (see saver.py)."""
 
     step: int = 0  # optimizer steps done = the next step = the learner's weight version
-    signals: dict[str, float] = field(default_factory=dict)  # each metric as last measured
+    # each metric as last measured, those of evaluations too
+    signals: dict[str, float] = field(default_factory=dict)
     gated: int = 0  # steps whose log-probs were compared before training
     tokens: int = 0  # generated + trained so far
     # steps taken with each set of optimizer moments
     optimizer_steps: dict[str, int] = field(default_factory=dict)
+    stopped: str = ""  # why the method ended the run
     # weight version that all engines have; None: unknown
     version: int | None = None
 
     def done(self, run: RunConfig) -> bool:
         """Whether the run has reached its end."""
-        if self.step >= run.steps:
+        if self.stopped or self.step >= run.steps:
             return True
         return run.token_budget is not None and self.tokens >= run.token_budget
 
@@ -86,6 +88,7 @@ def read_state(folder: Path) -> dict[str, Any]:
             f"{path} was written by another version of Tandem, or with code that is not here now: "
             f"{error}; resume with the version that wrote it (environment.json names it)"
         ) from None
+    saved.setdefault("stopped", "")  # before version 0.3 no method could end a run
     known = {*OWN, *COMPONENTS}
     if set(saved) != known:
         raise CheckpointError(

@@ -15,7 +15,7 @@ Sync.publish).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +70,7 @@ def train(components: Components, state: RunState) -> None:
     used: dict[str, bool] = {}  # {term: whether a row has had a token of it}
     checked_state(method)
     if evaluator.missing(state):
-        evaluator.evaluate(state.step)
+        evaluate(evaluator, state)
 
     while not state.done(config.run):
         step, clock = state.step, Clock()
@@ -83,6 +83,9 @@ def train(components: Components, state: RunState) -> None:
         with stop.abandonable():
             rollouts = producer.collect(step)
         demand, groups = rollouts.demand, rollouts.groups
+        if demand.ends_before:
+            end_before(components, state, demand.stop)
+            break
         experts = draw_experts(components, demand)
         if config.rollout.sleep:
             sync.sleep()
@@ -91,7 +94,14 @@ def train(components: Components, state: RunState) -> None:
         # rows and terms of the method
         if demand.set_reference:
             learner.set_reference()
-        batch = Batch(step, groups, experts, state.signals, off_policy=sync.off_policy)
+        batch = Batch(
+            step,
+            groups,
+            experts,
+            state.signals,
+            off_policy=sync.off_policy,
+            budget=producer.budget,
+        )
         temperature = step_temperature(config, demand)
         rows = ask_rows(method, batch)
         terms = check_terms(method, method.terms(batch))
@@ -117,12 +127,13 @@ def train(components: Components, state: RunState) -> None:
         if skipped > config.learner.max_skipped_steps:
             raise too_many_skipped(skipped, components)
         state.step += 1
+        state.stopped = demand.stop
         state.optimizer_steps[demand.optimizer] = taken + 1
         state.tokens += int(report.metrics.get("tokens/real", 0)) + rollouts.tokens
 
         # what the next step knows
         metrics = {**report.metrics, **rollout_metrics(groups), **method.diagnostics(rows)}
-        method.observe(step, metrics)
+        method.observe(step, {**evaluations(state.signals), **metrics})
         of_method = check_metrics(method, method.metrics(step))
         metrics.update(of_method)
         state.signals = latest_signals(state.signals, metrics)
@@ -134,7 +145,7 @@ def train(components: Components, state: RunState) -> None:
         reporter.step(step, groups, {**metrics, **state.metrics()}, of_method, clock)
         sync.check_update(metrics, step)
         if evaluator.due(state):
-            evaluator.evaluate(state.step)
+            evaluate(evaluator, state)
         if components.saver.due(state):
             components.saver.save(state)
         if stop.requested():
@@ -146,6 +157,26 @@ def train(components: Components, state: RunState) -> None:
             f"no row ever had a token of the method's term(s) {', '.join(idle)}: they "
             "trained nothing"
         )
+
+
+def evaluate(evaluator: Evaluator, state: RunState) -> None:
+    """Evaluate the present weights; the method may go by what was found."""
+    evaluator.evaluate(state.step)
+    state.signals = latest_signals(state.signals, evaluator.signals())
+
+
+def evaluations(signals: Mapping[str, float]) -> dict[str, float]:
+    """The numbers of the latest evaluation."""
+    return {name: value for name, value in signals.items() if name.startswith("eval/")}
+
+
+def end_before(components: Components, state: RunState, reason: str) -> None:
+    """The method ends the run instead of the next step: evaluate and save what there is."""
+    state.stopped = reason
+    if components.evaluator.missing(state):
+        components.sync.publish(state.step)
+        evaluate(components.evaluator, state)
+    components.saver.save(state)
 
 
 def draw_experts(components: Components, demand: Demand) -> tuple[Trajectory, ...]:

@@ -44,18 +44,18 @@ def step_temperature(config: Config, demand: Demand) -> float:
 
 
 def update(learner: Learner, config: Config, method: Method, work: Work) -> StepReport:
-    """One optimizer step per part of the batch, in each epoch. A step without rollouts has one."""
-    options = config.learner
+    """One optimizer step per part of the batch, in each epoch."""
     rows = work.rows
     if not any(row.trained.any() for row in rows):
         return StepReport({"empty": 1.0})
     parts = [rows]
-    if work.demand.prompts and options.updates_per_batch * options.epochs_per_batch > 1:
+    updates, epochs = updates_and_epochs(config, work.demand)
+    if updates * epochs > 1:
         rows = with_old_logp(learner, rows, work.temperature)
         rng = np.random.default_rng([config.run.seed, work.step])
         parts = []
-        for _ in range(options.epochs_per_batch):
-            parts.extend(split(rows, options.updates_per_batch, rng))
+        for _ in range(epochs):
+            parts.extend(split(rows, updates, rng))
     reports = []
     for number, part in enumerate(parts):
         version = work.step if number == 0 else NO_VERSION
@@ -63,6 +63,17 @@ def update(learner: Learner, config: Config, method: Method, work: Work) -> Step
         with naming(method):
             reports.append(learner.step(plan))
     return combined(reports)
+
+
+def updates_and_epochs(config: Config, demand: Demand) -> tuple[int, int]:
+    """Into how many parts a batch is split, and how often. The method decides, else the config; a
+    step without rollouts is then one update.
+    """
+    if demand.updates is not None:
+        return demand.updates, 1
+    if not demand.prompts:
+        return 1, 1
+    return config.learner.updates_per_batch, config.learner.epochs_per_batch
 
 
 def make_plan(

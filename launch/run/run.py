@@ -54,6 +54,8 @@ def train(config: Config) -> int:
                 f"stopped by {name} after {state.step} steps; go on with run.resume=true"
             )
             return EXIT_INTERRUPTED if name == "SIGINT" else EXIT_STOPPED
+        if state.stopped:
+            display.message(f"the method ended the run after {state.step} steps: {state.stopped}")
         if config.run.save_model:
             with run_folder.replaced_model(run.folder) as folder:
                 components.learner.export(folder)
@@ -77,11 +79,18 @@ def generate(config: Config, warning: str | None) -> int:
         for step in range(config.run.steps):
             clock = Clock()
             run.producer.request_ahead(step, {})
-            groups = run.producer.collect(step).groups
+            rollouts = run.producer.collect(step)
+            demand, groups = rollouts.demand, rollouts.groups
+            if demand.ends_before:
+                run.display.message(f"the method ended the run: {demand.stop}")
+                break
             clock.lap("rollout")
             metrics = {**rollout_metrics(groups), **state.metrics()}
             of_method = check_metrics(run.method, run.method.metrics(step))
             run.reporter.step(step, groups, metrics, of_method, clock)
+            if demand.stop:
+                run.display.message(f"the method ended the run: {demand.stop}")
+                break
     return 0
 
 

@@ -216,6 +216,7 @@ def make_producer(run: Prepared, pool: Pool, recover: Callable[[], None]) -> Pro
         experts=config.data.experts_per_step,
         steps=config.run.steps,
         seed=config.run.seed,
+        model=run.model_path,
     )
     return Producer(
         method=run.method,
