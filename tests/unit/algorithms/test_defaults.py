@@ -16,6 +16,7 @@ PUBLISHED = {
     "chord_mu": {"mu": Schedule("cosine", peak=0.9, valley=0.05, decay=200), "token_weight": "one"},
     "chord_phi": {"mu": always(0.1), "token_weight": "phi"},
     "sft_is": {"token_weight": "p"},
+    "psft": {"updates": 8, "clip_low": 0.2, "clip_high": 0.28},
     "static_mix": {"token_weight": "one"},
     "rl_with_sft": {"coefficient": always(1.0)},
     "alternating": {"every": 8, "separate_moments": True},
