@@ -15,10 +15,16 @@ power          Beyond Log           (1 - p^alpha)/alpha
 thresholded      Likelihood         the same where p is at least, or at most, a threshold
 iw_sft         iw-SFT               -sg[clip(pi/pi_ref)] log p, by sequence or token
 talr           TALR                 -sg[max(p^(1/tau), floor)] log p
+cleaned        Token Cleaning       -log p, of each row the tokens that improved most
 entropy_nll    arXiv 2506.19767     -sg[scale exp(sign H)] log p (SRFT)
 
 What an objective costs beyond a forward and backward pass: iw_sft a forward of the frozen
-reference, thresholded and talr one of the present policy before the update.
+reference, thresholded and talr one of the present policy before the update, cleaned both.
+
+An objective of the list is as in algorithms/parts/objectives/tokens.py, with two additions: `needs`
+names the streams that its term needs, and `weigh(rows)` makes of what is known before the update a
+factor per token, which becomes part of the rows' weights: a token with factor 0 is not counted.
+That is how an objective depends on a whole step and still not on its packing.
 """
 
 from __future__ import annotations
@@ -31,12 +37,13 @@ import numpy as np
 
 from tandem.algorithms.base import Batch, Term
 from tandem.algorithms.checks.rows import has_tokens
+from tandem.algorithms.parts.objectives.cleaned import Cleaned
 from tandem.algorithms.parts.objectives.entropy import EntropyBonus
 from tandem.algorithms.parts.objectives.importance import ImportanceWeighted
 from tandem.algorithms.parts.objectives.likelihood import DFT, Power, Thresholded
 from tandem.algorithms.parts.objectives.nll import NLL, EntropyWeightedNLL, Weighted
 from tandem.algorithms.parts.objectives.talr import TALR
-from tandem.algorithms.parts.objectives.tokens import Objective
+from tandem.algorithms.parts.objectives.tokens import Before, Objective
 from tandem.algorithms.parts.reductions import NAMES, Reduction
 from tandem.algorithms.parts.schedules import Schedule
 from tandem.algorithms.rows import expert_row
@@ -51,6 +58,7 @@ OBJECTIVES = {
     "thresholded": Thresholded,
     "iw_sft": ImportanceWeighted,
     "talr": TALR,
+    "cleaned": Cleaned,
     "entropy_nll": EntropyWeightedNLL,
 }
 NONE = Schedule()
@@ -154,14 +162,17 @@ class DemoLoss:
         if weigh is None or not chosen:
             return rows
         masks = [np.flatnonzero(rows[i].weights[term]) for i in chosen]
-        streams = [rows[i].old_logp for i in chosen]
-        logps = []
-        for stream, mask in zip(streams, masks, strict=True):
-            assert stream is not None, f"a row of term {term!r} has no old_logp"
-            logps.append(stream[mask])
+        before = [known_before(rows[i], mask) for i, mask in zip(chosen, masks, strict=True)]
         rows = list(rows)
-        for i, mask, factor in zip(chosen, masks, weigh(logps), strict=True):
+        for i, mask, factor in zip(chosen, masks, weigh(before), strict=True):
             weight = rows[i].weights[term].copy()
             weight[mask] *= factor
             rows[i] = rows[i].with_term(term, weight)
         return rows
+
+
+def known_before(row: Row, mask: np.ndarray) -> Before:
+    """Of the row's tokens `mask`, int [n]."""
+    assert row.old_logp is not None, "a row has no old_logp"
+    ref_logp = None if row.ref_logp is None else row.ref_logp[mask]
+    return Before(row.old_logp[mask], ref_logp)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tandem.algorithms.base import Batch, Demand, Method, Term
     from tandem.algorithms.parts import advantages
+    from tandem.algorithms.parts.demos import DemoLoss
     from tandem.algorithms.parts.objectives.nll import NLL
     from tandem.algorithms.parts.objectives.policy import PPOClip
     from tandem.algorithms.parts.objectives.tokens import Tokens
@@ -37,6 +38,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "Demand",
+    "DemoLoss",
     "Method",
     "PPOClip",
     "PolicyLoss",
@@ -63,6 +65,7 @@ _HOMES = {
     "Config": "tandem.engine.config.schema:Config",
     "ConfigError": "tandem.engine.core.errors:ConfigError",
     "Demand": "tandem.algorithms.base:Demand",
+    "DemoLoss": "tandem.algorithms.parts.demos:DemoLoss",
     "Method": "tandem.algorithms.base:Method",
     "PPOClip": "tandem.algorithms.parts.objectives.policy:PPOClip",
     "PolicyLoss": "tandem.algorithms.parts.policy:PolicyLoss",

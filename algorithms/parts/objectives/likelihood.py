@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from tandem.algorithms.parts.objectives.nll import NLL
-from tandem.algorithms.parts.objectives.tokens import Tokens
+from tandem.algorithms.parts.objectives.tokens import Before, Tokens
 from tandem.engine.core.text import closest
 
 
@@ -83,12 +83,12 @@ class Thresholded:
             )
         Power(self.alpha)
 
-    def weigh(self, logps: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """1 on the kept tokens, float32 [n] per row, from their log-probs before the update."""
+    def weigh(self, rows: Sequence[Before]) -> list[np.ndarray]:
+        """1 on the kept tokens, float32 [n] per row."""
         bound = np.float32(self.threshold)
         kept = []
-        for logp in logps:
-            p = np.exp(logp)
+        for row in rows:
+            p = np.exp(row.logp)
             kept.append((p >= bound if self.keep == "top" else p <= bound).astype(np.float32))
         return kept
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tandem.algorithms.parts.objectives.nll import NLL
-from tandem.algorithms.parts.objectives.tokens import Tokens
+from tandem.algorithms.parts.objectives.tokens import Before, Tokens
 
 SMALLEST = 1e-6  # of p and of tau
 
@@ -39,14 +39,14 @@ class TALR:
         if not 0.0 <= self.floor <= 1.0:
             raise ValueError(f"objective talr: floor is {self.floor}, must be within [0, 1]")
 
-    def weigh(self, logps: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """float32 [n] per row, from the log-probs of its tokens before the update."""
+    def weigh(self, rows: Sequence[Before]) -> list[np.ndarray]:
+        """w, float32 [n] per row."""
         tau = self.tau
         if tau is None:
-            tau = max(float(np.median([-logp.mean() for logp in logps])), SMALLEST)
+            tau = max(float(np.median([-row.logp.mean() for row in rows])), SMALLEST)
         weights = []
-        for logp in logps:
-            power = np.exp(np.maximum(logp, np.log(SMALLEST)) / tau)
+        for row in rows:
+            power = np.exp(np.maximum(row.logp, np.log(SMALLEST)) / tau)
             weights.append(np.maximum(power, self.floor).astype(np.float32))
         return weights
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 # log-ratios are clamped to +-20 before exp, as in verl: e^20 is already far outside any clip range
@@ -64,6 +65,14 @@ class Tokens:
         """The same tokens, `index` (int64 [m]) of them."""
         streams = {k: v[index] for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
         return Tokens(**streams, extra={k: v[index] for k, v in self.extra.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class Before:
+    """What is known of a row's n tokens in a term before the update."""
+
+    logp: np.ndarray  # float32 [n], the present policy's
+    ref_logp: np.ndarray | None = None  # float32 [n]
 
 
 Objective = Callable[[Tokens], tuple[torch.Tensor, Mapping]]

@@ -15,11 +15,12 @@ from method_cases import EXPERTS, aligned, batch, by_source, constant, half, ids
 
 from tandem.algorithms.base import Batch
 from tandem.algorithms.parts.demos import OBJECTIVES, DemoLoss
+from tandem.algorithms.parts.objectives.cleaned import Cleaned
 from tandem.algorithms.parts.objectives.importance import ImportanceWeighted
 from tandem.algorithms.parts.objectives.likelihood import DFT, Power, Thresholded
 from tandem.algorithms.parts.objectives.nll import NLL
 from tandem.algorithms.parts.objectives.talr import TALR
-from tandem.algorithms.parts.objectives.tokens import Tokens
+from tandem.algorithms.parts.objectives.tokens import Before, Tokens
 from tandem.algorithms.registry import METHODS, is_option, make_method, method_class
 from tandem.engine.core.types import Source
 from tandem.launch.check_config import load
@@ -32,6 +33,7 @@ NEUTRAL = {
     "thresholded": {"threshold": 0.0, "alpha": 0.0},
     "iw_sft": {"low": 1.0, "high": 1.0},
     "talr": {"tau": math.inf},
+    "cleaned": {"share": 1.0},
     "entropy_nll": {"scale": 1.0, "sign": 0.0},
 }
 # {method with an SFT half: (options, step) with which it trains EXPERTS or DEMOS by that alone}
@@ -60,6 +62,12 @@ def tokens(p, segment=None, **streams) -> Tokens:
     segment = zeros if segment is None else torch.tensor(segment)
     streams = {name: torch.tensor(x, dtype=torch.float32) for name, x in streams.items()}
     return Tokens(logp, segment, zeros, zeros.to(torch.int8), **streams)
+
+
+def before(p, ref=None) -> Before:
+    """A row's tokens of these probabilities before the update."""
+    logp = np.log(np.asarray(p, np.float32))
+    return Before(logp, None if ref is None else np.log(np.asarray(ref, np.float32)))
 
 
 def pushes(objective, t: Tokens) -> np.ndarray:
@@ -130,7 +138,7 @@ def test_a_power_by_hand():
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_a_threshold_edits_the_mask_and_the_denominator(keep, kept, alpha):
     """Row 3: the bound itself is kept on both sides, and Z counts the kept tokens of all rows."""
-    (weight,) = Thresholded(keep, 0.5).weigh([np.log(np.float32([0.9, 0.5, 0.1]))])
+    (weight,) = Thresholded(keep, 0.5).weigh([before([0.9, 0.5, 0.1])])
     assert weight.tolist() == kept
     options = {"keep": keep, "threshold": 0.75, "alpha": alpha}
     out = look(make_method("sft", {"demos": demos("thresholded", **options)}), sft_batch(), ramp)
@@ -171,7 +179,7 @@ def test_iw_sft_by_hand_and_within_its_bounds():
 
 def test_talr_by_hand():
     """tau is the median of the rows' means: here 2 log 2, so that p^(1/tau) is e^(-l/tau)."""
-    rows = [np.log(np.float32(p)) for p in ([0.5, 0.5], [0.25, 0.25, 0.25], [1e-3])]
+    rows = [before(p) for p in ([0.5, 0.5], [0.25, 0.25, 0.25], [1e-3])]
     weights = TALR().weigh(rows)
     expected = [math.exp(-0.5), math.exp(-1.0), max(math.exp(-math.log(1e3) / math.log(4)), 0.01)]
     for weight, value in zip(weights, expected, strict=True):
@@ -183,13 +191,13 @@ def test_talr_weights():
     floor 0 is DFT; tau without end is SFT.
     """
     p = np.linspace(0.001, 1.0, 50, dtype=np.float32)
-    (weight,) = TALR(tau=0.5).weigh([np.log(p)])
+    (weight,) = TALR(tau=0.5).weigh([before(p)])
     assert (np.diff(weight) >= 0).all() and weight.min() == np.float32(0.01) and weight[-1] == 1.0
-    (weight,) = TALR().weigh([np.log(np.full(4, 0.3, np.float32))])
+    (weight,) = TALR().weigh([before([0.3] * 4)])
     assert len(set(weight.tolist())) == 1
-    (weight,) = TALR(tau=1.0, floor=0.0).weigh([np.log(p)])
+    (weight,) = TALR(tau=1.0, floor=0.0).weigh([before(p)])
     np.testing.assert_allclose(weight, p, rtol=1e-5)
-    (weight,) = TALR(tau=math.inf).weigh([np.log(p)])
+    (weight,) = TALR(tau=math.inf).weigh([before(p)])
     assert (weight == 1.0).all()
 
 
@@ -201,11 +209,34 @@ def test_talr_weights_minimise_its_bound():
     def bound(w):
         return (w * losses).sum() + tau * (w * np.log(w)).sum()
 
-    (weight,) = TALR(tau, floor=0.0).weigh([-losses.astype(np.float32)])
+    (weight,) = TALR(tau, floor=0.0).weigh([before(np.exp(-losses))])
     best = weight / weight.sum()
     for _ in range(200):
         other = best * np.exp(0.1 * rng.normal(size=8))
         assert bound(best) <= bound(other / other.sum()) + 1e-7
+
+
+def test_cleaning_by_hand():
+    """Row 39: what the reference found unlikelier is kept; of equal scores the first."""
+    row = before([0.5, 0.5, 0.2, 0.9, 0.3], ref=[0.4, 0.6, 0.1, 0.9, 0.3])
+    (weight,) = Cleaned(0.6).weigh([row])
+    assert weight.tolist() == [1, 0, 1, 1, 0]
+    out = look(make_method("sft", {"demos": demos("cleaned", share=0.5)}), sft_batch(), ramp)
+    assert out.denominators["sft"] == 2 + 1
+
+
+@pytest.mark.parametrize("share", [0.1, 0.6, 1.0])
+def test_cleaning_keeps_its_share_of_every_row(share):
+    """Row 39: within a token, also where all scores are equal, and the same tokens whatever is
+    added to one model's loss.
+    """
+    rng = np.random.default_rng(0)
+    for n in range(1, 12):
+        p, ref = rng.uniform(0.1, 0.9, n), rng.uniform(0.1, 0.9, n)
+        rows = [before(p, ref), before(p, 0.5 * ref), before(p, p)]
+        one, shifted, equal = Cleaned(share).weigh(rows)
+        assert abs(one.sum() - share * n) < 1 and equal.sum() == one.sum()
+        assert (one == shifted).all() and (np.diff(equal) <= 0).all()
 
 
 # in the methods
@@ -319,6 +350,7 @@ def test_relifts_entropy_bonus_is_alpha_unless_demos_say_otherwise():
         (demos("iw_sft", level="tokens"), ["level is 'tokens'", "did you mean 'token'?"]),
         (demos("talr", tau=0), ["tau is 0", "above 0"]),
         (demos("talr", floor=2), ["floor is 2", "[0, 1]"]),
+        (demos("cleaned", share=0), ["share is 0", "(0, 1]"]),
         (demos("entropy_nll", level="row"), ["level is 'row'"]),
         ({"reduction": "token_meen"}, ["method.demos.reduction", "did you mean 'token_mean'?"]),
         ({"reduction_length": 8}, ["method.demos.reduction_length is 8"]),
@@ -347,7 +379,7 @@ def test_every_method_takes_demos_or_says_why_not(name):
 
 
 @pytest.mark.whole_run
-@pytest.mark.parametrize("objective", ["iw_sft", "talr"])
+@pytest.mark.parametrize("objective", ["iw_sft", "talr", "cleaned"])
 def test_a_run_fills_in_what_an_objective_asks_for(tmp_path, objective):
     """Steps with rollouts and steps without; in the first one iw_sft is plain SFT."""
     small = {"digits": 3}
@@ -378,5 +410,7 @@ def test_a_run_fills_in_what_an_objective_asks_for(tmp_path, objective):
     if objective == "iw_sft":
         assert first == pytest.approx(plain, rel=1e-4)
         assert losses[objective][1] != losses["nll"][1]
-    else:
+    elif objective == "talr":
         assert 0 < first < 0.9 * plain
+    else:
+        assert 0 < first != plain

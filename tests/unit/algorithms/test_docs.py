@@ -15,6 +15,7 @@ import yaml
 from method_cases import EXPERTS, GRPO_LOSS, SFT_LOSS, batch, half, look, ramp
 
 from tandem.algorithms.base import Batch
+from tandem.algorithms.parts.demos import OBJECTIVES
 from tandem.algorithms.parts.policy import PRESETS
 from tandem.algorithms.parts.schedules import KINDS
 from tandem.algorithms.registry import METHODS, make_method, method_class
@@ -100,6 +101,7 @@ def test_tables_name_every_method_kind_and_preset():
         assert f"`{kind}`" in PAGE
     for preset in PRESETS:
         assert f"`{preset}`" in PAGE
+    assert set(OBJECTIVES) <= rows
 
 
 @pytest.mark.parametrize("name", METHODS)
