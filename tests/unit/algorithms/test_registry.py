@@ -76,6 +76,7 @@ def test_a_file_with_another_number_of_methods_is_an_error(classes, words, packa
     del sys.modules["file_of_methods"]
 
 
+@pytest.mark.whole_run
 def test_an_installed_package_trains_under_its_name(tmp_path):
     """The example package, by pip and without a network; then one step by the command line."""
     source, target = tmp_path / "source", tmp_path / "site"

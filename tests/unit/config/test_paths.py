@@ -126,6 +126,7 @@ def test_files_in_the_options_of_a_builder(project, value, expected):
     assert found["field"] == "data"
 
 
+@pytest.mark.whole_run
 def test_a_run_does_not_notice_what_users_code_does_to_the_process(project):
     tiny.make_tiny("models/m", hidden=32, layers=1, heads=1)
     config = load("c.yaml")
@@ -147,6 +148,7 @@ def test_a_run_does_not_notice_what_users_code_does_to_the_process(project):
     assert (project / "runs/r/model/config.json").is_file()
 
 
+@pytest.mark.whole_run
 def test_worker_and_inline_rewards_get_the_same_rows(project):
     import numpy as np
 
@@ -188,6 +190,7 @@ def test_a_half_made_tiny_model_is_named(in_tmp):
         resolve_model(ModelConfig(path="tandem:tiny"))
 
 
+@pytest.mark.whole_run
 def test_eval_of_a_run_folder_that_was_moved(project, monkeypatch, capsys):
     tiny.make_tiny("models/m", hidden=32, layers=1, heads=1)
     assert cli.main(["train", "c.yaml", "run.steps=1", "run.checkpoint_every=0"]) == 0

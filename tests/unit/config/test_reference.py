@@ -36,6 +36,7 @@ def test_every_key_has_a_meaning_and_its_bounds():
             assert len(line.split(" | ")[-1]) > 8, line
 
 
+@pytest.mark.whole_run
 def test_every_shipped_config_fits_the_schema():
     jsonschema = pytest.importorskip("jsonschema")
     validator = jsonschema.Draft202012Validator(json_schema())

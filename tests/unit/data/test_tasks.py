@@ -28,6 +28,7 @@ def test_answers_and_steps_are_right():
         ]
 
 
+@pytest.mark.whole_run
 def test_reasoning_gym_rows_are_scored_right_by_its_own_verifier():
     import reasoning_gym
 

@@ -121,6 +121,7 @@ def test_run_folder_that_cannot_be_made(refused):
     assert "run.dir/run.name" in refused("run.dir=c.yaml")
 
 
+@pytest.mark.whole_run
 def test_model_folder_without_weights_or_with_a_torn_file(folder, refused):
     assert cli.main(["train", "c.yaml", "run.steps=1"]) == 0  # makes models/tiny
     shutil.copytree("models/tiny", "torn")
@@ -163,6 +164,7 @@ def test_reward_file_that_raises_on_import_is_named_with_its_line(folder, refuse
     assert "ZeroDivisionError" in message and "reward.py:2" in message
 
 
+@pytest.mark.whole_run
 def test_a_bug_in_a_users_method_is_told_with_its_line(folder, capsys):
     (folder / "mine.py").write_text(
         METHOD + "    def rows(self, batch):\n        return batch.nothing\n"

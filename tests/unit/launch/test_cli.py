@@ -203,6 +203,7 @@ def test_words_that_are_no_override_are_refused(config, capsys):
     assert "--dryrun" in capsys.readouterr().err
 
 
+@pytest.mark.whole_run
 def test_the_readmes_own_reward_and_method_train(config, in_tmp, capsys):
     readme = (Path(__file__).parents[3] / "README.md").read_text()
     blocks = re.findall(r"```python\n(# (\w+\.py).*?)```", readme, re.DOTALL)
@@ -224,6 +225,7 @@ def test_the_readmes_own_reward_and_method_train(config, in_tmp, capsys):
     assert metrics["loss/sft"] > 0 and "loss/policy" in metrics
 
 
+@pytest.mark.whole_run
 def test_failure_leaves_a_traceback_in_the_run_folder(config, in_tmp, capsys):
     (in_tmp / "broken.py").write_text(
         "from dataclasses import dataclass\nfrom tandem.algorithms.sft.sft import "

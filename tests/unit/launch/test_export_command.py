@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from tandem.engine.loop.checkpoint import MANIFEST, seal
 from tandem.launch import cli
 
+pytestmark = pytest.mark.whole_run
+
 CONFIG = """
 mode: inline
 model: {path: "tandem:tiny"}

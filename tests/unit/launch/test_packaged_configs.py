@@ -45,6 +45,7 @@ def test_what_is_no_packaged_config(name):
         load(name)
 
 
+@pytest.mark.whole_run
 def test_the_wheel_holds_them(tmp_path):
     """setuptools alone, in a copy, without isolation: no network is needed."""
     source = tmp_path / "source"

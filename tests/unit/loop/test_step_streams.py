@@ -139,6 +139,7 @@ def test_the_update_has_the_temperature_of_the_scores(prompts, expected):
     )
 
 
+@pytest.mark.whole_run
 def test_before_the_first_update_the_ratio_is_one_and_the_kl_zero(tmp_path):
     """A whole run of a method of its own; rollouts would be sampled at 0.7."""
     from tandem.launch.run.run import train

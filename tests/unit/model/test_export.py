@@ -130,6 +130,7 @@ def check_reload(rank, out, model):
     return info
 
 
+@pytest.mark.whole_run
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_export_is_the_model_that_was_loaded(tmp_path, name):
     source = make_folder(FAMILIES[name], tmp_path / "source")

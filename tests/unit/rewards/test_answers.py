@@ -225,6 +225,7 @@ def test_the_first_rows_are_named_and_the_others_counted():
         check_answers(["exact"], Dataset([{"answer": None}] * 8), "data.evaluation")
 
 
+@pytest.mark.whole_run
 @pytest.mark.parametrize("allowed", [False, True])
 def test_a_run_refuses_rows_without_answers_unless_told_otherwise(tmp_path, allowed):
     from tandem.launch.run.run import train
