@@ -16,6 +16,7 @@ thresholded      Likelihood         the same where p is at least, or at most, a 
 iw_sft         iw-SFT               -sg[clip(pi/pi_ref)] log p, by sequence or token
 talr           TALR                 -sg[max(p^(1/tau), floor)] log p
 cleaned        Token Cleaning       -log p, of each row the tokens that improved most
+proximal       arXiv 2508.17784     -min(r, clip(r)), r = pi/pi_old, for several updates per batch
 entropy_nll    arXiv 2506.19767     -sg[scale exp(sign H)] log p (SRFT)
 
 What an objective costs beyond a forward and backward pass: iw_sft a forward of the frozen
@@ -42,6 +43,7 @@ from tandem.algorithms.parts.objectives.entropy import EntropyBonus
 from tandem.algorithms.parts.objectives.importance import ImportanceWeighted
 from tandem.algorithms.parts.objectives.likelihood import DFT, Power, Thresholded
 from tandem.algorithms.parts.objectives.nll import NLL, EntropyWeightedNLL, Weighted
+from tandem.algorithms.parts.objectives.proximal import ClippedRatio
 from tandem.algorithms.parts.objectives.talr import TALR
 from tandem.algorithms.parts.objectives.tokens import Before, Objective
 from tandem.algorithms.parts.reductions import NAMES, Reduction
@@ -59,6 +61,7 @@ OBJECTIVES = {
     "iw_sft": ImportanceWeighted,
     "talr": TALR,
     "cleaned": Cleaned,
+    "proximal": ClippedRatio,
     "entropy_nll": EntropyWeightedNLL,
 }
 NONE = Schedule()

@@ -9,7 +9,8 @@ probability has risen by more than clip_high is left alone, one that fell keeps 
 
 Source: arXiv 2508.17784; code zwhong714/PSFT (verl). Bounds 0.2 and 0.28 and batches of 64 in 8
 updates are the code's; the paper writes one epsilon. The code's dual clip is for negative
-advantages, which there are none of.
+advantages, which there are none of. No `demos`: as the SFT half of other methods this objective is
+`demos: proximal`.
 """
 
 from __future__ import annotations
@@ -18,32 +19,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
-
-from tandem.algorithms.base import Batch, Budget, Demand, Term
-from tandem.algorithms.parts.objectives.policy import ratio_metrics
-from tandem.algorithms.parts.objectives.tokens import Tokens, clamped_exp
-from tandem.algorithms.sft.sft import SFT
-
-
-@dataclass(frozen=True)
-class ClippedRatio:
-    """-min(r, clip(r)) with r = pi/pi_old."""
-
-    clip_low: float
-    clip_high: float
-
-    def __call__(self, tokens: Tokens):
-        ratio = clamped_exp(tokens.logp - tokens.old)
-        low, high = 1.0 - self.clip_low, 1.0 + self.clip_high
-        loss = -torch.minimum(ratio, ratio.clamp(low, high))
-        return loss, ratio_metrics(tokens, ratio > high)
+from tandem.algorithms.base import Batch, Budget, Demand, Method, Term
+from tandem.algorithms.parts.objectives.proximal import ClippedRatio
+from tandem.algorithms.rows import expert_row
 
 
 @dataclass
-class PSFT(SFT):
+class PSFT(Method):
     title: ClassVar[str] = "proximal SFT: several updates per batch, the ratio clipped as in PPO"
     paper: ClassVar[str] = "2508.17784"
+    uses_experts: ClassVar[bool] = True
+    uses_rollouts: ClassVar[bool] = False
 
     updates: int = 8  # optimizer steps per batch of demonstrations
     clip_low: float = 0.2
@@ -51,6 +37,9 @@ class PSFT(SFT):
 
     def demand(self, step: int, budget: Budget, signals: Mapping[str, float]) -> Demand:
         return replace(super().demand(step, budget, signals), updates=self.updates)
+
+    def rows(self, batch: Batch):
+        return [expert_row(t, "sft") for t in batch.experts]
 
     def terms(self, batch: Batch):
         return [Term("sft", ClippedRatio(self.clip_low, self.clip_high))]

@@ -47,7 +47,15 @@ SFT_ALONE = {
     "reft": ({}, 0),
     "sasr": ({}, 0),
 }
-TAKES_NONE = ("luffy", "srft", "visurf", "prefix_rft", "carft", "ift")  # and what is RL alone
+TAKES_NONE = (
+    "luffy",
+    "srft",
+    "visurf",
+    "prefix_rft",
+    "carft",
+    "ift",
+    "psft",
+)  # and what is RL alone
 MIXED_THEN_SFT = {"kind": "periodic", "peak": 0.5, "valley": 1.0, "period": 2}
 
 
@@ -270,6 +278,22 @@ def test_a_neutral_objective_is_the_method_itself(name, objective):
     assert ours.loss == parent.loss and parent.rows
     for a, c in zip(ours.gradients, parent.gradients, strict=True):
         np.testing.assert_array_equal(a, c)
+
+
+@pytest.mark.parametrize("name", ["sft", "chord_mu", "rl_with_sft"])
+def test_before_the_first_update_proximal_pushes_as_the_method_itself(name):
+    """Row 9: to the bit; afterwards a token above 1 + clip_high is left alone."""
+    parent = expert_gradients(name, {})
+    assert_same(expert_gradients(name, {"demos": "proximal"}), parent)
+
+    def old(row):
+        return ids(row) - np.float32(math.log(1.3))
+
+    later = expert_gradients(name, {"demos": "proximal"}, old=old)
+    assert not any(g.any() for g in later.values())
+    wide = demos("proximal", clip_high=0.5)
+    for key, g in expert_gradients(name, {"demos": wide}, old=old).items():
+        np.testing.assert_allclose(g, 1.3 * parent[key], rtol=1e-5)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
