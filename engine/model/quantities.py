@@ -21,9 +21,10 @@ Top-k with a tail: the teacher is known at k ids only; the rest of the vocabular
 on both sides. That is the exact divergence of k + 1 events: never negative, at most that of the
 whole vocabulary, and with the teacher as a stationary point, which truncated sums do not have.
 
-Cost beside the plain head, in tensors of [chunk, vocabulary] that live at the same time: 4 to 6 for
-a divergence (log p, log q, the gradient, and at most three intermediate ones), 4 for the others;
-the plain head has 2 or 3. Another model costs one more matmul forward and one in backward.
+Cost in tensors of [chunk, vocabulary] that live at the same time (measured, docs/performance.md): 2
+in the plain head, 3 for log-probs at ids and a top-k, 4 for the entropy, 5 for the forward KL, 6
+for the reverse KL, 7 for a JSD; several in one pass take the largest of theirs and one more.
+Another model costs one more matmul per token forward and, but for the last chunk, one in backward.
 """
 
 from __future__ import annotations
