@@ -6,6 +6,8 @@ Rows are those of the methods catalogue.
 import inspect
 import json
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import torch
 import yaml
 from method_cases import EXPERTS, aligned, batch, by_source, constant, half, ids, look, ramp
 
-from tandem.algorithms.base import Batch
+from tandem.algorithms.base import Batch, Method
 from tandem.algorithms.parts.demos import OBJECTIVES, DemoLoss
 from tandem.algorithms.parts.objectives.cleaned import Cleaned
 from tandem.algorithms.parts.objectives.importance import ImportanceWeighted
@@ -22,6 +24,8 @@ from tandem.algorithms.parts.objectives.nll import NLL
 from tandem.algorithms.parts.objectives.talr import TALR
 from tandem.algorithms.parts.objectives.tokens import Before, Tokens
 from tandem.algorithms.registry import METHODS, is_option, make_method, method_class
+from tandem.algorithms.sft.sft import SFT
+from tandem.engine.config.options import build
 from tandem.engine.core.types import Source
 from tandem.launch.check_config import load
 from tandem.launch.run.run import train
@@ -250,6 +254,18 @@ def test_cleaning_keeps_its_share_of_every_row(share):
 # in the methods
 
 
+@dataclass
+class Mine(Method):
+    uses_experts: ClassVar[bool] = True
+    demos: DemoLoss = DemoLoss()
+
+    def rows(self, batch):
+        return [self.demos.row(t, "expert") for t in batch.experts]
+
+    def terms(self, batch):
+        return self.demos.terms("expert", batch, 2.0)
+
+
 def sft_batch():
     return Batch(0, (), EXPERTS)
 
@@ -301,6 +317,29 @@ def test_before_the_first_update_proximal_pushes_as_the_method_itself(name):
 def test_a_hybrids_sft_half_is_sft_with_that_objective(name, objective):
     options = {"demos": demos(objective)}
     assert_same(expert_gradients(name, options), expert_gradients("sft", options))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(
+    "policy", ["reinforce_pp", "gspo", "rloo", {"kl": 0.1, "entropy_bonus": 0.1}]
+)
+def test_the_rl_half_stays_as_it_is(policy, objective):
+    """Its gradients to the bit; its losses but for the order of the sum, as masks change packing."""
+    ours, parent = [
+        look(make_method("chord_mu", {"mu": 0.3, "policy": policy, **option}), batch(), ids)
+        for option in ({"demos": objective}, {})
+    ]
+    pairs = zip(by_source(ours, Source.POLICY), by_source(parent, Source.POLICY), strict=True)
+    assert all(np.array_equal(a, c) for a, c in pairs)
+    for name in parent.terms.keys() - {"expert"}:
+        assert ours.terms[name] == pytest.approx(parent.terms[name], rel=1e-6)
+
+
+def test_a_method_of_ones_own_takes_the_same_options():
+    ours, theirs = [
+        look(build(cls, {"demos": "talr"}, "method"), sft_batch(), ids) for cls in (Mine, SFT)
+    ]
+    assert ours.loss == 2 * theirs.loss != 0.0
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
