@@ -113,7 +113,9 @@ class Method:
     title: ClassVar[str] = ""  # one line for `tandem methods`
     paper: ClassVar[str] = ""  # arXiv id, or "" where the method has no single paper
     uses_experts: ClassVar[bool] = False  # a config without `data.experts` is then an error
-    uses_rollouts: ClassVar[bool] = True  # a config without rewards is then an error
+    uses_rollouts: ClassVar[bool] = True  # a config without prompts is then an error
+    # False: it has rewards of its own or needs none; a rollout that no function scores has reward 0
+    uses_rewards: ClassVar[bool] = True
 
     # `experts` of the step's prompts are drawn from data.experts, with their demonstrations
     prompts_from_experts: ClassVar[bool] = False

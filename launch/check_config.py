@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from tandem.engine.config.config_file import read_tree
 from tandem.engine.config.parse import checked
 from tandem.engine.config.paths import process_kept
-from tandem.engine.config.rules import require
+from tandem.engine.config.rules import gpus, require
 from tandem.engine.config.schema import Config
 from tandem.engine.core.errors import ConfigError
 from tandem.rollout.backend import backend_class
@@ -49,7 +49,10 @@ def check_method(config: Config) -> None:
     if method.uses_experts:
         check_demonstrations(config)
     if method.uses_rollouts:
-        check_rollouts(config)
+        check_rollouts(config, method)
+    check_evaluation(config)
+    if method.uses_rollouts or config.data.evaluation is not None:
+        check_devices(config)
     name = config.method["name"]
     require(
         method.uses_rollouts or not config.run.rollout_only,
@@ -92,15 +95,33 @@ def check_demonstrations(config: Config) -> None:
     )
 
 
-def check_rollouts(config: Config) -> None:
+def check_rollouts(config: Config, method: type[Method]) -> None:
     name = config.method["name"]
     require(
         config.data.prompts is not None or config.rollout.backend == "replay",
         f"method {name!r} trains on rollouts, but data.prompts is not set",
     )
     require(
-        bool(config.reward.functions),
+        bool(config.reward.functions) or not method.uses_rewards,
         f"method {name!r} trains on rewards, but reward.functions is empty",
+    )
+
+
+def check_evaluation(config: Config) -> None:
+    """The first function is the verifier, whatever the method."""
+    require(
+        config.data.evaluation is None or bool(config.reward.functions),
+        "data.evaluation is set, but reward.functions is empty, so that no answer could be judged; "
+        "name a function, or set data.evaluation=null",
+    )
+
+
+def check_devices(config: Config) -> None:
+    """Where weights travel from the learner to engines."""
+    cluster, transport = config.cluster, config.sync.transport
+    require(
+        (cluster.engine_gpus > 0) == (cluster.learner_gpus > 0) or transport in ("shm", "gloo"),
+        f"{gpus(cluster)}; with GPUs on one side only set sync.transport=shm (one machine) or gloo",
     )
 
 

@@ -126,7 +126,7 @@ def memory_need(config: Config, model_path: str | Path) -> MemoryNeed | None:
     return MemoryNeed(
         parameters=parameters,
         engine=engine_memory(config, parameters),
-        engines=config.engine_count,
+        engines=engine_count(config),
         rank=rank_memory(config, parameters),
         ranks=0 if config.run.rollout_only else cluster.learner_ranks,
         shared=DRIVER_RUNTIME + (cluster.object_store_mib << 20),
@@ -199,6 +199,11 @@ def check_model(config: Config, path: str) -> None:
             f"{context} (max_position_embeddings of its config.json, or what it calls that); "
             "lower them"
         )
+
+
+def engine_count(config: Config) -> int:
+    """Rollout engines that a run with mode=cluster has."""
+    return config.cluster.engines if generates(config) else 0
 
 
 def generates(config: Config) -> bool:

@@ -27,6 +27,7 @@ from tandem.launch.machine import (
     GIB,
     available_memory,
     cpu_count,
+    engine_count,
     gpu_count,
     memory_need,
     port_is_free,
@@ -78,11 +79,11 @@ class Reservation:
 
 
 def reservation(config: Config) -> Reservation:
-    """Replayed rollouts need no engine, rollout-only runs no learner; the place of a colocated pair
-    stays whole without one of them.
+    """A run that never generates needs no engine, rollout-only runs no learner; the place of a
+    colocated pair stays whole without one of them.
     """
     c = config.cluster
-    engines = config.engine_count
+    engines = engine_count(config)
     ranks = 0 if config.run.rollout_only else c.learner_ranks
     if c.colocate:
         pair = bundle(c.engine_cpus + c.learner_cpus, c.engine_gpus + c.learner_gpus)

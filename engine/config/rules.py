@@ -213,10 +213,6 @@ def check_sync(c: Config) -> None:
     engine_gpus, learner_gpus = cluster.engine_gpus, cluster.learner_gpus
     both = engine_gpus > 0 and learner_gpus > 0
     require(
-        (engine_gpus > 0) == (learner_gpus > 0) or transport in ("shm", "gloo"),
-        f"{gpus(cluster)}; with GPUs on one side only set sync.transport=shm (one machine) or gloo",
-    )
-    require(
         transport != "nccl" or both,
         "sync.transport is nccl, which needs GPUs on both sides, but cluster.engine_gpus is "
         f"{engine_gpus} and cluster.learner_gpus {learner_gpus}; use auto or gloo",

@@ -357,8 +357,3 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
-
-    @property
-    def engine_count(self) -> int:
-        """Rollout engines that run: none where rollouts are replayed."""
-        return 0 if self.rollout.backend == "replay" else self.cluster.engines

@@ -54,15 +54,17 @@ class RankActor:
         spec: PolicySpec,
         run_dir: str,
         code: UserCode,
+        engines: int,  # that it sends weights to
     ):
         from tandem.engine.core.loading import install
         from tandem.engine.core.process import pin_cores, redirect_output
 
         install(code)
         if config.cluster.pin_cores:
-            pin_cores(config.cluster.threads, config.engine_count + rank)
+            pin_cores(config.cluster.threads, engines + rank)
         redirect_output(log_path(run_dir, rank))
         self.rank, self.config, self.model_path, self.spec = rank, config, model_path, spec
+        self.engines = engines
         self.sender: Any = None  # engine.weights.sender, once connected
 
     def free_address(self) -> tuple[str, int]:
@@ -98,7 +100,7 @@ class RankActor:
         self.learner = LearnerRank(
             self.config, self.model_path, self.spec, self.engine, self.rank, cluster.learner_ranks
         )
-        if self.config.rollout.backend != "replay":
+        if self.engines:
             # for `connect`: it imports vLLM, which takes seconds, better now than while the engines
             # wait for it
             import tandem.engine.weights.sender  # noqa: F401
@@ -156,7 +158,8 @@ def actors(
             scheduling_strategy=bundle,
             runtime_env={"env_vars": dict(placement.learner_env)},
         )
-        found.append(actor.remote(rank, config, model_path, spec, folder, code))
+        engines = placement.reservation.engines
+        found.append(actor.remote(rank, config, model_path, spec, folder, code, engines))
     return found
 
 

@@ -79,13 +79,12 @@ class Reporter:
         self.pool_stats = stats
         busy = stats["busy_seconds"] - before.get("busy_seconds", 0.0)
         tokens = stats["generated_tokens"] - before.get("generated_tokens", 0.0)
-        engines = max(stats.get("engines", 1.0), 1.0)
+        engines = stats.get("engines", 1.0)
         whole = max(clock.last - clock.start, 1e-9)
         learn = clock.seconds.get("learn", 0.0)
-        found = {
-            "rollout/idle": max(0.0, 1.0 - busy / engines / whole),
-            "learner/idle": max(0.0, 1.0 - learn / whole),
-        }
+        found = {"learner/idle": max(0.0, 1.0 - learn / whole)}
+        if engines:
+            found["rollout/idle"] = max(0.0, 1.0 - busy / engines / whole)
         if busy > 0:
             found["rollout/tokens_per_second"] = tokens * engines / busy
         if learn > 0 and "tokens/real" in metrics:
@@ -117,10 +116,15 @@ def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
         for outcome in group.outcomes:
             for name, value in outcome.parts.items():
                 parts.setdefault(name, []).append(value)
+    of_rewards = {}
+    if parts or rewards.any():  # else nobody scores
+        of_rewards = {
+            "reward/mean": float(rewards.mean()),
+            "reward/std": float(rewards.std()),
+            "reward/no_signal_groups": float((spreads == 0).mean()),
+        }
     return {
-        "reward/mean": float(rewards.mean()),
-        "reward/std": float(rewards.std()),
-        "reward/no_signal_groups": float((spreads == 0).mean()),
+        **of_rewards,
         **{f"reward/{name}": float(np.mean(parts[name])) for name in sorted(parts)},
         "rollout/length": float(lengths.mean()),
         "rollout/length_max": float(lengths.max()),

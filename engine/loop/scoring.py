@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -28,7 +29,7 @@ class Scorer:
     reward.on_error; `demonstrations`: whether the demonstration of a prompt is scored as well.
     """
 
-    rewards: RewardRunner | None  # None: the method has no rollouts
+    rewards: RewardRunner | None  # None: no reward.functions, every reward is 0
     decode: Callable[[np.ndarray, Finish], str]
     on_error: str
     demonstrations: bool = False
@@ -40,14 +41,17 @@ class Scorer:
         with self.lock:
             if slot.scoring is not None or slot.aborted:
                 return
-            assert self.rewards is not None, "rollouts were requested, but reward.functions is []"
             prompt = slot.request.prompt
             responses = [t.response for t in usable(slot.generation.result())]
             texts = self.texts(usable(slot.generation.result()))
             if self.demonstrations and prompt.demonstration is not None:
                 responses.append(prompt.demonstration)
                 texts.append(self.decode(prompt.demonstration, Finish.STOP))
-            slot.scoring = self.rewards.submit(prompt, texts, responses)
+            if self.rewards is None:
+                slot.scoring = Future()
+                slot.scoring.set_result([RewardOutcome(0.0)] * len(texts))
+            else:
+                slot.scoring = self.rewards.submit(prompt, texts, responses)
 
     def abort(self, slot: Slot) -> None:
         """From now on the slot is not submitted."""

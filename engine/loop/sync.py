@@ -24,6 +24,7 @@ from tandem.engine.report.display import Display
 from tandem.engine.report.telemetry import Telemetry
 from tandem.engine.weights import verify
 from tandem.rollout.backends.replay import RecordedPrompts
+from tandem.rollout.no_engines import NoEngines
 
 PROBE_PROMPTS = 4
 PROBE_SAMPLES = 2
@@ -59,12 +60,15 @@ class Sync:
     def publish(self, version: int) -> None:
         """Give all engines the weights of `version` and prove that they have them.
 
-        Nothing to do if they have, and are awake.
+        Nothing to do if they have, and are awake; nor in a run without engines.
 
         Engines that sleep wake up in it: each has its weights back before the update and its KV
         cache after it (rollout/vllm/backend.py). Engines that die meanwhile are replaced. Raises
         EngineDied if it failed although no engine is dead: the next attempt would fail too.
         """
+        if isinstance(self.pool, NoEngines):
+            self.state.version, self.asleep = version, False
+            return
         while self.state.version != version or self.asleep:
             try:
                 self.send(version)

@@ -73,6 +73,7 @@ class Display:
         self.metrics: dict[str, float] = {}
         self.method: dict[str, float] = {}
         self.rewards: list[float] = []
+        self.losses: list[float] = []
         self.accuracies: list[tuple[int, float]] = []
         self.started = False
         self.began = time.monotonic()
@@ -144,6 +145,8 @@ class Display:
         self.method = dict(method)
         if "reward/mean" in metrics:
             self.rewards.append(metrics["reward/mean"])
+        if "loss" in metrics:
+            self.losses.append(metrics["loss"])
         if self._live is None:
             self._plain_line()
 
@@ -219,7 +222,7 @@ class Display:
         return bar
 
     def _grid(self) -> Table:
-        """Reward and accuracy on the left, the speeds of both sides on the right."""
+        """Reward (or loss) and accuracy on the left, the speeds of both sides on the right."""
         m = self.metrics
         grid = Table.grid(padding=(0, 1), expand=True)
         grid.add_column(width=8, no_wrap=True)
@@ -228,10 +231,11 @@ class Display:
         grid.add_column(width=8, no_wrap=True)
         grid.add_column(width=8, no_wrap=True, justify="right")
         grid.add_column(width=7, no_wrap=True, justify="right")
+        name, value, history = self._goal()
         grid.add_row(
-            "reward",
-            bold(m.get("reward/mean")),
-            Text(sparkline(self.rewards, SPARKLINE), style="cyan"),
+            name,
+            bold(value),
+            Text(sparkline(history, SPARKLINE), style="cyan"),
             "",
             dim("tokens/s"),
             dim("waiting"),
@@ -253,6 +257,12 @@ class Display:
         )
         return grid
 
+    def _goal(self) -> tuple[str, float | None, list[float]]:
+        """What training is to raise: the reward; as long as there is none, what it lowers."""
+        if self.losses and not self.rewards:
+            return "loss", self.metrics.get("loss"), self.losses
+        return "reward", self.metrics.get("reward/mean"), self.rewards
+
     def _small_numbers(self) -> list[tuple[str, float]]:
         known = {"entropy": "entropy", "grad_norm": "grad norm", "gap/max": "logp gap"}
         found = list(self.method.items())
@@ -272,13 +282,14 @@ class Display:
         return "  best", number(best), f"after {step} steps"
 
     def _plain_line(self) -> None:
-        """step, reward, held-out accuracy, entropy, the method's numbers, tokens/s and idle share
-        of both sides, time left.
+        """step, reward or loss, held-out accuracy, entropy, the method's numbers, tokens/s and idle
+        share of both sides, time left.
         """
         m = self.metrics
+        name, value, _ = self._goal()
         cells = {
             "step": f"{self.done}/{self.total}",
-            "reward": number(m.get("reward/mean")),
+            name: number(value),
             "held": number(self._last_accuracy()),
             "entropy": number(m.get("entropy")),
             **{key: number(value) for key, value in self.method.items()},

@@ -23,7 +23,8 @@ metrics.jsonl   `step`, `seconds` (since the first start, pauses between crash a
     A step's line has the 0-based number of the step. An evaluation's line has the number of steps
     done before it and keys that begin with `eval/`. The names used by the display and plots:
     reward/mean, entropy, eval/accuracy, rollout/tokens_per_second, learner/tokens_per_second,
-    rollout/idle and learner/idle (share of the step's time that a side waited, 0 to 1),
+    rollout/idle (where there are engines) and learner/idle (share of the step's time that a side
+    waited, 0 to 1),
     rollout/aborted (groups, where rollout.over_sample is set), and a method's own metrics such as
     mu.
 

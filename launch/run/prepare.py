@@ -25,7 +25,7 @@ from tandem.engine.loop.disk import check_room
 from tandem.engine.loop.state import read_state
 from tandem.engine.model.resolve import load_tokenizer, resolve_model
 from tandem.engine.report.display import Display
-from tandem.launch.machine import check_model, parameter_count
+from tandem.launch.machine import check_model, generates, parameter_count
 from tandem.launch.reservation import preflight
 from tandem.launch.run import resume
 from tandem.launch.run.content import contents
@@ -48,6 +48,11 @@ class Prepared:
     sources: Sources
     held_out: list[Prompt]  # to evaluate on
     rewards: RewardRunner | None
+
+    @property
+    def generates(self) -> bool:
+        """Whether the run needs rollout engines, or recorded rollouts in their place."""
+        return generates(self.config) or self.config.rollout.backend == "replay"
 
     def decode(self, tokens: np.ndarray, finish: Finish = Finish.STOP) -> str:
         return response_text(self.tokenizer, tokens, finish)

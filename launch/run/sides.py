@@ -16,6 +16,7 @@ from tandem.launch import placement
 from tandem.launch.placement import Placement
 from tandem.launch.run.prepare import Prepared
 from tandem.rollout.local import LocalPool
+from tandem.rollout.no_engines import NoEngines
 from tandem.rollout.pool import EnginePool
 
 Maker = Callable[[Prepared, Placement | None], Any]  # of something that has `close`
@@ -31,6 +32,8 @@ def start_placement(run: Prepared, stack: ExitStack) -> Placement | None:
 
 
 def make_pool(run: Prepared, place: Placement | None) -> Pool:
+    if not run.generates:
+        return NoEngines()
     if place is None or run.config.rollout.backend == "replay":
         return LocalPool.start(run.config, run.model_path)
     return EnginePool.start(run.config, run.model_path, place, run.folder.path)

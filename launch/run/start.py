@@ -61,7 +61,8 @@ def started(config: Config) -> Iterator[Training]:
         began = time.perf_counter()
         training = start_training(run, stack)
         seconds = time.perf_counter() - began
-        run.display.message(f"engines and learner up after {seconds:.0f} s")
+        sides = "engines and learner" if run.generates else "learner"
+        run.display.message(f"{sides} up after {seconds:.0f} s")
         yield training
 
 
@@ -101,8 +102,23 @@ def opened(config: Config) -> Iterator[tuple[Prepared, ExitStack]]:
         for text in folder.notes:
             display.message(text)
         run = prepare(config, folder, display, stack)
+        for text in about_engines(run):
+            display.message(text)
         display.message(f"run folder {shown(folder.path)}")
         yield run, stack
+
+
+def about_engines(run: Prepared) -> Iterator[str]:
+    """What is told of a method without rollouts: whether engines start all the same."""
+    if run.method.uses_rollouts:
+        return
+    if run.generates:
+        yield (
+            "the method makes no rollouts: engines start for evaluations only "
+            "(data.evaluation is set)"
+        )
+    else:
+        yield "no rollout engine starts: the method makes no rollouts, nothing is evaluated"
 
 
 @contextmanager

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from tandem.launch.check_config import load
 from tandem.launch.run.run import train
@@ -93,7 +95,7 @@ def test_a_method_ends_its_run(in_tmp, capsys, instead, steps):
 
 
 def test_signals_of_evaluations_are_the_latest_and_survive_a_resume(in_tmp):
-    """Two runs of two steps each say the same as one of four."""
+    """Two runs of two steps each, of two updates each, say and train the same as one of four."""
     assert train(config("run.name=whole", "run.steps=4")) == 0
     assert train(config("run.name=parts", "run.steps=2")) == 0
     assert train(config("run.name=parts", "run.steps=4", "run.resume=true")) == 0
@@ -103,3 +105,9 @@ def test_signals_of_evaluations_are_the_latest_and_survive_a_resume(in_tmp):
         seen = [line for line in lines(name) if "seen/batch" in line]
         assert [line["seen/batch"] for line in seen] == rewards[:4]
         assert [line["seen/observed"] for line in seen] == rewards[:4]
+    whole, parts = (
+        load_file(Path("runs") / name / "checkpoints" / "step_4" / "model" / "model.safetensors")
+        for name in ("whole", "parts")
+    )
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())

@@ -54,7 +54,7 @@ def refused(folder, capsys):
             err.startswith("error: ")
             and "Traceback" not in err
             and len(err) < 2000
-            and "engines and learner up" not in out
+            and "learner up" not in out
         )
         return err
 
