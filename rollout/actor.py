@@ -118,3 +118,10 @@ class EngineActor:
 
 def log_path(run_dir: str | Path, index: int) -> Path:
     return Path(run_dir) / "logs" / f"engine_{index}.log"
+
+
+def end_of(path: Path) -> str:
+    """The last lines of a log."""
+    if not path.exists():
+        return "(on another machine)"
+    return "\n  ".join(path.read_text(errors="replace").splitlines()[-15:])

@@ -24,7 +24,7 @@ from tandem.engine.core import stop
 from tandem.engine.core.errors import EngineDied, RolloutPoolExhausted
 from tandem.engine.core.loading import user_code
 from tandem.engine.core.types import GenRequest, Installed, Trajectory
-from tandem.rollout.actor import EngineActor, log_path
+from tandem.rollout.actor import EngineActor, end_of, log_path
 from tandem.rollout.backend import backend_class, overrides
 from tandem.rollout.ray_errors import cause_of, first_line, is_death
 from tandem.rollout.trajectories import sampled
@@ -42,7 +42,7 @@ class Pending:
 
 @dataclass(eq=False)
 class Slot:
-    """A place for an engine; a restart puts a new actor into it."""
+    """One engine of the pool: its actor, which a restart replaces, and what it works on."""
 
     index: int
     handle: Any
@@ -59,7 +59,9 @@ class Slot:
 
 
 class EnginePool:
-    """Answers, deaths and timeouts are handled in one thread of the pool's own, which also runs the
+    """All rollout engines of a run: gives them requests, and replaces those that die.
+
+    Answers, deaths and timeouts are handled in one thread of the pool's own, which also runs the
     callbacks of its futures: inside Ray's callback threads a call to Ray would wait for itself.
     """
 
@@ -189,7 +191,7 @@ class EnginePool:
         import ray
         from ray.exceptions import RayError
 
-        # ends: an engine that stays silent is marked dead
+        # Terminates because an engine that stays silent is marked dead.
         while any(slot.pending for slot in self.slots if slot.alive):
             time.sleep(0.005)
         for slot, ref in [(slot, slot.handle.sleep.remote()) for slot in self.slots if slot.alive]:
@@ -201,10 +203,11 @@ class EnginePool:
     def logprobs(self, tokens: np.ndarray) -> dict[int, np.ndarray]:
         """{engine: Backend.logprobs of `tokens`}; only where the pool `scores`.
 
-        One that dies over it is left out, and found by the next update.
+        One that dies over it, or is silent for rollout.request_timeout, counts as dead and is left
+        out; the next update restarts it.
         """
         import ray
-        from ray.exceptions import RayError
+        from ray.exceptions import GetTimeoutError, RayError
 
         living = [slot for slot in self.slots if slot.alive]
         asked = [(slot, slot.handle.logprobs.remote(tokens)) for slot in living]
@@ -213,32 +216,34 @@ class EnginePool:
             try:
                 found[slot.index] = ray.get(ref, timeout=self.config.rollout.request_timeout)
             except RayError as error:
-                if not is_death(error):
+                if not is_death(error) and not isinstance(error, GetTimeoutError):
                     raise
                 self.mark_dead(slot, slot.handle, first_line(cause_of(error)))
         return found
 
     def work(self) -> None:
-        """The pool's thread."""
+        """The pool's thread: takes the answers, and looks for engines that are late."""
         limit = self.config.rollout.request_timeout
         while True:
+            if self.answers.empty():  # an answer that waits here may be the late engine's
+                self.end_late(limit)
             try:
                 answer = self.answers.get(timeout=min(1.0, limit / 4))
             except queue.Empty:
-                with self.lock:
-                    late = [
-                        (slot, slot.handle)
-                        for slot in self.slots
-                        if slot.pending and time.monotonic() - slot.heard > limit
-                    ]
-                for slot, handle in late:
-                    self.mark_dead(
-                        slot, handle, f"no answer within rollout.request_timeout={limit:g} s"
-                    )
                 continue
             if answer is None:
                 return
             self.finish(*answer)
+
+    def end_late(self, limit: float) -> None:
+        """End every engine that has requests and answered none for `limit` seconds."""
+        now = time.monotonic()
+        with self.lock:
+            working = [(slot, slot.handle) for slot in self.slots if slot.pending]
+        for slot, handle in working:
+            if now - slot.heard > limit:
+                reason = f"no answer within rollout.request_timeout={limit:g} s"
+                self.mark_dead(slot, handle, reason)
 
     def finish(self, slot: Slot, handle, ref, done: Future) -> None:
         """One answer of an engine."""
@@ -391,10 +396,3 @@ class EnginePool:
             ray.wait(refs, num_returns=len(refs), timeout=CLOSE_SECONDS)
         for slot in living:
             self.mark_dead(slot, slot.handle, "the pool was closed")
-
-
-def end_of(path: Path) -> str:
-    """The last lines of a log."""
-    if not path.exists():
-        return "(on another machine)"
-    return "\n  ".join(path.read_text(errors="replace").splitlines()[-15:])

@@ -58,3 +58,20 @@ def test_requests_that_queue_longer_than_the_deadline_are_answered_while_the_eng
         time.sleep(0.1)
     assert "request_timeout" in dead[0] and not silent.done()
     pool.answers.put(None)
+
+
+def test_a_silent_engine_is_found_while_another_answers_without_a_pause():
+    pool = EnginePool(replace(Config(), rollout=RolloutConfig(request_timeout=1.0)), "", None, ".")
+    silent, busy, dead = OneAtATime(0), OneAtATime(0), []
+    pool.mark_dead = lambda slot, handle, reason: dead.append(handle)
+    pool.slots = [Slot(0, silent), Slot(1, busy)]
+    pool.thread.start()
+    request = GenRequest(0, Prompt("p", np.array([1], np.int32), ""), 100, Sampling(4))
+    pool.submit(request)  # its load keeps the silent one from getting more
+    for number in range(1, 61):  # three seconds, and never one without an answer
+        pool.submit(replace(request, group=number, samples=1))
+        busy.queued[-1].set_result(())
+        time.sleep(0.05)
+    pool.answers.put(None)
+    pool.thread.join()
+    assert silent in dead and busy not in dead

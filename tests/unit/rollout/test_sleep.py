@@ -201,6 +201,8 @@ class Scripted:
             ),
         )
 
+    budget = None
+
     def missing(self, state):
         return True
 
@@ -240,7 +242,7 @@ class Scripted:
         return []
 
     terms = rows
-    metrics = diagnostics = observe = state_dict = lambda self, *args: {}
+    metrics = diagnostics = observe = state_dict = signals = lambda self, *args: {}
 
     def credit(self, rows, batch):
         return rows
