@@ -16,7 +16,7 @@ demo: setup             ## train a small model on two CPU cores, live
 setup:                  ## install the tested versions into ./.venv
 	@PYTHON="$(PYTHON)" bash launch/setup.sh
 
-lint: setup             ## format, lint, import floors and types
+lint: setup             ## format, lint, imports between rooms, types
 	@bash .ci/lint check
 
 format: setup           ## format all Python files, and mend what ruff can mend

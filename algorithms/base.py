@@ -27,7 +27,12 @@ from tandem.engine.core.types import (
 
 @dataclass(frozen=True)
 class Term:
-    """One summand of the loss: `coefficient * sum_rows sum_t weight * scale * objective / Z`.
+    """One summand of the loss, over all rows of one optimizer update:
+
+        coefficient * ( sum_rows sum_t weight * scale * correction * objective ) / Z
+
+    `weight` is the row's, `scale` and Z are the reduction's (see parts/reductions.py), `correction`
+    is 1 unless given.
 
     `name` is the key into `Row.weights`. `needs` names the streams the objective cannot do without
     (entropy, value) or that the loop has to fill in before `Method.credit` (old_logp, ref_logp,
@@ -50,7 +55,7 @@ class Budget:
     prompts: int  # prompts to roll out
     samples: int  # rollouts per prompt
     experts: int  # demonstrations
-    steps: int  # optimizer steps of the whole run
+    steps: int  # training steps of the whole run; one may take several optimizer updates
     seed: int = 0  # of the run, for draws that a method makes itself
     model: str = ""  # folder of the model that the run starts from
 

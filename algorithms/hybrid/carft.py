@@ -7,21 +7,30 @@ solution of the same question. Experimental.
     L    = L_PPO + 5 L_V + contrast * sum_i c_i ( -min(s_i, 0.9)/tau ) / sum_i c_i
 
 Source: arXiv 2508.15868 and the authors' code (trainer v4). Defaults: tau 0.2, contrast 0.1, 64
-dimensions, KL in the reward 0.05, lam 0.95, one sample per question. Paper and code: the published
-loss is InfoNCE over all ranks. In the code the gathered embeddings carry no gradient, so the
-denominator pushes nothing and what is left is this attraction, which stops at s = 0.9; this file is
-that. `as: paper` is the mean over the right samples, as published. In the code the correctness mask
-is broadcast to a matrix, so that every loss is counted with every correctness: a micro-batch with
-one right sample adds up the attraction of all its samples, right or wrong. `as: code` is that on
-the samples of a step: a sum per micro-batch of `micro_batch` samples (4 a GPU as published),
-averaged over micro-batches and GPUs, so `micro_batch` times the mean over all samples of the step,
-if any is right. The head is the code's (ReLU between its two layers; no bias in the first, and here
-V starts at 0), for both. z(y*) is embedded with the weights of the step; in the code with those
-from before the batch. UNVERIFIED: the "embedding-enhanced partial reward" and the loss on negatives
-of the paper (another trainer, v8) are left out. Start from the SFT checkpoint that ReFT would make:
-it is also the reference. Demonstrations come with their questions. With contrast 0 it is ReFT's
-second stage. Uses the custom-forward hook (see `Method.forward`), and keeps a question's rows in
-one micro-batch. No `demos`: the demonstration is only drawn to, it has no likelihood term.
+dimensions, KL in the reward 0.05, lam 0.95, one sample per question.
+
+Paper and code: the published loss is InfoNCE over all ranks. In the code the gathered embeddings
+carry no gradient, so the denominator pushes nothing and what is left is this attraction, which
+stops at s = 0.9; this file is that.
+
+`as: paper`: the mean over the right samples, as published.
+
+`as: code`: in the code the correctness mask is broadcast to a matrix, so that every loss is counted
+with every correctness: a micro-batch with one right sample adds up the attraction of all its
+samples, right or wrong. Here that is done on the samples of a step: a sum per micro-batch of
+`micro_batch` samples (4 a GPU as published), averaged over micro-batches and GPUs, so `micro_batch`
+times the mean over all samples of the step, if any is right.
+
+Head: the code's (ReLU between its two layers; no bias in the first, and here V starts at 0), for
+both. z(y*) is embedded with the weights of the step; in the code with those from before the batch.
+
+UNVERIFIED: the "embedding-enhanced partial reward" and the loss on negatives of the paper (another
+trainer, v8) are left out.
+
+Use: start from the SFT checkpoint that ReFT would make: it is also the reference. Demonstrations
+come with their questions. With contrast 0 it is ReFT's second stage. It uses the custom-forward
+hook (see `Method.forward`), and keeps a question's rows in one micro-batch. No `demos`: the
+demonstration is only drawn to, it has no likelihood term.
 """
 
 from __future__ import annotations
@@ -83,12 +92,12 @@ class CARFT(RLMethod):
         if not self.contrast:
             return rows
         paired = {g.group for g in batch.groups if g.prompt.demonstration is not None}
-        drawn = []
+        attracted = []  # of each row: policy.rows has one per sample, in the order of the groups
         for group in batch.groups:
-            drawn += [r >= self.correct and group.group in paired for r in group.rewards]
-        if self.variant == "code" and any(drawn):
-            drawn = [row.group in paired for row in rows]
-        rows = [with_contrast(row) if ok else row for row, ok in zip(rows, drawn, strict=True)]
+            attracted += [r >= self.correct and group.group in paired for r in group.rewards]
+        if self.variant == "code" and any(attracted):
+            attracted = [row.group in paired for row in rows]
+        rows = [with_contrast(row) if ok else row for row, ok in zip(rows, attracted, strict=True)]
         attracting = {row.group for row in rows if "contrast" in row.weights}
         return rows + [anchor(g) for g in batch.groups if g.group in attracting]
 
@@ -103,11 +112,14 @@ class CARFT(RLMethod):
             needs=frozenset({"similarity"}),
             together=True,
         )
-        return [*self.policy.terms(batch), contrast, Term("anchor", NLL(), coefficient=0.0)]
+        # coefficient 0: only so that the demonstration is in the forward
+        in_forward = Term("anchor", NLL(), coefficient=0.0)
+        return [*self.policy.terms(batch), contrast, in_forward]
 
 
 def with_contrast(row: Row) -> Row:
-    """The row as one sample of the contrast: it counts once, by its last policy token."""
+    """The row as one sample of the contrast. Its last policy token alone counts: the similarity
+    is a number of the row, the same at all its tokens."""
     weight = np.zeros(len(row.tokens), np.float32)
     weight[np.flatnonzero(row.weights["policy"])[-1:]] = 1
     return row.with_term("contrast", weight)

@@ -5,12 +5,15 @@ mu. Its sibling CHORD-phi also weighs every expert token.
     L_SFT = - TOK_demo{ log p_t }
 
 Source: arXiv 2508.11408. Rollout and expert tokens have denominators of their own; prompts of the
-two streams need not match. Defaults: decay over 200 steps (math; the paper's tool-use runs take
-30), the schedule as in the authors' code (half cosine). The paper's adaptive variant mu = max(0,
-tau - mean reward) is `mu: {kind: reward_gap, peak: 0.5}`, one step late: it reads the reward of the
-step before. Paper and code: the code averages token means of micro-batches weighted by rows, which
-is the paper's token mean only for rows of equal length; this file does the paper's. `demos` puts
-another objective in the place of -log p, `token_weight` stays a factor on it.
+two streams need not match.
+
+Defaults: decay over 200 steps (math; the paper's tool-use runs take 30), the schedule as in the
+authors' code (half cosine). The paper's adaptive variant mu = max(0, tau - mean reward) is
+`mu: {kind: reward_gap, peak: 0.5}`, one step late: it reads the reward of the step before.
+
+Paper and code: the code averages token means of micro-batches weighted by rows, which is the
+paper's token mean only for rows of equal length; this file does the paper's. `demos` puts another
+objective in the place of -log p, `token_weight` stays a factor on it.
 """
 
 from __future__ import annotations
@@ -38,15 +41,15 @@ class ChordMu(RLMethod):
         super().__post_init__()
         if not self.mu.within(0.0, 1.0):
             raise ValueError(
-                f"mu goes from {self.mu.peak} to {self.mu.valley}; it must stay within [0, "
-                "1], since RL is weighted by 1 - mu"
+                f"mu goes from {self.mu.peak} to {self.mu.valley}; "
+                "it must stay within [0, 1], since RL is weighted by 1 - mu"
             )
         if self.token_weight not in ("one", "p", "phi"):
             raise ValueError(f"token_weight is {self.token_weight!r}; known: one, p, phi")
         self.reported_mu = self.mu(0)
 
     def demand(self, step, budget, signals):
-        # at the ends of the range one of the two forward passes has weight zero and is not run
+        # at mu = 1 no rollouts are needed, at mu = 0 no demonstrations
         mu = self.mu(step, signals)
         return Demand(
             prompts=budget.prompts if mu < 1.0 or self.mu.adaptive else 0,

@@ -11,6 +11,10 @@ with n_i > 0 count.
     sum_over_constant(L)     scale 1        Z = rows * L             Dr.GRPO (arXiv 2503.20783)
     constant(L)              scale 1        Z = L                    the code of LUFFY, ReLIFT and
                              HPT: grows with the number of rows
+
+Formulas of methods and objectives write RED{ x_t } for x_t under the reduction that the term has,
+and TOK_rows{ x_t } for its token mean over those rows: TOK_demo{} over demonstrations, TOK_hint{}
+over hints.
 """
 
 from __future__ import annotations

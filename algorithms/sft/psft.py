@@ -1,7 +1,7 @@
 """Proximal SFT: several updates on a batch of demonstrations, held near the policy before them.
 
-    L = - TOK_demo{ min(r_t, clip(r_t, 1 - clip_low, 1 + clip_high)) },  r_t = p_t / p_t before the
-                                                                         first update of the batch
+    L   = - TOK_demo{ min(r_t, clip(r_t, 1 - clip_low, 1 + clip_high)) }
+    r_t = p_t / (p_t before the first update of the batch)
 
 PPO with advantage 1 on expert tokens. A step takes `updates` optimizer steps, each on its own part
 of the batch; in the first r = 1 and the gradient is SFT's. Only the upper clip acts: a token whose

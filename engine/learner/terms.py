@@ -3,6 +3,9 @@ global batch.
 
     L = sum_term coefficient * ( sum_rows sum_t weight * scale * correction * objective ) / Z_term
 
+Weights are the rows', scale and Z the reduction's (algorithms/parts/reductions.py), correction is 1
+for a term without one.
+
 The same `evaluate` serves the learner on a GPU and anyone who wants a method's loss on hand-made
 numbers.
 """
@@ -34,7 +37,7 @@ def row_counts(rows: Sequence[Row], term: str) -> np.ndarray:
 
 
 def denominators(terms: Sequence[Term], rows: Sequence[Row]) -> dict[str, float]:
-    """Z of every term over all rows of the step.
+    """Z of every term over `rows`: all those of one optimizer update.
 
     Raises ValueError if a row uses a term that the method did not declare.
     """
@@ -51,8 +54,7 @@ def denominators(terms: Sequence[Term], rows: Sequence[Row]) -> dict[str, float]
 def denominator(term: Term, counts: np.ndarray) -> float:
     """Z of a term.
 
-    A reduction of the user's own may give none where the term has no token, since it is not asked
-    for there.
+    A custom reduction is not checked for a term without tokens.
     """
     z = term.reduction.denominator(counts)
     if not counts.any():
@@ -157,7 +159,7 @@ def attached_zero(terms: Sequence[Term], tokens: Tokens) -> torch.Tensor:
 
 def add_metrics(found: StepMetrics, term: str, metrics: Mapping, count: int) -> None:
     """Add a term's metrics over its `count` tokens: {METRIC: [n], or PART: {METRIC: [m]}}."""
-    whole = f"loss/{term}"  # names of counts that none of `observe` can meet
+    whole = f"loss/{term}"  # prefixed, so it cannot collide with the counts of `observe`
     found.add_count(whole, count)
     for key, metric in metrics.items():
         if not isinstance(metric, Mapping):

@@ -33,7 +33,7 @@ MOVED_MODULES = {"tandem.engine.types": "tandem.engine.core.types"}
 class RunState:
     """What changes from step to step. Components keep the rest of it themselves (see saver.py)."""
 
-    step: int = 0  # optimizer steps done = the next step = the learner's weight version
+    step: int = 0  # training steps done = the next step = the learner's weight version
     # each metric as last measured, those of evaluations too
     signals: dict[str, float] = field(default_factory=dict)
     gated: int = 0  # steps whose log-probs were compared before training
