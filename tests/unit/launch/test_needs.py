@@ -1,5 +1,6 @@
 """A run asks for what it needs only: no engines without rollouts, no rewards nobody uses."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from tandem.engine.loop.scoring import Scorer
 from tandem.engine.loop.tickets import Slot
 from tandem.launch import machine, reservation
 from tandem.launch.check_config import load
+from tandem.launch.run.run import train
 
 DATA = {
     "experts": {"path": "task:sort", "options": {"size": 8}},
@@ -87,3 +89,43 @@ def test_without_functions_every_rollout_has_reward_0():
     slot.generation.set_result((sampled, sampled, replace(sampled, finish=Finish.ABORT)))
     group = scorer.finish(slot)
     assert group is not None and group.rewards.tolist() == [0.0, 0.0]
+
+
+OWN_ADVANTAGE = """
+from dataclasses import dataclass
+from typing import ClassVar
+from tandem.algorithms.base import Method, Term
+from tandem.algorithms.parts.objectives.policy import Reinforce
+from tandem.algorithms.rows import policy_row
+
+@dataclass
+class Shorter(Method):
+    title: ClassVar[str] = "every rollout has an advantage by its length"
+    uses_rewards: ClassVar[bool] = False
+
+    def rows(self, batch):
+        assert all(not group.rewards.any() for group in batch.groups)
+        rollouts = [t for group in batch.groups for t in group.trajectories]
+        return [policy_row(t, -len(t.response), "policy") for t in rollouts]
+
+    def terms(self, batch):
+        return [Term("policy", Reinforce())]
+"""
+
+
+@pytest.mark.whole_run
+def test_a_method_without_rewards_trains(in_tmp):
+    (in_tmp / "own.py").write_text(OWN_ADVANTAGE)
+    small = [
+        "mode=inline",
+        "run.steps=1",
+        "run.save_model=false",
+        "rollout.prompts_per_step=2",
+        "rollout.samples_per_prompt=2",
+        "rollout.max_tokens=4",
+        "data.max_prompt_tokens=64",
+    ]
+    assert train(config(in_tmp, "own.py:Shorter", *small)) == 0
+    lines = (in_tmp / "runs" / "run" / "metrics.jsonl").read_text().splitlines()
+    (step,) = [json.loads(line) for line in lines]
+    assert step["grad_norm"] > 0 and step["rollout/samples"] == 4 and "reward/mean" not in step
