@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -29,17 +29,19 @@ class StepMetrics:
     counts: dict[str, int] = field(default_factory=dict)
 
     def add_sum(self, name: str, value: Number) -> None:
-        self.sums[name] = self.sums[name] + value if name in self.sums else value
+        add(self.sums, name, value)
 
     def add_max(self, name: str, value: Number) -> None:
-        self.maxima[name] = larger(self.maxima[name], value) if name in self.maxima else value
+        if name in self.maxima:
+            value = larger(self.maxima[name], value)
+        self.maxima[name] = value
 
     def add_count(self, name: str, count: int) -> None:
         self.counts[name] = self.counts.get(name, 0) + count
 
     def add_mean(self, name: str, total: Number, count_of: str) -> None:
         """`count_of` names the count, which `add_count` counts."""
-        self.totals[name] = self.totals[name] + total if name in self.totals else total
+        add(self.totals, name, total)
         self.count_of[name] = count_of
 
     def merge(self, other: StepMetrics) -> None:
@@ -54,10 +56,15 @@ class StepMetrics:
 
     def on_host(self) -> StepMetrics:
         """The same in floats. The one place where a step waits for the device: a single copy."""
-        kinds = (self.sums, self.maxima, self.totals)
-        floats = iter(to_floats(value for kind in kinds for value in kind.values()))
-        sums, maxima, totals = (named(kind, floats) for kind in kinds)
-        return StepMetrics(sums, maxima, totals, dict(self.count_of), dict(self.counts))
+        values = [*self.sums.values(), *self.maxima.values(), *self.totals.values()]
+        floats = iter(to_floats(values))
+        return StepMetrics(
+            sums=named(self.sums, floats),
+            maxima=named(self.maxima, floats),
+            totals=named(self.totals, floats),
+            count_of=dict(self.count_of),
+            counts=dict(self.counts),
+        )
 
     def means(self) -> dict[str, float]:
         """0 where nothing was counted."""
@@ -69,24 +76,36 @@ class StepMetrics:
 
     def report(self) -> dict[str, float]:
         """Sums, maxima and means."""
-        found = {name: float(value) for name, value in {**self.sums, **self.maxima}.items()}
+        measured = self.sums | self.maxima
+        found = {name: float(value) for name, value in measured.items()}
         return found | self.means()
+
+
+def add(numbers: dict[str, Number], name: str, value: Number) -> None:
+    if name in numbers:
+        value = numbers[name] + value
+    numbers[name] = value
 
 
 def larger(a: Number, b: Number) -> Number:
     """NaN if one of them is."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return torch.maximum(a, b)
-    return float(np.maximum(float(a), float(b)))
+    larger_one = np.maximum(float(a), float(b))
+    return float(larger_one)
 
 
-def to_floats(values: Iterable[Number]) -> list[float]:
+def to_floats(values: Sequence[Number]) -> list[float]:
     """In float32, by one copy from the device."""
-    values = [torch.as_tensor(value) for value in values]
     if not values:
         return []
-    device = next((v.device for v in values if v.device.type != "cpu"), torch.device("cpu"))
-    together = [value.to(device, torch.float32, non_blocking=True) for value in values]
+    tensors = [torch.as_tensor(value) for value in values]
+    device = torch.device("cpu")
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            device = tensor.device
+            break
+    together = [tensor.to(device, torch.float32, non_blocking=True) for tensor in tensors]
     return torch.stack(together).tolist()
 
 
@@ -105,21 +124,35 @@ def observe(
     metrics.add_sum("tokens/real", float(micro.real_tokens))
     metrics.add_sum("tokens/padded", float(micro.tokens.size))
     if entropy is not None:
-        sampled = np.flatnonzero(micro.source == Source.POLICY)
-        if len(sampled):
-            total = entropy.detach()[torch.as_tensor(sampled, device=logp.device)].sum()
-            metrics.add_mean("entropy", total, count_of="entropy")
-            metrics.add_count("entropy", len(sampled))
-    behaviour = micro.streams.get("behaviour_logp")
-    if behaviour is None:
+        observe_entropy(metrics, micro, entropy.detach())
+    if "behaviour_logp" in micro.streams:
+        observe_gap(metrics, micro, logp.detach())
+
+
+def observe_entropy(metrics: StepMetrics, micro: MicroBatch, entropy: torch.Tensor) -> None:
+    """The mean entropy [n] of the tokens that the policy sampled."""
+    sampled = np.flatnonzero(micro.source == Source.POLICY)
+    if len(sampled) == 0:
         return
-    fresh = np.flatnonzero(micro.fresh & ~np.isnan(behaviour))
-    if len(fresh):
-        here = logp.detach()[torch.as_tensor(fresh, device=logp.device)]
-        gap = (here - torch.as_tensor(behaviour[fresh], device=logp.device)).abs()
-        metrics.add_max("gap/max", gap.max())
-        metrics.add_mean("gap/mean", gap.sum(), count_of="gap")
-        metrics.add_count("gap", len(fresh))
+    index = torch.as_tensor(sampled, device=entropy.device)
+    total = entropy[index].sum()
+    metrics.add_mean("entropy", total, count_of="entropy")
+    metrics.add_count("entropy", len(sampled))
+
+
+def observe_gap(metrics: StepMetrics, micro: MicroBatch, logp: torch.Tensor) -> None:
+    """How far the learner's log-probs [n] are from the rollout engine's, at the same weights."""
+    behaviour = micro.streams["behaviour_logp"]
+    was_sampled = ~np.isnan(behaviour)
+    fresh = np.flatnonzero(micro.fresh & was_sampled)
+    if len(fresh) == 0:
+        return
+    index = torch.as_tensor(fresh, device=logp.device)
+    engine_logp = torch.as_tensor(behaviour[fresh], device=logp.device)
+    gap = (logp[index] - engine_logp).abs()
+    metrics.add_max("gap/max", gap.max())
+    metrics.add_mean("gap/mean", gap.sum(), count_of="gap")
+    metrics.add_count("gap", len(fresh))
 
 
 def gather(mine: StepMetrics, ranks: int) -> StepMetrics:
@@ -139,7 +172,9 @@ def gather(mine: StepMetrics, ranks: int) -> StepMetrics:
 def step_report(plan: StepPlan, totals: StepMetrics) -> dict[str, float]:
     """The metrics of the global batch, and the loss of all terms together."""
     found = totals.report()
-    found["loss"] = sum(
-        term.coefficient * found.get(f"loss/{term.name}", 0.0) for term in plan.terms
-    )
+    losses = []
+    for term in plan.terms:
+        loss = found.get(f"loss/{term.name}", 0.0)
+        losses.append(term.coefficient * loss)
+    found["loss"] = sum(losses)
     return found

@@ -47,10 +47,11 @@ def decode(model, rows: Sequence[Sample], eos: torch.Tensor) -> None:
     decoding = Decoding(model, rows, eos)
     decoding.prefill()
     for step in range(decoding.steps):
-        token = decoding.sample(step)
+        token_B = decoding.sample(step)
         if not decoding.live.any():
             break
-        decoding.forward(decoding.compact(token))
+        token_B = decoding.compact(token_B)
+        decoding.forward(token_B)
     decoding.fill_in()
 
 
@@ -62,17 +63,26 @@ class Decoding:
     """
 
     def __init__(self, model, rows: Sequence[Sample], eos: torch.Tensor):
-        self.model, self.rows, self.eos, self.device = model, rows, eos, eos.device
-        self.max_new_tokens = self.integers([row.max_new_tokens for row in rows])
-        self.steps = int(self.max_new_tokens.max())
+        self.model = model
+        self.rows = rows
+        self.eos = eos
+        self.device = eos.device
+        # what each row asks for
+        limits = [row.max_new_tokens for row in rows]
+        self.max_new_tokens = self.integers(limits)
+        self.steps = max(limits)
         # step from which each row may end
-        self.earliest = self.integers([row.sampling.min_tokens - row.forced for row in rows])
-        self.all_may_end = int(self.earliest.max())
-        self.temperature = self.floats([row.sampling.temperature for row in rows])
-        self.top_p = self.floats([row.sampling.top_p for row in rows])
-        self.uniforms = torch.from_numpy(self.padded_uniforms()).to(self.device)
+        earliest = [row.sampling.min_tokens - row.forced for row in rows]
+        self.earliest = self.integers(earliest)
+        self.all_may_end = max(earliest)
+        temperatures = [row.sampling.temperature for row in rows]
+        self.temperature = self.floats(temperatures)
+        top_ps = [row.sampling.top_p for row in rows]
+        self.top_p = self.floats(top_ps)
+        uniforms = torch.from_numpy(self.padded_uniforms())
+        self.uniforms = uniforms.to(self.device)
         # what was found
-        shape = len(rows), self.steps
+        shape = (len(rows), self.steps)
         self.tokens = torch.zeros(shape, dtype=torch.long, device=self.device)
         self.logp = torch.zeros(shape, device=self.device)
         self.length = torch.zeros_like(self.max_new_tokens)
@@ -90,27 +100,35 @@ class Decoding:
 
     def padded_uniforms(self) -> np.ndarray:
         """float64 [rows, steps]: the draws behind each row's forced prefix."""
-        found = np.zeros((len(self.rows), self.steps))
+        padded = np.zeros((len(self.rows), self.steps))
         for i, row in enumerate(self.rows):
             own = row.uniforms[row.forced :]
-            found[i, : len(own)] = own
-        return found
+            padded[i, : len(own)] = own
+        return padded
 
     def prefill(self) -> None:
         """Run each distinct context once (the samples of a group share their prompt) and give every
         row a copy of its cache.
         """
-        contexts = {row.context.tobytes(): row.context for row in self.rows}
-        number = {key: i for i, key in enumerate(contexts)}
-        ids, mask = left_padded(list(contexts.values()))
+        contexts = []
+        number_of: dict[bytes, int] = {}
+        numbers = []  # of each row's context
+        for row in self.rows:
+            key = row.context.tobytes()
+            if key not in number_of:
+                number_of[key] = len(contexts)
+                contexts.append(row.context)
+            numbers.append(number_of[key])
+        ids, mask = left_padded(contexts)
         self.mask = mask.to(self.device)
-        self.position = (self.mask.cumsum(-1) - 1).clamp_(min=0)
+        position = self.mask.cumsum(-1) - 1
+        self.position = position.clamp_(min=0)
         logits = self.run(ids.to(self.device), logits_to_keep=1)
-        owner = self.integers([number[row.context.tobytes()] for row in self.rows])
-        self.cache.reorder_cache(owner)
-        self.logits = logits[owner]
-        self.mask = self.mask[owner]
-        self.position = self.position[owner, -1:]
+        context_B = self.integers(numbers)
+        self.cache.reorder_cache(context_B)
+        self.logits = logits[context_B]
+        self.mask = self.mask[context_B]
+        self.position = self.position[context_B, -1:]
 
     def run(self, ids: torch.Tensor, **options) -> torch.Tensor:
         """Logits [B, V] behind the last of `ids` [B, new]."""
@@ -129,50 +147,65 @@ class Decoding:
         end with it. Returns the tokens [B].
         """
         batch = self.batch
-        logits = self.logits.float()
+        logits_BV = self.logits.float()
         if step < self.all_may_end:
-            too_early = step < self.earliest[batch]
-            is_eos = torch.isin(torch.arange(logits.shape[-1], device=self.device), self.eos)
-            logits[too_early[:, None] & is_eos] = -torch.inf
-        uniform = self.uniforms[batch, step]
-        token, logp = draw(logits, self.temperature[batch], self.top_p[batch], uniform)
-        ended = torch.isin(token, self.eos)
-        now = batch[self.live]
-        self.tokens[now, step] = token[self.live]
-        self.logp[now, step] = logp[self.live]
-        self.length[now] = step + 1
-        self.stopped[now] = ended[self.live]
-        self.live &= ~ended & (step + 1 < self.max_new_tokens[batch])
-        return token
+            self.forbid_early_ends(logits_BV, step)
+        temperature_B = self.temperature[batch]
+        top_p_B = self.top_p[batch]
+        uniform_B = self.uniforms[batch, step]
+        token_B, logp_B = draw(logits_BV, temperature_B, top_p_B, uniform_B)
+        ended_B = torch.isin(token_B, self.eos)
+        live_rows = batch[self.live]
+        self.tokens[live_rows, step] = token_B[self.live]
+        self.logp[live_rows, step] = logp_B[self.live]
+        self.length[live_rows] = step + 1
+        self.stopped[live_rows] = ended_B[self.live]
+        has_room_B = step + 1 < self.max_new_tokens[batch]
+        self.live &= ~ended_B & has_room_B
+        return token_B
 
-    def compact(self, token: torch.Tensor) -> torch.Tensor:
+    def forbid_early_ends(self, logits_BV: torch.Tensor, step: int) -> None:
+        """Take the end tokens, in place, from rows that have fewer than their least tokens."""
+        ids_V = torch.arange(logits_BV.shape[-1], device=self.device)
+        is_eos_V = torch.isin(ids_V, self.eos)
+        too_early_B = step < self.earliest[self.batch]
+        forbidden_BV = too_early_B[:, None] & is_eos_V
+        logits_BV[forbidden_BV] = -torch.inf
+
+    def compact(self, token_B: torch.Tensor) -> torch.Tensor:
         """Let ended rows leave once they are enough. Returns the tokens of the rows that stay."""
-        if int(self.live.sum()) > KEEP * len(self.batch):
-            return token
+        live = int(self.live.sum())
+        if live > KEEP * len(self.batch):
+            return token_B
         keep = self.live.nonzero().squeeze(-1)
         self.cache.reorder_cache(keep)
         self.batch = self.batch[keep]
         self.mask = self.mask[keep]
         self.position = self.position[keep]
         self.live = self.live[keep]
-        return token[keep]
+        return token_B[keep]
 
-    def forward(self, token: torch.Tensor) -> None:
-        """Run the model on the tokens [B] just drawn."""
+    def forward(self, token_B: torch.Tensor) -> None:
+        """Run the model on the tokens just drawn."""
         one_more = self.mask.new_ones(len(self.mask), 1)
         self.mask = torch.cat([self.mask, one_more], 1)
         # ended rows keep their position, so that they stay within the context
         self.position = self.position + self.live[:, None]
-        self.logits = self.run(token[:, None])
+        self.logits = self.run(token_B[:, None])
 
     def fill_in(self) -> None:
         """Give each row what was sampled for it."""
-        tokens, logp = self.tokens.cpu().numpy(), self.logp.cpu().numpy()
-        lengths, stopped = self.length.tolist(), self.stopped.tolist()
+        tokens = self.tokens.cpu().numpy()
+        logp = self.logp.cpu().numpy()
+        lengths = self.length.tolist()
+        stopped = self.stopped.tolist()
         for i, row in enumerate(self.rows):
-            row.tokens = tokens[i, : lengths[i]].astype(np.int32)
-            row.logp = logp[i, : lengths[i]]
-            row.finish = Finish.STOP if stopped[i] else Finish.LENGTH
+            length = lengths[i]
+            row.tokens = tokens[i, :length].astype(np.int32)
+            row.logp = logp[i, :length]
+            row.finish = Finish.LENGTH
+            if stopped[i]:
+                row.finish = Finish.STOP
 
 
 def draw(
@@ -185,33 +218,48 @@ def draw(
     Temperature 0 takes the most likely token and gives its log-prob at temperature 1, as vLLM does.
     """
     greedy = temperature == 0
-    logp = (logits / torch.where(greedy, 1.0, temperature)[:, None]).log_softmax(-1)
+    divisor = torch.where(greedy, 1.0, temperature)
+    scaled = logits / divisor[:, None]
+    logp = scaled.log_softmax(-1)
+    del scaled  # as large as the logits
     if (top_p < 1).any():
-        logp = truncate(logp, torch.where(greedy, 1.0, top_p))
-    cumulative = logp.double().exp_().cumsum(-1)
-    threshold = uniform[:, None] * cumulative[:, -1:]
+        sampled_top_p = torch.where(greedy, 1.0, top_p)
+        logp = truncate(logp, sampled_top_p)
+    cumulative = logp.double().exp_()
+    cumulative = cumulative.cumsum(-1)
+    total = cumulative[:, -1:]
+    threshold = uniform[:, None] * total
     drawn = torch.searchsorted(cumulative, threshold, right=True)
-    drawn = drawn.clamp_(max=logits.shape[-1] - 1)
-    token = torch.where(greedy[:, None], logits.argmax(-1, keepdim=True), drawn)
-    return token.squeeze(-1), logp.gather(-1, token).squeeze(-1)
+    last_id = logits.shape[-1] - 1
+    drawn = drawn.clamp_(max=last_id)
+    likeliest = logits.argmax(-1, keepdim=True)
+    token = torch.where(greedy[:, None], likeliest, drawn)
+    token_logp = logp.gather(-1, token)
+    return token.squeeze(-1), token_logp.squeeze(-1)
 
 
 def truncate(logp: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     """Keep the most likely tokens up to probability `top_p` [B], renormalised; 1 keeps all."""
     ordered, order = logp.sort(-1, descending=True)
-    more_likely = ordered.exp().cumsum(-1) - ordered.exp()
-    beyond = (more_likely >= top_p[:, None]) & (top_p < 1)[:, None]
-    dropped = torch.zeros_like(beyond).scatter_(-1, order, beyond)
-    return logp.masked_fill(dropped, -torch.inf).log_softmax(-1)
+    p = ordered.exp_()
+    more_likely = p.cumsum(-1).sub_(p)  # probability of all tokens before it
+    truncated = top_p < 1
+    beyond = more_likely >= top_p[:, None]
+    beyond &= truncated[:, None]
+    dropped = torch.zeros_like(beyond)
+    dropped.scatter_(-1, order, beyond)
+    kept = logp.masked_fill(dropped, -torch.inf)
+    return kept.log_softmax(-1)
 
 
 def left_padded(sequences: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
     """int64 [B, L] ids and attention mask; the pads (id 0) stand in front."""
-    shape = len(sequences), max(map(len, sequences))
-    ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    longest = max(map(len, sequences))
+    ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
     for i, sequence in enumerate(sequences):
-        start = shape[1] - len(sequence)
-        ids[i, start:] = torch.from_numpy(sequence).long()
+        start = longest - len(sequence)
+        ids[i, start:] = torch.from_numpy(sequence)
         mask[i, start:] = 1
     return ids, mask
 
@@ -240,11 +288,10 @@ def growing_cache(config):
 
         def reorder_cache(self, beam_idx):
             super().reorder_cache(beam_idx)
-            self.all_keys = self.all_values = None
+            self.all_keys = None
+            self.all_values = None
 
-    def extended(
-        buffer: torch.Tensor | None, filled, states: torch.Tensor, past: int
-    ) -> torch.Tensor:
+    def extended(buffer: torch.Tensor | None, filled, states: torch.Tensor, past: int):
         """The buffer with `states` behind its first `past` tokens, which are `filled`; a larger one
         where it is too small.
         """
@@ -258,8 +305,7 @@ def growing_cache(config):
         return buffer
 
     cache = DynamicCache(config=config)
-    layers = []
-    for layer in cache.layers:
-        layers.append(GrowingLayer() if type(layer) is DynamicLayer else layer)
-    cache.layers = layers
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[i] = GrowingLayer()
     return cache
