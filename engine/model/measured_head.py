@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from tandem.engine.core.errors import MethodError
 from tandem.engine.model.chunked_head import Gradients, final_logits, logit_slope, parts
@@ -31,40 +32,41 @@ class HeadInputs:
     normalised over the rest. None: all of them, and both vocabularies have one size.
     """
 
-    hidden: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor | None = None
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
     temperature: float = 1.0
     scale: float = 1.0
     cap: float | None = None
     common: int | None = None
 
-    def logits(self, part: slice, dtype: torch.dtype) -> torch.Tensor:
+    def logits(self, part: slice, dtype: torch.dtype) -> Tensor:
         """[c, V], or [c, common], a fresh tensor."""
-        weight, bias = self.weight[: self.common], self.bias
+        hidden = self.hidden[part]
+        weight = self.weight[: self.common]
+        bias = self.bias
         if bias is not None:
             bias = bias[: self.common]
-        return final_logits(
-            self.hidden[part], weight, bias, self.temperature, dtype, self.scale, self.cap
-        )
+        return final_logits(hidden, weight, bias, self.temperature, dtype, self.scale, self.cap)
 
-    def log_probs(self, part: slice, dtype: torch.dtype) -> torch.Tensor:
+    def log_probs(self, part: slice, dtype: torch.dtype) -> Tensor:
         z = self.logits(part, dtype)
-        return z.sub_(z.logsumexp(-1, keepdim=True))
+        lse = z.logsumexp(-1, keepdim=True)
+        return z.sub_(lse)
 
 
 def measure(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     quantities: Sequence[Quantity],
-    data: Mapping[str, torch.Tensor] | None = None,
+    data: Mapping[str, Tensor] | None = None,
     others: Mapping[str, HeadInputs] | None = None,
     temperature: float = 1.0,
     chunk: int = 1024,
     scale: float = 1.0,
     cap: float | None = None,
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[Tensor, ...]:
     """The quantities, [n] or [n, k] each, in float32; differentiable in hidden, weight and bias.
 
     hidden [n, H], weight [V, H], bias [V] or None. `data`: per-token tensors by name, [n] or
@@ -73,7 +75,8 @@ def measure(
 
     Raises MethodError for a quantity whose model or data is not there or does not fit.
     """
-    data, others = dict(data or {}), dict(others or {})
+    data = dict(data or {})
+    others = dict(others or {})
     check_inputs(len(hidden), len(weight), quantities, data, others)
     return MeasuredHead.apply(
         hidden, weight, bias, tuple(quantities), data, others, temperature, chunk, scale, cap
@@ -84,7 +87,7 @@ def check_inputs(
     tokens: int,
     vocabulary: int,
     quantities: Sequence[Quantity],
-    data: Mapping[str, torch.Tensor],
+    data: Mapping[str, Tensor],
     others: Mapping[str, HeadInputs],
 ) -> None:
     for quantity in quantities:
@@ -108,15 +111,18 @@ def check_given(quantity: Quantity, kind: str, needed: Sequence[str], given: Col
 
 def check_vocabulary(name: str, model: HeadInputs, vocabulary: int) -> None:
     size = len(model.weight)
-    if model.common is None and size != vocabulary:
+    if model.common is None:
+        if size != vocabulary:
+            raise MethodError(
+                f"model {name!r} has {size} ids, but the policy has {vocabulary}; if the first ids "
+                "of both mean the same tokens, say how many with common"
+            )
+        return
+    most = min(size, vocabulary)
+    if not 0 < model.common <= most:
         raise MethodError(
-            f"model {name!r} has {size} ids, but the policy has {vocabulary}; if the first ids of "
-            "both mean the same tokens, say how many with common"
-        )
-    if model.common is not None and not 0 < model.common <= min(size, vocabulary):
-        raise MethodError(
-            f"model {name!r} has common={model.common}, expected 1 to {min(size, vocabulary)}: "
-            f"it has {size} ids, the policy {vocabulary}"
+            f"model {name!r} has common={model.common}, expected 1 to {most}: it has {size} ids, "
+            f"the policy {vocabulary}"
         )
 
 
@@ -127,16 +133,23 @@ class MeasuredHead(torch.autograd.Function):
     ):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         policy = HeadInputs(hidden, weight, bias, temperature, scale, cap)
-        values, now = [[] for _ in quantities], None
+        pieces = [[] for _ in quantities]  # of each, the values of chunk after chunk
+        now = None
         for part in parts(len(hidden), chunk) or [slice(0, 0)]:
             now = None  # frees the chunk before, so that there is one at a time
             now = make_chunk(policy, part, dtype, quantities, data, others)
-            for found, quantity in zip(values, quantities, strict=True):
-                found.append(quantity.value(now))
-        values = [torch.cat(found) for found in values]
+            for mine, quantity in zip(pieces, quantities, strict=True):
+                value = quantity.value(now)
+                mine.append(value)
+        values = [torch.cat(mine) for mine in pieces]
         ctx.save_for_backward(hidden, weight, bias, *values)
-        ctx.quantities, ctx.data, ctx.others = quantities, data, others
-        ctx.temperature, ctx.chunk, ctx.scale, ctx.cap = temperature, chunk, scale, cap
+        ctx.quantities = quantities
+        ctx.data = data
+        ctx.others = others
+        ctx.temperature = temperature
+        ctx.chunk = chunk
+        ctx.scale = scale
+        ctx.cap = cap
         ctx.last = now  # backward begins with it
         ctx.set_materialize_grads(False)
         return tuple(values)
@@ -147,23 +160,32 @@ class MeasuredHead(torch.autograd.Function):
         hidden, weight, bias, *values = ctx.saved_tensors
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         policy = HeadInputs(hidden, weight, bias, ctx.temperature, ctx.scale, ctx.cap)
-        wanted = [
-            (quantity, value, grad)
-            for quantity, value, grad in zip(ctx.quantities, values, grads, strict=True)
-            if grad is not None
-        ]
-        quantities = [quantity for quantity, _, _ in wanted]
+        wanted = []
+        for quantity, value, grad in zip(ctx.quantities, values, grads, strict=True):
+            if grad is not None:
+                wanted.append(Wanted(quantity, value, grad))
+        quantities = [one.quantity for one in wanted]
         gradients = Gradients(hidden, weight, bias, ctx.needs_input_grad, dtype)
         for part in reversed(parts(len(hidden), ctx.chunk)):
-            now, ctx.last = ctx.last, None
+            now = ctx.last
+            ctx.last = None
             if now is None:
                 now = make_chunk(policy, part, dtype, quantities, ctx.data, ctx.others)
             d_x = total_slope(now, part, wanted)
             d_x *= logit_slope(now.log_p, now.lse, ctx.temperature, ctx.scale, ctx.cap)
             gradients.add(part, d_x)
-            now = d_x = None  # frees them before the next chunk is made
+            del now, d_x  # frees them before the next chunk is made
         others = (None,) * 7  # quantities, data, others, temperature, chunk, scale, cap
         return *gradients.of_inputs(), *others
+
+
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """A quantity that backward goes through: its values at all tokens, and their gradients."""
+
+    quantity: Quantity
+    values: Tensor  # [n] or [n, k]
+    grads: Tensor
 
 
 def make_chunk(
@@ -171,43 +193,46 @@ def make_chunk(
     part: slice,
     dtype: torch.dtype,
     quantities: Sequence[Quantity],
-    data: Mapping[str, torch.Tensor],
+    data: Mapping[str, Tensor],
     others: Mapping[str, HeadInputs],
 ) -> Chunk:
     """The tokens of `part`, with the log-probs of those models only that `quantities` read."""
     z = policy.logits(part, dtype)
     lse = z.logsumexp(-1, keepdim=True)
-    models = {name for quantity in quantities for name in quantity.models}
-    return Chunk(
-        z.sub_(lse),
-        lse,
-        {name: others[name].log_probs(part, dtype) for name in sorted(models)},
-        {name: tensor[part] for name, tensor in data.items()},
-    )
+    log_p = z.sub_(lse)
+    models: set[str] = set()
+    for quantity in quantities:
+        models.update(quantity.models)
+    log_probs = {name: others[name].log_probs(part, dtype) for name in sorted(models)}
+    data_here = {name: tensor[part] for name, tensor in data.items()}
+    return Chunk(log_p, lse, log_probs, data_here)
 
 
-def total_slope(
-    chunk: Chunk, part: slice, wanted: Sequence[tuple[Quantity, torch.Tensor, torch.Tensor]]
-) -> torch.Tensor:
-    """d sum(grad * value) / dz [c, V] of all (quantity, values, grads) that are wanted."""
+def total_slope(chunk: Chunk, part: slice, wanted: Sequence[Wanted]) -> Tensor:
+    """d sum(grad * value) / dz [c, V] of all that is wanted."""
     total = None
-    for quantity, value, grad in wanted:
-        slope = quantity.slope(chunk, value[part], grad[part])
-        total = slope if total is None else total.add_(slope)
-    return torch.zeros_like(chunk.log_p) if total is None else total
+    for one in wanted:
+        slope = one.quantity.slope(chunk, one.values[part], one.grads[part])
+        if total is None:
+            total = slope
+        else:
+            total.add_(slope)
+    if total is None:
+        return torch.zeros_like(chunk.log_p)
+    return total
 
 
 @torch.no_grad()
 def top_tokens(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     k: int,
     temperature: float = 1.0,
     chunk: int = 1024,
     scale: float = 1.0,
     cap: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """(ids int64 [n, k], log-probs float32 [n, k]) of the k most likely tokens, the likeliest
     first. Nothing is differentiable.
     """
@@ -216,21 +241,23 @@ def top_tokens(
     ids = hidden.new_empty(len(hidden), k, dtype=torch.int64)
     logp = hidden.new_empty(len(hidden), k, dtype=dtype)
     for part in parts(len(hidden), chunk):
-        logp[part], ids[part] = model.log_probs(part, dtype).topk(k)
+        top = model.log_probs(part, dtype).topk(k)
+        logp[part] = top.values
+        ids[part] = top.indices
     return ids, logp
 
 
 @torch.no_grad()
 def drawn_tokens(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    uniform: torch.Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    uniform: Tensor,
     temperature: float = 1.0,
     chunk: int = 1024,
     scale: float = 1.0,
     cap: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """(ids int64 [n, k], log-probs float32 [n, k]) of tokens drawn with replacement from the full
     distribution. Nothing is differentiable; LogProbs gives log-probs at these ids that are.
 
@@ -244,9 +271,13 @@ def drawn_tokens(
     logp = torch.empty_like(uniform, dtype=dtype)
     for part in parts(len(hidden), chunk):
         log_p = model.log_probs(part, dtype)
-        sums = log_p.exp().cumsum_(-1)
-        points = uniform[part].to(dtype) * sums[:, -1:]
+        sums = log_p.exp()
+        sums.cumsum_(-1)
+        total = sums[:, -1:]
+        points = uniform[part].to(dtype) * total
         found = torch.searchsorted(sums, points, right=True)
-        ids[part] = found.clamp_(max=log_p.shape[-1] - 1)
-        logp[part] = log_p.gather(-1, ids[part])
+        last_id = log_p.shape[-1] - 1
+        found.clamp_(max=last_id)
+        ids[part] = found
+        logp[part] = log_p.gather(-1, found)
     return ids, logp

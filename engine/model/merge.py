@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from tandem.engine.core.errors import ConfigError
 
@@ -49,9 +50,7 @@ class Merge(Protocol):
         """Raises ConfigError if it cannot merge so many models, or lacks its base."""
         ...
 
-    def tensor(
-        self, name: str, base: torch.Tensor | None, models: Sequence[torch.Tensor]
-    ) -> torch.Tensor:
+    def tensor(self, name: str, base: Tensor | None, models: Sequence[Tensor]) -> Tensor:
         """The merged tensor. The inputs are float32 or float64, of one shape, and stay as they
         are.
         """
@@ -71,10 +70,12 @@ class Linear:
 
     def tensor(self, name, base, models):
         weights = weights_of(self.weights, len(models))
-        shares = [weight / sum(weights) for weight in weights]
+        total = sum(weights)
+        shares = [weight / total for weight in weights]
         # as differences to the first, so that equal models give that model exactly
-        deltas = (model - models[0] for model in models[1:])
-        return models[0] + weighted_sum(deltas, shares[1:], models[0])
+        first, *others = models
+        deltas = (model - first for model in others)
+        return first + weighted_sum(deltas, shares[1:], first)
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,9 @@ class TaskVector:
     def tensor(self, name, base, models):
         weights = weights_of(self.weights, len(models))
         deltas = (model - base for model in models)
-        return base + weighted_sum(deltas, weights, base).mul_(self.scale)
+        total = weighted_sum(deltas, weights, base)
+        total.mul_(self.scale)
+        return base + total
 
 
 @dataclass(frozen=True)
@@ -109,13 +112,19 @@ class Ties:
         weights = weights_of(self.weights, len(models))
         deltas = [trimmed(model - base, self.density) for model in models]
         sign = weighted_sum(deltas, weights, base).sign_()
-        total, weight_there = torch.zeros_like(base), torch.zeros_like(base)
+        has_sign = sign != 0
+        total = torch.zeros_like(base)
+        total_weight = torch.zeros_like(base)
         for delta, weight in zip(deltas, weights, strict=True):
-            agrees = (delta.sign() == sign) & (sign != 0)
+            same_sign = delta.sign() == sign
+            agrees = same_sign & has_sign
             total.add_(delta * agrees, alpha=weight)
-            weight_there.add_(agrees, alpha=weight)
-        mean = total.div_(weight_there.masked_fill_(weight_there == 0, 1.0))
-        return base + mean.mul_(self.scale)
+            total_weight.add_(agrees, alpha=weight)
+        nobody_agrees = total_weight == 0
+        total_weight.masked_fill_(nobody_agrees, 1.0)
+        total.div_(total_weight)
+        total.mul_(self.scale)
+        return base + total
 
 
 @dataclass(frozen=True)
@@ -135,18 +144,27 @@ class Dare:
 
     def tensor(self, name, base, models):
         weights = weights_of(self.weights, len(models))
-        deltas = (
-            (model - base).mul_(self.kept(name, place, base.shape))
-            for place, model in enumerate(models)
-        )
+        deltas = self.thinned(name, base, models)
         total = weighted_sum(deltas, weights, base)
-        return base + total.mul_(self.scale / (1 - self.drop))
+        total.mul_(self.scale / (1 - self.drop))
+        return base + total
 
-    def kept(self, name: str, place: int, shape: torch.Size) -> torch.Tensor:
+    def thinned(self, name: str, base: Tensor, models: Sequence[Tensor]):
+        """The deltas, one at a time, 0 where they are dropped."""
+        for place, model in enumerate(models):
+            delta = model - base
+            delta.mul_(self.kept(name, place, base.shape))
+            yield delta
+
+    def kept(self, name: str, place: int, shape: torch.Size) -> Tensor:
         """bool, True where the delta stays."""
-        words = hashlib.sha256(f"{self.seed} {place} {name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(words[:8]) >> 1)
-        return torch.rand(shape, generator=generator) >= self.drop
+        key = f"{self.seed} {place} {name}"
+        digest = hashlib.sha256(key.encode()).digest()
+        seed = int.from_bytes(digest[:8]) >> 1
+        generator = torch.Generator()
+        generator.manual_seed(seed)
+        draws = torch.rand(shape, generator=generator)
+        return draws >= self.drop
 
 
 @dataclass(frozen=True)
@@ -162,15 +180,15 @@ class Slerp:
 
     def tensor(self, name, base, models):
         first, second = models
-        a, b = first.flatten().double(), second.flatten().double()
-        size = a.norm() * b.norm()
-        cosine = 1.0 if size == 0 else float((a @ b) / size)
+        cosine = cosine_between(first, second)
         if abs(cosine) > STRAIGHT:
             return first.lerp(second, self.t)
         angle = torch.tensor(cosine, dtype=torch.float64).acos()
-        ahead = float(((1 - self.t) * angle).sin() / angle.sin())
-        behind = float((self.t * angle).sin() / angle.sin())
-        return first * ahead + second * behind
+        to_second = (1 - self.t) * angle
+        from_first = self.t * angle
+        weight_first = to_second.sin() / angle.sin()
+        weight_second = from_first.sin() / angle.sin()
+        return first * float(weight_first) + second * float(weight_second)
 
 
 @dataclass(frozen=True)
@@ -186,16 +204,16 @@ class Restore:
             raise ConfigError(f"restore takes one model, found {models}")
 
     def tensor(self, name, base, models):
-        return torch.where(largest(models[0] - base, self.share), base, models[0])
+        (model,) = models
+        changed_most = largest(model - base, self.share)
+        return torch.where(changed_most, base, model)
 
 
 def weights_of(weights: Sequence[float], models: int) -> list[float]:
     return list(weights) or [1.0] * models
 
 
-def weighted_sum(
-    deltas: Iterable[torch.Tensor], weights: Sequence[float], like: torch.Tensor
-) -> torch.Tensor:
+def weighted_sum(deltas: Iterable[Tensor], weights: Sequence[float], like: Tensor) -> Tensor:
     """sum w_i delta_i, a fresh tensor; zero without deltas. One delta is needed at a time."""
     total = torch.zeros_like(like)
     for delta, weight in zip(deltas, weights, strict=True):
@@ -203,22 +221,35 @@ def weighted_sum(
     return total
 
 
-def trimmed(delta: torch.Tensor, density: float) -> torch.Tensor:
+def cosine_between(first: Tensor, second: Tensor) -> float:
+    """Of two whole tensors, in float64; 1 if one of them is 0."""
+    a = first.flatten().double()
+    b = second.flatten().double()
+    norms = a.norm() * b.norm()
+    if norms == 0:
+        return 1.0
+    return float((a @ b) / norms)
+
+
+def trimmed(delta: Tensor, density: float) -> Tensor:
     return delta * largest(delta, density)
 
 
-def largest(delta: torch.Tensor, share: float) -> torch.Tensor:
+def largest(delta: Tensor, share: float) -> Tensor:
     """bool, True at round(share * entries) entries, those that are largest by magnitude; of equal
     ones the first.
     """
-    size = delta.abs().flatten()
-    count = round(share * len(size))
-    if count == 0 or len(size) == 0:
+    sizes = delta.abs().flatten()
+    count = round(share * len(sizes))
+    if count == 0:
         return torch.zeros_like(delta, dtype=torch.bool)
-    limit = size.kthvalue(len(size) - count + 1).values
-    chosen = size > limit
-    at_limit = (size == limit).nonzero().flatten()
-    chosen[at_limit[: count - int(chosen.sum())]] = True
+    rank = len(sizes) - count + 1
+    limit = sizes.kthvalue(rank).values
+    chosen = sizes > limit
+    missing = count - int(chosen.sum())
+    at_limit = sizes == limit
+    places = at_limit.nonzero().flatten()
+    chosen[places[:missing]] = True
     return chosen.view_as(delta)
 
 

@@ -35,6 +35,7 @@ from math import log
 from typing import Protocol
 
 import torch
+from torch import Tensor
 from torch.nn.functional import pad
 
 from tandem.engine.core.errors import MethodError
@@ -46,19 +47,20 @@ TAIL_FLOOR = 1e-7  # the least probability that the tail of a top-k is given, on
 class Chunk:
     """Some tokens in a row and all that is known of them; not to be overwritten."""
 
-    log_p: torch.Tensor  # [c, V] log-probs of the policy
-    lse: torch.Tensor  # [c, 1] log-sum-exp of its logits
+    log_p: Tensor  # [c, V] log-probs of the policy
+    lse: Tensor  # [c, 1] log-sum-exp of its logits
     # model -> log-probs [c, C] over the C ids that it shares with the policy
-    others: Mapping[str, torch.Tensor]
-    data: Mapping[str, torch.Tensor]  # name -> [c] or [c, k]
+    others: Mapping[str, Tensor]
+    data: Mapping[str, Tensor]  # name -> [c] or [c, k]
 
-    def beside(self, model: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def beside(self, model: str) -> tuple[Tensor, Tensor]:
         """(log p, log q) over the ids that the policy shares with `model`, both [c, C]."""
+        log_p = self.log_p
         log_q = self.others[model]
         common = log_q.shape[-1]
-        if common == self.log_p.shape[-1]:
-            return self.log_p, log_q
-        return self.log_p[:, :common].log_softmax(-1), log_q
+        if common < log_p.shape[-1]:
+            log_p = log_p[:, :common].log_softmax(-1)
+        return log_p, log_q
 
 
 class Quantity(Protocol):
@@ -74,11 +76,11 @@ class Quantity(Protocol):
         """The per-token tensors that it reads."""
         ...
 
-    def value(self, chunk: Chunk) -> torch.Tensor:
+    def value(self, chunk: Chunk) -> Tensor:
         """[c] or [c, k]"""
         ...
 
-    def slope(self, chunk: Chunk, value: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    def slope(self, chunk: Chunk, value: Tensor, grad: Tensor) -> Tensor:
         """d sum(grad * value) / dz [c, V], a fresh tensor.
 
         `value` is what `value` gave, `grad` has its shape.
@@ -100,14 +102,19 @@ class LogProbs:
     def data(self) -> tuple[str, ...]:
         return (self.ids,)
 
-    def value(self, chunk: Chunk) -> torch.Tensor:
+    def value(self, chunk: Chunk) -> Tensor:
         ids = chunk.data[self.ids]
-        return chunk.log_p.gather(-1, columns(ids)).view(ids.shape)
+        found = chunk.log_p.gather(-1, columns(ids))
+        return found.view(ids.shape)
 
-    def slope(self, chunk: Chunk, value: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        ids, grad = columns(chunk.data[self.ids]), columns(grad)
-        slope = chunk.log_p.exp().mul_(-grad.sum(-1, keepdim=True))
-        return slope.scatter_add_(-1, ids, grad)
+    def slope(self, chunk: Chunk, value: Tensor, grad: Tensor) -> Tensor:
+        ids = columns(chunk.data[self.ids])
+        grad = columns(grad)
+        total_grad = grad.sum(-1, keepdim=True)
+        slope = chunk.log_p.exp()
+        slope.mul_(-total_grad)
+        slope.scatter_add_(-1, ids, grad)
+        return slope
 
 
 @dataclass(frozen=True)
@@ -117,12 +124,16 @@ class Entropy:
     models: tuple[str, ...] = ()
     data: tuple[str, ...] = ()
 
-    def value(self, chunk: Chunk) -> torch.Tensor:
-        return -(chunk.log_p.exp().mul_(chunk.log_p)).sum(-1)
+    def value(self, chunk: Chunk) -> Tensor:
+        p_log_p = chunk.log_p.exp()
+        p_log_p.mul_(chunk.log_p)
+        return -p_log_p.sum(-1)
 
-    def slope(self, chunk: Chunk, value: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        slope = (chunk.log_p + value[:, None]).mul_(-grad[:, None])
-        return slope.mul_(chunk.log_p.exp())
+    def slope(self, chunk: Chunk, value: Tensor, grad: Tensor) -> Tensor:
+        slope = chunk.log_p + value[:, None]
+        slope.mul_(-grad[:, None])
+        slope.mul_(chunk.log_p.exp())
+        return slope
 
 
 @dataclass(frozen=True)
@@ -143,13 +154,18 @@ class Divergence:
     def models(self) -> tuple[str, ...]:
         return (self.model,)
 
-    def value(self, chunk: Chunk) -> torch.Tensor:
-        return divergence(*chunk.beside(self.model), self.beta)
+    def value(self, chunk: Chunk) -> Tensor:
+        log_p, log_q = chunk.beside(self.model)
+        return divergence(log_p, log_q, self.beta)
 
-    def slope(self, chunk: Chunk, value: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        slope = divergence_slope(*chunk.beside(self.model), self.beta).mul_(grad[:, None])
-        rest = chunk.log_p.shape[-1] - slope.shape[-1]  # ids that are not common
-        return pad(slope, (0, rest)) if rest else slope
+    def slope(self, chunk: Chunk, value: Tensor, grad: Tensor) -> Tensor:
+        log_p, log_q = chunk.beside(self.model)
+        slope = divergence_slope(log_p, log_q, self.beta)
+        slope.mul_(grad[:, None])
+        not_common = chunk.log_p.shape[-1] - slope.shape[-1]
+        if not_common == 0:
+            return slope
+        return pad(slope, (0, not_common))
 
 
 @dataclass(frozen=True)
@@ -172,26 +188,35 @@ class TopKDivergence:
     def data(self) -> tuple[str, ...]:
         return (self.ids, self.logp)
 
-    def events(self, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
+    def events(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """(log p, log q) of the events, both [c, k + 1]; the tail comes last."""
-        log_p = chunk.log_p.gather(-1, chunk.data[self.ids])
-        return with_tail(log_p), with_tail(chunk.data[self.logp].to(log_p.dtype))
+        ids = chunk.data[self.ids]
+        log_p = chunk.log_p.gather(-1, ids)
+        log_q = chunk.data[self.logp].to(log_p.dtype)
+        return with_tail(log_p), with_tail(log_q)
 
-    def value(self, chunk: Chunk) -> torch.Tensor:
-        return divergence(*self.events(chunk), self.beta)
+    def value(self, chunk: Chunk) -> Tensor:
+        log_p, log_q = self.events(chunk)
+        return divergence(log_p, log_q, self.beta)
 
-    def slope(self, chunk: Chunk, value: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    def slope(self, chunk: Chunk, value: Tensor, grad: Tensor) -> Tensor:
         log_p, log_q = self.events(chunk)
         # with respect to the logits of the k ids and the log-sum-exp of those of the tail
-        events = divergence_slope(log_p, log_q, self.beta).mul_(grad[:, None])
+        of_events = divergence_slope(log_p, log_q, self.beta)
+        of_events.mul_(grad[:, None])
         # an id of the tail has its share p / p(tail) in that log-sum-exp
-        tail = (chunk.log_p - log_p[:, -1:]).exp_().mul_(events[:, -1:])
-        return tail.scatter_(-1, chunk.data[self.ids], events[:, :-1])
+        slope = chunk.log_p - log_p[:, -1:]
+        slope.exp_()
+        slope.mul_(of_events[:, -1:])
+        slope.scatter_(-1, chunk.data[self.ids], of_events[:, :-1])
+        return slope
 
 
-def columns(tensor: torch.Tensor) -> torch.Tensor:
+def columns(tensor: Tensor) -> Tensor:
     """[c] -> [c, 1]; [c, k] as it is."""
-    return tensor[:, None] if tensor.dim() == 1 else tensor
+    if tensor.dim() == 1:
+        return tensor[:, None]
+    return tensor
 
 
 def check_beta(beta: float) -> None:
@@ -202,43 +227,57 @@ def check_beta(beta: float) -> None:
         )
 
 
-def with_tail(log_p: torch.Tensor) -> torch.Tensor:
+def with_tail(log_p: Tensor) -> Tensor:
     """Log-probs [c, k] of some ids -> [c, k + 1], the last one that of all other ids."""
-    inside = log_p.logsumexp(-1, keepdim=True).clamp(max=-TAIL_FLOOR)
-    return torch.cat([log_p, inside.expm1().neg_().log_()], -1)
+    inside = log_p.logsumexp(-1, keepdim=True)
+    inside = inside.clamp(max=-TAIL_FLOOR)
+    tail = inside.expm1()
+    tail.neg_()
+    tail.log_()
+    return torch.cat([log_p, tail], -1)
 
 
-def kl(log_a: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
+def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     """KL(a || b) over the last dimension."""
-    return log_a.exp().mul_(log_a - log_b).sum(-1)
+    weighted = log_a.exp()
+    weighted.mul_(log_a - log_b)
+    return weighted.sum(-1)
 
 
-def divergence(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> torch.Tensor:
+def divergence(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     """Of log-probs [c, C] of policy and teacher: [c]. `beta` as in Divergence."""
     if beta == 0:
         return kl(log_q, log_p)
     if beta == 1:
         return kl(log_p, log_q)
     log_m = mixture(log_p, log_q, beta)
-    return kl(log_q, log_m).mul_(beta).add_(kl(log_p, log_m), alpha=1 - beta)
+    total = kl(log_q, log_m)
+    total.mul_(beta)
+    total.add_(kl(log_p, log_m), alpha=1 - beta)
+    return total
 
 
-def divergence_slope(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> torch.Tensor:
+def divergence_slope(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     """d divergence / dz [c, C] for log p = log_softmax z; a fresh tensor."""
     p = log_p.exp()
     if beta == 0:
         return p.sub_(log_q.exp())
     if beta == 1:
         return centred(p, log_p - log_q)
-    return centred(p, (log_p - mixture(log_p, log_q, beta)).mul_(1 - beta))
+    log_ratio = log_p - mixture(log_p, log_q, beta)
+    log_ratio.mul_(1 - beta)
+    return centred(p, log_ratio)
 
 
-def centred(p: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def centred(p: Tensor, x: Tensor) -> Tensor:
     """p (x - E_p x), in the place of p; x is overwritten."""
     mean = (p * x).sum(-1, keepdim=True)
-    return p.mul_(x.sub_(mean))
+    x.sub_(mean)
+    return p.mul_(x)
 
 
-def mixture(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> torch.Tensor:
+def mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     """log(beta q + (1 - beta) p)"""
-    return torch.logaddexp(log_q + log(beta), log_p + log(1 - beta))
+    teacher = log_q + log(beta)
+    policy = log_p + log(1 - beta)
+    return torch.logaddexp(teacher, policy)

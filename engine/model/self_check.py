@@ -8,6 +8,7 @@ import inspect
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from tandem.engine.config.schema import ModelConfig
 from tandem.engine.core.errors import ConfigError
@@ -26,7 +27,8 @@ def refuse_unpackable(causal: PreTrainedModel, model: ModelConfig) -> None:
     """Raise ConfigError for what is known to go wrong without a difference that `self_check` could
     see.
     """
-    if "position_ids" not in inspect.signature(causal.get_decoder().forward).parameters:
+    decoder = causal.get_decoder()
+    if "position_ids" not in inspect.signature(decoder.forward).parameters:
         raise ConfigError(
             f"model {model.path!r} ({type(causal).__name__}) takes no position_ids, so that "
             "packed sequences cannot be told apart; this model is not supported"
@@ -51,55 +53,80 @@ def self_check(policy: Policy, model: ModelConfig) -> None:
     causal = policy.model
     device = policy.head.weight.device
     tolerance = TOLERANCE[model.dtype]
+    tight = tolerance / 10
     a, other, b = random_rows(policy, (3, 8), seed=0)
     b = b[:6]
     swapped = policy.one_line and device.type == "cpu"
     if swapped:
         causal.set_attn_implementation("sdpa")
 
-    def alone(row: torch.Tensor) -> torch.Tensor:
-        logits = causal(input_ids=row[None], use_cache=False).logits[0, :-1]
-        return logits.float().log_softmax(-1).gather(-1, row[1:, None]).squeeze(-1)
-
-    own = torch.cat([alone(a), alone(b)])
-    bins = torch.stack([torch.cat([a, b]), torch.cat([other, b])])
-    positions = torch.cat([torch.arange(len(a)), torch.arange(len(b))]).to(device).expand(2, -1)
-    # every token but the first of each sequence is predicted
-    index = positions.reshape(-1).nonzero().squeeze(-1) - 1
-    packed = policy(bins, positions, index, bins.reshape(-1)[index + 1])[0].reshape(2, -1)
+    own = torch.cat([plain_logp(causal, a), plain_logp(causal, b)])
+    packed, beside_other = packed_logp(policy, a, other, b)
     far = beside_a_long_row(policy, a, b)
     if swapped:
         causal.set_attn_implementation(model.attention)
-    gap = (packed[0] - own).abs().mean().item()
-    leak = (packed[0] - packed[1])[len(a) - 1 :].abs().max().item()
-    if not (gap <= tolerance and leak <= tolerance / 10):
+    b_packed = packed[len(a) - 1 :]
+    b_beside_other = beside_other[len(a) - 1 :]
+    gap = (packed - own).abs().mean().item()
+    leak = largest_gap(b_packed, b_beside_other)
+    if not (gap <= tolerance and leak <= tight):
         raise ConfigError(
             f"model {model.path!r} ({type(causal).__name__}, attention {model.attention!r}, "
             f"{model.dtype}): packed log-probs differ from the model's own by {gap:.1e} on average "
             f"(expected at most {tolerance:.0e}), and by {leak:.1e} between two neighbours in the "
-            f"pack ({tolerance / 10:.0e}): it mixes packed sequences, or its logits are not a "
+            f"pack ({tight:.0e}): it mixes packed sequences, or its logits are not a "
             "linear map of the hidden states; try model.attention=sdpa, else this model is not "
             "supported"
         )
-    drift = 0.0 if far is None else (far - packed[0, len(a) - 1 :]).abs().max().item()
-    if not drift <= tolerance / 10:
-        kinds = sorted({rope_kind(rope) for rope in ropes(causal.config.get_text_config())})
+    if far is None:
+        return
+    drift = largest_gap(far, b_packed)
+    if not drift <= tight:
+        config = causal.config.get_text_config()
+        kinds = {rope_kind(rope) for rope in ropes(config)}
+        known = ", ".join(sorted(kinds)) or "unknown"
         raise ConfigError(
             f"model {model.path!r} ({type(causal).__name__}): log-probs of a packed row change by "
-            f"{drift:.1e} (expected at most {tolerance / 10:.0e}) when its neighbour reaches the "
-            f"end of the model's context: its positions (rope {', '.join(kinds) or 'unknown'}) "
-            "depend on the longest row of a pack; this model is not supported"
+            f"{drift:.1e} (expected at most {tight:.0e}) when its neighbour reaches the end of "
+            f"the model's context: its positions (rope {known}) depend on the longest row of a "
+            "pack; this model is not supported"
         )
 
 
-def random_rows(policy: Policy, shape: tuple[int, int], seed: int) -> torch.Tensor:
+def plain_logp(causal: PreTrainedModel, row: Tensor) -> Tensor:
+    """Log-probs [T - 1] of a row [T] by a forward of its own."""
+    output = causal(input_ids=row[None], use_cache=False)
+    logits = output.logits[0, :-1]
+    logp = logits.float().log_softmax(-1)
+    own = logp.gather(-1, row[1:, None])
+    return own.squeeze(-1)
+
+
+def packed_logp(policy: Policy, a: Tensor, other: Tensor, b: Tensor) -> Tensor:
+    """Log-probs of two bins, one a line: `b` behind `a`, and `b` behind `other`, as long as `a`."""
+    bins = torch.stack([torch.cat([a, b]), torch.cat([other, b])])
+    positions = torch.cat([torch.arange(len(a)), torch.arange(len(b))])
+    positions = positions.to(bins.device).expand(2, -1)
+    # every token but the first of each sequence is predicted
+    predicted = positions.reshape(-1).nonzero().squeeze(-1)
+    target = bins.reshape(-1)[predicted]
+    logp = policy(bins, positions, predicted - 1, target)[0]
+    return logp.reshape(2, -1)
+
+
+def largest_gap(a: Tensor, b: Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
+def random_rows(policy: Policy, shape: tuple[int, int], seed: int) -> Tensor:
     """Token ids int64 `shape`, the same on every machine."""
+    weight = policy.head.weight
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(len(policy.head.weight), shape, generator=generator)
-    return ids.to(policy.head.weight.device)
+    ids = torch.randint(len(weight), shape, generator=generator)
+    return ids.to(weight.device)
 
 
-def beside_a_long_row(policy: Policy, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
+def beside_a_long_row(policy: Policy, a: Tensor, b: Tensor) -> Tensor | None:
     """Log-probs of `b` [n - 1] packed behind `a`, whose positions jump to the end of the model's
     context; None where the config has no limit.
 
@@ -110,10 +137,11 @@ def beside_a_long_row(policy: Policy, a: torch.Tensor, b: torch.Tensor) -> torch
         return None
     before = torch.arange(context - len(a), context, device=a.device)
     before[0] = 0  # flash attention tells rows apart by their position 0
-    positions = torch.cat([before, torch.arange(len(b), device=a.device)])[None]
-    bins = torch.cat([a, b])[None]
-    index = torch.arange(len(a), len(a) + len(b) - 1, device=a.device)
-    return policy(bins, positions, index, b[1:])[0]
+    of_b = torch.arange(len(b), device=a.device)
+    positions = torch.cat([before, of_b])
+    tokens = torch.cat([a, b])
+    index = torch.arange(len(a), len(tokens) - 1, device=a.device)
+    return policy(tokens[None], positions[None], index, b[1:])[0]
 
 
 def can_share(policy: Policy) -> bool:
@@ -152,21 +180,15 @@ def sharing_gap(policy: Policy) -> float:
     order = torch.arange(8, device=device)
     four = torch.ones(4, dtype=torch.long, device=device)
     target = torch.cat([a, b])
-    alone = policy(
-        torch.stack([torch.cat([prompt, a]), torch.cat([prompt, b])]),
-        order.expand(2, -1),
-        torch.cat([order[3:7], order[3:7] + 8]),
-        target,
-    )[0]
-    block = torch.cat([0 * four, 1 * four, 2 * four])
-    prompt_block = torch.zeros_like(block)
+    rows = torch.stack([torch.cat([prompt, a]), torch.cat([prompt, b])])
+    index = torch.cat([order[3:7], order[3:7] + 8])
+    alone = policy(rows, order.expand(2, -1), index, target)[0]
+    tokens = torch.cat([prompt, a, b])
+    positions = torch.cat([order, order[4:]])
     # b's first token is predicted from the end of the prompt
     index = torch.cat([order[3:7], order[3:4], order[5:8] + 3])
-    shared = policy(
-        torch.cat([prompt, a, b])[None],
-        torch.cat([order, order[4:]])[None],
-        index,
-        target,
-        prompt_blocks=torch.stack([block, prompt_block])[:, None],
-    )[0]
+    block = torch.cat([0 * four, 1 * four, 2 * four])
+    prompt_block = torch.zeros_like(block)
+    blocks = torch.stack([block, prompt_block])[:, None]
+    shared = policy(tokens[None], positions[None], index, target, prompt_blocks=blocks)[0]
     return (shared - alone).abs().mean().item()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tandem.engine.core.types import Finish, Sampling
 
@@ -39,7 +40,7 @@ class Sample:
 
 
 @torch.inference_mode()
-def decode(model, rows: Sequence[Sample], eos: torch.Tensor) -> None:
+def decode(model, rows: Sequence[Sample], eos: Tensor) -> None:
     """Sample all rows to their ends and fill in tokens, logp and finish.
 
     Memory beyond the model: keys and values, and one [B, V] of logits.
@@ -62,7 +63,7 @@ class Decoding:
     has one per row that is still in the batch.
     """
 
-    def __init__(self, model, rows: Sequence[Sample], eos: torch.Tensor):
+    def __init__(self, model, rows: Sequence[Sample], eos: Tensor):
         self.model = model
         self.rows = rows
         self.eos = eos
@@ -92,10 +93,10 @@ class Decoding:
         self.live = torch.ones_like(self.batch, dtype=torch.bool)
         self.cache = growing_cache(model.config)
 
-    def integers(self, values: list[int]) -> torch.Tensor:
+    def integers(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)
 
-    def floats(self, values: list[float]) -> torch.Tensor:
+    def floats(self, values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self.device)
 
     def padded_uniforms(self) -> np.ndarray:
@@ -130,7 +131,7 @@ class Decoding:
         self.mask = self.mask[context_B]
         self.position = self.position[context_B, -1:]
 
-    def run(self, ids: torch.Tensor, **options) -> torch.Tensor:
+    def run(self, ids: Tensor, **options) -> Tensor:
         """Logits [B, V] behind the last of `ids` [B, new]."""
         output = self.model(
             input_ids=ids,
@@ -142,7 +143,7 @@ class Decoding:
         )
         return output.logits[:, -1]
 
-    def sample(self, step: int) -> torch.Tensor:
+    def sample(self, step: int) -> Tensor:
         """Draw a token for every row of the batch, note those of live rows, and mark the rows that
         end with it. Returns the tokens [B].
         """
@@ -164,7 +165,7 @@ class Decoding:
         self.live &= ~ended_B & has_room_B
         return token_B
 
-    def forbid_early_ends(self, logits_BV: torch.Tensor, step: int) -> None:
+    def forbid_early_ends(self, logits_BV: Tensor, step: int) -> None:
         """Take the end tokens, in place, from rows that have fewer than their least tokens."""
         ids_V = torch.arange(logits_BV.shape[-1], device=self.device)
         is_eos_V = torch.isin(ids_V, self.eos)
@@ -172,7 +173,7 @@ class Decoding:
         forbidden_BV = too_early_B[:, None] & is_eos_V
         logits_BV[forbidden_BV] = -torch.inf
 
-    def compact(self, token_B: torch.Tensor) -> torch.Tensor:
+    def compact(self, token_B: Tensor) -> Tensor:
         """Let ended rows leave once they are enough. Returns the tokens of the rows that stay."""
         live = int(self.live.sum())
         if live > KEEP * len(self.batch):
@@ -185,7 +186,7 @@ class Decoding:
         self.live = self.live[keep]
         return token_B[keep]
 
-    def forward(self, token_B: torch.Tensor) -> None:
+    def forward(self, token_B: Tensor) -> None:
         """Run the model on the tokens just drawn."""
         one_more = self.mask.new_ones(len(self.mask), 1)
         self.mask = torch.cat([self.mask, one_more], 1)
@@ -209,8 +210,8 @@ class Decoding:
 
 
 def draw(
-    logits: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor, uniform: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor
+) -> tuple[Tensor, Tensor]:
     """One token per row and its log-prob under the distribution it was drawn from, which is the
     scaled and truncated one.
 
@@ -238,7 +239,7 @@ def draw(
     return token.squeeze(-1), token_logp.squeeze(-1)
 
 
-def truncate(logp: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+def truncate(logp: Tensor, top_p: Tensor) -> Tensor:
     """Keep the most likely tokens up to probability `top_p` [B], renormalised; 1 keeps all."""
     ordered, order = logp.sort(-1, descending=True)
     p = ordered.exp_()
@@ -252,7 +253,7 @@ def truncate(logp: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     return kept.log_softmax(-1)
 
 
-def left_padded(sequences: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+def left_padded(sequences: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     """int64 [B, L] ids and attention mask; the pads (id 0) stand in front."""
     longest = max(map(len, sequences))
     ids = torch.zeros(len(sequences), longest, dtype=torch.long)
@@ -272,8 +273,8 @@ def growing_cache(config):
 
     class GrowingLayer(DynamicLayer):
         # self.keys and self.values are the filled part of these
-        all_keys: torch.Tensor | None = None
-        all_values: torch.Tensor | None = None
+        all_keys: Tensor | None = None
+        all_values: Tensor | None = None
 
         def update(self, key_states, value_states, *args, **kwargs):
             if not self.is_initialized:
@@ -291,7 +292,7 @@ def growing_cache(config):
             self.all_keys = None
             self.all_values = None
 
-    def extended(buffer: torch.Tensor | None, filled, states: torch.Tensor, past: int):
+    def extended(buffer: Tensor | None, filled, states: Tensor, past: int):
         """The buffer with `states` behind its first `past` tokens, which are `filled`; a larger one
         where it is too small.
         """
