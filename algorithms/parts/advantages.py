@@ -20,19 +20,29 @@ def grpo(rewards, lengths=None, epsilon: float = 1e-6) -> list[np.ndarray]:
 
     GRPO, arXiv 2402.03300 sec. 4.1.2; epsilon as in verl.
     """
-    return each_group(rewards, lambda r: (r - r.mean()) / (r.std(ddof=1) + epsilon))
+
+    def standardised(r: np.ndarray) -> np.ndarray:
+        spread = r.std(ddof=1) + epsilon
+        return (r - r.mean()) / spread
+
+    return each_group(rewards, standardised)
 
 
 def dr_grpo(rewards, lengths=None) -> list[np.ndarray]:
     """R - mean: no division by the spread, which favours prompts that are nearly solved or nearly
     hopeless. Dr.GRPO, arXiv 2503.20783.
     """
-    return each_group(rewards, lambda r: r - r.mean())
+    return each_group(rewards, centred)
 
 
 def rloo(rewards, lengths=None) -> list[np.ndarray]:
     """R_i - mean of the others = n/(n-1) (R_i - mean). RLOO, arXiv 2402.14740."""
-    return each_group(rewards, lambda r: (r - r.mean()) * len(r) / (len(r) - 1))
+
+    def above_others(r: np.ndarray) -> np.ndarray:
+        n = len(r)
+        return centred(r) * n / (n - 1)
+
+    return each_group(rewards, above_others)
 
 
 def reinforce_pp(rewards, lengths) -> list[np.ndarray]:
@@ -40,7 +50,8 @@ def reinforce_pp(rewards, lengths) -> list[np.ndarray]:
 
     REINFORCE++, arXiv 2501.03262, with discount 1 and without the KL in the reward.
     """
-    return whiten([np.asarray(r, np.float64) for r in rewards], lengths)
+    values = in_float64(rewards)
+    return whiten(values, lengths)
 
 
 def reinforce_pp_baseline(rewards, lengths) -> list[np.ndarray]:
@@ -48,7 +59,8 @@ def reinforce_pp_baseline(rewards, lengths) -> list[np.ndarray]:
 
     REINFORCE++ with baseline, arXiv 2501.03262.
     """
-    return whiten([np.asarray(r, np.float64) - np.mean(r) for r in rewards], lengths)
+    values = [np.asarray(r, np.float64) - np.mean(r) for r in rewards]
+    return whiten(values, lengths)
 
 
 def raw(rewards, lengths=None) -> list[np.ndarray]:
@@ -64,9 +76,14 @@ def gae(rewards, lengths=None) -> list[np.ndarray]:
 
 
 ESTIMATORS: dict[str, Callable[..., list[np.ndarray]]] = {
-    f.__name__: f for f in (grpo, dr_grpo, rloo, reinforce_pp, reinforce_pp_baseline, raw, gae)
+    "grpo": grpo,
+    "dr_grpo": dr_grpo,
+    "rloo": rloo,
+    "reinforce_pp": reinforce_pp,
+    "reinforce_pp_baseline": reinforce_pp_baseline,
+    "raw": raw,
+    "gae": gae,
 }
-
 
 # compare the samples of a prompt: alone, each has advantage 0
 GROUP_RELATIVE = ("grpo", "dr_grpo", "rloo", "reinforce_pp_baseline")
@@ -77,12 +94,20 @@ def each_group(rewards: Groups, estimate: Callable[[np.ndarray], np.ndarray]) ->
     in mean and std would leave a rest.
     """
     found = []
-    for group in rewards:
-        r = np.asarray(group, np.float64)
-        comparable = len(r) > 1 and np.ptp(r) > 0
-        advantages = estimate(r) if comparable else np.zeros(len(r))
+    for r in in_float64(rewards):
+        advantages = np.zeros(len(r))
+        if len(r) > 1 and np.ptp(r) > 0:
+            advantages = estimate(r)
         found.append(advantages.astype(np.float32))
     return found
+
+
+def centred(r: np.ndarray) -> np.ndarray:
+    return r - r.mean()
+
+
+def in_float64(groups: Groups) -> list[np.ndarray]:
+    return [np.asarray(group, np.float64) for group in groups]
 
 
 def whiten(values: Sequence[np.ndarray], lengths: Groups) -> list[np.ndarray]:
@@ -92,8 +117,14 @@ def whiten(values: Sequence[np.ndarray], lengths: Groups) -> list[np.ndarray]:
     if not values:
         return []
     v = np.concatenate(values)
-    n = np.concatenate([np.asarray(x, np.float64) for x in lengths])
+    n = np.concatenate(in_float64(lengths))
     total = max(n.sum(), 1.0)
     mean = (v * n).sum() / total
-    std = np.sqrt(((v - mean) ** 2 * n).sum() / max(total - 1.0, 1.0))
-    return [((x - mean) / (std + 1e-8)).astype(np.float32) for x in values]
+    squares = (v - mean) ** 2
+    variance = (squares * n).sum() / max(total - 1.0, 1.0)
+    spread = np.sqrt(variance) + 1e-8
+    whitened = []
+    for group in values:
+        advantages = (group - mean) / spread
+        whitened.append(advantages.astype(np.float32))
+    return whitened

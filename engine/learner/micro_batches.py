@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
@@ -27,7 +28,11 @@ class Family:
 
     def length(self, lengths: Sequence[int]) -> int:
         """Tokens to run, where row i alone has `lengths[i]`."""
-        return self.prompt + sum(lengths[i] - self.prompt for i in self.rows)
+        tails = [lengths[i] - self.prompt for i in self.rows]
+        return self.prompt + sum(tails)
+
+
+Bins: TypeAlias = Sequence[Sequence[Family]]  # the families of each bin
 
 
 @dataclass
@@ -43,13 +48,17 @@ class Layout:
 
 def present_streams(rows: Sequence[Row]) -> list[str]:
     """Names of the streams that at least one row has."""
-    return [name for name in STREAMS if any(getattr(row, name) is not None for row in rows)]
+    present = []
+    for name in STREAMS:
+        if any(getattr(row, name) is not None for row in rows):
+            present.append(name)
+    return present
 
 
 def build(
     rows: Sequence[Row],
     lengths: Sequence[int],
-    bins: Sequence[Sequence[Family]],
+    bins: Bins,
     terms: Sequence[Term],
     streams: Sequence[str],
     version: int,
@@ -59,64 +68,74 @@ def build(
     """
     bins = bins or [[]]
     layout = lay_out(rows, lengths, bins)
-    order = [i for families in bins for family in families for i in family.rows]
-    columns = Columns([rows[i] for i in order])
+    order: list[int] = []
+    for families in bins:
+        for family in families:
+            order.extend(family.rows)
+    placed = [rows[i] for i in order]
+    columns = Columns(placed)
     return MicroBatch(
         tokens=layout.tokens_BL,
         positions=layout.positions_BL,
         index=layout.index_n,
         prompt_blocks=layout.prompt_blocks_2BL if layout.shared else None,
-        target=columns.gather([row.tokens for row in columns.rows], np.int64),
+        target=columns.gather([row.tokens for row in placed], np.int64),
         weights={term.name: columns.weights(term) for term in terms},
         scale={term.name: columns.scales(term) for term in terms},
         segment=columns.segments(),
-        group=columns.gather([row.group for row in columns.rows], np.int64),
-        source=columns.gather([row.source for row in columns.rows], np.int8),
+        group=columns.gather([row.group for row in placed], np.int64),
+        source=columns.gather([row.source for row in placed], np.int8),
         streams={name: columns.stream(name) for name in streams},
         fresh=columns.fresh(version),
         rows=tuple(order),
-        real_tokens=sum(len(row.tokens) for row in columns.rows),
+        real_tokens=sum(len(row.tokens) for row in placed),
     )
 
 
-def lay_out(
-    rows: Sequence[Row], lengths: Sequence[int], bins: Sequence[Sequence[Family]]
-) -> Layout:
+def lay_out(rows: Sequence[Row], lengths: Sequence[int], bins: Bins) -> Layout:
     """Give every token of the families its position in a bin.
 
     The first row of a family brings the prompt with it, the others continue it. `prompt_blocks`
     numbers the blocks: a prompt that is shared is one, and the tail of each row behind it is one.
     """
-    shape = (len(bins), max(1, max(used_tokens(families, lengths) for families in bins)))
-    width = shape[1]
-    tokens_BL = np.zeros(shape, np.int64)
-    positions_BL = np.zeros(shape, np.int64)
-    prompt_blocks_2BL = np.full((2, *shape), -1, np.int64)
+    width = 1
+    for families in bins:
+        width = max(width, used_tokens(families, lengths))
+    tokens_BL = np.zeros((len(bins), width), np.int64)
+    positions_BL = np.zeros_like(tokens_BL)
+    prompt_blocks_2BL = np.full((2, len(bins), width), -1, np.int64)
     index = [np.zeros(0, np.int64)]
     shared = False
     block = 0
     for b, families in enumerate(bins):
+        bin_start = b * width  # of the bin in the flat hidden states
         start = 0
         for family in families:
             root = block
-            prompt_start = b * width + start
-            shared = shared or len(family.rows) > 1
-            for number, i in enumerate(family.rows):
-                first = 0 if number == 0 else family.prompt
-                stop = start + lengths[i] - first
-                tokens_BL[b, start:stop] = rows[i].tokens[first : lengths[i]]
-                positions_BL[b, start:stop] = np.arange(first, lengths[i])
-                if len(family.rows) > 1:
+            prompt_start = start
+            prompt_stop = start + family.prompt
+            several = len(family.rows) > 1
+            shared |= several
+            first = 0  # of a row's tokens, the first that is its own
+            for i in family.rows:
+                row = rows[i]
+                length = lengths[i]
+                stop = start + length - first
+                tokens_BL[b, start:stop] = row.tokens[first:length]
+                positions_BL[b, start:stop] = np.arange(first, length)
+                if several:
                     block += 1
-                prompt_blocks_2BL[:, b, start:stop] = [[block], [root]]
-                if number == 0:
-                    prompt_blocks_2BL[0, b, start : start + family.prompt] = root
+                prompt_blocks_2BL[0, b, start:stop] = block
+                prompt_blocks_2BL[1, b, start:stop] = root
+                if first == 0:
+                    prompt_blocks_2BL[0, b, prompt_start:prompt_stop] = root
                 # the hidden states that predict: those one before the trained tokens
-                before = rows[i].trained.nonzero()[0] - 1
+                before = row.trained.nonzero()[0] - 1
                 in_prompt = before < family.prompt
-                own_start = b * width + start - first
-                index.append(np.where(in_prompt, prompt_start + before, own_start + before))
+                row_start = np.where(in_prompt, prompt_start, start - first)
+                index.append(bin_start + row_start + before)
                 start = stop
+                first = family.prompt
             block += 1
         positions_BL[b, start:] = np.arange(width - start)
     return Layout(tokens_BL, positions_BL, prompt_blocks_2BL, np.concatenate(index), shared)
@@ -138,25 +157,32 @@ class Columns:
         """One array [T] or number per row -> its values at the trained tokens."""
         parts = [np.zeros(0, dtype)]
         for value, mask in zip(values, self.masks, strict=True):
-            parts.append(np.broadcast_to(value, mask.shape)[mask])
+            per_token = np.broadcast_to(value, mask.shape)
+            parts.append(per_token[mask])
         return np.concatenate(parts).astype(dtype)
 
     def stream(self, name: str) -> np.ndarray:
         """NaN where a row does not have it."""
-        values = [getattr(row, name) for row in self.rows]
-        return self.gather([np.nan if value is None else value for value in values], np.float32)
+        values = []
+        for row in self.rows:
+            value = getattr(row, name)
+            values.append(np.nan if value is None else value)
+        return self.gather(values, np.float32)
 
     def weights(self, term: Term) -> np.ndarray:
         """0 in rows that are not in the term."""
-        return self.gather([row.weights.get(term.name, 0.0) for row in self.rows], np.float32)
+        values = [row.weights.get(term.name, 0.0) for row in self.rows]
+        return self.gather(values, np.float32)
 
     def scales(self, term: Term) -> np.ndarray:
         """The reduction's factor of each token's row."""
-        return self.gather([row_scale(row, term) for row in self.rows], np.float32)
+        values = [row_scale(row, term) for row in self.rows]
+        return self.gather(values, np.float32)
 
     def segments(self) -> np.ndarray:
         """The number of each token's row."""
-        return np.repeat(np.arange(len(self.rows)), self.counts).astype(np.int64)
+        numbers = np.arange(len(self.rows), dtype=np.int64)
+        return np.repeat(numbers, self.counts)
 
     def fresh(self, version: int) -> np.ndarray:
         """Whether each token was sampled with the weights of `version`."""
@@ -164,15 +190,18 @@ class Columns:
         for row in self.rows:
             if row.version is None:
                 values.append(False)
-            else:
-                values.append((row.source == Source.POLICY) & (row.version == version))
+                continue
+            sampled = row.source == Source.POLICY
+            current = row.version == version
+            values.append(sampled & current)
         return self.gather(values, bool)
 
 
 def row_scale(row: Row, term: Term) -> float:
-    count = 0
-    if term.name in row.weights:
-        count = int((row.weights[term.name] != 0).sum())
+    if term.name not in row.weights:
+        return 0.0
+    in_term = row.weights[term.name] != 0
+    count = int(in_term.sum())
     if count == 0:
         return 0.0
     return term.reduction.row_scale(count)

@@ -71,27 +71,35 @@ def pack(
     lengths = [tokens_to_run(row) for row in rows]
     units = make_units(rows, lengths, terms, micro_batch_tokens, share_prompts)
     arranged = [arrange(part, micro_batch_tokens) for part in assign(units, ranks)]
-    steps = max(1, *(len(micro_batches) for micro_batches in arranged))
+    steps = 1
+    for of_rank in arranged:
+        steps = max(steps, len(of_rank))
     streams = present_streams(rows)
-
-    def rank_micro_batches(micro_batches: list[list[Bin]]) -> tuple[MicroBatch, ...]:
-        fillers = steps - len(micro_batches)
-        padded = [*micro_batches, *([[]] for _ in range(fillers))]
-        return tuple(
-            build(rows, lengths, [families_of(b) for b in bins], terms, streams, version)
-            for bins in padded
-        )
-
-    return tuple(rank_micro_batches(micro_batches) for micro_batches in arranged)
+    packed = []
+    for of_rank in arranged:
+        built = []
+        for bins in of_rank:
+            families = [families_of(bin_) for bin_ in bins]
+            micro = build(rows, lengths, families, terms, streams, version)
+            built.append(micro)
+        while len(built) < steps:
+            filler = build(rows, lengths, [], terms, streams, version)
+            built.append(filler)
+        packed.append(tuple(built))
+    return tuple(packed)
 
 
 def tokens_to_run(row: Row) -> int:
     """Tokens before the last trained one; 0 if none is trained."""
-    return int(row.trained.nonzero()[0].max(initial=0))
+    trained = row.trained.nonzero()[0]
+    return int(trained.max(initial=0))
 
 
 def families_of(bin_: Bin) -> list[Family]:
-    return [family for unit in bin_ for family in unit.families]
+    families: list[Family] = []
+    for unit in bin_:
+        families.extend(unit.families)
+    return families
 
 
 # -- units
@@ -107,21 +115,24 @@ def make_units(
     """What is placed: families of rows, or whole groups if a term needs its group together."""
 
     def unit(families: Sequence[Family]) -> Unit:
-        return Unit(tuple(families), sum(family.length(lengths) for family in families))
+        length = sum(family.length(lengths) for family in families)
+        return Unit(tuple(families), length)
 
     trained = [i for i, length in enumerate(lengths) if length]
     if not any(term.together for term in terms):
-        found = make_families(rows, lengths, trained, budget, share_prompts)
-        return [unit([family]) for family in found]
+        families = make_families(rows, lengths, trained, budget, share_prompts)
+        return [unit([family]) for family in families]
     groups: dict[tuple[str, int], list[int]] = {}
     for i in trained:
-        alone = rows[i].group < 0
-        key = ("row", i) if alone else ("group", rows[i].group)
+        key = ("group", rows[i].group)
+        if rows[i].group < 0:  # in no group
+            key = ("row", i)
         groups.setdefault(key, []).append(i)
-    return [
-        unit(make_families(rows, lengths, members, budget, share_prompts))
-        for members in groups.values()
-    ]
+    units = []
+    for members in groups.values():
+        families = make_families(rows, lengths, members, budget, share_prompts)
+        units.append(unit(families))
+    return units
 
 
 def make_families(
@@ -136,9 +147,10 @@ def make_families(
         return [Family(0, (i,)) for i in members]
     same_prompt: dict[tuple[int, bytes], list[int]] = {}
     for i in members:
-        prompt = int(rows[i].trained.argmax())
-        key = (prompt, rows[i].tokens[:prompt].tobytes())
-        same_prompt.setdefault(key, []).append(i)
+        row = rows[i]
+        prompt = int(row.trained.argmax())
+        prompt_ids = row.tokens[:prompt].tobytes()
+        same_prompt.setdefault((prompt, prompt_ids), []).append(i)
     found = []
     for (prompt, _), mine in same_prompt.items():
         found += split_family(prompt, mine, lengths, budget)
@@ -150,7 +162,8 @@ def split_family(
 ) -> list[Family]:
     """Families of at most `cheapest_size` rows that fit into `budget` tokens."""
     tails = {i: lengths[i] - prompt for i in members}
-    most = cheapest_size(prompt, sum(tails.values()) / len(members), len(members))
+    mean_tail = sum(tails.values()) / len(members)
+    most = cheapest_size(prompt, mean_tail, len(members))
     found = []
     portion: list[int] = []
     length = prompt
@@ -158,7 +171,8 @@ def split_family(
         full = len(portion) == most or length + tails[i] > budget
         if portion and full:
             found.append(Family(prompt, tuple(portion)))
-            portion, length = [], prompt
+            portion = []
+            length = prompt
         portion.append(i)
         length += tails[i]
     found.append(Family(prompt, tuple(portion)))
@@ -213,17 +227,23 @@ def arrange(units: Sequence[Unit], budget: int) -> list[list[Bin]]:
         longest = left[0].length
         trials = []
         for factor in FACTORS:
-            capacity = max(longest, min(budget, int(longest * factor)))
+            within_budget = min(budget, int(longest * factor))
+            capacity = max(longest, within_budget)
             trials.append(fill(left, capacity, budget))
-        bins, left = min(trials, key=lambda trial: cost_per_token(trial[0]))
-        micro_batches.append(bins)
+        best = min(trials, key=cost_per_token)
+        micro_batches.append(best.bins)
+        left = best.rest
     return micro_batches
 
 
-def fill(units: Sequence[Unit], capacity: int, budget: int) -> tuple[list[Bin], list[Unit]]:
-    """(bins, units that found no place): each unit, longest first, into the fullest bin that still
-    takes it, else into a new one.
-    """
+@dataclass(frozen=True)
+class Filling:
+    bins: list[Bin]
+    rest: list[Unit]  # found no place
+
+
+def fill(units: Sequence[Unit], capacity: int, budget: int) -> Filling:
+    """Each unit, longest first, into the fullest bin that still takes it, else into a new one."""
     most_bins = max(1, budget // capacity)
     bins: list[Bin] = []
     space: list[int] = []  # left in each bin
@@ -231,8 +251,8 @@ def fill(units: Sequence[Unit], capacity: int, budget: int) -> tuple[list[Bin], 
     widest = 0
     for unit in units:
         if unit.length <= widest:
-            fitting = [(left, b) for b, left in enumerate(space) if left >= unit.length]
-            number = min(fitting)[1]
+            fitting = [b for b, left in enumerate(space) if left >= unit.length]
+            number = min(fitting, key=space.__getitem__)
         elif len(bins) < most_bins:
             number = len(bins)
             bins.append([])
@@ -243,9 +263,11 @@ def fill(units: Sequence[Unit], capacity: int, budget: int) -> tuple[list[Bin], 
         bins[number].append(unit)
         space[number] -= unit.length
         widest = max(space)
-    return bins, rest
+    return Filling(bins, rest)
 
 
-def cost_per_token(bins: Sequence[Bin]) -> float:
-    used = [sum(unit.length for unit in bin_) for bin_ in bins]
-    return cost(len(bins), max(used)) / sum(used)
+def cost_per_token(filling: Filling) -> float:
+    used = []
+    for bin_ in filling.bins:
+        used.append(sum(unit.length for unit in bin_))
+    return cost(len(used), max(used)) / sum(used)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -26,15 +26,22 @@ def with_streams(
     in all others.
     """
     rows = list(rows)
-    wanted = [name for name in LEARNER_STREAMS if any(name in term.needs for term in terms)]
+    needed: set[str] = set()
+    for term in terms:
+        needed.update(term.needs)
+    wanted = [name for name in LEARNER_STREAMS if name in needed]
     chosen = needing(rows, terms, wanted)
     if chosen:
-        found = learner.compute_streams([rows[i] for i in chosen], temperature)
-        rows = filled(rows, chosen, {name: found[LEARNER_STREAMS[name]] for name in wanted})
+        scored = [rows[i] for i in chosen]
+        found = learner.compute_streams(scored, temperature)
+        for name in wanted:
+            values = found[LEARNER_STREAMS[name]]
+            fill_in(rows, chosen, name, values)
     chosen = needing(rows, terms, ["ref_logp"])
     if chosen:
-        logps = learner.logprobs([rows[i] for i in chosen], temperature, reference=True)
-        rows = filled(rows, chosen, {"ref_logp": logps})
+        scored = [rows[i] for i in chosen]
+        logps = learner.logprobs(scored, temperature, reference=True)
+        fill_in(rows, chosen, "ref_logp", logps)
     return rows
 
 
@@ -42,24 +49,34 @@ def with_old_logp(learner: Learner, rows: Sequence[Row], temperature: float) -> 
     """Add the learner's own log-probs to the trained rows that have none: with several updates the
     clip needs those from before the first.
     """
-    chosen = [i for i, row in enumerate(rows) if row.old_logp is None and row.trained.any()]
-    if not chosen:
-        return list(rows)
-    logps = learner.logprobs([rows[i] for i in chosen], temperature)
-    return filled(rows, chosen, {"old_logp": logps})
+    rows = list(rows)
+    chosen = []
+    for i, row in enumerate(rows):
+        if row.old_logp is None and row.trained.any():
+            chosen.append(i)
+    if chosen:
+        scored = [rows[i] for i in chosen]
+        logps = learner.logprobs(scored, temperature)
+        fill_in(rows, chosen, "old_logp", logps)
+    return rows
 
 
 def needing(rows: Sequence[Row], terms: Sequence[Term], streams: Sequence[str]) -> list[int]:
     """Numbers of the rows that have a token of a term that needs one of `streams`."""
-    names = [term.name for term in terms if any(stream in term.needs for stream in streams)]
-    return [i for i, row in enumerate(rows) if any(has_tokens(row, name) for name in names)]
+    names = []
+    for term in terms:
+        if not term.needs.isdisjoint(streams):
+            names.append(term.name)
+    found = []
+    for i, row in enumerate(rows):
+        if any(has_tokens(row, name) for name in names):
+            found.append(i)
+    return found
 
 
-def filled(
-    rows: Sequence[Row], chosen: Sequence[int], streams: Mapping[str, Sequence[np.ndarray]]
-) -> list[Row]:
-    """All rows; those numbered in `chosen` with `streams`, {name: one float32 [T] for each}."""
-    rows = list(rows)
-    for place, i in enumerate(chosen):
-        rows[i] = replace(rows[i], **{name: found[place] for name, found in streams.items()})
-    return rows
+def fill_in(
+    rows: list[Row], chosen: Sequence[int], name: str, values: Sequence[np.ndarray]
+) -> None:
+    """Give the rows numbered in `chosen` the stream `name`: one float32 [T] for each."""
+    for i, value in zip(chosen, values, strict=True):
+        rows[i] = replace(rows[i], **{name: value})
