@@ -19,15 +19,13 @@ from tandem.engine.report.telemetry import is_evaluation
 
 Series = tuple[np.ndarray, np.ndarray]  # steps, values
 
-BLUE, ORANGE, GREEN, PINK, SKY, RED, BLACK = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#D55E00",
-    "#000000",
-)
+BLUE = "#0072B2"
+ORANGE = "#E69F00"
+GREEN = "#009E73"
+PINK = "#CC79A7"
+SKY = "#56B4E9"
+RED = "#D55E00"
+BLACK = "#000000"
 STYLES = [
     (BLUE, "-"),
     (RED, "--"),
@@ -47,42 +45,38 @@ def plot_run(run_dir: str | Path, out_png: str | Path, title: str | None = None)
     """
     plt = pyplot()
     steps, evaluations = read_metrics(run_dir)
-    reward, mu = series(steps, "reward/mean"), series(steps, "mu")
-    two = len(reward[0]) > 0 or len(mu[0]) > 0
-    fig, axes = plt.subplots(
-        2 if two else 1,
-        1,
-        figsize=(7.2, 5.4 if two else 3.8),
-        sharex=True,
-        height_ratios=(3, 2) if two else (3,),
-        squeeze=False,
-        layout="constrained",
-    )
-    top, bottom = axes[0, 0], axes[-1, 0]
-    draw_accuracy(
-        top, *series(evaluations, "eval/accuracy"), *series(evaluations, "eval/standard_error")
-    )
+    reward = series(steps, "reward/mean")
+    mu = series(steps, "mu")
+    if len(reward[0]) or len(mu[0]):
+        fig = plt.figure(figsize=(7.2, 5.4), layout="constrained")
+        top, bottom = fig.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+        draw_training(bottom, reward, mu)
+    else:
+        fig = plt.figure(figsize=(7.2, 3.8), layout="constrained")
+        top = bottom = fig.subplots()
+    accuracy = series(evaluations, "eval/accuracy")
+    error = series(evaluations, "eval/standard_error")
+    draw_accuracy(top, accuracy, error)
     minutes_axis(top, steps, evaluations)
     fig.suptitle(title or Path(run_dir).name, x=0.02, ha="left", weight="bold")
     bottom.set_xlabel("optimizer step")
-    if two:
-        draw_training(bottom, reward, mu)
     fig.savefig(out_png, dpi=150)
     plt.close(fig)
 
 
 def draw_training(ax, reward: Series, mu: Series) -> None:
     """The training reward as it was and smoothed and, if there is one, mu on an axis of its own."""
-    ax.plot(*reward, color=GREEN, linewidth=0.8, alpha=0.35)
-    mean = smooth(reward[1])
-    handles = ax.plot(reward[0], mean, color=GREEN, label="mean reward of rollouts")
+    x, rewards = reward
+    ax.plot(x, rewards, color=GREEN, linewidth=0.8, alpha=0.35)
+    mean = smooth(rewards)
+    handles = ax.plot(x, mean, color=GREEN, label="mean reward of rollouts")
     ax.set_ylabel("training reward")
     if len(mu[0]):
         twin = ax.twinx()
         label = "mu: weight of the demonstrations"
         handles += twin.plot(*mu, color=RED, linestyle="--", label=label)
         twin.set_ylim(-0.03, 1.03)
-        if len(reward[1]) and reward[1].min() >= 0 and reward[1].max() <= 1:
+        if len(rewards) and rewards.min() >= 0 and rewards.max() <= 1:
             ax.set_ylim(-0.03, 1.03)
         twin.set_ylabel("mu")
         twin.spines["right"].set_visible(True)
@@ -92,31 +86,46 @@ def draw_training(ax, reward: Series, mu: Series) -> None:
     )
 
 
-def draw_accuracy(
-    ax, x: np.ndarray, accuracy: np.ndarray, error_x: np.ndarray, error: np.ndarray
-) -> None:
+def draw_accuracy(ax, accuracy: Series, error: Series) -> None:
     """The curve with its first and last value written beside it."""
     ax.set_ylabel("held-out accuracy")
+    x, y = accuracy
     if not len(x):
-        ax.text(
-            0.5, 0.5, "no evaluations in this run", transform=ax.transAxes, ha="center", color="0.4"
-        )
+        missing = "no evaluations in this run"
+        ax.text(0.5, 0.5, missing, transform=ax.transAxes, ha="center", color="0.4")
         return
-    ax.plot(x, accuracy, color=BLUE, marker="o", markersize=4)
+    ax.plot(x, y, color=BLUE, marker="o", markersize=4)
+    error_x, errors = error
     if len(error_x) == len(x):
-        ax.fill_between(x, accuracy - error, accuracy + error, color=BLUE, alpha=0.2, linewidth=0)
-    for i, align in ((0, "left"), (-1, "right"))[: len(x)]:
-        ax.annotate(
-            f"{accuracy[i]:.1%}",
-            (x[i], accuracy[i]),
-            xytext=(0, 9),
-            textcoords="offset points",
-            ha=align,
-            color=BLUE,
-            weight="bold",
-        )
-    ax.set_ylim(*limits(accuracy))
-    ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        ax.fill_between(x, y - errors, y + errors, color=BLUE, alpha=0.2, linewidth=0)
+    write_value(ax, x[0], y[0], "left")
+    if len(x) > 1:
+        write_value(ax, x[-1], y[-1], "right")
+    accuracy_axis(ax, y)
+
+
+def write_value(ax, x: float, y: float, align: str) -> None:
+    """Above the point (x, y)."""
+    ax.annotate(
+        f"{y:.1%}",
+        (x, y),
+        xytext=(0, 9),
+        textcoords="offset points",
+        ha=align,
+        color=BLUE,
+        weight="bold",
+    )
+
+
+def percent(value: float, _) -> str:
+    return f"{value:.0%}"
+
+
+def accuracy_axis(ax, accuracies: Iterable[float]) -> None:
+    """From 0 to a round tenth above the largest: an axis that neither cuts nor flatters."""
+    top = np.ceil(max(accuracies) * 10 + 1) / 10
+    ax.set_ylim(0.0, min(1.12, top))
+    ax.yaxis.set_major_formatter(percent)
 
 
 def plot_runs(
@@ -134,29 +143,42 @@ def plot_runs(
             f"plot: {len(runs)} methods to compare, expected 1 to {len(STYLES)}: more lines "
             "cannot be told apart; make two pictures"
         )
-    everything = []
+    everything: list[float] = []
     for (label, folders), (color, dash) in zip(runs.items(), STYLES, strict=False):
-        curves = [accuracy_by_step(folder) for folder in folders]
-        x = sorted(set.intersection(*map(set, curves)))
-        if not x:
-            raise ConfigError(
-                f"plot: the runs of {label!r} ({', '.join(map(str, folders))}) have no "
-                "evaluated step in common; evaluate them at the same steps"
-            )
-        values = np.array([[curve[step] for step in x] for curve in curves])
+        x, values = common_accuracies(label, folders)
+        everything.extend(values.ravel())
         mean = values.mean(0)
-        everything += list(values.ravel())
-        seeds = f" ({len(folders)} seeds)" if len(folders) > 1 else ""
-        ax.plot(x, mean, color=color, linestyle=dash, label=f"{label}{seeds}: {mean[-1]:.1%}")
+        if len(folders) > 1:
+            label = f"{label} ({len(folders)} seeds)"
+        label = f"{label}: {mean[-1]:.1%}"
+        ax.plot(x, mean, color=color, linestyle=dash, label=label)
         ax.fill_between(x, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
-    ax.set_ylim(*limits(everything))
-    ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    accuracy_axis(ax, everything)
     ax.set_xlabel("optimizer step")
     ax.set_ylabel("held-out accuracy")
     ax.set_title(title, loc="left", weight="bold")
     ax.legend(loc="best", frameon=False)
     fig.savefig(out_png, dpi=150)
     plt.close(fig)
+
+
+def common_accuracies(label: str, folders: Sequence[str | Path]) -> tuple[list[float], np.ndarray]:
+    """(the steps that every seed evaluated, accuracies [seeds, steps])"""
+    curves = [accuracy_by_step(folder) for folder in folders]
+    steps = set(curves[0])
+    for curve in curves:
+        steps.intersection_update(curve)
+    if not steps:
+        names = ", ".join(map(str, folders))
+        raise ConfigError(
+            f"plot: the runs of {label!r} ({names}) have no evaluated step in common; evaluate "
+            "them at the same steps"
+        )
+    x = sorted(steps)
+    rows = []
+    for curve in curves:
+        rows.append([curve[step] for step in x])
+    return x, np.array(rows)
 
 
 def accuracy_by_step(run_dir: str | Path) -> dict[float, float]:
@@ -200,8 +222,14 @@ def read_metrics(run_dir: str | Path) -> tuple[list[dict], list[dict]]:
     if not lines:
         fault = "has no complete line" if path.exists() else "does not exist"
         raise ConfigError(f"plot: {path} {fault}; give the folder of a run")
-    steps = [line for line in lines if not is_evaluation(line)]
-    return steps, [line for line in lines if is_evaluation(line)]
+    steps = []
+    evaluations = []
+    for line in lines:
+        if is_evaluation(line):
+            evaluations.append(line)
+        else:
+            steps.append(line)
+    return steps, evaluations
 
 
 def series(lines: Sequence[Mapping], key: str) -> Series:
@@ -217,25 +245,24 @@ def smooth(values: np.ndarray) -> np.ndarray:
     n = max(5, len(values) // 20)
     means = []
     for end in range(1, len(values) + 1):
-        means.append(values[max(0, end - n) : end].mean())
+        start = max(0, end - n)
+        means.append(values[start:end].mean())
     return np.array(means)
-
-
-def limits(values: Iterable[float]) -> tuple[float, float]:
-    """From 0 to a round tenth above the largest value: an axis that neither cuts nor flatters."""
-    return 0.0, min(1.12, np.ceil(max(values) * 10 + 1) / 10)
 
 
 def minutes_axis(ax, steps: Sequence[Mapping], evaluations: Sequence[Mapping]) -> None:
     """Elapsed minutes on top of a step axis; evaluations and start-up take time too, so minutes are
     not proportional to steps.
     """
-    marks = sorted({(line["step"], line["seconds"] / 60) for line in [*steps, *evaluations]})
+    marks = set()
+    for line in [*steps, *evaluations]:
+        mark = (line["step"], line["seconds"] / 60)
+        marks.add(mark)
     if len(marks) < 2:
         return
     from matplotlib import ticker
 
-    x, minutes = np.array(marks).T
+    x, minutes = np.array(sorted(marks)).T
 
     def to_minutes(step):
         return np.interp(step, x, minutes)

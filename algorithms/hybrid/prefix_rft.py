@@ -31,6 +31,11 @@ from tandem.algorithms.rl_method import RLMethod
 from tandem.engine.core.types import Row, Source
 
 
+def check_share(name: str, given: object, shares: Schedule) -> None:
+    if not shares.within(0.0, 1.0):
+        raise ValueError(f"{name} is {given}; it is a share, within [0, 1]")
+
+
 @dataclass
 class PrefixRFT(RLMethod):
     title: ClassVar[str] = "one rollout per group continues a demonstration's prefix"
@@ -44,55 +49,70 @@ class PrefixRFT(RLMethod):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, shares in {
-            "low": self.low,
-            "high": self.high,
-            "keep": Schedule(peak=self.keep),
-        }.items():
-            if not shares.within(0.0, 1.0):
-                raise ValueError(f"{name} is {getattr(self, name)}; it is a share, within [0, 1]")
+        check_share("low", self.low, self.low)
+        check_share("high", self.high, self.high)
+        check_share("keep", self.keep, Schedule(peak=self.keep))
         self.signals: Mapping[str, float] = {}
         self.rewards: dict[str, float] = {}
 
     def commit(self, step, demand, signals):
         self.signals = signals  # what the prefixes of this step's requests go by
 
+    def bounds(self, step: int) -> tuple[float, float]:
+        """(low, high) of the share that is drawn."""
+        high = self.high(step, self.signals)
+        low = self.low(step, self.signals)
+        return min(low, high), high
+
     def prefix_length(self, step: int, demonstration: int, seed) -> int:
         """Tokens, of a demonstration of that many."""
-        high = self.high(step, self.signals)
-        low = min(self.low(step, self.signals), high)
-        share = low + (high - low) * np.random.default_rng(seed).random()
-        return min(int(share * demonstration), demonstration - 1)
+        low, high = self.bounds(step)
+        draw = np.random.default_rng(seed).random()
+        share = low + (high - low) * draw
+        length = int(share * demonstration)
+        return min(length, demonstration - 1)
 
     def request(self, group, prompt, sampling, step, budget):
         request = super().request(group, prompt, sampling, step, budget)
         if prompt.demonstration is None:
             return request
-        length = self.prefix_length(step, len(prompt.demonstration), [budget.seed, group])
+        seed = [budget.seed, group]
+        length = self.prefix_length(step, len(prompt.demonstration), seed)
         length = min(length, sampling.max_tokens - 1)
         if length <= 0:
             return request
         none = np.zeros(0, np.int32)
-        prefixes = (none,) * (budget.samples - 1) + (prompt.demonstration[:length],)
-        return replace(request, prefixes=prefixes, prefix_source=Source.PREFIX)
+        prefix = prompt.demonstration[:length]
+        prefixes = [none] * (budget.samples - 1)
+        prefixes.append(prefix)
+        return replace(request, prefixes=tuple(prefixes), prefix_source=Source.PREFIX)
 
     def rows(self, batch: Batch) -> list[Row]:
         # apart, since a prefix inflates success
-        rewards = {"reward_hybrid": [], "reward_plain": []}
+        hybrid = []
+        plain = []
         for group in batch.groups:
             for trajectory, reward in zip(group.trajectories, group.rewards, strict=True):
-                hybrid = (trajectory.source == Source.PREFIX).any()
-                rewards["reward_hybrid" if hybrid else "reward_plain"].append(reward)
-        self.rewards = {name: float(np.mean(values)) for name, values in rewards.items() if values}
+                if Source.PREFIX in trajectory.source:
+                    hybrid.append(reward)
+                else:
+                    plain.append(reward)
+        self.rewards = {}
+        if hybrid:
+            self.rewards["reward_hybrid"] = float(np.mean(hybrid))
+        if plain:
+            self.rewards["reward_plain"] = float(np.mean(plain))
         return self.policy.rows(batch.groups)
 
     def terms(self, batch: Batch) -> list[Term]:
         first, *others = self.policy.terms(batch)
         objective = PrefixSelected(first.objective, self.keep)
-        return [replace(first, objective=objective, needs=first.needs | {"entropy"}), *others]
+        needs = first.needs | {"entropy"}
+        first = replace(first, objective=objective, needs=needs)
+        return [first, *others]
 
     def metrics(self, step):
-        low = min(self.low(step, self.signals), self.high(step, self.signals))
+        low, _ = self.bounds(step)
         return {"prefix_low": low, **self.rewards}
 
     def state_dict(self) -> dict[str, Any]:

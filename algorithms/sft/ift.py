@@ -25,7 +25,7 @@ from typing import ClassVar
 import torch
 
 from tandem.algorithms.base import Batch, Method, Term
-from tandem.algorithms.parts.objectives.tokens import Tokens
+from tandem.algorithms.parts.objectives.propagated import PropagatedNLL
 from tandem.algorithms.parts.reductions import Reduction
 from tandem.algorithms.parts.variants import check_variant, variant_option
 from tandem.algorithms.rows import expert_row
@@ -49,45 +49,26 @@ class MixedForward:
             table = policy.model.get_input_embeddings()
             mixed = (1.0 - self.lam) * table(tokens) + self.lam * table(guesses)
         # the table's gradient is zero, not absent
-        hidden = policy.trunk(tokens, positions, mixed + 0.0 * table(tokens))[index]
-        value = None if policy.critic is None else policy.critic(hidden)
+        mixed = mixed + 0.0 * table(tokens)
+        hidden = policy.trunk(tokens, positions, mixed)[index]
+        value = None
+        if policy.critic is not None:
+            value = policy.critic(hidden)
         logp, h = policy.head(hidden, target, temperature, chunk, entropy)
-        return logp, h, value, {"gold_logp": gold, "guessed": (greedy == target).float()}
+        guessed = greedy == target
+        extra = {"gold_logp": gold, "guessed": guessed.float()}
+        return logp, h, value, extra
 
     def guesses(self, tokens, index, greedy, segment):
         """int64 [B, L]: the tokens, with each trained one replaced by its guess, int64 [n]."""
         # a row's last guess is context of nothing
         last = torch.ones_like(index, dtype=torch.bool)
         last[:-1] = segment[1:] != segment[:-1]
-        place = torch.where(last, tokens.numel(), index + 1)
+        spare = tokens.numel()  # one more place, for what is not kept
+        place = torch.where(last, spare, index + 1)
         with_spare = torch.cat([tokens.reshape(-1), tokens.new_zeros(1)])
-        return with_spare.index_copy(0, place, greedy)[:-1].reshape(tokens.shape)
-
-
-@dataclass(frozen=True)
-class PropagatedNLL:
-    """w_t ell_t; the rows' tokens stand together. gamma None: the paper's double sum."""
-
-    gamma: float | None = 0.95
-    detach: bool = False
-
-    def __call__(self, tokens: Tokens):
-        ell = -tokens.logp
-        if self.gamma != 0.0:
-            counts = torch.unique_consecutive(tokens.segment, return_counts=True)[1]
-            rows = torch.split(ell, counts.tolist())
-            ell = torch.cat([self.weight(row) * row for row in rows])
-        return ell, dict(tokens.extra)
-
-    def weight(self, row: torch.Tensor) -> torch.Tensor:
-        """w [T] from ell [T] of one row."""
-        place = torch.arange(len(row), device=row.device)
-        if self.gamma is None:
-            return place + 1.0
-        ahead = place[None, :] - place[:, None]
-        weight = torch.where(ahead >= 0, self.gamma ** ahead.clamp(min=0).float(), 0.0) @ row
-        weight = weight * len(row) / weight.sum().clamp(min=1e-12)
-        return weight.detach() if self.detach else weight
+        with_spare.index_copy_(0, place, greedy)
+        return with_spare[:-1].reshape(tokens.shape)
 
 
 @dataclass
@@ -107,19 +88,23 @@ class IFT(Method):
     def __post_init__(self):
         check_variant(self.variant)
         for name in ("lam", "gamma"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be in [0, 1]")
+            value = getattr(self, name)
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} is {value}, must be in [0, 1]")
 
     @property
     def forward(self):
-        return MixedForward(self.lam) if self.lam else None
+        if self.lam == 0.0:
+            return None
+        return MixedForward(self.lam)
 
     def rows(self, batch: Batch):
         return [expert_row(t, "ift") for t in batch.experts]
 
     def terms(self, batch: Batch):
         if self.variant == "paper":
-            objective, reduction = PropagatedNLL(None), Reduction("seq_mean_token_sum")
+            objective = PropagatedNLL(None)
+            reduction = Reduction("seq_mean_token_sum")
         else:
             objective = PropagatedNLL(self.gamma, self.detach)
             reduction = Reduction("seq_mean_token_mean")

@@ -18,7 +18,7 @@ feed the buffer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -52,24 +52,31 @@ class ReLIFT(RLMethod):
         if self.buffer < 1:
             raise ValueError(f"buffer is {self.buffer}, must be at least 1")
         super().__post_init__()
-        self.entropy_weight = self.alpha or Schedule(peak=select(self.variant, 1e-4, 1e-3))
+        alpha = select(self.variant, 1e-4, 1e-3)
+        self.entropy_weight = self.alpha or Schedule(peak=alpha)
         if self.newest_first is None:
             self.newest_first = select(self.variant, False, True)
         self.waiting: list[Trajectory] = []  # in the order in which they are taken
         # SFT steps that were announced and not yet made; with staleness, steps are announced ahead
         self.planned: set[int] = set()
-        self.pushed = self.consumed = 0
+        self.pushed = 0
+        self.consumed = 0
 
     def policy_defaults(self):
         return select(self.variant, paper={}, code={"preset": "luffy_code"})
 
     def hardest(self, group: ScoredGroup) -> bool:
-        solved = group.rewards > 0 if self.variant == "paper" else group.rewards != 0
-        return group.prompt.demonstration is not None and not solved.any()
+        if group.prompt.demonstration is None:
+            return False
+        solved = group.rewards != 0
+        if self.variant == "paper":
+            solved = group.rewards > 0
+        return not solved.any()
 
     def demand(self, step, budget, signals):
-        promised = len(self.planned - {step})  # to other SFT steps
-        if step in self.planned or len(self.waiting) >= self.buffer * (1 + promised):
+        others = self.planned - {step}
+        needed = self.buffer * (1 + len(others))
+        if step in self.planned or len(self.waiting) >= needed:
             return Demand(learning_rate=self.sft_learning_rate, optimizer="sft")
         return Demand(prompts=budget.prompts, experts=budget.experts)
 
@@ -82,14 +89,22 @@ class ReLIFT(RLMethod):
 
     def rows(self, batch: Batch) -> list[Row]:
         if batch.groups:
-            found = [demonstration(g) for g in batch.groups if self.hardest(g)]
-            self.waiting = found + self.waiting if self.newest_first else self.waiting + found
-            self.pushed += len(found)
+            self.gather(batch.groups)
             return self.policy.rows(batch.groups)
         self.planned.discard(batch.step)
-        taken, self.waiting = self.waiting[: self.buffer], self.waiting[self.buffer :]
+        taken = self.waiting[: self.buffer]
+        self.waiting = self.waiting[self.buffer :]
         self.consumed += len(taken)
         return [self.demos.row(t, "buffer", self.entropy_weight) for t in taken]
+
+    def gather(self, groups: Sequence[ScoredGroup]) -> None:
+        """Put the demonstrations of the hardest prompts into the buffer."""
+        found = [demonstration(group) for group in groups if self.hardest(group)]
+        if self.newest_first:
+            self.waiting = found + self.waiting
+        else:
+            self.waiting = self.waiting + found
+        self.pushed += len(found)
 
     def terms(self, batch: Batch) -> list[Term]:
         if batch.groups:
@@ -110,4 +125,5 @@ class ReLIFT(RLMethod):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.waiting = list(state["waiting"])
         self.planned = set(state["planned"])
-        self.pushed, self.consumed = state["pushed"], state["consumed"]
+        self.pushed = state["pushed"]
+        self.consumed = state["consumed"]

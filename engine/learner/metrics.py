@@ -8,10 +8,11 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tandem.engine.core.types import MicroBatch, Source, StepPlan
 
-Number: TypeAlias = torch.Tensor | float  # a scalar: on the device while a step runs, then a float
+Number: TypeAlias = Tensor | float  # a scalar: on the device while a step runs, then a float
 
 
 @dataclass
@@ -89,7 +90,7 @@ def add(numbers: dict[str, Number], name: str, value: Number) -> None:
 
 def larger(a: Number, b: Number) -> Number:
     """NaN if one of them is."""
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
         return torch.maximum(a, b)
     larger_one = np.maximum(float(a), float(b))
     return float(larger_one)
@@ -114,9 +115,7 @@ def named(names: Iterable[str], values: Iterator[float]) -> dict[str, Number]:
     return {name: next(values) for name in names}
 
 
-def observe(
-    metrics: StepMetrics, micro: MicroBatch, logp: torch.Tensor, entropy: torch.Tensor | None
-) -> None:
+def observe(metrics: StepMetrics, micro: MicroBatch, logp: Tensor, entropy: Tensor | None) -> None:
     """Add what a micro-batch shows beside its losses. Indices are computed on the host to avoid a
     device sync.
     """
@@ -129,7 +128,7 @@ def observe(
         observe_gap(metrics, micro, logp.detach())
 
 
-def observe_entropy(metrics: StepMetrics, micro: MicroBatch, entropy: torch.Tensor) -> None:
+def observe_entropy(metrics: StepMetrics, micro: MicroBatch, entropy: Tensor) -> None:
     """The mean entropy [n] of the tokens that the policy sampled."""
     sampled = np.flatnonzero(micro.source == Source.POLICY)
     if len(sampled) == 0:
@@ -140,7 +139,7 @@ def observe_entropy(metrics: StepMetrics, micro: MicroBatch, entropy: torch.Tens
     metrics.add_count("entropy", len(sampled))
 
 
-def observe_gap(metrics: StepMetrics, micro: MicroBatch, logp: torch.Tensor) -> None:
+def observe_gap(metrics: StepMetrics, micro: MicroBatch, logp: Tensor) -> None:
     """How far the learner's log-probs [n] are from the rollout engine's, at the same weights."""
     behaviour = micro.streams["behaviour_logp"]
     was_sampled = ~np.isnan(behaviour)

@@ -31,8 +31,13 @@ class Clock:
 
     def metrics(self) -> dict[str, float]:
         found = {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
-        found["time/step"] = self.last - self.start
+        found["time/step"] = self.total
         return found
+
+    @property
+    def total(self) -> float:
+        """Seconds from the start to the last lap."""
+        return self.last - self.start
 
 
 @dataclass(eq=False, kw_only=True)
@@ -66,27 +71,31 @@ class Reporter:
         found["cpu_seconds"] = time.process_time()
         self.telemetry.step(step, found)
         self.telemetry.rollouts(step, groups, step)
-        if self.display.lost is not None and not self.told_display:
+        lost = self.display.lost
+        if lost is not None and not self.told_display:
             self.told_display = True
-            self.telemetry.event("display_lost", reason=str(self.display.lost))
+            self.telemetry.event("display_lost", reason=str(lost))
         self.display.step(step, found, of_method)
 
     def speed(self, clock: Clock, metrics: Mapping[str, float]) -> dict[str, float]:
         """Tokens per second of either side while it worked, and the share of the step's wall time
         in which it did not.
         """
-        before, stats = self.pool_stats, self.pool.stats()
-        self.pool_stats = stats
-        busy = stats["busy_seconds"] - before.get("busy_seconds", 0.0)
-        tokens = stats["generated_tokens"] - before.get("generated_tokens", 0.0)
-        engines = stats.get("engines", 1.0)
-        whole = max(clock.last - clock.start, 1e-9)
+        before = self.pool_stats
+        now = self.pool.stats()
+        self.pool_stats = now
+        busy = now["busy_seconds"] - before.get("busy_seconds", 0.0)
+        generated = now["generated_tokens"] - before.get("generated_tokens", 0.0)
+        engines = now.get("engines", 1.0)
+        whole = max(clock.total, 1e-9)
         learn = clock.seconds.get("learn", 0.0)
-        found = {"learner/idle": max(0.0, 1.0 - learn / whole)}
+        learner_share = learn / whole
+        found = {"learner/idle": max(0.0, 1.0 - learner_share)}
         if engines:
-            found["rollout/idle"] = max(0.0, 1.0 - busy / engines / whole)
+            rollout_share = busy / engines / whole
+            found["rollout/idle"] = max(0.0, 1.0 - rollout_share)
         if busy > 0:
-            found["rollout/tokens_per_second"] = tokens * engines / busy
+            found["rollout/tokens_per_second"] = generated * engines / busy
         if learn > 0 and "tokens/real" in metrics:
             found["learner/tokens_per_second"] = metrics["tokens/real"] / learn
         return found
@@ -95,9 +104,11 @@ class Reporter:
         """The gradient of a step was not finite: keep its rows."""
         folder = self.folder / "bad_steps"
         folder.mkdir(exist_ok=True)
-        kept = {"step": step, "rows": list(rows), "metrics": dict(report.metrics)}
-        (folder / f"step_{step}.pkl").write_bytes(pickle.dumps(kept))
-        self.telemetry.event("skipped_step", step=step, metrics=dict(report.metrics))
+        metrics = dict(report.metrics)
+        kept = {"step": step, "rows": list(rows), "metrics": metrics}
+        file = folder / f"step_{step}.pkl"
+        file.write_bytes(pickle.dumps(kept))
+        self.telemetry.event("skipped_step", step=step, metrics=metrics)
         self.display.message(
             f"step {step}: gradient not finite, weights left alone, rows saved to {folder}"
         )
@@ -109,29 +120,38 @@ def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
         return {}
     rewards = np.concatenate([group.rewards for group in groups])
     spreads = np.array([group.rewards.std() for group in groups])
-    trajectories = [t for group in groups for t in group.trajectories]
-    lengths = np.array([int((t.source == Source.POLICY).sum()) for t in trajectories])
-    parts: dict[str, list[float]] = {}  # the values of each reward function
+    parts = reward_parts(groups)
+    found = {}
+    if parts or rewards.any():  # else nobody scores
+        found["reward/mean"] = rewards.mean()
+        found["reward/std"] = rewards.std()
+        found["reward/no_signal_groups"] = np.mean(spreads == 0)
+    for name in sorted(parts):
+        found[f"reward/{name}"] = np.mean(parts[name])
+    sampled = []  # tokens of each rollout
+    truncated = []
+    for group in groups:
+        for trajectory in group.trajectories:
+            is_sampled = trajectory.source == Source.POLICY
+            sampled.append(int(is_sampled.sum()))
+            truncated.append(trajectory.finish == Finish.LENGTH)
+    lengths = np.array(sampled)
+    found["rollout/length"] = lengths.mean()
+    found["rollout/length_max"] = lengths.max()
+    found["rollout/tokens"] = lengths.sum()
+    found["rollout/truncated"] = np.mean(truncated)
+    found["rollout/samples"] = len(lengths)
+    return {name: float(value) for name, value in found.items()}
+
+
+def reward_parts(groups: Sequence[ScoredGroup]) -> dict[str, list[float]]:
+    """The values of each reward function."""
+    parts: dict[str, list[float]] = {}
     for group in groups:
         for outcome in group.outcomes:
             for name, value in outcome.parts.items():
                 parts.setdefault(name, []).append(value)
-    of_rewards = {}
-    if parts or rewards.any():  # else nobody scores
-        of_rewards = {
-            "reward/mean": float(rewards.mean()),
-            "reward/std": float(rewards.std()),
-            "reward/no_signal_groups": float((spreads == 0).mean()),
-        }
-    return {
-        **of_rewards,
-        **{f"reward/{name}": float(np.mean(parts[name])) for name in sorted(parts)},
-        "rollout/length": float(lengths.mean()),
-        "rollout/length_max": float(lengths.max()),
-        "rollout/tokens": float(lengths.sum()),
-        "rollout/truncated": float(np.mean([t.finish == Finish.LENGTH for t in trajectories])),
-        "rollout/samples": float(len(lengths)),
-    }
+    return parts
 
 
 def latest_signals(signals: Mapping[str, float], metrics: Mapping[str, float]) -> dict[str, float]:

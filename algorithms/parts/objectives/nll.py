@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from tandem.algorithms.parts.objectives.tokens import Objective, Tokens, segment_mean
 from tandem.engine.core.text import closest
@@ -31,14 +32,14 @@ class NLL:
 
     def __post_init__(self):
         if self.weight not in WEIGHTS:
-            raise ValueError(
-                f"objective nll: weight is {self.weight!r}{closest(self.weight, WEIGHTS)}; known: "
-                f"{', '.join(WEIGHTS)}"
-            )
+            hint = closest(self.weight, WEIGHTS)
+            known = ", ".join(WEIGHTS)
+            raise ValueError(f"objective nll: weight is {self.weight!r}{hint}; known: {known}")
 
     def __call__(self, tokens: Tokens):
         p = tokens.logp.detach().exp()
-        return -token_weight(p, self.weight) * tokens.logp, {"p": p}
+        weight = token_weight(p, self.weight)
+        return -weight * tokens.logp, {"p": p}
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,16 @@ class Weighted:
     def __call__(self, tokens: Tokens):
         loss, metrics = self.objective(tokens)
         p = tokens.logp.detach().exp()
-        return token_weight(p, self.weight) * loss, {"p": p, **metrics}
+        weight = token_weight(p, self.weight)
+        return weight * loss, {"p": p, **metrics}
 
 
-def token_weight(p: torch.Tensor, weight: str) -> torch.Tensor:
-    return {"one": torch.ones_like(p), "p": p, "phi": p * (1.0 - p)}[weight]
+def token_weight(p: Tensor, weight: str) -> Tensor:
+    if weight == "p":
+        return p
+    if weight == "phi":
+        return p * (1.0 - p)
+    return torch.ones_like(p)
 
 
 @dataclass(frozen=True)
@@ -74,8 +80,10 @@ class ExpertRatio:
 
     def __call__(self, tokens: Tokens):
         p = tokens.logp.exp()
-        f = p if self.gamma is None else p / (p + self.gamma)
-        return -tokens["advantage"] * f, {"p": p.detach()}
+        shaped = p
+        if self.gamma is not None:
+            shaped = p / (p + self.gamma)
+        return -tokens["advantage"] * shaped, {"p": p.detach()}
 
 
 @dataclass(frozen=True)
@@ -137,11 +145,13 @@ class SelfReinforce:
     def __call__(self, tokens: Tokens):
         weight = entropy_weight(tokens, self.scale, 1.0, self.level)
         right = tokens["advantage"] > 0
-        loss = torch.where(right, -weight, torch.ones_like(weight)) * tokens.logp
+        ones = torch.ones_like(weight)
+        factor = torch.where(right, -weight, ones)
+        loss = factor * tokens.logp
         return loss, {"weight": weight, "right": right.float()}
 
 
-def entropy_weight(tokens: Tokens, scale: float, sign: float, level: str) -> torch.Tensor:
+def entropy_weight(tokens: Tokens, scale: float, sign: float, level: str) -> Tensor:
     h = tokens["entropy"].detach()
     if level == "sequence":
         h = segment_mean(h, tokens.segment)
@@ -165,18 +175,24 @@ class PrefixSelected:
         advantage = tokens["advantage"]
         index = prefix.nonzero().squeeze(-1)
         if len(index):
-            advantage = advantage.index_fill(0, self.dropped(tokens, index), 0.0)
+            dropped = self.dropped(tokens, index)
+            advantage = advantage.index_fill(0, dropped, 0.0)
         loss, metrics = self.objective(replace(tokens, advantage=advantage))
         return loss, {**metrics, "prefix_share": prefix.float()}
 
-    def dropped(self, tokens: Tokens, index: torch.Tensor) -> torch.Tensor:
+    def dropped(self, tokens: Tokens, index: Tensor) -> Tensor:
         """int64 [k]: those of the prefix tokens `index` that are not pushed."""
-        order = index[torch.argsort(tokens["entropy"][index], descending=True, stable=True)]
         # by row, within a row by falling entropy
-        order = order[torch.argsort(tokens.segment[order], stable=True)]
+        entropy = tokens["entropy"][index]
+        by_entropy = torch.argsort(entropy, descending=True, stable=True)
+        order = index[by_entropy]
+        by_row = torch.argsort(tokens.segment[order], stable=True)
+        order = order[by_row]
         row = tokens.segment[order]
         count = torch.bincount(row)
         start = torch.cumsum(count, 0) - count
-        rank = torch.arange(len(order), device=order.device) - start[row]
+        place = torch.arange(len(order), device=order.device)
+        rank = place - start[row]
         # 1e-6: 0.2 * 5 is a little more than 1 in binary
-        return order[rank >= torch.ceil(self.keep * count - 1e-6)[row]]
+        kept = torch.ceil(self.keep * count - 1e-6)
+        return order[rank >= kept[row]]

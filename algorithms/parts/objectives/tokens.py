@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import Tensor
 
 # log-ratios are clamped to +-20 before exp, as in verl: e^20 is already far outside any clip range
 LOG_RATIO_LIMIT = 20.0
@@ -25,27 +26,27 @@ class Tokens:
     is a stream that must be there.
     """
 
-    logp: torch.Tensor  # float32 [n], requires grad
+    logp: Tensor  # float32 [n], requires grad
     # int64 [n] row number, 0-based: tokens of a row stand together
-    segment: torch.Tensor
-    group: torch.Tensor  # int64 [n]
-    source: torch.Tensor  # int8 [n]
-    advantage: torch.Tensor | None = None  # float32 [n]
+    segment: Tensor
+    group: Tensor  # int64 [n]
+    source: Tensor  # int8 [n]
+    advantage: Tensor | None = None  # float32 [n]
     # float32 [n]; None means: this forward is the first since the snapshot, so old == sg[logp]
-    old_logp: torch.Tensor | None = None
+    old_logp: Tensor | None = None
     # float32 [n], NaN on tokens that no rollout engine sampled
-    behaviour_logp: torch.Tensor | None = None
-    ref_logp: torch.Tensor | None = None  # float32 [n]
-    entropy: torch.Tensor | None = None  # float32 [n]
+    behaviour_logp: Tensor | None = None
+    ref_logp: Tensor | None = None  # float32 [n]
+    entropy: Tensor | None = None  # float32 [n]
     # float32 [n], requires grad: the critic's present value of the state in which the token was
     # chosen
-    value: torch.Tensor | None = None
-    old_value: torch.Tensor | None = None  # float32 [n] the same before the update
-    returns: torch.Tensor | None = None  # float32 [n]
+    value: Tensor | None = None
+    old_value: Tensor | None = None  # float32 [n] the same before the update
+    returns: Tensor | None = None  # float32 [n]
     # {name: float32 [n]} from a method's own forward
-    extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def __getitem__(self, name: str) -> Tensor:
         """A stream of the tokens or of `extra`. Raises KeyError if it is absent."""
         stream = self.extra.get(name, getattr(self, name, None))
         if stream is None:
@@ -53,18 +54,24 @@ class Tokens:
         return stream
 
     @property
-    def old(self) -> torch.Tensor:
+    def old(self) -> Tensor:
         """log pi_old: the snapshot's log-prob where the plan has one, else the present one without
         gradient.
         """
+        present = self.logp.detach()
         if self.old_logp is None:
-            return self.logp.detach()
-        return torch.where(torch.isnan(self.old_logp), self.logp.detach(), self.old_logp)
+            return present
+        missing = torch.isnan(self.old_logp)
+        return torch.where(missing, present, self.old_logp)
 
-    def take(self, index: torch.Tensor) -> Tokens:
+    def take(self, index: Tensor) -> Tokens:
         """The same tokens, `index` (int64 [m]) of them."""
-        streams = {k: v[index] for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return Tokens(**streams, extra={k: v[index] for k, v in self.extra.items()})
+        streams = {}
+        for name, stream in vars(self).items():
+            if isinstance(stream, Tensor):
+                streams[name] = stream[index]
+        extra = {name: stream[index] for name, stream in self.extra.items()}
+        return Tokens(**streams, extra=extra)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,30 +82,39 @@ class Before:
     ref_logp: np.ndarray | None = None  # float32 [n]
 
 
-Objective = Callable[[Tokens], tuple[torch.Tensor, Mapping]]
+Objective = Callable[[Tokens], tuple[Tensor, Mapping]]
 
 
-def clamped_exp(log_ratio: torch.Tensor) -> torch.Tensor:
+def clamped_exp(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 
-def segment_sum(values: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
+def segment_sum(values: Tensor, segment: Tensor) -> Tensor:
     """[n, ...] -> [rows, ...]: the sum over each row's tokens."""
-    rows = int(segment.max()) + 1 if len(segment) else 0
-    total = torch.zeros(rows, *values.shape[1:], device=values.device)
+    shape = (row_count(segment), *values.shape[1:])
+    total = torch.zeros(shape, device=values.device)
     return total.index_add(0, segment, values)
 
 
-def segment_softmax(values: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
+def segment_softmax(values: Tensor, segment: Tensor) -> Tensor:
     """[n] -> [n]: the softmax over each row's tokens."""
-    rows = int(segment.max()) + 1 if len(segment) else 0
-    top = torch.full((rows,), -torch.inf, device=values.device)
+    top = torch.full((row_count(segment),), -torch.inf, device=values.device)
     top = top.scatter_reduce(0, segment, values.detach(), "amax")
     powers = (values - top[segment]).exp()
-    return powers / segment_sum(powers, segment)[segment]
+    total = segment_sum(powers, segment)
+    return powers / total[segment]
 
 
-def segment_mean(values: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
+def segment_mean(values: Tensor, segment: Tensor) -> Tensor:
     """[n] -> [n]: every token gets the mean over its row's tokens."""
-    count = segment_sum(torch.ones_like(values), segment)
-    return (segment_sum(values, segment) / count.clamp(min=1.0))[segment]
+    ones = torch.ones_like(values)
+    count = segment_sum(ones, segment)
+    total = segment_sum(values, segment)
+    mean = total / count.clamp(min=1.0)
+    return mean[segment]
+
+
+def row_count(segment: Tensor) -> int:
+    if len(segment) == 0:
+        return 0
+    return int(segment.max()) + 1

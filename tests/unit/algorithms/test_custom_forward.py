@@ -10,9 +10,10 @@ import torch
 
 from tandem.algorithms.base import Batch
 from tandem.algorithms.parts.objectives.embedding import Attraction, PairedForward, similarity
+from tandem.algorithms.parts.objectives.propagated import PropagatedNLL
 from tandem.algorithms.parts.objectives.tokens import Tokens
 from tandem.algorithms.registry import configured, make_method
-from tandem.algorithms.sft.ift import MixedForward, PropagatedNLL
+from tandem.algorithms.sft.ift import MixedForward
 from tandem.engine.config.schema import Config, LearnerConfig, ModelConfig
 from tandem.engine.core.types import Source, StepPlan
 from tandem.engine.learner.inspect import group, inspect, trajectory
