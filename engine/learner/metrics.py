@@ -57,7 +57,9 @@ class StepMetrics:
 
     def on_host(self) -> StepMetrics:
         """The same in floats. The one place where a step waits for the device: a single copy."""
-        values = [*self.sums.values(), *self.maxima.values(), *self.totals.values()]
+        values = list(self.sums.values())
+        values.extend(self.maxima.values())
+        values.extend(self.totals.values())
         floats = iter(to_floats(values))
         return StepMetrics(
             sums=named(self.sums, floats),
@@ -119,9 +121,12 @@ def observe(metrics: StepMetrics, micro: MicroBatch, logp: Tensor, entropy: Tens
     """Add what a micro-batch shows beside its losses. Indices are computed on the host to avoid a
     device sync.
     """
-    metrics.add_sum("tokens/trained", float(len(micro.index)))
-    metrics.add_sum("tokens/real", float(micro.real_tokens))
-    metrics.add_sum("tokens/padded", float(micro.tokens.size))
+    trained = float(len(micro.index))
+    real = float(micro.real_tokens)
+    padded = float(micro.tokens.size)
+    metrics.add_sum("tokens/trained", trained)
+    metrics.add_sum("tokens/real", real)
+    metrics.add_sum("tokens/padded", padded)
     if entropy is not None:
         observe_entropy(metrics, micro, entropy.detach())
     if "behaviour_logp" in micro.streams:

@@ -18,19 +18,20 @@ float32 accumulator instead, at no cost. The weight gradient is summed over chun
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
 def token_logprobs(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
     temperature: float = 1.0,
     chunk: int = 1024,
     entropy: bool = False,
     scale: float = 1.0,
     cap: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """log p(target) and, if asked for, the entropy of the whole distribution at temperature
     `temperature`.
 
@@ -54,14 +55,17 @@ class ChunkedHead(torch.autograd.Function):
         for part in parts(len(hidden), chunk):
             z = final_logits(hidden[part], weight, bias, temperature, dtype, scale, cap)
             lse[part] = z.logsumexp(-1)
-            logp[part] = z.gather(-1, target[part, None]).squeeze(-1) - lse[part]
+            of_target = z.gather(-1, target[part, None])
+            logp[part] = of_target.squeeze(-1) - lse[part]
             log_p = z.sub_(lse[part, None])
             if ent is not None:
-                ent[part] = -(log_p.exp().mul_(log_p)).sum(-1)
+                ent[part] = entropy_of(log_p)
         ctx.save_for_backward(hidden, weight, bias, target, lse, ent)
         ctx.last = log_p if len(hidden) else None
-        ctx.temperature, ctx.chunk = temperature, chunk
-        ctx.scale, ctx.cap = scale, cap
+        ctx.temperature = temperature
+        ctx.chunk = chunk
+        ctx.scale = scale
+        ctx.cap = cap
         ctx.set_materialize_grads(False)
         return logp, ent
 
@@ -69,22 +73,32 @@ class ChunkedHead(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logp, grad_entropy):
         hidden, weight, bias, target, lse, ent = ctx.saved_tensors
-        grad_logp = torch.zeros_like(lse) if grad_logp is None else grad_logp
+        if grad_logp is None:
+            grad_logp = torch.zeros_like(lse)
         gradients = Gradients(hidden, weight, bias, ctx.needs_input_grad, lse.dtype)
         for part in reversed(parts(len(hidden), ctx.chunk)):
+            lse_here = lse[part, None]
             if part.stop == len(hidden) and ctx.last is not None:
-                log_p, ctx.last = ctx.last, None  # overwritten below, so it serves once
+                log_p = ctx.last
+                ctx.last = None  # overwritten below, so it serves once
             else:
                 log_p = final_logits(
                     hidden[part], weight, bias, ctx.temperature, lse.dtype, ctx.scale, ctx.cap
-                ).sub_(lse[part, None])
-            factor = logit_slope(log_p, lse[part, None], ctx.temperature, ctx.scale, ctx.cap)
-            slope = grad_logp[part, None]
+                )
+                log_p.sub_(lse_here)
+            factor = logit_slope(log_p, lse_here, ctx.temperature, ctx.scale, ctx.cap)
+            grad_here = grad_logp[part, None]
+            slope = grad_here
             if grad_entropy is not None:
-                slope = (log_p + ent[part, None]).mul_(grad_entropy[part, None]).add_(slope)
-            d_z = log_p.exp_().mul_(slope).neg_()
-            d_z.scatter_add_(-1, target[part, None], grad_logp[part, None])
-            gradients.add(part, d_z.mul_(factor))
+                slope = log_p + ent[part, None]
+                slope.mul_(grad_entropy[part, None])
+                slope.add_(grad_here)
+            d_z = log_p.exp_()
+            d_z.mul_(slope)
+            d_z.neg_()
+            d_z.scatter_add_(-1, target[part, None], grad_here)
+            d_z.mul_(factor)
+            gradients.add(part, d_z)
         others = (None,) * 6  # target, temperature, chunk, entropy, scale, cap
         return *gradients.of_inputs(), *others
 
@@ -93,12 +107,14 @@ class Gradients:
     """Gradients of hidden, weight and bias, as far as they are needed, added up chunk by chunk."""
 
     def __init__(self, hidden, weight, bias, needed, dtype: torch.dtype):
-        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.hidden = hidden
+        self.weight = weight
+        self.bias = bias
         self.d_hidden = torch.zeros_like(hidden) if needed[0] else None
         self.d_weight = torch.zeros_like(weight, dtype=dtype) if needed[1] else None
         self.d_bias = torch.zeros_like(bias, dtype=dtype) if needed[2] else None
 
-    def add(self, part: slice, d_x: torch.Tensor) -> None:
+    def add(self, part: slice, d_x: Tensor) -> None:
         """d_x [c, V]: the gradient of x = h W^T + b for the tokens of `part`."""
         if self.d_bias is not None:
             self.d_bias += d_x.sum(0)
@@ -110,20 +126,35 @@ class Gradients:
         elif self.d_weight is not None:
             self.d_weight += d_x.T @ self.hidden[part]
 
-    def of_inputs(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    def of_inputs(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(d hidden, d weight, d bias) in the dtypes of hidden, weight and bias."""
-        d_weight = None if self.d_weight is None else self.d_weight.to(self.weight.dtype)
-        d_bias = None if self.d_bias is None else self.d_bias.to(self.bias.dtype)
+        d_weight = self.d_weight
+        if d_weight is not None:
+            d_weight = d_weight.to(self.weight.dtype)
+        d_bias = self.d_bias
+        if d_bias is not None:
+            d_bias = d_bias.to(self.bias.dtype)
         return self.d_hidden, d_weight, d_bias
 
 
 def parts(n: int, chunk: int) -> list[slice]:
-    return [slice(start, min(start + chunk, n)) for start in range(0, n, chunk)]
+    found = []
+    for start in range(0, n, chunk):
+        stop = min(start + chunk, n)
+        found.append(slice(start, stop))
+    return found
+
+
+def entropy_of(log_p: Tensor) -> Tensor:
+    """[chunk] from log-probs [chunk, V]."""
+    p_log_p = log_p.exp()
+    p_log_p.mul_(log_p)
+    return -p_log_p.sum(-1)
 
 
 def final_logits(
     hidden, weight, bias, temperature: float, dtype: torch.dtype, scale: float, cap: float | None
-) -> torch.Tensor:
+) -> Tensor:
     """[chunk, V] in dtype `dtype`, a fresh tensor that the caller may overwrite."""
     if hidden.is_cuda and hidden.dtype != dtype:
         z = torch.mm(hidden, weight.T, out_dtype=dtype)
@@ -133,12 +164,14 @@ def final_logits(
         z += bias
     if cap is None:
         return z.mul_(scale / temperature)
-    return z.mul_(scale / cap).tanh_().mul_(cap / temperature)
+    z.mul_(scale / cap)
+    z.tanh_()
+    return z.mul_(cap / temperature)
 
 
 def logit_slope(
-    log_p: torch.Tensor, lse: torch.Tensor, temperature: float, scale: float, cap: float | None
-) -> torch.Tensor | float:
+    log_p: Tensor, lse: Tensor, temperature: float, scale: float, cap: float | None
+) -> Tensor | float:
     """dz / dx at the logits z that gave `log_p` [chunk, V]; lse [chunk, 1].
 
     With a cap a fresh tensor: 1 - tanh^2 of the capped logits is a part of it.
@@ -146,5 +179,9 @@ def logit_slope(
     factor = scale / temperature
     if cap is None:
         return factor
-    tanh = (log_p + lse).mul_(temperature / cap)
-    return tanh.square_().neg_().add_(1.0).mul_(factor)
+    slope = log_p + lse
+    slope.mul_(temperature / cap)  # the tanh
+    slope.square_()
+    slope.neg_()
+    slope.add_(1.0)
+    return slope.mul_(factor)

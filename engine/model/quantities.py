@@ -39,6 +39,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tandem.engine.core.errors import MethodError
+from tandem.engine.model.chunked_head import entropy_of
 
 TAIL_FLOOR = 1e-7  # the least probability that the tail of a top-k is given, on both sides
 
@@ -125,9 +126,7 @@ class Entropy:
     data: tuple[str, ...] = ()
 
     def value(self, chunk: Chunk) -> Tensor:
-        p_log_p = chunk.log_p.exp()
-        p_log_p.mul_(chunk.log_p)
-        return -p_log_p.sum(-1)
+        return entropy_of(chunk.log_p)
 
     def slope(self, chunk: Chunk, value: Tensor, grad: Tensor) -> Tensor:
         slope = chunk.log_p + value[:, None]

@@ -60,14 +60,16 @@ def self_check(policy: Policy, model: ModelConfig) -> None:
     if swapped:
         causal.set_attn_implementation("sdpa")
 
-    own = torch.cat([plain_logp(causal, a), plain_logp(causal, b)])
+    a_alone = plain_logp(causal, a)
+    b_alone = plain_logp(causal, b)
+    own = torch.cat([a_alone, b_alone])
     packed, beside_other = packed_logp(policy, a, other, b)
     far = beside_a_long_row(policy, a, b)
     if swapped:
         causal.set_attn_implementation(model.attention)
     b_packed = packed[len(a) - 1 :]
     b_beside_other = beside_other[len(a) - 1 :]
-    gap = (packed - own).abs().mean().item()
+    gap = mean_gap(packed, own)
     leak = largest_gap(b_packed, b_beside_other)
     if not (gap <= tolerance and leak <= tight):
         raise ConfigError(
@@ -104,11 +106,17 @@ def plain_logp(causal: PreTrainedModel, row: Tensor) -> Tensor:
 
 def packed_logp(policy: Policy, a: Tensor, other: Tensor, b: Tensor) -> Tensor:
     """Log-probs of two bins, one a line: `b` behind `a`, and `b` behind `other`, as long as `a`."""
-    bins = torch.stack([torch.cat([a, b]), torch.cat([other, b])])
-    positions = torch.cat([torch.arange(len(a)), torch.arange(len(b))])
-    positions = positions.to(bins.device).expand(2, -1)
+    behind_a = torch.cat([a, b])
+    behind_other = torch.cat([other, b])
+    bins = torch.stack([behind_a, behind_other])
+    of_a = torch.arange(len(a))
+    of_b = torch.arange(len(b))
+    positions = torch.cat([of_a, of_b])
+    positions = positions.to(bins.device)
+    positions = positions.expand(2, -1)
     # every token but the first of each sequence is predicted
-    predicted = positions.reshape(-1).nonzero().squeeze(-1)
+    predicted = positions.reshape(-1).nonzero()
+    predicted = predicted.squeeze(-1)
     target = bins.reshape(-1)[predicted]
     logp = policy(bins, positions, predicted - 1, target)[0]
     return logp.reshape(2, -1)
@@ -116,6 +124,10 @@ def packed_logp(policy: Policy, a: Tensor, other: Tensor, b: Tensor) -> Tensor:
 
 def largest_gap(a: Tensor, b: Tensor) -> float:
     return (a - b).abs().max().item()
+
+
+def mean_gap(a: Tensor, b: Tensor) -> float:
+    return (a - b).abs().mean().item()
 
 
 def random_rows(policy: Policy, shape: tuple[int, int], seed: int) -> Tensor:
@@ -180,15 +192,22 @@ def sharing_gap(policy: Policy) -> float:
     order = torch.arange(8, device=device)
     four = torch.ones(4, dtype=torch.long, device=device)
     target = torch.cat([a, b])
-    rows = torch.stack([torch.cat([prompt, a]), torch.cat([prompt, b])])
-    index = torch.cat([order[3:7], order[3:7] + 8])
-    alone = policy(rows, order.expand(2, -1), index, target)[0]
+    with_a = torch.cat([prompt, a])
+    with_b = torch.cat([prompt, b])
+    rows = torch.stack([with_a, with_b])
+    positions = order.expand(2, -1)
+    predicting = order[3:7]
+    index = torch.cat([predicting, predicting + 8])
+    alone = policy(rows, positions, index, target)[0]
     tokens = torch.cat([prompt, a, b])
     positions = torch.cat([order, order[4:]])
     # b's first token is predicted from the end of the prompt
-    index = torch.cat([order[3:7], order[3:4], order[5:8] + 3])
+    prompt_end = order[3:4]
+    inside_b = order[5:8] + 3
+    index = torch.cat([predicting, prompt_end, inside_b])
     block = torch.cat([0 * four, 1 * four, 2 * four])
     prompt_block = torch.zeros_like(block)
-    blocks = torch.stack([block, prompt_block])[:, None]
+    blocks = torch.stack([block, prompt_block])
+    blocks = blocks[:, None]
     shared = policy(tokens[None], positions[None], index, target, prompt_blocks=blocks)[0]
-    return (shared - alone).abs().mean().item()
+    return mean_gap(shared, alone)

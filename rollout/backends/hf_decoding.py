@@ -73,7 +73,9 @@ class Decoding:
         self.max_new_tokens = self.integers(limits)
         self.steps = max(limits)
         # step from which each row may end
-        earliest = [row.sampling.min_tokens - row.forced for row in rows]
+        earliest = []
+        for row in rows:
+            earliest.append(row.sampling.min_tokens - row.forced)
         self.earliest = self.integers(earliest)
         self.all_may_end = max(earliest)
         temperatures = [row.sampling.temperature for row in rows]
