@@ -76,7 +76,8 @@ def draw_training(ax, reward: Series, mu: Series) -> None:
         label = "mu: weight of the demonstrations"
         handles += twin.plot(*mu, color=RED, linestyle="--", label=label)
         twin.set_ylim(-0.03, 1.03)
-        if len(rewards) and rewards.min() >= 0 and rewards.max() <= 1:
+        in_unit_range = (rewards >= 0) & (rewards <= 1)
+        if len(rewards) and in_unit_range.all():
             ax.set_ylim(-0.03, 1.03)
         twin.set_ylabel("mu")
         twin.spines["right"].set_visible(True)
@@ -97,7 +98,9 @@ def draw_accuracy(ax, accuracy: Series, error: Series) -> None:
     ax.plot(x, y, color=BLUE, marker="o", markersize=4)
     error_x, errors = error
     if len(error_x) == len(x):
-        ax.fill_between(x, y - errors, y + errors, color=BLUE, alpha=0.2, linewidth=0)
+        low = y - errors
+        high = y + errors
+        ax.fill_between(x, low, high, color=BLUE, alpha=0.2, linewidth=0)
     write_value(ax, x[0], y[0], "left")
     if len(x) > 1:
         write_value(ax, x[-1], y[-1], "right")
@@ -152,7 +155,9 @@ def plot_runs(
             label = f"{label} ({len(folders)} seeds)"
         label = f"{label}: {mean[-1]:.1%}"
         ax.plot(x, mean, color=color, linestyle=dash, label=label)
-        ax.fill_between(x, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
+        worst = values.min(0)
+        best = values.max(0)
+        ax.fill_between(x, worst, best, color=color, alpha=0.15, linewidth=0)
     accuracy_axis(ax, everything)
     ax.set_xlabel("optimizer step")
     ax.set_ylabel("held-out accuracy")
@@ -234,9 +239,13 @@ def read_metrics(run_dir: str | Path) -> tuple[list[dict], list[dict]]:
 
 def series(lines: Sequence[Mapping], key: str) -> Series:
     """(steps, values) of the lines that have a number under `key`."""
-    found = [line for line in lines if line.get(key) is not None]
-    steps = [line["step"] for line in found]
-    values = [line[key] for line in found]
+    steps = []
+    values = []
+    for line in lines:
+        value = line.get(key)
+        if value is not None:
+            steps.append(line["step"])
+            values.append(value)
     return np.array(steps, float), np.array(values, float)
 
 

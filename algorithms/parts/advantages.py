@@ -59,7 +59,10 @@ def reinforce_pp_baseline(rewards, lengths) -> list[np.ndarray]:
 
     REINFORCE++ with baseline, arXiv 2501.03262.
     """
-    values = [np.asarray(r, np.float64) - np.mean(r) for r in rewards]
+    values = []
+    for r in rewards:
+        mean = np.mean(r)
+        values.append(np.asarray(r, np.float64) - mean)
     return whiten(values, lengths)
 
 
@@ -121,7 +124,8 @@ def whiten(values: Sequence[np.ndarray], lengths: Groups) -> list[np.ndarray]:
     total = max(n.sum(), 1.0)
     mean = (v * n).sum() / total
     squares = (v - mean) ** 2
-    variance = (squares * n).sum() / max(total - 1.0, 1.0)
+    degrees = max(total - 1.0, 1.0)
+    variance = (squares * n).sum() / degrees
     spread = np.sqrt(variance) + 1e-8
     whitened = []
     for group in values:

@@ -114,7 +114,10 @@ def to_floats(values: Sequence[Number]) -> list[float]:
 
 def named(names: Iterable[str], values: Iterator[float]) -> dict[str, Number]:
     """The next values, one under each name."""
-    return {name: next(values) for name in names}
+    found: dict[str, Number] = {}
+    for name in names:
+        found[name] = next(values)
+    return found
 
 
 def observe(metrics: StepMetrics, micro: MicroBatch, logp: Tensor, entropy: Tensor | None) -> None:
@@ -155,7 +158,8 @@ def observe_gap(metrics: StepMetrics, micro: MicroBatch, logp: Tensor) -> None:
     engine_logp = torch.as_tensor(behaviour[fresh], device=logp.device)
     gap = (logp[index] - engine_logp).abs()
     metrics.add_max("gap/max", gap.max())
-    metrics.add_mean("gap/mean", gap.sum(), count_of="gap")
+    total = gap.sum()
+    metrics.add_mean("gap/mean", total, count_of="gap")
     metrics.add_count("gap", len(fresh))
 
 

@@ -74,21 +74,25 @@ def build(
             order.extend(family.rows)
     placed = [rows[i] for i in order]
     columns = Columns(placed)
+    tokens = [row.tokens for row in placed]
+    groups = [row.group for row in placed]
+    sources = [row.source for row in placed]
+    real_tokens = sum(map(len, tokens))
     return MicroBatch(
         tokens=layout.tokens_BL,
         positions=layout.positions_BL,
         index=layout.index_n,
         prompt_blocks=layout.prompt_blocks_2BL if layout.shared else None,
-        target=columns.gather([row.tokens for row in placed], np.int64),
+        target=columns.gather(tokens, np.int64),
         weights={term.name: columns.weights(term) for term in terms},
         scale={term.name: columns.scales(term) for term in terms},
         segment=columns.segments(),
-        group=columns.gather([row.group for row in placed], np.int64),
-        source=columns.gather([row.source for row in placed], np.int8),
+        group=columns.gather(groups, np.int64),
+        source=columns.gather(sources, np.int8),
         streams={name: columns.stream(name) for name in streams},
         fresh=columns.fresh(version),
         rows=tuple(order),
-        real_tokens=sum(len(row.tokens) for row in placed),
+        real_tokens=real_tokens,
     )
 
 
@@ -138,7 +142,8 @@ def lay_out(rows: Sequence[Row], lengths: Sequence[int], bins: Bins) -> Layout:
                 first = family.prompt
             block += 1
         positions_BL[b, start:] = np.arange(width - start)
-    return Layout(tokens_BL, positions_BL, prompt_blocks_2BL, np.concatenate(index), shared)
+    index_n = np.concatenate(index)
+    return Layout(tokens_BL, positions_BL, prompt_blocks_2BL, index_n, shared)
 
 
 def used_tokens(families: Sequence[Family], lengths: Sequence[int]) -> int:

@@ -70,9 +70,11 @@ def pack(
     """
     lengths = [tokens_to_run(row) for row in rows]
     units = make_units(rows, lengths, terms, micro_batch_tokens, share_prompts)
-    arranged = [arrange(part, micro_batch_tokens) for part in assign(units, ranks)]
+    arranged = []
     steps = 1
-    for of_rank in arranged:
+    for part in assign(units, ranks):
+        of_rank = arrange(part, micro_batch_tokens)
+        arranged.append(of_rank)
         steps = max(steps, len(of_rank))
     streams = present_streams(rows)
     packed = []
@@ -270,4 +272,5 @@ def cost_per_token(filling: Filling) -> float:
     used = []
     for bin_ in filling.bins:
         used.append(sum(unit.length for unit in bin_))
-    return cost(len(used), max(used)) / sum(used)
+    total = cost(len(used), max(used))
+    return total / sum(used)

@@ -26,11 +26,14 @@ class Clock:
 
     def lap(self, phase: str) -> None:
         now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
+        so_far = self.seconds.get(phase, 0.0)
+        self.seconds[phase] = so_far + now - self.last
         self.last = now
 
     def metrics(self) -> dict[str, float]:
-        found = {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
+        found = {}
+        for phase, seconds in self.seconds.items():
+            found[f"time/{phase}"] = seconds
         found["time/step"] = self.total
         return found
 
@@ -119,13 +122,13 @@ def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     if not groups:
         return {}
     rewards = np.concatenate([group.rewards for group in groups])
-    spreads = np.array([group.rewards.std() for group in groups])
+    spreads = [group.rewards.std() for group in groups]
     parts = reward_parts(groups)
     found = {}
     if parts or rewards.any():  # else nobody scores
         found["reward/mean"] = rewards.mean()
         found["reward/std"] = rewards.std()
-        found["reward/no_signal_groups"] = np.mean(spreads == 0)
+        found["reward/no_signal_groups"] = spreads.count(0) / len(groups)
     for name in sorted(parts):
         found[f"reward/{name}"] = np.mean(parts[name])
     sampled = []  # tokens of each rollout
@@ -160,5 +163,8 @@ def latest_signals(signals: Mapping[str, float], metrics: Mapping[str, float]) -
     An SFT step has no reward, a skipped one no finite gradient; what goes by one of them
     (schedules) would start over there otherwise.
     """
-    finite = {key: value for key, value in metrics.items() if np.isfinite(value)}
-    return {**signals, **finite}
+    latest = dict(signals)
+    for key, value in metrics.items():
+        if np.isfinite(value):
+            latest[key] = value
+    return latest

@@ -65,17 +65,19 @@ class Linear:
 
     def check(self, models: int, base: bool) -> None:
         check_weights(self.weights, models)
-        if sum(weights_of(self.weights, models)) == 0:
+        weights = weights_of(self.weights, models)
+        if sum(weights) == 0:
             raise ConfigError(f"the weights {list(self.weights)} sum to 0, expected another sum")
 
     def tensor(self, name, base, models):
         weights = weights_of(self.weights, len(models))
-        total = sum(weights)
-        shares = [weight / total for weight in weights]
+        whole = sum(weights)
+        shares = [weight / whole for weight in weights]
         # as differences to the first, so that equal models give that model exactly
         first, *others = models
         deltas = (model - first for model in others)
-        return first + weighted_sum(deltas, shares[1:], first)
+        total = weighted_sum(deltas, shares[1:], first)
+        return first + total
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,11 @@ class Ties:
 
     def tensor(self, name, base, models):
         weights = weights_of(self.weights, len(models))
-        deltas = [trimmed(model - base, self.density) for model in models]
+        deltas = []
+        for model in models:
+            delta = model - base
+            delta.mul_(largest(delta, self.density))
+            deltas.append(delta)
         sign = weighted_sum(deltas, weights, base).sign_()
         has_sign = sign != 0
         total = torch.zeros_like(base)
@@ -146,14 +152,16 @@ class Dare:
         weights = weights_of(self.weights, len(models))
         deltas = self.thinned(name, base, models)
         total = weighted_sum(deltas, weights, base)
-        total.mul_(self.scale / (1 - self.drop))
+        keep = 1 - self.drop
+        total.mul_(self.scale / keep)
         return base + total
 
     def thinned(self, name: str, base: Tensor, models: Sequence[Tensor]):
         """The deltas, one at a time, 0 where they are dropped."""
         for place, model in enumerate(models):
             delta = model - base
-            delta.mul_(self.kept(name, place, base.shape))
+            kept = self.kept(name, place, base.shape)
+            delta.mul_(kept)
             yield delta
 
     def kept(self, name: str, place: int, shape: torch.Size) -> Tensor:
@@ -183,12 +191,15 @@ class Slerp:
         cosine = cosine_between(first, second)
         if abs(cosine) > STRAIGHT:
             return first.lerp(second, self.t)
-        angle = torch.tensor(cosine, dtype=torch.float64).acos()
+        angle = torch.tensor(cosine, dtype=torch.float64)
+        angle.acos_()
         to_second = (1 - self.t) * angle
         from_first = self.t * angle
         weight_first = to_second.sin() / angle.sin()
         weight_second = from_first.sin() / angle.sin()
-        return first * float(weight_first) + second * float(weight_second)
+        of_first = first * float(weight_first)
+        of_second = second * float(weight_second)
+        return of_first + of_second
 
 
 @dataclass(frozen=True)
@@ -229,10 +240,6 @@ def cosine_between(first: Tensor, second: Tensor) -> float:
     if norms == 0:
         return 1.0
     return float((a @ b) / norms)
-
-
-def trimmed(delta: Tensor, density: float) -> Tensor:
-    return delta * largest(delta, density)
 
 
 def largest(delta: Tensor, share: float) -> Tensor:

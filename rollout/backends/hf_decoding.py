@@ -29,9 +29,10 @@ class Sample:
     forced: int  # length of the forced prefix
     sampling: Sampling
     uniforms: np.ndarray  # float64 [max_tokens] in [0, 1): one per response token
-    tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # sampled
-    logp: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
-    finish: Finish = Finish.LENGTH
+    # what `decode` fills in
+    tokens: np.ndarray = field(init=False)  # int32 [n], the sampled ones
+    logp: np.ndarray = field(init=False)  # float32 [n]
+    finish: Finish = field(init=False)
 
     @property
     def max_new_tokens(self) -> int:
@@ -158,18 +159,22 @@ class Decoding:
         uniform_B = self.uniforms[batch, step]
         token_B, logp_B = draw(logits_BV, temperature_B, top_p_B, uniform_B)
         ended_B = torch.isin(token_B, self.eos)
-        live_rows = batch[self.live]
-        self.tokens[live_rows, step] = token_B[self.live]
-        self.logp[live_rows, step] = logp_B[self.live]
-        self.length[live_rows] = step + 1
-        self.stopped[live_rows] = ended_B[self.live]
-        has_room_B = step + 1 < self.max_new_tokens[batch]
-        self.live &= ~ended_B & has_room_B
+        live_B = self.live
+        rows = batch[live_B]
+        self.tokens[rows, step] = token_B[live_B]
+        self.logp[rows, step] = logp_B[live_B]
+        self.stopped[rows] = ended_B[live_B]
+        length = step + 1
+        self.length[rows] = length
+        has_room_B = length < self.max_new_tokens[batch]
+        live_B &= ~ended_B
+        live_B &= has_room_B
         return token_B
 
     def forbid_early_ends(self, logits_BV: Tensor, step: int) -> None:
         """Take the end tokens, in place, from rows that have fewer than their least tokens."""
-        ids_V = torch.arange(logits_BV.shape[-1], device=self.device)
+        vocabulary = logits_BV.shape[-1]
+        ids_V = torch.arange(vocabulary, device=self.device)
         is_eos_V = torch.isin(ids_V, self.eos)
         too_early_B = step < self.earliest[self.batch]
         forbidden_BV = too_early_B[:, None] & is_eos_V
@@ -190,8 +195,9 @@ class Decoding:
 
     def forward(self, token_B: Tensor) -> None:
         """Run the model on the tokens just drawn."""
-        one_more = self.mask.new_ones(len(self.mask), 1)
-        self.mask = torch.cat([self.mask, one_more], 1)
+        mask = self.mask
+        one_more = mask.new_ones(len(mask), 1)
+        self.mask = torch.cat([mask, one_more], 1)
         # ended rows keep their position, so that they stay within the context
         self.position = self.position + self.live[:, None]
         self.logits = self.run(token_B[:, None])
@@ -206,9 +212,7 @@ class Decoding:
             length = lengths[i]
             row.tokens = tokens[i, :length].astype(np.int32)
             row.logp = logp[i, :length]
-            row.finish = Finish.LENGTH
-            if stopped[i]:
-                row.finish = Finish.STOP
+            row.finish = Finish.STOP if stopped[i] else Finish.LENGTH
 
 
 def draw(
