@@ -16,7 +16,7 @@ from tandem.engine.core.types import Row, Sampling
 from tandem.engine.loop import group_numbers
 from tandem.engine.loop.train import Components
 from tandem.launch.run.folder import new_folder
-from tandem.launch.run.start import started, started_generation
+from tandem.launch.run.start import generation_run, training_run
 
 
 def evaluate_model(config: Config) -> int:
@@ -25,8 +25,8 @@ def evaluate_model(config: Config) -> int:
         raise ConfigError(
             "an evaluation needs data.evaluation and reward.functions; one of them is not set"
         )
-    with started_generation(in_own_folder(config, rollout_only=True)) as run:
-        run.evaluator.evaluate(0)
+    with generation_run(in_own_folder(config, rollout_only=True)) as generation:
+        generation.evaluator.evaluate(0)
     return 0
 
 
@@ -51,8 +51,8 @@ def check_logprobs(config: Config) -> int:
             "check-logprobs samples prompts with an engine: it needs data.prompts, a method "
             "that uses rollouts, and a rollout.backend other than replay"
         )
-    with started(in_own_folder(config)) as run:
-        components = run.components
+    with training_run(in_own_folder(config)) as training:
+        components = training.components
         for label, version in (("weights as loaded", 0), ("after a sync", 1)):
             components.sync.publish(version)
             rows = sampled_rows(components, version)

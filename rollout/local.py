@@ -26,7 +26,7 @@ from tandem.rollout.trajectories import sampled
 class LocalPool:
     """Same surface as `rollout.pool.EnginePool`, with `install` instead of Ray handles."""
 
-    scores = False  # its backend is not compared with itself around the first update
+    can_score_logprobs = False  # its backend is not compared with itself around the first update
     handles = ()
 
     def __init__(self, backend: Backend, loop: asyncio.AbstractEventLoop):
@@ -95,7 +95,7 @@ class LocalPool:
     def sleep(self) -> None:
         """There is no GPU memory to give away."""
 
-    def recover(self) -> int:
+    def restart_dead(self) -> int:
         """Nothing can die apart from this process."""
         return 0
 

@@ -13,7 +13,7 @@ from tandem.engine.core.types import GenRequest, Installed, Trajectory
 class NoEngines:
     """Same surface as the other pools. The loop sends no weights to it."""
 
-    scores = False
+    can_score_logprobs = False
     handles = ()
 
     def install(self, named: Sequence, version: int) -> list[Installed]:
@@ -31,7 +31,7 @@ class NoEngines:
     def sleep(self) -> None:
         """There is no GPU memory to give away."""
 
-    def recover(self) -> int:
+    def restart_dead(self) -> int:
         return 0
 
     def stats(self) -> dict[str, float]:

@@ -41,7 +41,7 @@ class Pending:
 
 
 @dataclass(eq=False)
-class Slot:
+class EngineSlot:
     """One engine of the pool: its actor, which a restart replaces, and what it works on."""
 
     index: int
@@ -51,7 +51,7 @@ class Slot:
     pending: dict[Any, Pending] = field(default_factory=dict)
     busy_seconds: float = 0.0
     busy_since: float | None = None
-    heard: float = 0.0  # when it last answered, or began to work after a pause
+    last_answer: float = 0.0  # when it last answered, or began to work after a pause
 
     @property
     def load(self) -> int:
@@ -70,7 +70,7 @@ class EnginePool:
         self.run_dir = Path(run_dir).absolute()
         # loaded here, so that a user's own is among the code that travels
         backend = backend_class(config)
-        self.scores = overrides(backend, "logprobs")
+        self.can_score_logprobs = overrides(backend, "logprobs")
         # as it was at the start, also for an engine that is started later
         self.code = user_code()
         self.lock = threading.RLock()
@@ -78,7 +78,7 @@ class EnginePool:
         # (slot, handle, ref, Ray's future); None ends the thread
         self.answers: queue.SimpleQueue = queue.SimpleQueue()
         self.thread = threading.Thread(target=self.work, name="rollout_pool", daemon=True)
-        self.slots: list[Slot] = []
+        self.slots: list[EngineSlot] = []
 
     @classmethod
     def start(cls, config: Config, model_path: str, placement, run_dir: str | Path) -> EnginePool:
@@ -88,12 +88,14 @@ class EnginePool:
         cluster.start_timeout.
         """
         pool = cls(config, model_path, placement, run_dir)
-        pool.slots = [Slot(i, pool.actor(i, stale=False)) for i in range(config.cluster.engines)]
+        pool.slots = [
+            EngineSlot(i, pool.actor(i, stale=False)) for i in range(config.cluster.engines)
+        ]
         try:
             pool.wait_started(pool.slots)
         except stop.Stopped:
             for slot in pool.slots:
-                pool.mark_dead(slot, slot.handle, "the start was stopped")
+                pool.kill_engine(slot, slot.handle, "the start was stopped")
             raise
         except BaseException:
             pool.close()
@@ -121,7 +123,7 @@ class EnginePool:
             .remote(index, self.config, self.model_path, str(self.run_dir), stale, self.code)
         )
 
-    def wait_started(self, slots: list[Slot]) -> None:
+    def wait_started(self, slots: list[EngineSlot]) -> None:
         import ray
         from ray.exceptions import GetTimeoutError, RayError
 
@@ -163,7 +165,7 @@ class EnginePool:
             ref = handle.generate.remote(request)
             slot.pending[ref] = Pending(request, result)
             if slot.busy_since is None:
-                slot.busy_since = slot.heard = time.monotonic()
+                slot.busy_since = slot.last_answer = time.monotonic()
         ref.future().add_done_callback(lambda done: self.answers.put((slot, handle, ref, done)))
         return result
 
@@ -198,10 +200,10 @@ class EnginePool:
             try:
                 ray.get(ref, timeout=self.config.rollout.request_timeout)
             except RayError as error:
-                self.mark_dead(slot, slot.handle, first_line(cause_of(error)))
+                self.kill_engine(slot, slot.handle, first_line(cause_of(error)))
 
     def logprobs(self, tokens: np.ndarray) -> dict[int, np.ndarray]:
-        """{engine: Backend.logprobs of `tokens`}; only where the pool `scores`.
+        """{engine: Backend.logprobs of `tokens`}; only where the pool `can_score_logprobs`.
 
         One that dies over it, or is silent for rollout.request_timeout, counts as dead and is left
         out; the next update restarts it.
@@ -218,7 +220,7 @@ class EnginePool:
             except RayError as error:
                 if not is_death(error) and not isinstance(error, GetTimeoutError):
                     raise
-                self.mark_dead(slot, slot.handle, first_line(cause_of(error)))
+                self.kill_engine(slot, slot.handle, first_line(cause_of(error)))
         return found
 
     def work(self) -> None:
@@ -226,36 +228,36 @@ class EnginePool:
         limit = self.config.rollout.request_timeout
         while True:
             if self.answers.empty():  # an answer that waits here may be the late engine's
-                self.end_late(limit)
+                self.kill_late(limit)
             try:
                 answer = self.answers.get(timeout=min(1.0, limit / 4))
             except queue.Empty:
                 continue
             if answer is None:
                 return
-            self.finish(*answer)
+            self.handle_answer(*answer)
 
-    def end_late(self, limit: float) -> None:
+    def kill_late(self, limit: float) -> None:
         """End every engine that has requests and answered none for `limit` seconds."""
         now = time.monotonic()
         with self.lock:
             working = [(slot, slot.handle) for slot in self.slots if slot.pending]
         for slot, handle in working:
-            if now - slot.heard > limit:
+            if now - slot.last_answer > limit:
                 reason = f"no answer within rollout.request_timeout={limit:g} s"
-                self.mark_dead(slot, handle, reason)
+                self.kill_engine(slot, handle, reason)
 
-    def finish(self, slot: Slot, handle, ref, done: Future) -> None:
+    def handle_answer(self, slot: EngineSlot, handle, ref, done: Future) -> None:
         """One answer of an engine."""
         error = done.exception()
         if error is not None and is_death(error):
-            self.mark_dead(slot, handle, first_line(cause_of(error)))
+            self.kill_engine(slot, handle, first_line(cause_of(error)))
             return
         with self.lock:
-            pending = self.retire(slot, ref)
+            pending = self.pop_pending(slot, ref)
             if pending is None:
                 return  # it failed before, together with its engine
-            slot.heard = time.monotonic()
+            slot.last_answer = time.monotonic()
             if error is None:
                 self.generated_tokens += sampled(done.result())
         if error is None:
@@ -263,7 +265,7 @@ class EnginePool:
         else:
             pending.result.set_exception(cause_of(error))
 
-    def retire(self, slot: Slot, ref) -> Pending | None:
+    def pop_pending(self, slot: EngineSlot, ref) -> Pending | None:
         pending = slot.pending.pop(ref, None)
         if pending is not None and not slot.pending and slot.busy_since is not None:
             slot.busy_seconds += time.monotonic() - slot.busy_since
@@ -272,7 +274,7 @@ class EnginePool:
 
     # -- death and recovery
 
-    def mark_dead(self, slot: Slot, handle, reason: str) -> None:
+    def kill_engine(self, slot: EngineSlot, handle, reason: str) -> None:
         """End the actor `handle` of a slot and fail everything it was working on.
 
         News of an engine that was replaced since changes nothing.
@@ -283,20 +285,20 @@ class EnginePool:
             if not slot.alive or slot.handle is not handle:
                 return
             slot.alive, slot.error = False, reason
-            lost = [self.retire(slot, ref) for ref in list(slot.pending)]
+            lost = [self.pop_pending(slot, ref) for ref in list(slot.pending)]
         ray.kill(handle)  # vLLM's process notices within a second and ends
         for pending in lost:
             if pending is not None:
                 pending.result.set_exception(EngineDied(f"engine {slot.index}: {reason}"))
 
-    def recover(self) -> int:
+    def restart_dead(self) -> int:
         """Restart every engine that is dead, unhealthy or stuck in a weight update; returns how
         many. They serve only after the next weight update.
 
         Raises RolloutPoolExhausted when that takes more restarts than rollout.max_restarts. Not to
         be called while weights are being sent.
         """
-        self.find_dead()
+        self.kill_unhealthy()
         dead = [slot for slot in self.slots if not slot.alive]
         limit = self.config.rollout.max_restarts
         if self.restarts + len(dead) > limit:
@@ -316,7 +318,7 @@ class EnginePool:
                 slot.alive, slot.error = True, ""
         return len(dead)
 
-    def find_dead(self) -> None:
+    def kill_unhealthy(self) -> None:
         """Ask every engine that counts as alive whether it is."""
         import ray
         from ray.exceptions import RayError
@@ -330,9 +332,9 @@ class EnginePool:
                 _, in_update = ray.get([health, updating], timeout=CLOSE_SECONDS)
                 if in_update:
                     reason = "a weight update was begun and never finished"
-                    self.mark_dead(slot, slot.handle, reason)
+                    self.kill_engine(slot, slot.handle, reason)
             except RayError as error:
-                self.mark_dead(slot, slot.handle, first_line(cause_of(error)))
+                self.kill_engine(slot, slot.handle, first_line(cause_of(error)))
 
     # -- the rest
 
@@ -395,4 +397,4 @@ class EnginePool:
         if refs:
             ray.wait(refs, num_returns=len(refs), timeout=CLOSE_SECONDS)
         for slot in living:
-            self.mark_dead(slot, slot.handle, "the pool was closed")
+            self.kill_engine(slot, slot.handle, "the pool was closed")

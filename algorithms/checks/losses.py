@@ -23,7 +23,7 @@ ON_REQUEST = ("entropy", "value")  # a term that does not name them in `needs` d
 SCORED = ("ref_logp", "old_value")  # the same once another term asked: else rows bring their own
 
 
-def asked_for(term: Term, terms: Sequence[Term], tokens: Tokens) -> Tokens:
+def visible_streams(term: Term, terms: Sequence[Term], tokens: Tokens) -> Tokens:
     """The tokens with the streams that the term may see. Raises MethodError if one is absent.
 
     What is made on request only is hidden from a term that did not ask. Else it would see it in
@@ -51,11 +51,11 @@ def check_vocabulary(micro: MicroBatch, size: int) -> None:
         )
 
 
-def checked_losses(term: Term, tokens: Tokens) -> tuple[torch.Tensor, Mapping]:
+def objective_losses(term: Term, tokens: Tokens) -> tuple[torch.Tensor, Mapping]:
     """(loss [n], metrics) of the term's objective on its n tokens. Raises MethodError if it
     returns anything else."""
     where, n = f"term {term.name!r}: its objective", len(tokens.logp)
-    result = called(where, term, tokens)
+    result = call_objective(where, term, tokens)
     if not isinstance(result, tuple) or len(result) != 2:
         raise MethodError(
             f"{where} returned {kind(result)}, expected a pair: loss [n], {{name: [n]}} "
@@ -83,7 +83,7 @@ def checked_losses(term: Term, tokens: Tokens) -> tuple[torch.Tensor, Mapping]:
     return loss, metrics
 
 
-def called(where: str, term: Term, tokens: Tokens):
+def call_objective(where: str, term: Term, tokens: Tokens):
     """What the objective returns. An error that an absent stream (None) causes says so."""
     try:
         return term.objective(tokens)
@@ -115,7 +115,9 @@ def check_attached(where: str, term: Term, tokens: Tokens, loss: torch.Tensor) -
         )
 
 
-def check_given(term: Term, micro: MicroBatch, tokens: Tokens, loss: torch.Tensor) -> None:
+def check_missing_streams(
+    term: Term, micro: MicroBatch, tokens: Tokens, loss: torch.Tensor
+) -> None:
     """Rows without an advantage (or returns) beside rows that have one are NaN there: fine for an
     objective that does not look at them, else its loss is NaN."""
     mine = np.flatnonzero(micro.weights[term.name])

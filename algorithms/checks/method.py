@@ -235,7 +235,7 @@ def check_metrics(method: Method, metrics: Mapping[str, float]) -> dict[str, flo
     return found
 
 
-def checked_state(method: Method) -> Mapping:
+def check_state(method: Method) -> Mapping:
     """What the method's state_dict returns, if it can be saved: without `return` a resume would
     start its state over, and what cannot be pickled would end the run at its first checkpoint."""
     where = f"{title(method)}: state_dict()"

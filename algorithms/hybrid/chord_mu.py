@@ -19,7 +19,7 @@ objective in the place of -log p, `token_weight` stays a factor on it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from tandem.algorithms.base import Batch, Demand
 from tandem.algorithms.parts.demos import DemoLoss
@@ -34,7 +34,7 @@ class ChordMu(RLMethod):
     uses_experts: ClassVar[bool] = True
 
     mu: Schedule = Schedule("cosine", peak=0.9, valley=0.05, decay=200)
-    token_weight: str = "one"  # one | p (SFT-IS, the paper's rejected variant) | phi
+    token_weight: Literal["one", "p", "phi"] = "one"  # p is SFT-IS, which the paper rejects
     demos: DemoLoss = DemoLoss()
 
     def __post_init__(self):
@@ -44,8 +44,6 @@ class ChordMu(RLMethod):
                 f"mu goes from {self.mu.peak} to {self.mu.valley}; "
                 "it must stay within [0, 1], since RL is weighted by 1 - mu"
             )
-        if self.token_weight not in ("one", "p", "phi"):
-            raise ValueError(f"token_weight is {self.token_weight!r}; known: one, p, phi")
         self.reported_mu = self.mu(0)
 
     def demand(self, step, budget, signals):

@@ -10,7 +10,7 @@ codes detach it; so does this file. With `demos` phi is a factor on that objecti
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from tandem.algorithms.hybrid.chord_mu import ChordMu
 from tandem.algorithms.parts.schedules import Schedule
@@ -21,4 +21,4 @@ class ChordPhi(ChordMu):
     title: ClassVar[str] = "CHORD-phi: constant mu, expert tokens weighted by p(1 - p)"
 
     mu: Schedule = Schedule(peak=0.1)
-    token_weight: str = "phi"
+    token_weight: Literal["one", "p", "phi"] = "phi"

@@ -8,7 +8,7 @@ Source: arXiv 2508.11408, the variant that CHORD's authors try and reject.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from tandem.algorithms.hybrid.chord_mu import ChordMu
 from tandem.algorithms.parts.schedules import Schedule
@@ -21,4 +21,4 @@ class SFTIS(ChordMu):
     )
 
     mu: Schedule = Schedule(peak=0.1)
-    token_weight: str = "p"
+    token_weight: Literal["one", "p", "phi"] = "p"

@@ -19,9 +19,9 @@ from tandem.engine.core.errors import ConfigError
 from tandem.engine.core.text import brief, closest
 
 BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
-MOST = 5  # mistakes that one error tells
+MAX_SHOWN = 5  # mistakes that one error tells
 # {a key of an earlier version: what to write instead}
-GONE = {"run.fake_reward": "write reward.functions=[fake] for random rewards"}
+REMOVED_KEYS = {"run.fake_reward": "write reward.functions=[fake] for random rewards"}
 
 
 @cache
@@ -34,27 +34,31 @@ def validated(values: dict[str, Any], tree: Tree) -> Config:
     try:
         config = adapter().validate_python(values)
     except ValidationError as error:
-        raise ConfigError(told(error, tree)) from None
+        raise ConfigError(error_text(error, tree)) from None
     return with_references(config, values)
 
 
-def told(error: ValidationError, tree: Tree) -> str:
+def error_text(error: ValidationError, tree: Tree) -> str:
     """A line for each mistake, the first few of them."""
     mistakes = error.errors(include_url=False)
-    lines = [mistake_in_words(mistake, tree) for mistake in mistakes[:MOST]]
-    if len(mistakes) > MOST:
-        lines.append(f"and {len(mistakes) - MOST} more")
+    lines = [mistake_in_words(mistake, tree) for mistake in mistakes[:MAX_SHOWN]]
+    if len(mistakes) > MAX_SHOWN:
+        lines.append(f"and {len(mistakes) - MAX_SHOWN} more")
     return "\n".join(lines)
 
 
 def mistake_in_words(mistake: Any, tree: Tree) -> str:
     """One of pydantic's errors: what was found, what was expected, where it was set."""
-    path, value, context = mistake["loc"], mistake["input"], mistake.get("ctx", {})
+    path = mistake["loc"]
+    value = mistake["input"]
+    context = mistake.get("ctx", {})
     if mistake["type"] in ("unexpected_keyword_argument", "invalid_key"):
         return unknown_key(path, tree)
     if mistake["type"] == "missing":  # an entry of a list that is too short
         path = path[:-1]
-    key, hint, where = dotted(path), hint_of(path), tree.source(path)
+    key = dotted(path)
+    hint = hint_of(path)
+    where = tree.source(path)
     for name, words in BOUNDS.items():
         if name in context:
             bound = f"{words} {context[name]:g}"
@@ -74,8 +78,8 @@ def choices(hint: Any) -> tuple:
 
 def unknown_key(path: tuple, tree: Tree) -> str:
     name = ".".join(str(part) for part in path)
-    if name in GONE:
-        return f"{name}, set {tree.source(path)}, is no key any more: {GONE[name]}"
+    if name in REMOVED_KEYS:
+        return f"{name}, set {tree.source(path)}, is no key any more: {REMOVED_KEYS[name]}"
     key = path[-1]
     known = keys_of(without_none(hint_of(path[:-1])))
     candidates = list(known)
@@ -97,21 +101,19 @@ def below_sections(key: str) -> list[str]:
 
 
 def with_references(section: Any, values: dict[str, Any]) -> Any:
-    """The section with the texts that name environment variables as they were: pydantic copies
-    them as plain text.
-    """
+    """Put the ${NAME} references back, which pydantic turned into plain strings."""
     changes = {}
     for name, value in values.items():
         built = getattr(section, name)
         if dataclasses.is_dataclass(built):
             changes[name] = with_references(built, value)
         elif isinstance(built, tuple):
-            changes[name] = tuple(map(reference_or, value, built))
+            changes[name] = tuple(map(keep_reference, value, built))
         else:
-            changes[name] = reference_or(value, built)
+            changes[name] = keep_reference(value, built)
     return dataclasses.replace(section, **changes)
 
 
-def reference_or(value: Any, built: Any) -> Any:
+def keep_reference(value: Any, built: Any) -> Any:
     """What stood in the file if it is a reference that stayed text, else what was made of it."""
     return value if isinstance(value, Reference) and isinstance(built, str) else built

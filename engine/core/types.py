@@ -26,6 +26,8 @@ import numpy as np
 
 from tandem.engine.core.errors import CarrierError
 
+NO_VERSION = -2  # a weight version that no token has; -1 stands at tokens that no engine sampled
+
 
 class Source(IntEnum):
     """Where a token came from."""

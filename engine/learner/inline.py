@@ -13,7 +13,7 @@ from tandem.engine.core.process import keep_freed_memory
 from tandem.engine.core.types import Delivery, Row
 from tandem.engine.learner.local_engine import LocalEngine
 from tandem.engine.learner.protocol import PolicySpec, Pool
-from tandem.engine.learner.rank import LearnerRank, build_policy, complete
+from tandem.engine.learner.rank import LearnerRank, build_policy, merge_rank_streams
 from tandem.engine.weights.digest import digest
 from tandem.engine.weights.verify import Synced
 
@@ -72,7 +72,7 @@ class InlineLearner:
         self, rows: Sequence[Row], temperature: float, reference: bool = False
     ) -> dict[str, list[np.ndarray]]:
         """See LearnerRank.compute_streams."""
-        return complete([self.rank.compute_streams(rows, temperature, reference)])
+        return merge_rank_streams([self.rank.compute_streams(rows, temperature, reference)])
 
     def connect(self, pool: Pool) -> None:
         self.pool = pool

@@ -8,8 +8,9 @@
     out.loss, out.terms["policy"], out.gradients[0]
 
 It takes the path that training takes: the method's rows, terms and credit, the packer, the global
-denominators and `terms.evaluate`. Only the numbers that a model would give (log-probs, entropies,
-values) come from the caller. Unit tests, notebooks and comparisons with authors' code stand on it.
+denominators and `terms.micro_batch_loss`. Only the numbers that a model would give (log-probs,
+entropies, values) come from the caller. Unit tests, notebooks and comparisons with authors' code
+stand on it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from tandem.engine.core.types import (
 )
 from tandem.engine.learner.metrics import StepMetrics
 from tandem.engine.learner.packing import pack
-from tandem.engine.learner.terms import Outputs, denominators, evaluate, make_tokens
+from tandem.engine.learner.terms import Outputs, denominators, make_tokens, micro_batch_loss
 
 PerRow = Callable[[Row], np.ndarray]
 NO_EXTRA: Mapping[str, PerRow] = {}
@@ -102,7 +103,7 @@ def inspect(
     for micro_batches in pack(rows, terms, ranks, micro_batch_tokens, batch.step):
         for micro in micro_batches:
             with naming(method):
-                loss, found = evaluate(terms, z, micro, make_tokens(micro, given.of(micro)))
+                loss, found = micro_batch_loss(terms, z, micro, make_tokens(micro, given.of(micro)))
             total = total + loss
             metrics.merge(found.on_host())
     if total.requires_grad:

@@ -41,7 +41,7 @@ class PolicySpec:
 class Pool(Protocol):
     """Rollout engines: LocalPool (mode=inline, recorded rollouts) or EnginePool (Ray actors)."""
 
-    scores: bool  # whether `logprobs` can be asked
+    can_score_logprobs: bool  # whether `logprobs` can be asked
 
     @property
     def handles(self) -> Sequence[Any]:
@@ -61,15 +61,15 @@ class Pool(Protocol):
         ...
 
     def logprobs(self, tokens: np.ndarray) -> Mapping[int, np.ndarray]:
-        """{engine: its log-probs of the tokens}, where the pool `scores`."""
+        """{engine: its log-probs of the tokens}, where the pool `can_score_logprobs`."""
         ...
 
     def sleep(self) -> None:
         """Give GPU memory to the learner until the next weights."""
         ...
 
-    def recover(self) -> int:
-        """Replace dead engines; how many."""
+    def restart_dead(self) -> int:
+        """Restart dead engines; how many. They serve after the next weights."""
         ...
 
     def stats(self) -> dict[str, float]:

@@ -1,8 +1,8 @@
-"""The learner: policy, optimizer and gradient, and nothing about methods.
+"""One learner rank: policy, optimizer and gradient, and nothing about methods.
 
 It runs a StepPlan and says what happened.
 
-`LearnerRank` is one rank around an engine of engine/learner/local_engine.py. `InlineLearner` is one
+`LearnerRank` works around an engine of engine/learner/local_engine.py. `InlineLearner` is one
 such rank in this process (mode=inline, no Ray, no DeepSpeed); `RayLearner` in engine/learner/ray.py
 is a group of them in Ray actors, with the same surface.
 """
@@ -25,11 +25,11 @@ from tandem.algorithms.base import Term
 from tandem.algorithms.checks.losses import check_vocabulary
 from tandem.algorithms.parts.objectives.nll import NLL
 from tandem.engine.config.schema import Config, ModelConfig
-from tandem.engine.core.types import MicroBatch, Row, StepPlan, StepReport
+from tandem.engine.core.types import NO_VERSION, MicroBatch, Row, StepPlan, StepReport
 from tandem.engine.learner.metrics import StepMetrics, gather, observe, step_report
 from tandem.engine.learner.packing import pack
 from tandem.engine.learner.protocol import PolicySpec, TrainEngine
-from tandem.engine.learner.terms import Outputs, evaluate, make_tokens
+from tandem.engine.learner.terms import Outputs, make_tokens, micro_batch_loss
 from tandem.engine.model.context import engine_length
 from tandem.engine.model.export import read_files, write_files, write_weights
 from tandem.engine.model.load import load_policy
@@ -37,7 +37,7 @@ from tandem.engine.model.policy import Policy, hf_parameters
 from tandem.engine.model.rope import follow_engines
 
 # in a checkpoint: the reference, where it is not the run's original model
-REFERENCE = "reference.safetensors"
+REFERENCE_FILE = "reference.safetensors"
 
 
 def load_like_engines(config: Config, model_path: str, spec: PolicySpec) -> Policy:
@@ -80,8 +80,10 @@ def scatter_to_rows(
         out[i] = stream
 
 
-def complete(ranks: Sequence[dict[str, list[np.ndarray | None]]]) -> dict[str, list[np.ndarray]]:
-    """The streams of all ranks together: of each row what the one rank says that computed it."""
+def merge_rank_streams(
+    ranks: Sequence[dict[str, list[np.ndarray | None]]],
+) -> dict[str, list[np.ndarray]]:
+    """Per row the stream of the rank that computed it; all other ranks have None there."""
     streams = {}
     for name in ranks[0]:
         per_row = zip(*[streams_of_rank[name] for streams_of_rank in ranks], strict=True)
@@ -106,11 +108,14 @@ class LearnerRank:
         rank: int = 0,
         ranks: int = 1,
     ):
-        self.config, self.spec, self.engine = config, spec, engine
-        self.rank, self.ranks = rank, ranks
+        self.config = config
+        self.spec = spec
+        self.engine = engine
+        self.rank = rank
+        self.ranks = ranks
         self.model: ModelConfig = replace(config.model, path=model_path)
         self.reference: Policy | None = None
-        self.own_reference = False  # the reference is not the run's original model
+        self.reference_replaced = False  # the reference is not the run's original model
         self.files = read_files(self.model) if rank == 0 else {}
 
     def shares_prompts(self) -> bool:
@@ -140,7 +145,7 @@ class LearnerRank:
                     self.engine.forward, micro, plan.temperature, plan.entropy, plan.forward
                 )
             tokens = make_tokens(micro, outputs)
-            loss, found = evaluate(plan.terms, plan.denominators, micro, tokens)
+            loss, found = micro_batch_loss(plan.terms, plan.denominators, micro, tokens)
             self.engine.backward(loss)
             metrics.merge(found)
             observe(metrics, micro, outputs.logp, outputs.entropy)
@@ -183,7 +188,7 @@ class LearnerRank:
             }
         elif micro.prompt_blocks is not None:
             options["prompt_blocks"] = self.to_device(micro.prompt_blocks)
-        found = forward(
+        found = forward(  # logp, entropy, value; of a custom forward its extra streams too
             tokens=self.to_device(micro.tokens),
             positions=self.to_device(micro.positions),
             index=self.to_device(micro.index),
@@ -218,25 +223,26 @@ class LearnerRank:
         forward = self._reference() if reference else self.engine.forward
         with_value = self.engine.module.critic is not None and not reference
         every_term = sorted({name for row in rows for name in row.weights})
+        # only which tokens count is read of these terms, and no token's version
         micro_batches = pack(
             rows,
             [Term(name, NLL()) for name in every_term],
             self.ranks,
             self.config.learner.micro_batch_tokens,
-            version=-1,
+            version=NO_VERSION,
             share_prompts=self.shares_prompts(),
         )[self.rank]
         outputs = [self.run_micro_batch(forward, micro, temperature) for micro in micro_batches]
-        found = {"logp": self.untrained(rows)}
+        found = {"logp": self.empty_streams(rows)}
         if with_value:
-            found["value"] = self.untrained(rows)
+            found["value"] = self.empty_streams(rows)
         for micro, out in zip(micro_batches, outputs, strict=True):
             scatter_to_rows(micro, out.logp.cpu().numpy(), rows, found["logp"])
             if out.value is not None:
                 scatter_to_rows(micro, out.value.cpu().numpy(), rows, found["value"])
         return found
 
-    def untrained(self, rows: Sequence[Row]) -> list[np.ndarray | None]:
+    def empty_streams(self, rows: Sequence[Row]) -> list[np.ndarray | None]:
         """NaN for rows without a trained token, which the packer leaves out, on rank 0; None for
         all others.
         """
@@ -259,28 +265,28 @@ class LearnerRank:
         frozen = dict(hf_parameters(self._reference()))
         for name, tensor in self.engine.full_parameters():
             frozen[name].copy_(tensor)
-        self.own_reference = True
+        self.reference_replaced = True
 
     # -- weights
 
     def save(self, folder: str | Path) -> None:
         self.engine.save(folder)
-        if self.own_reference and self.rank == 0:
+        if self.reference_replaced and self.rank == 0:
             from safetensors.torch import save_file
 
             save_file(
                 {name: p.detach().cpu() for name, p in hf_parameters(self._reference())},
-                Path(folder) / REFERENCE,
+                Path(folder) / REFERENCE_FILE,
             )
 
     @torch.no_grad()
     def load(self, folder: str | Path) -> None:
         self.engine.load(folder)
-        self.own_reference = (Path(folder) / REFERENCE).is_file()
-        if self.own_reference:
+        self.reference_replaced = (Path(folder) / REFERENCE_FILE).is_file()
+        if self.reference_replaced:
             from safetensors.torch import load_file
 
-            saved = load_file(Path(folder) / REFERENCE)
+            saved = load_file(Path(folder) / REFERENCE_FILE)
             for name, parameter in hf_parameters(self._reference()):
                 parameter.copy_(saved[name])
         else:

@@ -25,7 +25,7 @@ from tandem.engine.core.loading import UserCode, user_code
 from tandem.engine.core.types import Delivery, Row, StepPlan, StepReport
 from tandem.engine.learner.inline import deliver
 from tandem.engine.learner.protocol import PolicySpec, Pool
-from tandem.engine.learner.rank import complete
+from tandem.engine.learner.rank import merge_rank_streams
 from tandem.engine.model.checkpoint_form import CheckpointForm
 from tandem.engine.weights.transport import transport
 from tandem.engine.weights.verify import Synced
@@ -282,7 +282,9 @@ class RayLearner:
         """See LearnerRank.compute_streams; here complete."""
         import ray
 
-        return complete(self._all("compute_streams", ray.put(list(rows)), temperature, reference))
+        return merge_rank_streams(
+            self._all("compute_streams", ray.put(list(rows)), temperature, reference)
+        )
 
     def set_reference(self) -> None:
         self._all("set_reference")

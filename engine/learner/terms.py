@@ -6,8 +6,8 @@ global batch.
 Weights are the rows', scale and Z the reduction's (algorithms/parts/reductions.py), correction is 1
 for a term without one.
 
-The same `evaluate` serves the learner on a GPU and anyone who wants a method's loss on hand-made
-numbers.
+The same `micro_batch_loss` serves the learner on a GPU and anyone who wants a method's loss on
+hand-made numbers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,12 @@ import numpy as np
 import torch
 
 from tandem.algorithms.base import Term
-from tandem.algorithms.checks.losses import asked_for, check_given, check_tensor, checked_losses
+from tandem.algorithms.checks.losses import (
+    check_missing_streams,
+    check_tensor,
+    objective_losses,
+    visible_streams,
+)
 from tandem.algorithms.checks.method import real
 from tandem.algorithms.parts.objectives.tokens import Tokens
 from tandem.engine.core.errors import MethodError
@@ -106,7 +111,7 @@ def make_tokens(micro: MicroBatch, outputs: Outputs) -> Tokens:
     )
 
 
-def evaluate(
+def micro_batch_loss(
     terms: Sequence[Term], z: Mapping[str, float], micro: MicroBatch, tokens: Tokens
 ) -> tuple[torch.Tensor, StepMetrics]:
     """This micro-batch's part of the step's loss, and its metrics.
@@ -127,9 +132,9 @@ def evaluate(
         if len(in_term) == 0:
             continue
         index = torch.as_tensor(in_term, device=tokens.logp.device)
-        chosen = asked_for(term, terms, tokens.take(index))
-        per_token, metrics = checked_losses(term, chosen)
-        check_given(term, micro, chosen, per_token)
+        chosen = visible_streams(term, terms, tokens.take(index))
+        per_token, metrics = objective_losses(term, chosen)
+        check_missing_streams(term, micro, chosen, per_token)
         weight = torch.as_tensor(micro.weights[term.name], device=index.device)[index]
         scale = torch.as_tensor(micro.scale[term.name], device=index.device)[index]
         factor = weight * scale

@@ -47,7 +47,7 @@ Decode = Callable[[np.ndarray, Finish], str]
 
 @dataclass(eq=False, kw_only=True)
 class Evaluator:
-    """When to evaluate, and where the numbers go. `recover()` replaces dead engines."""
+    """When to evaluate, and where the numbers go. `restart_and_sync()` replaces dead engines."""
 
     config: Config
     pool: Pool
@@ -55,7 +55,7 @@ class Evaluator:
     prompts: Sequence[Prompt]  # none: nothing is evaluated
     verifier: str | None  # name of the first reward function
     decode: Decode
-    recover: Callable[[], None]
+    restart_and_sync: Callable[[], None]
     telemetry: Telemetry
     display: Display
 
@@ -97,7 +97,7 @@ class Evaluator:
                 config.eval.samples,
                 self.verifier,
                 self.decode,
-                self.recover,
+                self.restart_and_sync,
             )
         self.first = self.first or result
         self.last, self.evaluated_at = result, step
@@ -114,7 +114,7 @@ class Evaluator:
             return {}
         return {f"eval/{name}": float(value) for name, value in vars(self.last).items()}
 
-    def recall(self) -> None:
+    def restore_history(self) -> None:
         """Take the evaluations from before a resume out of the telemetry."""
         for step, numbers in sorted(self.telemetry.evaluations.items()):
             self.last = recorded_result(numbers)
@@ -138,11 +138,11 @@ def evaluate(
     samples: int,
     verifier: str,
     decode: Decode,
-    recover: Callable[[], None],
+    restart_and_sync: Callable[[], None],
 ) -> EvalResult:
     """Sample every prompt `samples` times and score. An engine that dies is restarted and the
     evaluation asked again."""
-    generated = generate(pool, prompts, sampling, samples, recover)
+    generated = generate(pool, prompts, sampling, samples, restart_and_sync)
     scorings = []
     for prompt, trajectories in zip(prompts, generated, strict=True):
         texts = [decode(t.response, t.finish) for t in trajectories]
@@ -171,7 +171,7 @@ def generate(
     prompts: Sequence[Prompt],
     sampling: Sampling,
     samples: int,
-    recover: Callable[[], None],
+    restart_and_sync: Callable[[], None],
 ) -> list[tuple[Trajectory, ...]]:
     """The samples of every prompt; all are asked for again if an engine dies."""
     requests = []
@@ -182,7 +182,7 @@ def generate(
         try:
             return [stop.result(future) for future in futures]
         except EngineDied:
-            recover()
+            restart_and_sync()
 
 
 def by_problem(prompts: Sequence[Prompt], values: Sequence[Sequence[float]]) -> list[list[float]]:

@@ -31,7 +31,7 @@ def prove(sync: Sync, tokenizer) -> None:
 
     Raises SyncError.
     """
-    if not sync.pool.scores:
+    if not sync.pool.can_score_logprobs:
         # the pool computes in this process, replays a record, or its engines cannot score tokens
         return
     first = FirstSync(sync.pool, tokenizer, sync.config)

@@ -32,7 +32,7 @@ from tandem.engine.core.types import Sampling, ScoredGroup, Source
 from tandem.engine.data.sources import PromptSource
 from tandem.engine.learner.protocol import Pool
 from tandem.engine.loop.scoring import Scorer
-from tandem.engine.loop.tickets import RolloutCounts, Slot, Ticket, sampled_tokens
+from tandem.engine.loop.tickets import GroupSlot, RolloutCounts, Ticket, sampled_tokens
 from tandem.rollout.backends.replay import RecordedPrompts
 
 # a step may draw this many times its prompts before it gives up on filling the batch
@@ -50,7 +50,9 @@ class StepRollouts:
 
 @dataclass(eq=False, kw_only=True)
 class Producer:
-    """`recover()` restarts dead engines and gives them the present weights before they serve.
+    """Asks for the rollouts of a step, and waits for them.
+
+    `restart_and_sync()` restarts dead engines and gives them the present weights before they serve.
 
     `expert_prompts` is the source of prompts that have demonstrations, for methods that roll out
     the prompts of their demonstrations. `over_sample` groups per step are requested beyond the
@@ -65,7 +67,7 @@ class Producer:
     sampling: Sampling
     staleness: int
     seed: int
-    recover: Callable[[], None]
+    restart_and_sync: Callable[[], None]
     expert_prompts: PromptSource | None = None
     over_sample: int = 0
 
@@ -76,7 +78,7 @@ class Producer:
     # the method's last step, once it has ended the run
     last_step: int | None = field(default=None, init=False)
     # aborted, the tokens not counted yet: an engine says a moment later how far it had come
-    dropped: list[Slot] = field(default_factory=list, init=False)
+    dropped: list[GroupSlot] = field(default_factory=list, init=False)
     aborted_in_step: int = field(default=0, init=False)
 
     # -- what a step asks for
@@ -132,7 +134,7 @@ class Producer:
         )
         return {True: from_experts, False: demand.prompts - from_experts}
 
-    def draw(self, step: int, from_experts: bool) -> Slot:
+    def draw(self, step: int, from_experts: bool) -> GroupSlot:
         """Request rollouts for the next prompt."""
         source = self.expert_prompts if from_experts else self.prompts
         assert source is not None, "the method asks for prompts that no dataset has"
@@ -140,13 +142,13 @@ class Producer:
         seeds = np.random.SeedSequence([self.seed, self.next_group])
         sampling = replace(self.sampling, seed=int(seeds.generate_state(1)[0] >> 1))
         request = self.method.request(self.next_group, prompt, sampling, step, self.budget)
-        slot = Slot(check_request(self.method, request), from_experts)
+        slot = GroupSlot(check_request(self.method, request), from_experts)
         self.next_group += 1
         self.counts.requested += 1
         self.issue(slot)
         return slot
 
-    def issue(self, slot: Slot) -> None:
+    def issue(self, slot: GroupSlot) -> None:
         """Send the slot's request to the pool."""
 
         def score(done: Future) -> None:
@@ -156,7 +158,7 @@ class Producer:
         slot.generation, slot.scoring = self.pool.submit(slot.request), None
         slot.generation.add_done_callback(score)
 
-    def slots(self) -> Iterator[Slot]:
+    def slots(self) -> Iterator[GroupSlot]:
         for ticket in self.tickets:
             yield from ticket.slots
 
@@ -190,8 +192,8 @@ class Producer:
         """The groups that a ticket's step trains on, in the order in which they were finished."""
         accepted: list[ScoredGroup] = []
         needed = self.needed(ticket.demand)
-        waiting: dict[bool, set[Slot]] = {True: set(), False: set()}
-        turns: queue.SimpleQueue[Slot] = queue.SimpleQueue()
+        waiting: dict[bool, set[GroupSlot]] = {True: set(), False: set()}
+        turns: queue.SimpleQueue[GroupSlot] = queue.SimpleQueue()
         for slot in ticket.slots:
             waiting[slot.from_experts].add(slot)
             turns.put(slot)
@@ -241,16 +243,16 @@ class Producer:
                 "fails: see rollouts.jsonl"
             )
 
-    def finish(self, slot: Slot) -> ScoredGroup | None:
+    def finish(self, slot: GroupSlot) -> ScoredGroup | None:
         """Wait for one group. None if no trajectory of it has a usable reward."""
         while True:
             try:
                 stop.result(slot.generation)
                 return self.scorer.finish(slot)
             except EngineDied:
-                self.replace_engines()
+                self.restart_and_resubmit()
 
-    def first_finished(self, turns: queue.SimpleQueue[Slot]) -> Slot:
+    def first_finished(self, turns: queue.SimpleQueue[GroupSlot]) -> GroupSlot:
         """The next slot that can be finished without waiting; of those that are there, the one with
         the lowest number. A slot has its turn again when what it waits for has come: its generation
         (a new one if the engine died), then its rewards.
@@ -268,7 +270,7 @@ class Producer:
             if slot.generation.done():
                 error = slot.generation.exception()
                 if isinstance(error, EngineDied):
-                    self.replace_engines()
+                    self.restart_and_resubmit()
                 elif error is not None:
                     return slot
                 else:
@@ -280,7 +282,7 @@ class Producer:
 
     # -- what is not needed any more
 
-    def abort(self, slots: Iterable[Slot]) -> None:
+    def abort(self, slots: Iterable[GroupSlot]) -> None:
         """Drop these groups: what is still in flight ends on its engine, what is there is not
         looked at. Their prompts are gone like those that were trained on.
         """
@@ -313,9 +315,9 @@ class Producer:
 
     # -- deaths and resumes
 
-    def replace_engines(self) -> None:
+    def restart_and_resubmit(self) -> None:
         """Restart what died, and ask again for what died with it."""
-        self.recover()
+        self.restart_and_sync()
         for slot in self.slots():
             if slot.group is not None or slot.aborted or not slot.generation.done():
                 continue
@@ -350,10 +352,10 @@ class Producer:
             if demand.stop:
                 self.last_step = step
             for request, from_experts, group in slots:
-                ticket.slots.append(Slot(request, from_experts, group=group))
+                ticket.slots.append(GroupSlot(request, from_experts, group=group))
             self.tickets.append(ticket)
 
-    def reissue(self) -> None:
+    def resubmit_pending(self) -> None:
         """After a resume, once the engines hold the present weights: ask again for what was running
         when the checkpoint was written.
         """

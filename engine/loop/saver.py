@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tandem.algorithms.base import Method
-from tandem.algorithms.checks.method import checked_state
+from tandem.algorithms.checks.method import check_state
 from tandem.engine.config.schema import RunConfig
 from tandem.engine.core.folder_lock import FolderLock
 from tandem.engine.learner.protocol import Learner
@@ -29,7 +29,7 @@ class Cursor(Protocol):
 
 @dataclass(eq=False, kw_only=True)
 class Saver:
-    run: RunConfig
+    run_config: RunConfig
     checkpoints: Checkpoints
     lock: FolderLock
     learner: Learner
@@ -44,8 +44,8 @@ class Saver:
     saved_at: int | None = field(default=None, init=False)  # steps done in the newest checkpoint
 
     def due(self, state: RunState) -> bool:
-        every = self.run.checkpoint_every
-        return state.done(self.run) or bool(every and state.step % every == 0)
+        every = self.run_config.checkpoint_every
+        return state.done(self.run_config) or bool(every and state.step % every == 0)
 
     def save(self, state: RunState) -> None:
         """Write a checkpoint. Raises DiskError, and FolderTaken if the folder has another owner."""
@@ -54,7 +54,7 @@ class Saver:
             **state.capture(),
             "cursors": {name: source.state_dict() for name, source in self.cursors.items()},
             "producer": self.producer.state_dict(),
-            "method": checked_state(self.method),
+            "method": check_state(self.method),
             "rng": rng_state(),
         }
         with self.checkpoints.write(state.step) as folder:
@@ -79,4 +79,4 @@ class Saver:
         set_rng_state(saved["rng"])
         self.learner.load(folder / "learner")
         self.saved_at = state.step
-        self.display.message(f"resumed from {folder}: step {state.step} of {self.run.steps}")
+        self.display.message(f"resumed from {folder}: step {state.step} of {self.run_config.steps}")

@@ -19,7 +19,7 @@ from tandem.engine.core.types import (
     ScoredGroup,
     Trajectory,
 )
-from tandem.engine.loop.tickets import Slot
+from tandem.engine.loop.tickets import GroupSlot
 from tandem.rollout.rewards.runner import RewardRunner
 
 
@@ -36,7 +36,7 @@ class Scorer:
     # a slot is submitted by a callback or by the waiting loop, but once
     lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
-    def submit(self, slot: Slot) -> None:
+    def submit(self, slot: GroupSlot) -> None:
         """Hand the generated trajectories to the rewards; in whatever thread finished them."""
         with self.lock:
             if slot.scoring is not None or slot.aborted:
@@ -53,12 +53,12 @@ class Scorer:
             else:
                 slot.scoring = self.rewards.submit(prompt, texts, responses)
 
-    def abort(self, slot: Slot) -> None:
+    def abort(self, slot: GroupSlot) -> None:
         """From now on the slot is not submitted."""
         with self.lock:
             slot.aborted = True
 
-    def finish(self, slot: Slot) -> ScoredGroup | None:
+    def finish(self, slot: GroupSlot) -> ScoredGroup | None:
         """Wait for the rewards of a generated slot. None if no trajectory has a usable reward."""
         kept = usable(slot.generation.result())
         self.submit(slot)

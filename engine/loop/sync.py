@@ -73,7 +73,7 @@ class Sync:
             try:
                 self.send(version)
             except EngineDied as error:
-                if not self.restart(str(error)):
+                if not self.restart_dead(str(error)):
                     raise
 
     def send(self, version: int) -> None:
@@ -97,16 +97,16 @@ class Sync:
         self.pool.sleep()
         self.asleep = True
 
-    def recover(self) -> None:
+    def restart_and_sync(self) -> None:
         """Restart dead engines and give all of them the present weights."""
-        self.restart(DIED_GENERATING)
+        self.restart_dead(DIED_GENERATING)
         version, self.state.version = self.state.version, None
         if version is not None:
             self.publish(version)
 
-    def restart(self, reason: str) -> int:
-        """See restart_engines; the new ones take weights over a new connection."""
-        restarted = restart_engines(self.pool, reason, self.telemetry, self.display)
+    def restart_dead(self, reason: str) -> int:
+        """See the function restart_dead; the new ones take weights over a new connection."""
+        restarted = restart_dead(self.pool, reason, self.telemetry, self.display)
         self.connected = False
         return restarted
 
@@ -197,13 +197,13 @@ class Sync:
             self.check_gap(Gap(mean, mean, 0), step)
 
 
-def restart_engines(pool: Pool, reason: str, telemetry: Telemetry, display: Display) -> int:
+def restart_dead(pool: Pool, reason: str, telemetry: Telemetry, display: Display) -> int:
     """Start new engines in the place of dead ones; returns how many.
 
     They refuse to serve until they have taken weights. Raises RolloutPoolExhausted if too many
     died.
     """
-    restarted = pool.recover()
+    restarted = pool.restart_dead()
     telemetry.event("engines_restarted", count=restarted, reason=reason)
     display.message(f"restarted {restarted} rollout engine(s): {reason}")
     return restarted

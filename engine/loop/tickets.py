@@ -12,7 +12,7 @@ from tandem.engine.core.types import GenRequest, ScoredGroup, Source, Trajectory
 
 
 @dataclass(eq=False)
-class Slot:
+class GroupSlot:
     """One group on its way: requested, generating, scoring, done."""
 
     request: GenRequest
@@ -38,7 +38,7 @@ class Ticket:
 
     step: int
     demand: Demand
-    slots: list[Slot] = field(default_factory=list)
+    slots: list[GroupSlot] = field(default_factory=list)
 
 
 @dataclass

@@ -19,13 +19,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tandem.algorithms.base import Batch, Demand, Method
-from tandem.algorithms.checks.method import check_metrics, check_terms, checked_state
+from tandem.algorithms.base import Batch, Demand, Method, Term
+from tandem.algorithms.checks.method import check_metrics, check_state, check_terms
 from tandem.algorithms.checks.rows import ask_credit, ask_rows, check_rows, has_tokens
 from tandem.engine.config.schema import Config
 from tandem.engine.core import stop
 from tandem.engine.core.errors import NotFinite, SyncError
-from tandem.engine.core.types import ScoredGroup, Trajectory
+from tandem.engine.core.types import Row, ScoredGroup, Trajectory
 from tandem.engine.data.sources import ExpertSource
 from tandem.engine.learner.learning_rate import learning_rate
 from tandem.engine.learner.protocol import Learner
@@ -63,22 +63,28 @@ def train(components: Components, state: RunState) -> None:
     Returns early if a signal asked to stop. Raises Stopped if that came while it waited for
     rollouts or evaluated; state.step is then the steps done.
     """
-    config, method, learner = components.config, components.method, components.learner
-    producer, sync = components.producer, components.sync
-    evaluator, reporter = components.evaluator, components.reporter
+    config = components.config
+    method = components.method
+    learner = components.learner
+    producer = components.producer
+    sync = components.sync
+    evaluator = components.evaluator
+    reporter = components.reporter
     skipped = 0  # steps in a row
-    used: dict[str, bool] = {}  # {term: whether a row has had a token of it}
-    checked_state(method)
+    term_had_tokens: dict[str, bool] = {}
+    check_state(method)
     if evaluator.missing(state):
         evaluate(evaluator, state)
 
     while not state.done(config.run):
         step, clock = state.step, Clock()
 
-        # rollouts and demonstrations
+        # weights, where the rollouts to come need newer ones
         if producer.wants_weights(step, state.signals):
             sync.publish(step)
         clock.lap("sync")
+
+        # rollouts and demonstrations
         producer.request_ahead(step, state.signals)
         with stop.abandonable():
             rollouts = producer.collect(step)
@@ -107,9 +113,7 @@ def train(components: Components, state: RunState) -> None:
         terms = check_terms(method, method.terms(batch))
         rows = with_streams(learner, check_rows(method, rows, terms), terms, temperature)
         rows = ask_credit(method, rows, batch, terms)
-        for term in terms:
-            has_any = any(has_tokens(row, term.name) for row in rows)
-            used[term.name] = used.get(term.name, False) or has_any
+        note_tokens(term_had_tokens, terms, rows)
         check_staleness(step, groups, config)
         if groups and sync.gates_left and not sync.off_policy:
             sync.gate(rows, step, temperature)
@@ -139,11 +143,14 @@ def train(components: Components, state: RunState) -> None:
         state.signals = latest_signals(state.signals, metrics)
 
         # new weights to the engines, numbers to the user
-        if producer.wants_weights(state.step, state.signals) or evaluator.due(state):
-            sync.publish(state.step)
+        next_step = state.step
+        if producer.wants_weights(next_step, state.signals) or evaluator.due(state):
+            sync.publish(next_step)
         clock.lap("sync")
         reporter.step(step, groups, {**metrics, **state.metrics()}, of_method, clock)
         sync.check_update(metrics, step)
+
+        # evaluation, checkpoint, a signal to stop
         if evaluator.due(state):
             evaluate(evaluator, state)
         if components.saver.due(state):
@@ -151,12 +158,21 @@ def train(components: Components, state: RunState) -> None:
         if stop.requested():
             return
 
-    idle = [name for name, had_tokens in used.items() if not had_tokens]
+    idle = [name for name, had_tokens in term_had_tokens.items() if not had_tokens]
     if idle:
         components.display.message(
             f"no row ever had a token of the method's term(s) {', '.join(idle)}: they "
             "trained nothing"
         )
+
+
+def note_tokens(
+    term_had_tokens: dict[str, bool], terms: Sequence[Term], rows: Sequence[Row]
+) -> None:
+    """Bring {term: whether any row of the run has had a token of it} up to date."""
+    for term in terms:
+        has_any = any(has_tokens(row, term.name) for row in rows)
+        term_had_tokens[term.name] = term_had_tokens.get(term.name, False) or has_any
 
 
 def evaluate(evaluator: Evaluator, state: RunState) -> None:

@@ -10,15 +10,11 @@ import numpy as np
 from tandem.algorithms.base import Demand, Method, Term
 from tandem.algorithms.checks.method import naming
 from tandem.engine.config.schema import Config
-from tandem.engine.core.types import Row, StepPlan, StepReport
+from tandem.engine.core.types import NO_VERSION, Row, StepPlan, StepReport
 from tandem.engine.learner.packing import pack
 from tandem.engine.learner.protocol import Learner
 from tandem.engine.learner.terms import denominators
 from tandem.engine.loop.streams import with_old_logp
-
-# a version that no token has: after the first update of a batch the learner's weights match no
-# published version
-NO_VERSION = -2
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +54,7 @@ def update(learner: Learner, config: Config, method: Method, work: Work) -> Step
             parts.extend(split(rows, updates, rng))
     reports = []
     for number, part in enumerate(parts):
+        # after the first update of a batch the learner's weights match no published version
         version = work.step if number == 0 else NO_VERSION
         plan = make_plan(learner, config, method, work, part, version)
         with naming(method):

@@ -79,10 +79,10 @@ class Sender:
         The report is rank 0's; other ranks return an empty one.
 
         Raises EngineDied or SyncError within sync.timeout. No engine serves after that: those that
-        live were left in the middle of an update and count as dead (EnginePool.recover restarts
-        them). With ipc, and with nccl under ZeRO-3, an engine that dies in the middle ends a run of
-        several ranks: the others wait in collectives of vLLM's that rank 0 has left. One that is
-        dead before is found in time.
+        live were left in the middle of an update and count as dead
+        (EnginePool.restart_dead restarts them). With ipc, and with nccl under ZeRO-3, an engine
+        that dies in the middle ends a run of several ranks: the others wait in collectives of
+        vLLM's that rank 0 has left. One that is dead before is found in time.
         """
         if not self.on_cpu:
             self.check_engines()

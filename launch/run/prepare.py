@@ -41,7 +41,7 @@ class Prepared:
     folder: RunFolder
     display: Display
     checkpoints: Checkpoints
-    found: Found | None  # the checkpoint to go on from
+    checkpoint: Found | None  # the checkpoint to go on from
     method: Method
     model_path: str
     tokenizer: Any
@@ -100,7 +100,7 @@ def prepare(config: Config, folder: RunFolder, display: Display, stack: ExitStac
         folder=folder,
         display=display,
         checkpoints=checkpoints,
-        found=found,
+        checkpoint=found,
         method=method,
         model_path=model_path,
         tokenizer=tokenizer,

@@ -17,7 +17,7 @@ from tandem.engine.loop.reporter import Clock, rollout_metrics
 from tandem.engine.loop.state import RunState
 from tandem.launch.run import folder as run_folder
 from tandem.launch.run.group_check import check_group_size
-from tandem.launch.run.start import Training, started, started_generation
+from tandem.launch.run.start import Training, generation_run, training_run
 
 EXIT_STOPPED = 75  # resumable
 EXIT_INTERRUPTED = 130
@@ -32,8 +32,8 @@ def train(config: Config) -> int:
     warning = check_group_size(config)
     if config.run.rollout_only:
         return generate(config, warning)
-    with started(config) as run:
-        components, state = run.components, run.state
+    with training_run(config) as training:
+        components, state = training.components, training.state
         display = components.display
         if warning:
             display.message(f"warning: {warning}")
@@ -42,14 +42,14 @@ def train(config: Config) -> int:
             loop.train(components, state)
         except RowError:  # of rows without an end: the steps so far are not lost
             if state.step:
-                save_newest(run)
+                save_newest(training)
             raise
         except stop.Stopped:
             display.message(f"{stop.requested()}: left what was begun, a resumed run does it anew")
         display.in_loop = False
         name = stop.requested()
         if name:
-            save_newest(run)
+            save_newest(training)
             display.message(
                 f"stopped by {name} after {state.step} steps; go on with run.resume=true"
             )
@@ -57,45 +57,45 @@ def train(config: Config) -> int:
         if state.stopped:
             display.message(f"the method ended the run after {state.step} steps: {state.stopped}")
         if config.run.save_model:
-            with run_folder.replaced_model(run.folder) as folder:
+            with run_folder.replaced_model(training.folder) as folder:
                 components.learner.export(folder)
-        summary(run)
+        summary(training)
     return 0
 
 
-def save_newest(run: Training) -> None:
+def save_newest(training: Training) -> None:
     """Write a checkpoint, unless the newest one is of this step."""
-    saver = run.components.saver
-    if saver.saved_at != run.state.step:
-        saver.save(run.state)
+    saver = training.components.saver
+    if saver.saved_at != training.state.step:
+        saver.save(training.state)
 
 
 def generate(config: Config, warning: str | None) -> int:
     """Generate and score, write rollouts.jsonl, train nothing."""
-    with started_generation(config) as run:
+    with generation_run(config) as generation:
         if warning:
-            run.display.message(f"warning: {warning}")
+            generation.display.message(f"warning: {warning}")
         state = RunState()
         for step in range(config.run.steps):
             clock = Clock()
-            run.producer.request_ahead(step, {})
-            rollouts = run.producer.collect(step)
+            generation.producer.request_ahead(step, {})
+            rollouts = generation.producer.collect(step)
             demand, groups = rollouts.demand, rollouts.groups
             if demand.ends_before:
-                run.display.message(f"the method ended the run: {demand.stop}")
+                generation.display.message(f"the method ended the run: {demand.stop}")
                 break
             clock.lap("rollout")
             metrics = {**rollout_metrics(groups), **state.metrics()}
-            of_method = check_metrics(run.method, run.method.metrics(step))
-            run.reporter.step(step, groups, metrics, of_method, clock)
+            of_method = check_metrics(generation.method, generation.method.metrics(step))
+            generation.reporter.step(step, groups, metrics, of_method, clock)
             if demand.stop:
-                run.display.message(f"the method ended the run: {demand.stop}")
+                generation.display.message(f"the method ended the run: {demand.stop}")
                 break
     return 0
 
 
-def summary(run: Training) -> None:
-    components = run.components
+def summary(training: Training) -> None:
+    components = training.components
     display, evaluator = components.display, components.evaluator
     if evaluator.first is not None and evaluator.last is not None:
         display.message(

@@ -22,28 +22,30 @@ from tandem.rollout.pool import EnginePool
 Maker = Callable[[Prepared, Placement | None], Any]  # of something that has `close`
 
 
-def start_placement(run: Prepared, stack: ExitStack) -> Placement | None:
+def start_placement(prepared: Prepared, stack: ExitStack) -> Placement | None:
     """Where the processes of mode=cluster will run; None for mode=inline."""
-    if run.config.mode == "inline":
+    if prepared.config.mode == "inline":
         return None
-    place = placement.start(run.config, run.folder.path, run.display.message)
+    place = placement.start(prepared.config, prepared.folder.path, prepared.display.message)
     stack.callback(place.close)
     return place
 
 
-def make_pool(run: Prepared, place: Placement | None) -> Pool:
-    if not run.generates:
+def make_pool(prepared: Prepared, place: Placement | None) -> Pool:
+    if not prepared.generates:
         return NoEngines()
-    if place is None or run.config.rollout.backend == "replay":
-        return LocalPool.start(run.config, run.model_path)
-    return EnginePool.start(run.config, run.model_path, place, run.folder.path)
+    if place is None or prepared.config.rollout.backend == "replay":
+        return LocalPool.start(prepared.config, prepared.model_path)
+    return EnginePool.start(prepared.config, prepared.model_path, place, prepared.folder.path)
 
 
-def make_learner(run: Prepared, place: Placement | None) -> Learner:
+def make_learner(prepared: Prepared, place: Placement | None) -> Learner:
     if place is None:
-        return InlineLearner.start(run.config, run.model_path, policy_spec(run.method))
-    spec = policy_spec(run.method)
-    return RayLearner.start(run.config, run.model_path, spec, place, run.folder.path)
+        return InlineLearner.start(
+            prepared.config, prepared.model_path, policy_spec(prepared.method)
+        )
+    spec = policy_spec(prepared.method)
+    return RayLearner.start(prepared.config, prepared.model_path, spec, place, prepared.folder.path)
 
 
 def policy_spec(method: Method) -> PolicySpec:
@@ -53,21 +55,21 @@ def policy_spec(method: Method) -> PolicySpec:
     )
 
 
-def start_sides(run: Prepared, makers: Sequence[Maker], stack: ExitStack) -> list[Any]:
+def start_sides(prepared: Prepared, makers: Sequence[Maker], stack: ExitStack) -> list[Any]:
     """What `makers` make, in their order; `stack` closes it."""
-    place = start_placement(run, stack)
-    if in_turn(run.config):
+    place = start_placement(prepared, stack)
+    if in_turn(prepared.config):
         made = []
         for make in makers:
-            made.append(make(run, place))
+            made.append(make(prepared, place))
             stack.callback(made[-1].close)
     else:
-        made = side_by_side(run, place, makers, stack)
+        made = side_by_side(prepared, place, makers, stack)
     if place is None:
         import torch
 
         # holds for the thread that calls it, and the loop runs in this one
-        torch.set_num_threads(run.config.cluster.threads)
+        torch.set_num_threads(prepared.config.cluster.threads)
     return made
 
 
@@ -79,7 +81,7 @@ def in_turn(config: Config) -> bool:
 
 
 def side_by_side(
-    run: Prepared, place: Placement | None, makers: Sequence[Maker], stack: ExitStack
+    prepared: Prepared, place: Placement | None, makers: Sequence[Maker], stack: ExitStack
 ) -> list[Any]:
     """Each in a thread.
 
@@ -87,7 +89,7 @@ def side_by_side(
     behind.
     """
     threads = ThreadPoolExecutor(len(makers))
-    futures = [threads.submit(make, run, place) for make in makers]
+    futures = [threads.submit(make, prepared, place) for make in makers]
     try:
         wait(futures)
     finally:

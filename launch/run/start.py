@@ -23,7 +23,7 @@ from tandem.engine.loop.reporter import Reporter
 from tandem.engine.loop.saver import Saver
 from tandem.engine.loop.scoring import Scorer
 from tandem.engine.loop.state import RunState
-from tandem.engine.loop.sync import DIED_GENERATING, Sync, restart_engines
+from tandem.engine.loop.sync import DIED_GENERATING, Sync, restart_dead
 from tandem.engine.loop.train import Components
 from tandem.engine.report.display import Display
 from tandem.engine.report.telemetry import Telemetry
@@ -55,31 +55,31 @@ class Generation:
 
 
 @contextmanager
-def started(config: Config) -> Iterator[Training]:
+def training_run(config: Config) -> Iterator[Training]:
     """A run with engines and learner."""
-    with opened(config) as (run, stack):
+    with prepared_run(config) as (prepared, stack):
         began = time.perf_counter()
-        training = start_training(run, stack)
+        training = start_training(prepared, stack)
         seconds = time.perf_counter() - began
-        sides = "engines and learner" if run.generates else "learner"
-        run.display.message(f"{sides} up after {seconds:.0f} s")
+        sides = "engines and learner" if prepared.generates else "learner"
+        prepared.display.message(f"{sides} up after {seconds:.0f} s")
         yield training
 
 
 @contextmanager
-def started_generation(config: Config) -> Iterator[Generation]:
+def generation_run(config: Config) -> Iterator[Generation]:
     """A run with engines only."""
-    with opened(config) as (run, stack):
+    with prepared_run(config) as (prepared, stack):
         began = time.perf_counter()
-        generation = start_generation(run, stack)
-        run.display.message(f"engines up after {time.perf_counter() - began:.0f} s")
+        generation = start_generation(prepared, stack)
+        prepared.display.message(f"engines up after {time.perf_counter() - began:.0f} s")
         yield generation
 
 
 @contextmanager
-def opened(config: Config) -> Iterator[tuple[Prepared, ExitStack]]:
-    """The inputs of a run, in its folder and behind its display; the stack is for what is started
-    with them.
+def prepared_run(config: Config) -> Iterator[tuple[Prepared, ExitStack]]:
+    """A run before anything of it is started: its inputs, folder and display. What is started with
+    them goes on the stack, which closes it when the run ends.
 
     Start-up noise of other libraries goes to a file; a debugger needs the terminal, so mode=inline
     keeps it.
@@ -101,18 +101,18 @@ def opened(config: Config) -> Iterator[tuple[Prepared, ExitStack]]:
         stack = outer.enter_context(closing_stack())
         for text in folder.notes:
             display.message(text)
-        run = prepare(config, folder, display, stack)
-        for text in about_engines(run):
+        prepared = prepare(config, folder, display, stack)
+        for text in about_engines(prepared):
             display.message(text)
         display.message(f"run folder {shown(folder.path)}")
-        yield run, stack
+        yield prepared, stack
 
 
-def about_engines(run: Prepared) -> Iterator[str]:
+def about_engines(prepared: Prepared) -> Iterator[str]:
     """What is told of a method without rollouts: whether engines start all the same."""
-    if run.method.uses_rollouts:
+    if prepared.method.uses_rollouts:
         return
-    if run.generates:
+    if prepared.generates:
         yield (
             "the method makes no rollouts: engines start for evaluations only "
             "(data.evaluation is set)"
@@ -123,7 +123,7 @@ def about_engines(run: Prepared) -> Iterator[str]:
 
 @contextmanager
 def closing_stack() -> Iterator[ExitStack]:
-    """No signal but a second Ctrl-C keeps what is in it from being closed."""
+    """A stack that is closed whatever ends the run; only a second Ctrl-C can keep it from that."""
     stack = ExitStack()
     try:
         yield stack
@@ -133,98 +133,105 @@ def closing_stack() -> Iterator[ExitStack]:
         stack.close()
 
 
-def start_training(run: Prepared, stack: ExitStack) -> Training:
+def start_training(prepared: Prepared, stack: ExitStack) -> Training:
     """Start engines and learner, go on from the checkpoint if there is one, and give the engines
     the present weights.
     """
-    telemetry = start_telemetry(run, stack)
+    telemetry = start_telemetry(prepared, stack)
     pool: Pool
     learner: Learner
-    pool, learner = start_sides(run, [make_pool, make_learner], stack)
+    pool, learner = start_sides(prepared, [make_pool, make_learner], stack)
     state = RunState()
     sync = Sync(
-        config=run.config,
+        config=prepared.config,
         state=state,
         learner=learner,
         pool=pool,
         telemetry=telemetry,
-        display=run.display,
-        prompts=run.sources.prompts,
+        display=prepared.display,
+        prompts=prepared.sources.prompts,
     )
-    producer = make_producer(run, pool, sync.recover)
-    evaluator = make_evaluator(run, pool, telemetry, sync.recover)
+    producer = make_producer(prepared, pool, sync.restart_and_sync)
+    evaluator = make_evaluator(prepared, pool, telemetry, sync.restart_and_sync)
     saver = Saver(
-        run=run.config.run,
-        checkpoints=run.checkpoints,
-        lock=run.folder.lock,
+        run_config=prepared.config.run,
+        checkpoints=prepared.checkpoints,
+        lock=prepared.folder.lock,
         learner=learner,
-        method=run.method,
+        method=prepared.method,
         producer=producer,
-        cursors=run.sources.cursors(),
+        cursors=prepared.sources.cursors(),
         telemetry=telemetry,
-        display=run.display,
-        forget_model=partial(run_folder.forget_model, run.folder),
+        display=prepared.display,
+        forget_model=partial(run_folder.forget_model, prepared.folder),
     )
     components = Components(
-        config=run.config,
-        folder=run.folder.path,
-        method=run.method,
+        config=prepared.config,
+        folder=prepared.folder.path,
+        method=prepared.method,
         learner=learner,
         producer=producer,
-        experts=run.sources.experts,
+        experts=prepared.sources.experts,
         sync=sync,
         evaluator=evaluator,
-        reporter=make_reporter(run, pool, producer, telemetry),
+        reporter=make_reporter(prepared, pool, producer, telemetry),
         saver=saver,
-        display=run.display,
+        display=prepared.display,
     )
-    first_sync.prove(sync, run.tokenizer)
-    if run.found:
-        saver.restore(state, run.found.folder)
+    first_sync.prove(sync, prepared.tokenizer)
+    if prepared.checkpoint:
+        saver.restore(state, prepared.checkpoint.folder)
     sync.publish(state.step)
-    producer.reissue()
-    evaluator.recall()
-    run.display.done = run.display.first_step = state.step
-    run.display.start()
-    return Training(components=components, state=state, folder=run.folder)
+    producer.resubmit_pending()
+    evaluator.restore_history()
+    prepared.display.done = prepared.display.first_step = state.step
+    prepared.display.start()
+    return Training(components=components, state=state, folder=prepared.folder)
 
 
-def start_generation(run: Prepared, stack: ExitStack) -> Generation:
+def start_generation(prepared: Prepared, stack: ExitStack) -> Generation:
     """Start the engines; they have the weights of the model folder."""
-    telemetry = start_telemetry(run, stack)
+    telemetry = start_telemetry(prepared, stack)
     pool: Pool
-    (pool,) = start_sides(run, [make_pool], stack)
+    (pool,) = start_sides(prepared, [make_pool], stack)
 
-    def recover() -> None:
-        restart_engines(pool, DIED_GENERATING, telemetry, run.display)
+    def restart() -> None:
+        restart_dead(pool, DIED_GENERATING, telemetry, prepared.display)
 
-    producer = make_producer(run, pool, recover)
+    producer = make_producer(prepared, pool, restart)
     return Generation(
-        method=run.method,
+        method=prepared.method,
         producer=producer,
-        evaluator=make_evaluator(run, pool, telemetry, recover),
-        reporter=make_reporter(run, pool, producer, telemetry),
-        display=run.display,
+        evaluator=make_evaluator(prepared, pool, telemetry, restart),
+        reporter=make_reporter(prepared, pool, producer, telemetry),
+        display=prepared.display,
     )
 
 
 # -- what both kinds of run have
 
 
-def start_telemetry(run: Prepared, stack: ExitStack) -> Telemetry:
-    resume_step = run.found.step if run.found else None
+def start_telemetry(prepared: Prepared, stack: ExitStack) -> Telemetry:
+    resume_step = prepared.checkpoint.step if prepared.checkpoint else None
     telemetry = Telemetry(
-        run.config, run.folder.path, resume_step, run.display.message, run.folder.run_id
+        prepared.config,
+        prepared.folder.path,
+        resume_step,
+        prepared.display.message,
+        prepared.folder.run_id,
     )
     stack.callback(telemetry.close)
-    telemetry.event("data", **run.sources.facts())
+    telemetry.event("data", **prepared.sources.facts())
     return telemetry
 
 
-def make_producer(run: Prepared, pool: Pool, recover: Callable[[], None]) -> Producer:
-    config, rollout = run.config, run.config.rollout
+def make_producer(prepared: Prepared, pool: Pool, restart_and_sync: Callable[[], None]) -> Producer:
+    config, rollout = prepared.config, prepared.config.rollout
     scorer = Scorer(
-        run.rewards, run.decode, config.reward.on_error, run.method.scores_demonstrations
+        prepared.rewards,
+        prepared.decode,
+        config.reward.on_error,
+        prepared.method.scores_demonstrations,
     )
     budget = Budget(
         prompts=rollout.prompts_per_step,
@@ -232,12 +239,12 @@ def make_producer(run: Prepared, pool: Pool, recover: Callable[[], None]) -> Pro
         experts=config.data.experts_per_step,
         steps=config.run.steps,
         seed=config.run.seed,
-        model=run.model_path,
+        model=prepared.model_path,
     )
     return Producer(
-        method=run.method,
-        prompts=run.sources.prompts,
-        expert_prompts=run.sources.expert_prompts,
+        method=prepared.method,
+        prompts=prepared.sources.prompts,
+        expert_prompts=prepared.sources.expert_prompts,
         pool=pool,
         scorer=scorer,
         budget=budget,
@@ -245,32 +252,34 @@ def make_producer(run: Prepared, pool: Pool, recover: Callable[[], None]) -> Pro
         staleness=rollout.staleness,
         over_sample=rollout.over_sample,
         seed=config.run.seed,
-        recover=recover,
+        restart_and_sync=restart_and_sync,
     )
 
 
 def make_evaluator(
-    run: Prepared, pool: Pool, telemetry: Telemetry, recover: Callable[[], None]
+    prepared: Prepared, pool: Pool, telemetry: Telemetry, restart_and_sync: Callable[[], None]
 ) -> Evaluator:
-    functions = run.config.reward.functions
+    functions = prepared.config.reward.functions
     return Evaluator(
-        config=run.config,
+        config=prepared.config,
         pool=pool,
-        rewards=run.rewards,
-        prompts=run.held_out,
+        rewards=prepared.rewards,
+        prompts=prepared.held_out,
         verifier=shown_code(functions[0]) if functions else None,
-        decode=run.decode,
-        recover=recover,
+        decode=prepared.decode,
+        restart_and_sync=restart_and_sync,
         telemetry=telemetry,
-        display=run.display,
+        display=prepared.display,
     )
 
 
-def make_reporter(run: Prepared, pool: Pool, producer: Producer, telemetry: Telemetry) -> Reporter:
+def make_reporter(
+    prepared: Prepared, pool: Pool, producer: Producer, telemetry: Telemetry
+) -> Reporter:
     return Reporter(
         pool=pool,
         producer=producer,
         telemetry=telemetry,
-        display=run.display,
-        folder=run.folder.path,
+        display=prepared.display,
+        folder=prepared.folder.path,
     )

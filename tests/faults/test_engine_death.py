@@ -186,7 +186,7 @@ def test_engine_killed_mid_group(rig):
     # the other engine's group is not touched
     assert len(futures[1].result(60)) == 32
     assert len(rig.pool.handles) == 1
-    assert rig.pool.recover() == 1 and len(rig.pool.handles) == 2
+    assert rig.pool.restart_dead() == 1 and len(rig.pool.handles) == 2
     pinned(rig)  # the new one too
     assert_gone(victim)
 
@@ -228,7 +228,7 @@ def test_engine_killed_mid_transfer(rig):
     assert time.monotonic() - begin < CONFIG.sync.timeout
     # the survivor is stuck in the update, so it counts as dead as well
     with pytest.raises(RolloutPoolExhausted, match=r"engine 0: .*\n.*engine 1: "):
-        rig.pool.recover()
+        rig.pool.restart_dead()
     with pytest.raises(EngineDied):
         rig.submit(1)[0].result(10)
 

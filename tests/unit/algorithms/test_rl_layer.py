@@ -51,7 +51,7 @@ def test_sft_has_the_gradient_of_transformers_token_mean():
 
     from tandem.algorithms.base import Batch
     from tandem.engine.learner.packing import pack
-    from tandem.engine.learner.terms import Outputs, denominators, evaluate, make_tokens
+    from tandem.engine.learner.terms import Outputs, denominators, make_tokens, micro_batch_loss
     from tandem.engine.model.policy import Policy
 
     torch.manual_seed(0)
@@ -96,7 +96,7 @@ def test_sft_has_the_gradient_of_transformers_token_mean():
             False,
         )[0]
         tokens = make_tokens(micro, Outputs(logp))
-        evaluate(terms, denominators(terms, rows), micro, tokens)[0].backward()
+        micro_batch_loss(terms, denominators(terms, rows), micro, tokens)[0].backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, theirs[name], rtol=1e-4, atol=1e-6)
 

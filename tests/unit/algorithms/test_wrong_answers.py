@@ -14,7 +14,7 @@ from tandem.algorithms.checks.method import (
     check_demand,
     check_metrics,
     check_request,
-    checked_state,
+    check_state,
 )
 from tandem.algorithms.parts.schedules import Schedule
 from tandem.algorithms.registry import make_method
@@ -102,12 +102,12 @@ def test_metrics_of_other_libraries():
 
 def test_state_that_would_be_lost():
     with pytest.raises(MethodError, match=r"state_dict.. returned None"):
-        checked_state(wrong(state_dict=lambda self: None))
+        check_state(wrong(state_dict=lambda self: None))
     for value in (lambda: 3, (i for i in range(3))):
         method = wrong(state_dict=lambda self, value=value: {"mine": value})
         with pytest.raises(MethodError, match=r"'mine' is a .* cannot be pickled"):
-            checked_state(method)
-    checked_state(Right())
+            check_state(method)
+    check_state(Right())
 
 
 LATE = """from __future__ import annotations

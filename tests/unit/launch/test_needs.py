@@ -10,7 +10,7 @@ import yaml
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.core.types import Finish, GenRequest, Prompt, Sampling
 from tandem.engine.loop.scoring import Scorer
-from tandem.engine.loop.tickets import Slot
+from tandem.engine.loop.tickets import GroupSlot
 from tandem.launch import machine, reservation
 from tandem.launch.check_config import load
 from tandem.launch.run.run import train
@@ -84,7 +84,7 @@ def test_without_functions_every_rollout_has_reward_0():
 
     scorer = Scorer(None, lambda ids, finish: "", "drop")
     prompt = Prompt("p", np.array([1], np.int32), {})
-    slot = Slot(GenRequest(0, prompt, 2, Sampling(4)))
+    slot = GroupSlot(GenRequest(0, prompt, 2, Sampling(4)))
     sampled = trajectory([1], [5, 6])
     slot.generation.set_result((sampled, sampled, replace(sampled, finish=Finish.ABORT)))
     group = scorer.finish(slot)

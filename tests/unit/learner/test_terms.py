@@ -18,7 +18,13 @@ from tandem.algorithms.parts.objectives.policy import PPOClip
 from tandem.algorithms.parts.reductions import Reduction
 from tandem.engine.core.types import Row, Source
 from tandem.engine.learner.packing import pack
-from tandem.engine.learner.terms import Outputs, denominators, evaluate, make_tokens, row_counts
+from tandem.engine.learner.terms import (
+    Outputs,
+    denominators,
+    make_tokens,
+    micro_batch_loss,
+    row_counts,
+)
 from tandem.engine.model.policy import Policy, hf_parameters
 
 
@@ -39,7 +45,7 @@ def step(rows, terms, logp):
         [x for i in micro.rows for x in logp[i]], dtype=torch.float32, requires_grad=True
     )
     tokens = make_tokens(micro, Outputs(values))
-    loss, metrics = evaluate(terms, denominators(terms, rows), micro, tokens)
+    loss, metrics = micro_batch_loss(terms, denominators(terms, rows), micro, tokens)
     return loss, metrics, values
 
 
@@ -173,7 +179,7 @@ def gradient(policy, rows, terms, parts, ranks):
                 16,
                 True,
             )
-            loss, _ = evaluate(terms, z, micro, make_tokens(micro, Outputs(logp, entropy)))
+            loss, _ = micro_batch_loss(terms, z, micro, make_tokens(micro, Outputs(logp, entropy)))
             loss.backward()
             total, forwards = total + loss.item(), forwards + 1
     assert forwards == parts * ranks

@@ -85,7 +85,7 @@ def run(table, dies=0, problems=None):
         samples=len(table[0]),
         verifier="exact",
         decode=decode,
-        recover=lambda: recovered.append(1),
+        restart_and_sync=lambda: recovered.append(1),
     )
     return result, len(recovered)
 

@@ -113,7 +113,7 @@ def make(
     staleness=0,
     rewards=None,
     on_error="drop",
-    recover=lambda: None,
+    restart_and_sync=lambda: None,
     over_sample=0,
 ):
     method = method or Plain()
@@ -129,7 +129,7 @@ def make(
         sampling=Sampling(8),
         staleness=staleness,
         seed=7,
-        recover=recover,
+        restart_and_sync=restart_and_sync,
         over_sample=over_sample,
     )
 
@@ -226,11 +226,11 @@ def test_a_filter_that_nothing_passes_ends_in_an_error_not_in_a_loop():
 def test_an_engine_death_reissues_its_groups_once_the_engine_is_back():
     pool, calls = Pool(instant=False), []
 
-    def recover():
+    def restart_and_sync():
         calls.append(len(pool.waiting))
         pool.instant = True
 
-    producer = make(pool, recover=recover)
+    producer = make(pool, restart_and_sync=restart_and_sync)
     producer.request_ahead(0, {})
     for _request, future in pool.waiting[1:]:
         future.set_exception(EngineDied("engine 0"))
@@ -279,7 +279,7 @@ def test_resume_keeps_scored_groups_and_asks_again_for_the_rest():
     again = Pool()
     resumed = make(again, staleness=1)
     resumed.load_state_dict(state)
-    resumed.reissue()
+    resumed.resubmit_pending()
     assert [r.group for r in again.requests] == [3, 5], "group 4 was scored before the checkpoint"
     assert [r.sampling.seed for r in again.requests] == [
         pool.requests[3].sampling.seed,
@@ -477,10 +477,10 @@ def test_groups_with_a_demonstration_are_never_aborted_and_never_in_excess():
 def test_a_dead_engine_is_replaced_while_the_fastest_groups_are_waited_for():
     pool, calls = Pool(instant=False), []
 
-    def recover():
+    def restart_and_sync():
         calls.append([r.group for r, _ in pool.waiting])
 
-    producer = make(pool, staleness=1, recover=recover, over_sample=2)
+    producer = make(pool, staleness=1, restart_and_sync=restart_and_sync, over_sample=2)
     producer.request_ahead(0, {})
     result, first = taken(producer, 0), pool.waiting
     pool.waiting = []
@@ -516,7 +516,7 @@ def test_an_over_sampled_run_resumes_with_what_was_scored():
     again = Pool(instant=False)
     resumed = make(again, staleness=1, over_sample=2)
     resumed.load_state_dict(state)
-    resumed.reissue()
+    resumed.resubmit_pending()
     assert [r.group for r in again.requests] == [5, 6, 7, 8], (
         "group 9 was scored before the checkpoint, groups 3 and 4 were aborted"
     )
@@ -534,7 +534,7 @@ def test_an_engine_that_dies_after_a_resume_takes_only_its_own_groups_with_it():
     pool.finish(order=[1])
     resumed = make(pool)
     resumed.load_state_dict(producer.state_dict())
-    resumed.reissue()
+    resumed.resubmit_pending()
     (_, first), (second_request, second) = pool.waiting
     first.set_exception(EngineDied("engine 0"))
     pool.waiting = [(second_request, second)]

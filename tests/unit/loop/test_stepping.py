@@ -99,7 +99,7 @@ def producer(method, staleness):
         sampling=Sampling(4),
         staleness=staleness,
         seed=0,
-        recover=lambda: None,
+        restart_and_sync=lambda: None,
     )
 
 

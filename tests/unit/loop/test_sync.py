@@ -47,8 +47,8 @@ class Rig:
         self.happen("send")
         return Delivery({"w": "1"}, [Installed({"w": "1"}, version, "held")], 4)
 
-    def recover(self):
-        self.calls.append("recover")
+    def restart_dead(self):
+        self.calls.append("restart_dead")
         down, self.down = self.down, 0
         return down
 
@@ -56,9 +56,9 @@ class Rig:
 @pytest.mark.parametrize(
     "fault, calls",
     [
-        ("connect", ["connect", "recover", "connect", "send", "probe"]),
-        ("send", ["connect", "send", "recover", "connect", "send", "probe"]),
-        ("probe", ["connect", "send", "probe", "recover", "connect", "send", "probe"]),
+        ("connect", ["connect", "restart_dead", "connect", "send", "probe"]),
+        ("send", ["connect", "send", "restart_dead", "connect", "send", "probe"]),
+        ("probe", ["connect", "send", "probe", "restart_dead", "connect", "send", "probe"]),
     ],
 )
 def test_an_engine_that_dies_at_any_moment_of_a_sync_is_replaced_and_sent_the_weights(fault, calls):
@@ -73,12 +73,12 @@ def test_a_sync_that_fails_with_all_engines_alive_ends_the_run_instead_of_being_
     rig = Rig(dead=False, send=100)
     with pytest.raises(EngineDied, match="send"):
         rig.sync.publish(1)
-    assert rig.calls == ["connect", "send", "recover"] and rig.state.version is None
+    assert rig.calls == ["connect", "send", "restart_dead"] and rig.state.version is None
 
 
 def test_recovery_from_a_death_during_generation_sends_the_present_weights_again():
     rig = Rig()
     rig.sync.publish(2)
     rig.down, rig.calls[:] = 1, []
-    rig.sync.recover()
-    assert rig.calls == ["recover", "connect", "send", "probe"] and rig.state.version == 2
+    rig.sync.restart_and_sync()
+    assert rig.calls == ["restart_dead", "connect", "send", "probe"] and rig.state.version == 2

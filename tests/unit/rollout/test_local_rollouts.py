@@ -73,7 +73,7 @@ def test_requests_wait_and_are_generated_together(folder):
     assert (
         local.stats()["generated_tokens"] == sampled
         and local.stats()["busy_seconds"] > 0
-        and local.recover() == 0
+        and local.restart_dead() == 0
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from tandem.engine.config.schema import Config, RolloutConfig
 from tandem.engine.core.types import GenRequest, Prompt, Sampling
-from tandem.rollout.pool import EnginePool, Slot
+from tandem.rollout.pool import EnginePool, EngineSlot
 
 
 class OneAtATime:
@@ -44,8 +44,8 @@ class SimpleRef:
 def test_requests_that_queue_longer_than_the_deadline_are_answered_while_the_engine_works():
     pool = EnginePool(replace(Config(), rollout=RolloutConfig(request_timeout=1.5)), "", None, ".")
     engine, dead = OneAtATime(0.5), []
-    pool.mark_dead = lambda slot, handle, reason: dead.append(reason)
-    pool.slots = [Slot(0, engine)]
+    pool.kill_engine = lambda slot, handle, reason: dead.append(reason)
+    pool.slots = [EngineSlot(0, engine)]
     pool.thread.start()
     futures = [
         pool.submit(GenRequest(i, Prompt("p", np.array([1], np.int32), ""), 1, Sampling(4)))
@@ -63,8 +63,8 @@ def test_requests_that_queue_longer_than_the_deadline_are_answered_while_the_eng
 def test_a_silent_engine_is_found_while_another_answers_without_a_pause():
     pool = EnginePool(replace(Config(), rollout=RolloutConfig(request_timeout=1.0)), "", None, ".")
     silent, busy, dead = OneAtATime(0), OneAtATime(0), []
-    pool.mark_dead = lambda slot, handle, reason: dead.append(handle)
-    pool.slots = [Slot(0, silent), Slot(1, busy)]
+    pool.kill_engine = lambda slot, handle, reason: dead.append(handle)
+    pool.slots = [EngineSlot(0, silent), EngineSlot(1, busy)]
     pool.thread.start()
     request = GenRequest(0, Prompt("p", np.array([1], np.int32), ""), 100, Sampling(4))
     pool.submit(request)  # its load keeps the silent one from getting more
