@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from tandem.engine.config.schema import Config
 from tandem.engine.core import stop
@@ -72,7 +72,7 @@ class LocalPool:
         for (_, future), trajectories in zip(waiting, answers, strict=True):
             future.set_result(tuple(trajectories))
 
-    def install(self, named: Sequence[tuple[str, torch.Tensor]], version: int) -> list[Installed]:
+    def install(self, named: Sequence[tuple[str, Tensor]], version: int) -> list[Installed]:
         """Give the backend all parameters as `version`, after what waits was generated with those
         it has.
         """

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tandem.algorithms.base import Term
 from tandem.algorithms.checks.method import GIVEN_STREAMS, kind
@@ -51,7 +52,7 @@ def check_vocabulary(micro: MicroBatch, size: int) -> None:
         )
 
 
-def objective_losses(term: Term, tokens: Tokens) -> tuple[torch.Tensor, Mapping]:
+def objective_losses(term: Term, tokens: Tokens) -> tuple[Tensor, Mapping]:
     """(loss [n], metrics) of the term's objective on its n tokens. Raises MethodError if it
     returns anything else."""
     where, n = f"term {term.name!r}: its objective", len(tokens.logp)
@@ -101,7 +102,7 @@ def call_objective(where: str, term: Term, tokens: Tokens):
         ) from error
 
 
-def check_attached(where: str, term: Term, tokens: Tokens, loss: torch.Tensor) -> None:
+def check_attached(where: str, term: Term, tokens: Tokens, loss: Tensor) -> None:
     """A loss without a graph trains nothing. Where it is 0 everywhere there is nothing to train."""
     inputs = [tokens.logp, tokens.entropy, tokens.value, *tokens.extra.values()]
     attached = any(one is not None and one.requires_grad for one in inputs)
@@ -115,9 +116,7 @@ def check_attached(where: str, term: Term, tokens: Tokens, loss: torch.Tensor) -
         )
 
 
-def check_missing_streams(
-    term: Term, micro: MicroBatch, tokens: Tokens, loss: torch.Tensor
-) -> None:
+def check_missing_streams(term: Term, micro: MicroBatch, tokens: Tokens, loss: Tensor) -> None:
     """Rows without an advantage (or returns) beside rows that have one are NaN there: fine for an
     objective that does not look at them, else its loss is NaN."""
     mine = np.flatnonzero(micro.weights[term.name])
@@ -144,14 +143,14 @@ def check_metric(where: str, metric, n: int) -> None:
     length = None
     for name, values in metric.items():
         if length is None:
-            length = len(values) if isinstance(values, torch.Tensor) and values.dim() else 0
+            length = len(values) if isinstance(values, Tensor) and values.dim() else 0
         check_tensor(f"{where}: {name!r}", values, length)
 
 
 def check_tensor(where: str, found, n: int) -> None:
     """Raise MethodError if `found` is no real tensor of shape [n]. Another shape would broadcast to
     the tokens, and the result would depend on the micro-batch."""
-    if not isinstance(found, torch.Tensor):
+    if not isinstance(found, Tensor):
         raise MethodError(
             f"{where} is {kind(found)}, expected a torch tensor of shape [{n}], "
             "one number per token"

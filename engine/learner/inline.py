@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tandem.engine.config.schema import Config
 from tandem.engine.core.errors import ConfigError
@@ -18,7 +19,7 @@ from tandem.engine.weights.digest import digest
 from tandem.engine.weights.verify import Synced
 
 
-def deliver(named: Sequence[tuple[str, torch.Tensor]], pool: Pool, version: int) -> Delivery:
+def deliver(named: Sequence[tuple[str, Tensor]], pool: Pool, version: int) -> Delivery:
     """Hand tensors to the backend of a pool in this process."""
     installed = pool.install(named, version)
     return Delivery(

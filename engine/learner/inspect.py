@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tandem.algorithms.base import Batch, Method
 from tandem.algorithms.checks.method import check_terms, naming
@@ -168,7 +169,7 @@ class Given:
         self.value = None if value is None else self.leaves("value", value)
         self.extra = {name: self.leaves(f"extra[{name!r}]", f) for name, f in extra.items()}
 
-    def leaves(self, name: str, per_row: PerRow) -> list[torch.Tensor]:
+    def leaves(self, name: str, per_row: PerRow) -> list[Tensor]:
         found = [numbers(name, per_row, row) for row in self.rows]
         return [torch.tensor(values, requires_grad=True) for values in found]
 
@@ -181,12 +182,12 @@ class Given:
             extra={name: self.gather(micro, leaves) for name, leaves in self.extra.items()},
         )
 
-    def gather(self, micro: MicroBatch, leaves: Sequence[torch.Tensor]) -> torch.Tensor:
+    def gather(self, micro: MicroBatch, leaves: Sequence[Tensor]) -> Tensor:
         parts = [leaves[i][torch.as_tensor(self.rows[i].trained)] for i in micro.rows]
         return torch.cat(parts) if parts else torch.zeros(0, requires_grad=True)
 
 
-def gradients_of(leaves: Sequence[torch.Tensor]) -> list[np.ndarray]:
+def gradients_of(leaves: Sequence[Tensor]) -> list[np.ndarray]:
     """float32 [T] per row, 0 where nothing depends on it."""
     found = []
     for leaf in leaves:

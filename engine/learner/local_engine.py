@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from tandem.engine.config.schema import LearnerConfig
 from tandem.engine.core.errors import ConfigError
@@ -39,7 +40,7 @@ class Moments:
     The set in use lives in the optimizer, the others are parked here.
     """
 
-    def __init__(self, optimizer: torch.optim.AdamW, masters: list[torch.Tensor]):
+    def __init__(self, optimizer: torch.optim.AdamW, masters: list[Tensor]):
         self.optimizer, self.masters = optimizer, masters
         self.name, self.parked = "main", {}
 
@@ -104,7 +105,7 @@ def read_state(folder: str | Path, rank: int, layout: dict) -> dict:
     return state
 
 
-def master_of(weight: torch.Tensor) -> torch.Tensor:
+def master_of(weight: Tensor) -> Tensor:
     """The fp32 tensor that AdamW works on: the weight itself, or a copy of a bfloat16 one."""
     if weight.dtype == torch.float32:
         return weight
@@ -150,7 +151,7 @@ class LocalEngine:
                 master.grad.add_(weight.grad)
             weight.grad = None
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)
         self._collect()
 
@@ -175,7 +176,7 @@ class LocalEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = value
 
-    def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in hf_parameters(self.module):
             yield name, parameter.detach()
 

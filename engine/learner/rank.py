@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from torch import Tensor
 from torch.autograd.graph import save_on_cpu
 
 from tandem.algorithms.base import Term
@@ -200,7 +201,7 @@ class LearnerRank:
         )
         return Outputs(*found)
 
-    def to_device(self, array: np.ndarray) -> torch.Tensor:
+    def to_device(self, array: np.ndarray) -> Tensor:
         return torch.as_tensor(array, device=self.engine.device)
 
     def logprobs(

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tandem.algorithms.base import Term
 from tandem.algorithms.checks.losses import (
@@ -79,17 +80,17 @@ class Outputs:
     device.
     """
 
-    logp: torch.Tensor
-    entropy: torch.Tensor | None = None
-    value: torch.Tensor | None = None  # the critic's
-    extra: Mapping[str, torch.Tensor] = field(default_factory=dict)  # of a custom forward
+    logp: Tensor
+    entropy: Tensor | None = None
+    value: Tensor | None = None  # the critic's
+    extra: Mapping[str, Tensor] = field(default_factory=dict)  # of a custom forward
 
 
 def make_tokens(micro: MicroBatch, outputs: Outputs) -> Tokens:
     """The objective's view of a micro-batch."""
     device = outputs.logp.device
 
-    def stream(name: str) -> torch.Tensor | None:
+    def stream(name: str) -> Tensor | None:
         if name not in micro.streams:
             return None
         return torch.as_tensor(micro.streams[name], device=device)
@@ -113,7 +114,7 @@ def make_tokens(micro: MicroBatch, outputs: Outputs) -> Tokens:
 
 def micro_batch_loss(
     terms: Sequence[Term], z: Mapping[str, float], micro: MicroBatch, tokens: Tokens
-) -> tuple[torch.Tensor, StepMetrics]:
+) -> tuple[Tensor, StepMetrics]:
     """This micro-batch's part of the step's loss, and its metrics.
 
     The loss is a scalar attached to everything that any rank may differentiate even when no token
@@ -150,7 +151,7 @@ def micro_batch_loss(
     return loss, found
 
 
-def attached_zero(terms: Sequence[Term], tokens: Tokens) -> torch.Tensor:
+def attached_zero(terms: Sequence[Term], tokens: Tokens) -> Tensor:
     """0, as a function of every number that has a gradient."""
     zero = tokens.logp.sum() * 0.0
     more = [tokens.value, *tokens.extra.values()]

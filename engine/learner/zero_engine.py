@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tandem.engine.config.schema import LearnerConfig
 from tandem.engine.core.errors import ConfigError
@@ -101,7 +102,7 @@ class ZeroEngine:
             self.engine.set_gradient_accumulation_boundary(False)
         self.moments = Moments(inner, self._masters())
 
-    def _masters(self) -> list[torch.Tensor]:
+    def _masters(self) -> list[Tensor]:
         """The tensors that AdamW works on."""
         if self.stage == 3:
             # handed to AdamW one at a time, so that its own list is empty between steps
@@ -112,7 +113,7 @@ class ZeroEngine:
     def forward(self, *inputs, **options) -> tuple:
         return self.engine(*inputs, **options)
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss * self.ranks)  # DeepSpeed averages over ranks; we want the sum
 
     def step(self) -> Stepped:
@@ -150,7 +151,7 @@ class ZeroEngine:
         """(name, dtype, full shape) in the order of full_parameters; no communication."""
         return [(name, p.dtype, whole_shape(p)) for name, p in hf_parameters(self.module)]
 
-    def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """All parameters in full, on every rank: a collective at stage 3.
 
         A tensor is valid only until the next one is asked for.

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,14 +44,12 @@ class CheckpointForm:
             self.converts = True
             self.shapes = one_by_one
 
-    def revert(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def revert(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         from transformers.core_model_loading import revert_weight_conversion
 
         return revert_weight_conversion(self.model, state)
 
-    def apply(
-        self, named: Iterable[tuple[str, torch.Tensor]]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+    def apply(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The tensors of `shapes`, in that order.
 
         Each is valid as long as the parameter it comes from.
@@ -62,5 +61,5 @@ class CheckpointForm:
                 yield name, tensor
 
 
-def shapes_of(state: dict[str, torch.Tensor]) -> list[Shape]:
+def shapes_of(state: dict[str, Tensor]) -> list[Shape]:
     return [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()]

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from tandem.engine.config.schema import ModelConfig
 from tandem.engine.core.errors import ConfigError
@@ -31,7 +32,7 @@ from tandem.engine.model.weight_files import SAFE, SAFE_INDEX, read_tensors, ten
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Named = Iterable[tuple[str, torch.Tensor]]
+Named = Iterable[tuple[str, Tensor]]
 
 # a model that is larger is written in several files; also what rank 0 holds at most
 SHARD_BYTES = 5 * 10**9
@@ -99,8 +100,8 @@ def local_folder(path: str) -> Path:
 
 
 def checkpoint_layout(
-    model: PreTrainedModel, state: dict[str, torch.Tensor], names: Iterable[str]
-) -> dict[str, torch.Tensor]:
+    model: PreTrainedModel, state: dict[str, Tensor], names: Iterable[str]
+) -> dict[str, Tensor]:
     """`state`, which has the model's own names, with the names and layout of the checkpoint it was
     loaded from, which has `names`.
     """
@@ -140,7 +141,7 @@ def used_names(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
     return used
 
 
-def persistent_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def persistent_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
     """What belongs to a checkpoint beside the parameters, e.g. the router's bias of DeepSeek-V3."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
@@ -177,7 +178,7 @@ class Piece(NamedTuple):
     """A tensor to be written."""
 
     name: str
-    tensor: torch.Tensor
+    tensor: Tensor
     converted: bool  # it is the model's, and gets the checkpoint's name and layout
 
 
@@ -188,7 +189,7 @@ def pieces(named: Named, converted: bool) -> Iterator[Piece]:
 
 def with_aliases(
     model: PreTrainedModel, origin: Origin, parameters: Named
-) -> Iterator[tuple[str, torch.Tensor]]:
+) -> Iterator[tuple[str, Tensor]]:
     """Tied weights a second time where the checkpoint has them under both names."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.model.chunked_head import token_logprobs
@@ -106,7 +106,7 @@ class ValueHead(nn.Module):
     ranks.
     """
 
-    def __init__(self, output: torch.Tensor, embedding: int = 0):
+    def __init__(self, output: Tensor, embedding: int = 0):
         super().__init__()
         size = output.shape[1]
         self.embedding = None

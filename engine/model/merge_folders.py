@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.model.export import MODEL_FILES, TOKENIZER_FILES, matching_files
@@ -112,7 +113,7 @@ class ModelFolder:
             )
         return same
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str) -> Tensor:
         with safe_open(self.tensors[name].file, "pt") as file:
             return file.get_tensor(name)
 
@@ -152,7 +153,7 @@ def merged(
     layout: ModelFolder,
     folders: Sequence[ModelFolder],
     base: ModelFolder | None,
-) -> torch.Tensor:
+) -> Tensor:
     """One tensor in the dtype of the files."""
     stored = layout.tensors[name]
     if stored.dtype not in FLOATS:
@@ -169,7 +170,7 @@ def merged(
     return result
 
 
-def the_same(name: str, layout: ModelFolder, folders: Sequence[ModelFolder]) -> torch.Tensor:
+def the_same(name: str, layout: ModelFolder, folders: Sequence[ModelFolder]) -> Tensor:
     """A tensor of whole numbers, which cannot be merged."""
     tensor = layout.read(name)
     for folder in folders:

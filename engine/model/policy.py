@@ -9,8 +9,7 @@ import shutil
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.core.text import first_line
@@ -43,16 +42,16 @@ class Policy(nn.Module):
 
     def forward(
         self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        index: torch.Tensor,
-        target: torch.Tensor,
+        tokens: Tensor,
+        positions: Tensor,
+        index: Tensor,
+        target: Tensor,
         temperature: float = 1.0,
         chunk: int = 1024,
         entropy: bool = False,
         custom=None,
         tags=None,
-        prompt_blocks: torch.Tensor | None = None,
+        prompt_blocks: Tensor | None = None,
     ) -> tuple:
         """Log-prob of `target[i]` given the hidden state at flat position `index[i]` of the bins,
         as in `MicroBatch`, and the critic's value of that state.
@@ -71,11 +70,11 @@ class Policy(nn.Module):
 
     def trunk(
         self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        embeddings: torch.Tensor | None = None,
-        prompt_blocks: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        tokens: Tensor,
+        positions: Tensor,
+        embeddings: Tensor | None = None,
+        prompt_blocks: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states [B * L, H] of the bins; with `embeddings` [B, L, H] in the place of those
         of the tokens, and `prompt_blocks` where rows share prompts.
         """
@@ -161,7 +160,7 @@ class Policy(nn.Module):
             layer.compile(dynamic=True)
 
 
-def block_mask(prompt_blocks: torch.Tensor) -> torch.Tensor:
+def block_mask(prompt_blocks: Tensor) -> Tensor:
     """bool [B, 1, L, L]: a token sees the tokens before it, and itself, of its own block and of its
     prompt's.
     """

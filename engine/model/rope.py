@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class RowRope(nn.Module):
@@ -26,7 +26,7 @@ class RowRope(nn.Module):
         self.always_long = False
         self.switch = switch_length(rope)
 
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor):
+    def forward(self, x: Tensor, position_ids: Tensor):
         """cos and sin [B, L, head size] at position_ids int64 [B, L], each row as if alone."""
         if self.always_long:
             return self.ask(x, position_ids, self.switch + 1)
@@ -45,7 +45,7 @@ class RowRope(nn.Module):
                 sin = found[1].where(mine[..., None], sin)
         return cos, sin
 
-    def ask(self, x: torch.Tensor, position_ids: torch.Tensor, length: int):
+    def ask(self, x: Tensor, position_ids: Tensor, length: int):
         """cos and sin of the rope for rows of `length` tokens: it looks at the largest position."""
         rope = self.rope
         rope.inv_freq = rope.original_inv_freq.to(x.device)
@@ -65,7 +65,7 @@ def switch_length(rope: Any) -> int:
     return rope.original_max_seq_len
 
 
-def row_lengths(position_ids: torch.Tensor) -> torch.Tensor:
+def row_lengths(position_ids: Tensor) -> Tensor:
     """int64 [B, L] -> int64 [B, L]: the largest position plus one of the packed row each token is
     in.
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 ALIGN = 16  # bytes; a view of a packed buffer must start where its dtype may start
 
@@ -24,7 +25,7 @@ class Piece:
     def end(self) -> int:
         return self.start + self.size
 
-    def view(self, buffer: torch.Tensor) -> torch.Tensor:
+    def view(self, buffer: Tensor) -> Tensor:
         """The parameter as it lies in the buffer (uint8)."""
         return buffer[self.start : self.end].view(self.dtype).view(self.shape)
 

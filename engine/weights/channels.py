@@ -20,6 +20,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from tandem.engine.core.errors import EngineDied, SyncError
 
@@ -50,16 +51,16 @@ class Gloo:
         own_store = dist.PrefixStore("tandem_weights", store)
         self.group = dist.ProcessGroupGloo(own_store, rank, world_size, timedelta(seconds=timeout))
 
-    def start(self, buffer: torch.Tensor) -> dist.Work:
+    def start(self, buffer: Tensor) -> dist.Work:
         """Start a broadcast from rank 0."""
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
         return self.group.broadcast([buffer], options)
 
-    def next_buffer(self, size: int, raise_if_stuck: Callable[[], None]) -> torch.Tensor:
+    def next_buffer(self, size: int, raise_if_stuck: Callable[[], None]) -> Tensor:
         return torch.empty(size, dtype=torch.uint8)
 
-    def publish(self, buffer: torch.Tensor, raise_if_stuck: Callable[[], None]) -> None:
+    def publish(self, buffer: Tensor, raise_if_stuck: Callable[[], None]) -> None:
         work = self.start(buffer)
         while not work.is_completed():
             raise_if_stuck()
@@ -70,8 +71,8 @@ class Gloo:
             first_line = str(error).splitlines()[0]
             raise EngineDied(f"an engine left the weight transfer: {first_line}") from error
 
-    def receive(self, sizes: Iterable[int]) -> Iterator[torch.Tensor]:
-        def begin(size: int) -> tuple[torch.Tensor, dist.Work]:
+    def receive(self, sizes: Iterable[int]) -> Iterator[Tensor]:
+        def begin(size: int) -> tuple[Tensor, dist.Work]:
             buffer = torch.empty(size, dtype=torch.uint8)
             return buffer, self.start(buffer)
 
@@ -115,11 +116,11 @@ class Memory:
         if self.own_file is None:
             os.close(file)
 
-    def at(self, number: int, size: int) -> torch.Tensor:
+    def at(self, number: int, size: int) -> Tensor:
         start = number % SLOTS * self.slot_bytes
         return self.memory[start : start + size]
 
-    def next_buffer(self, size: int, raise_if_stuck: Callable[[], None]) -> torch.Tensor:
+    def next_buffer(self, size: int, raise_if_stuck: Callable[[], None]) -> Tensor:
         """The next slot, once all workers have taken what is in it."""
         before = self.count - SLOTS
         if before >= 0:
@@ -130,11 +131,11 @@ class Memory:
             self.store.delete_key(f"ready {before}")
         return self.at(self.count, size)
 
-    def publish(self, buffer: torch.Tensor, raise_if_stuck: Callable[[], None]) -> None:
+    def publish(self, buffer: Tensor, raise_if_stuck: Callable[[], None]) -> None:
         self.store.set(f"ready {self.count}", "")
         self.count += 1
 
-    def receive(self, sizes: Iterable[int]) -> Iterator[torch.Tensor]:
+    def receive(self, sizes: Iterable[int]) -> Iterator[Tensor]:
         for size in sizes:
             self.store.wait([f"ready {self.count}"])
             yield self.at(self.count, size)

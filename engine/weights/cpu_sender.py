@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
 import torch
+from torch import Tensor
 from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.base import TrainerWeightTransferEngine, WeightSource
 
@@ -103,9 +104,7 @@ class CpuSender(TrainerWeightTransferEngine[CpuTrainerInit]):
             # there
             deque(tensors, maxlen=0)
 
-    def transmit(
-        self, parameters: list[Shape], tensors: Iterator[tuple[str, torch.Tensor]]
-    ) -> None:
+    def transmit(self, parameters: list[Shape], tensors: Iterator[tuple[str, Tensor]]) -> None:
         assert self.channel is not None
         watch = Stopwatch()
         self.client.start_weight_update()
@@ -141,7 +140,7 @@ class CpuSender(TrainerWeightTransferEngine[CpuTrainerInit]):
             self.channel = None
 
 
-def check_announced(piece: Piece, name: str, tensor: torch.Tensor) -> None:
+def check_announced(piece: Piece, name: str, tensor: Tensor) -> None:
     """Raise SyncError if the source gives another parameter than its metadata said."""
     if (name, tensor.dtype, tuple(tensor.shape)) != (piece.name, piece.dtype, piece.shape):
         raise SyncError(

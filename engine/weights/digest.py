@@ -20,6 +20,7 @@ from functools import cache
 
 import numpy as np
 import torch
+from torch import Tensor
 
 BLOCK = 4096  # bytes per row: 127 * 64 * 4096 is well below 2^31
 COLUMNS = 16
@@ -28,7 +29,7 @@ ROWS = 1 << 16  # at a time, which bounds the memory for products to 4 MiB
 
 
 @cache
-def mixing_matrix(device: torch.device) -> torch.Tensor:
+def mixing_matrix(device: torch.device) -> Tensor:
     """int8 [BLOCK, COLUMNS] in -64 .. 63, the same on every machine: SHAKE-256 is a standard, a
     random generator is not.
     """
@@ -44,7 +45,7 @@ def mixing_matrix(device: torch.device) -> torch.Tensor:
 
 
 @torch.no_grad()
-def digest(tensor: torch.Tensor) -> str:
+def digest(tensor: Tensor) -> str:
     """32 hexadecimal characters for the tensor's bytes, dtype and shape.
 
     Any dtype, device and memory layout.

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from tandem.engine.weights.buckets import Shape, buckets, size_of
 from tandem.engine.weights.channels import Gloo, Memory, open_store
@@ -63,7 +64,7 @@ class Receiver:
             process, descriptor = info.source
             self.channel = Memory(store, info.world_size - 1, info.largest, (process, descriptor))
 
-    def receive(self, parameters: Parameters) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    def receive(self, parameters: Parameters) -> Iterator[list[tuple[str, Tensor]]]:
         """(name, tensor) of the parameters, a buffer at a time; the tensors are views of it and
         good until the next is asked for.
         """

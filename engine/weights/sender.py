@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.base import (
     ParamMeta,
@@ -49,7 +50,7 @@ class DigestingSource(WeightSource):
     def metadata(self) -> list[ParamMeta]:
         return self.source.metadata()
 
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         self.digests = {}
         for name, tensor in self.source:
             if self.active:

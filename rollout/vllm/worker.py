@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
@@ -100,7 +101,7 @@ class CpuReceiver(WeightTransferEngine[CpuInitInfo, CpuUpdateInfo]):
             self.receiver = None
 
 
-def keep_unfinished(model: Any, received: torch.Tensor) -> None:
+def keep_unfinished(model: Any, received: Tensor) -> None:
     """Copy what vLLM holds of layers that are not complete yet: it keeps views of the buffer in
     which `received` lies too, and which the next weights will overwrite.
     """
@@ -110,7 +111,7 @@ def keep_unfinished(model: Any, received: torch.Tensor) -> None:
     for layer in model.modules():
         for _, bound in get_layerwise_info(layer).loaded_weights:
             for key, value in bound.arguments.items():
-                if type(value) is torch.Tensor and value.untyped_storage().data_ptr() == buffer:
+                if type(value) is Tensor and value.untyped_storage().data_ptr() == buffer:
                     bound.arguments[key] = value.clone()
 
 
@@ -170,7 +171,7 @@ def repack_tied_heads(model: Any) -> None:
         dispatch_cpu_unquantized_gemm(head, remove_weight=False)
 
 
-def probe(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+def probe(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """Fixed pseudo-random input, the same in every process."""
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
 

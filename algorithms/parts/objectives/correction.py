@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from tandem.algorithms.parts.objectives.tokens import Tokens, clamped_exp, segment_sum
 
@@ -26,7 +27,7 @@ class RolloutCorrection:
     cap: float = 2.0
     floor: float | None = None
 
-    def __call__(self, tokens: Tokens) -> torch.Tensor:
+    def __call__(self, tokens: Tokens) -> Tensor:
         behaviour_logp = tokens["behaviour_logp"]
         sampled = ~torch.isnan(behaviour_logp)
         log_w = torch.nan_to_num(tokens.old.detach() - behaviour_logp, nan=0.0)

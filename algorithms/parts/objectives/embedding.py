@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from tandem.algorithms.parts.objectives.tokens import Tokens, segment_softmax, segment_sum
 from tandem.engine.core.types import Source
@@ -26,12 +27,12 @@ class PairedForward:
 
 
 def similarity(
-    value_N: torch.Tensor,
-    u_ND: torch.Tensor,
-    segment_N: torch.Tensor,
-    group_N: torch.Tensor,
-    source_N: torch.Tensor,
-) -> torch.Tensor:
+    value_N: Tensor,
+    u_ND: Tensor,
+    segment_N: Tensor,
+    group_N: Tensor,
+    source_N: Tensor,
+) -> Tensor:
     """[N]: of each token's row. The demonstration's side carries no gradient."""
     z_RD = segment_sum(u_ND * segment_softmax(value_N, segment_N)[:, None], segment_N)
     first_R = torch.searchsorted(segment_N, torch.arange(len(z_RD), device=segment_N.device))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tandem.algorithms.parts.objectives.nll import NLL
 from tandem.algorithms.parts.objectives.tokens import Before, Tokens
@@ -96,5 +97,5 @@ class Thresholded:
         return Power(self.alpha)(tokens)
 
 
-def power_loss(logp: torch.Tensor, alpha: float) -> torch.Tensor:
+def power_loss(logp: Tensor, alpha: float) -> Tensor:
     return -logp if alpha == 0.0 else -torch.expm1(alpha * logp) / alpha

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from tandem.algorithms.parts.objectives.tokens import Tokens, clamped_exp, segment_mean
 
@@ -79,12 +80,12 @@ class Reinforce:
         return -tokens["advantage"] * tokens.logp, {}
 
 
-def inert(a: torch.Tensor, rho: torch.Tensor, low: float, high: float) -> torch.Tensor:
+def inert(a: Tensor, rho: Tensor, low: float, high: float) -> Tensor:
     """bool [n]: tokens that the clip leaves without a gradient."""
     return ((a > 0) & (rho > high)) | ((a < 0) & (rho < low))
 
 
-def ratio_metrics(tokens: Tokens, clipped: torch.Tensor) -> dict[str, torch.Tensor]:
+def ratio_metrics(tokens: Tokens, clipped: Tensor) -> dict[str, Tensor]:
     return {
         "clip_fraction": clipped.float(),
         "ppo_kl": (tokens.old - tokens.logp).detach(),
