@@ -276,8 +276,9 @@ def test_offload_that_drops_micro_batches_is_refused(tmp_path):
     code = """
 import sys
 from tandem.engine.learner import zero_engine as zero
+from tandem.engine.learner.local_engine import join
 from tandem.engine.core.errors import ConfigError
-zero.join(0, 1, "127.0.0.1", int(sys.argv[1]), 60.0)
+join(0, 1, "127.0.0.1", int(sys.argv[1]), 60.0)
 zero.check_offload(2)
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as Z
 whole = Z.async_accumulate_grad_in_cpu_via_gpu
