@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import torch
@@ -129,7 +130,7 @@ class Decoding:
         self.position = position.clamp_(min=0)
         logits = self.run(ids.to(self.device), logits_to_keep=1)
         context_B = self.integers(numbers)
-        self.cache.reorder_cache(context_B)
+        self.reorder_cache(context_B)
         self.logits = logits[context_B]
         self.mask = self.mask[context_B]
         self.position = self.position[context_B, -1:]
@@ -180,13 +181,18 @@ class Decoding:
         forbidden_BV = too_early_B[:, None] & is_eos_V
         logits_BV[forbidden_BV] = -torch.inf
 
+    def reorder_cache(self, rows_B: Tensor) -> None:
+        """Row i of the cache becomes what row `rows_B[i]` was."""
+        # transformers' annotation names the legacy type of an int64 tensor
+        self.cache.reorder_cache(cast(torch.LongTensor, rows_B))
+
     def compact(self, token_B: Tensor) -> Tensor:
         """Let ended rows leave once they are enough. Returns the tokens of the rows that stay."""
         live = int(self.live.sum())
         if live > KEEP * len(self.batch):
             return token_B
         keep = self.live.nonzero().squeeze(-1)
-        self.cache.reorder_cache(keep)
+        self.reorder_cache(keep)
         self.batch = self.batch[keep]
         self.mask = self.mask[keep]
         self.position = self.position[keep]
