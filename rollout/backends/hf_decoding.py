@@ -30,10 +30,10 @@ class Sample:
     forced: int  # length of the forced prefix
     sampling: Sampling
     uniforms: np.ndarray  # float64 [max_tokens] in [0, 1): one per response token
-    # what `decode` fills in
-    tokens: np.ndarray = field(init=False)  # int32 [n], the sampled ones
-    logp: np.ndarray = field(init=False)  # float32 [n]
-    finish: Finish = field(init=False)
+    # What `decode` fills in. A row whose forced prefix leaves no room is not decoded, and stays so.
+    tokens: np.ndarray = field(init=False, default_factory=lambda: np.zeros(0, np.int32))
+    logp: np.ndarray = field(init=False, default_factory=lambda: np.zeros(0, np.float32))
+    finish: Finish = field(init=False, default=Finish.LENGTH)
 
     @property
     def max_new_tokens(self) -> int:
