@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 OK, WARN, BAD = "ok", "warn", "FAIL"
 CLUSTER_ONLY = ("ray", "vllm", "deepspeed")
 NOT_NEXT_TO_CPU_TORCH = ("torchvision", "torchaudio", "torchcodec")
-MODULES = {"pyyaml": "yaml"}  # where a distribution has another name than its module
+# where a distribution has another name than its module, but for - and _
+MODULES = {"pyyaml": "yaml"}
 PORTS = 20  # that Ray, the rendezvous and the weight transfer need, about
 
 
@@ -107,7 +108,7 @@ def packages(inline: bool) -> Iterator[Check]:
         errors = {}
         for name in sorted(needed):
             if installed(name):
-                errors[name] = threads.submit(import_error, MODULES.get(name, name))
+                errors[name] = threads.submit(import_error, module_of(name))
         for requirement in requirements:
             name = requirement.name
             error = errors[name].result() if name in errors else None
@@ -137,6 +138,11 @@ def installed(name: str) -> str | None:
         except importlib.metadata.PackageNotFoundError:
             continue
     return None
+
+
+def module_of(distribution: str) -> str:
+    """The name that a distribution is imported by."""
+    return MODULES.get(distribution, distribution.replace("-", "_"))
 
 
 def import_error(module: str) -> str | None:

@@ -15,6 +15,7 @@ from tandem.engine.core.loading import UserCode
 from tandem.engine.core.types import GenRequest, Installed, Trajectory
 from tandem.engine.weights.receiver import ChannelInfo, Parameters, Receiver
 from tandem.rollout.backend import Backend, CacheCounts, backend_class
+from tandem.rollout.trajectories import checked_answer
 
 
 class EngineActor:
@@ -54,7 +55,7 @@ class EngineActor:
                 f"engine {self.index} was restarted and still has the weights of "
                 f"{self.model_path}; sync weights before it serves"
             )
-        return tuple(await self.backend.generate(request))
+        return checked_answer(request, await self.backend.generate(request))
 
     async def logprobs(self, tokens: np.ndarray) -> np.ndarray:
         return await self.backend.logprobs(tokens)

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from tandem.engine.config.schema import Config
 from tandem.engine.core import stop
+from tandem.engine.core.errors import EngineDied, RolloutPoolExhausted
 from tandem.engine.core.types import GenRequest, Installed, Trajectory
 from tandem.rollout.backend import Backend, backend_class
-from tandem.rollout.trajectories import sampled
+from tandem.rollout.trajectories import checked_answer, sampled
 
 
 class LocalPool:
@@ -34,6 +35,7 @@ class LocalPool:
         self.backend, self.loop = backend, loop
         self.waiting: list[tuple[GenRequest, OnDemand]] = []
         self.busy_seconds, self.generated_tokens = 0.0, 0
+        self.died = False
 
     @classmethod
     def start(cls, config: Config, model_path: str) -> LocalPool:
@@ -62,7 +64,11 @@ class LocalPool:
         try:
             with stop.computing():
                 answers = self.loop.run_until_complete(self.backend.generate_all(requests))
+            if not self.backend.recorded:  # a record has the rows that were trained on
+                pairs = zip(requests, answers, strict=True)
+                answers = [checked_answer(request, answer) for request, answer in pairs]
         except Exception as error:
+            self.died = self.died or isinstance(error, EngineDied)
             for _, future in waiting:
                 future.set_exception(error)
             return
@@ -96,7 +102,14 @@ class LocalPool:
         """There is no GPU memory to give away."""
 
     def restart_dead(self) -> int:
-        """Nothing can die apart from this process."""
+        """Raises RolloutPoolExhausted if the backend said that it died: there is no other process
+        to start it in.
+        """
+        if self.died:
+            raise RolloutPoolExhausted(
+                f"the rollout backend {type(self.backend).__name__} raised EngineDied in the run's "
+                "own process; only mode=cluster starts engines anew"
+            )
         return 0
 
     def stats(self) -> dict[str, float]:

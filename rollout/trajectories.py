@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from tandem.engine.core.errors import ConfigError
 from tandem.engine.core.types import Finish, GenRequest, Source, Trajectory
 
 
@@ -55,6 +57,25 @@ def prefixes_of(request: GenRequest) -> list[np.ndarray]:
             "samples; give one per sample (may be empty) or none"
         )
     return [np.asarray(prefix, np.int32) for prefix in request.prefixes]
+
+
+def checked_answer(request: GenRequest, answer: Any) -> tuple[Trajectory, ...]:
+    """What a backend's `generate` returned. Raises ConfigError unless it is one Trajectory per
+    sample.
+    """
+    if not isinstance(answer, (list, tuple)) or len(answer) != request.samples:
+        found = f"{len(answer)} of them" if isinstance(answer, (list, tuple)) else repr(answer)
+        raise ConfigError(
+            f"rollout.backend: `generate` was asked for {request.samples} trajectories of prompt "
+            f"{request.prompt.id!r} and returned {found}; one per sample is expected"
+        )
+    for entry in answer:
+        if not isinstance(entry, Trajectory):
+            raise ConfigError(
+                f"rollout.backend: `generate` returned a {type(entry).__name__} for prompt "
+                f"{request.prompt.id!r}, expected a Trajectory (rollout/trajectories.py makes one)"
+            )
+    return tuple(answer)
 
 
 def sampled(trajectories: Sequence[Trajectory]) -> int:

@@ -16,7 +16,6 @@ from tandem.engine.config.kinds import (
     Flag,
     FromOne,
     FromZero,
-    Integer,
     Number,
     Options,
     Port,
@@ -61,7 +60,7 @@ class DatasetConfig:
     ends with it."""
     tools: str | None = None
     """Column with the tools that the chat template is told of: a list of JSON schemas."""
-    limit: Integer | None = None
+    limit: FromOne | None = None
     """Use the first so many rows."""
     options: Options = field(default_factory=dict)
     """For generated data: size, seed and options of the task; else of `datasets.load_dataset`."""
@@ -154,7 +153,7 @@ class RolloutConfig:
     over_sample: FromZero = 0
     """Groups asked for beyond what a step needs; the last of them to end are aborted. More than 0
     is not reproducible."""
-    max_model_len: Integer | None = None
+    max_model_len: FromOne | None = None
     """Longest sequence of an engine; null: max_prompt_tokens + max_tokens."""
     max_sequences: FromOne = 64
     """Sequences that an engine decodes at once."""

@@ -13,7 +13,12 @@ import pytest
 import torch
 
 from tandem.engine.config.schema import Config, ModelConfig, RolloutConfig
-from tandem.engine.core.errors import ConfigError, EngineDied, SyncError
+from tandem.engine.core.errors import (
+    ConfigError,
+    EngineDied,
+    RolloutPoolExhausted,
+    SyncError,
+)
 from tandem.engine.core.types import GenRequest, Prompt, Sampling, ScoredGroup, Source
 from tandem.engine.model.tiny import make_tiny
 from tandem.engine.report.lines import write_line
@@ -262,3 +267,36 @@ def test_rows_that_ended_and_are_decoded_along_stay_within_the_context():
     alone = Sample(rows[1].context, 0, rows[1].sampling, uniforms[1])
     decode(model, [alone], torch.tensor([31]))
     np.testing.assert_array_equal(alone.tokens, rows[1].tokens)
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (lambda found: found[:1], "asked for 3 trajectories of prompt 'p0' and returned 1 of them"),
+        (lambda found: None, "returned None"),
+        (lambda found: ["text"] * 3, "returned a str for prompt 'p0', expected a Trajectory"),
+    ],
+)
+def test_an_answer_that_is_not_one_trajectory_per_sample_is_refused(folder, answer, words):
+    rollouts = pool(folder)
+    generate_all = rollouts.backend.generate_all
+
+    async def other(requests):
+        return [answer(found) for found in await generate_all(requests)]
+
+    rollouts.backend.generate_all = other
+    with pytest.raises(ConfigError, match=words):
+        rollouts.submit(request(0)).result()
+
+
+def test_a_backend_that_dies_in_the_runs_own_process_ends_the_run(folder):
+    rollouts = pool(folder)
+
+    async def die(requests):
+        raise EngineDied("gone")
+
+    rollouts.backend.generate_all = die
+    with pytest.raises(EngineDied):
+        rollouts.submit(request(0)).result()
+    with pytest.raises(RolloutPoolExhausted, match="HFBackend raised EngineDied"):
+        rollouts.restart_dead()
