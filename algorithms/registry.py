@@ -24,6 +24,21 @@ from tandem.engine.core.text import closest
 
 GROUP = "tandem.methods"
 NOT_FAMILIES = ("checks", "parts")
+# what the run calls on every method
+CALLS = (
+    "demand",
+    "commit",
+    "request",
+    "accept",
+    "rows",
+    "terms",
+    "credit",
+    "diagnostics",
+    "observe",
+    "metrics",
+    "state_dict",
+    "load_state_dict",
+)
 
 
 def shipped() -> dict[str, str]:
@@ -129,11 +144,30 @@ def checked(cls: Any, owner: str) -> type[Method]:
             f"{owner}: {cls.__name__} declares {', '.join(options)} but is no "
             "dataclass of its own, so they would be ignored; put @dataclass above it"
         )
+    check_calls(cls, owner)
     if hasattr(cls, "aligned"):
         raise ValueError(
             f"{owner}: {cls.__name__} sets `aligned`, which is called prompts_from_experts now"
         )
     return cls
+
+
+def check_calls(cls: type[Method], owner: str) -> None:
+    """Raise ValueError if a method lacks a call, or has one that takes other arguments."""
+    for name in ("rows", "terms"):
+        if getattr(cls, name) is getattr(Method, name):
+            raise ValueError(f"{owner}: {cls.__name__} has no `{name}`, which every method needs")
+    for name in CALLS:
+        expected = inspect.signature(getattr(Method, name))
+        own = inspect.signature(getattr(cls, name))
+        try:
+            own.bind(*expected.parameters)
+        except TypeError as error:
+            arguments = ", ".join(expected.parameters)
+            raise ValueError(
+                f"{owner}: {cls.__name__}.{name} is defined as {name}{own}, but is called with "
+                f"({arguments}): {error}"
+            ) from None
 
 
 def configured(block: Mapping[str, Any]) -> Method:

@@ -176,3 +176,30 @@ def test_the_former_name_of_prompts_from_experts_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match="called prompts_from_experts now"):
         method_class(f"{tmp_path}/mine.py:Mine")
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("def rows(self, batch): return []", "Mine has no `terms`, which every method needs"),
+        ("def terms(self, batch): return []", "Mine has no `rows`"),
+        (
+            "def rows(self): return []\n    def terms(self, batch): return []",
+            r"Mine.rows is defined as rows\(self\), but is called with \(self, batch\)",
+        ),
+        (
+            "def rows(self, batch): return []\n    def terms(self, batch): return []\n"
+            "    def commit(self, step): pass",
+            r"Mine.commit is defined as commit\(self, step\), but is called with "
+            r"\(self, step, demand, signals\)",
+        ),
+    ],
+)
+def test_a_method_that_the_run_could_not_call_is_refused_when_it_is_read(tmp_path, body, words):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from dataclasses import dataclass\nfrom tandem import Method\n\n\n"
+        f"@dataclass\nclass Mine(Method):\n    {body}\n"
+    )
+    with pytest.raises(ConfigError, match=words):
+        load("tandem:inline_debug", [f"method={{name: '{file}:Mine'}}"])

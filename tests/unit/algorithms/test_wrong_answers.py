@@ -121,6 +121,8 @@ if TYPE_CHECKING:
 @dataclass
 class Mine(Method):
     where: Path | None = None
+    def rows(self, batch): ...
+    def terms(self, batch): ...
 """
 
 

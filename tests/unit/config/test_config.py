@@ -271,6 +271,7 @@ def test_a_users_method_file_is_found_and_its_options_checked(write, tmp_path):
     (tmp_path / "mine.py").write_text(
         "from dataclasses import dataclass\nfrom tandem.algorithms.base import Method\n"
         "@dataclass\nclass Mine(Method):\n    strength: float = 1.0\n"
+        "    def rows(self, batch): ...\n    def terms(self, batch): ...\n"
         "class Other: pass\n"
     )
     path = write(GOOD | {"method": {"name": f"{tmp_path}/mine.py:Mine"}})
@@ -322,7 +323,7 @@ def test_options_of_a_users_method_are_held_to_their_annotations(write, tmp_path
         "typing import Any, Literal\nfrom tandem.algorithms.base import Method\n"
         "@dataclass\nclass Typed(Method):\n    side: Literal['left', 'right'] = 'left'\n    "
         "layers: list[int] = field(default_factory=list)\n    free: Any = None\n    bound: "
-        "int | str = 1\n"
+        "int | str = 1\n    def rows(self, batch): ...\n    def terms(self, batch): ...\n"
     )
     path = write(
         GOOD
