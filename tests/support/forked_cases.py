@@ -12,6 +12,7 @@ follows `tandem` on the command line} and may have
 import contextlib
 import functools
 import gc
+import inspect
 import json
 import os
 import pty
@@ -105,11 +106,13 @@ def arm(point: str, numbers: list[int]) -> None:
                 os.kill(os.getpid(), number)
         return original(*args, **options)
 
-    setattr(
-        owner,
-        name,
-        staticmethod(stand_in) if isinstance(raw, (classmethod, staticmethod)) else stand_in,
-    )
+    async def async_stand_in(*args, **options):  # a backend's calls must be async
+        return await stand_in(*args, **options)
+
+    replacement = async_stand_in if inspect.iscoroutinefunction(original) else stand_in
+    if isinstance(raw, (classmethod, staticmethod)):
+        replacement = staticmethod(replacement)
+    setattr(owner, name, replacement)
 
 
 def closed_pipe() -> None:
