@@ -66,6 +66,8 @@ del __main__.__file__       # a notebook has none
 @dataclass
 class Mine(Method):
     option: float = 1.0
+    def rows(self, batch): ...
+    def terms(self, batch): ...
 
 print(load(sys.argv[1], ["mode=inline"]).method)
 try:
