@@ -46,6 +46,7 @@ import numpy as np
 from tandem.algorithms.base import Batch, Term
 from tandem.algorithms.parts.advantages import ESTIMATORS
 from tandem.algorithms.parts.critic import Critic
+from tandem.algorithms.parts.objectives.bounds import check_clip_range
 from tandem.algorithms.parts.objectives.correction import RolloutCorrection
 from tandem.algorithms.parts.objectives.entropy import EntropyBonus, KLToReference
 from tandem.algorithms.parts.objectives.policy import CISPO, GSPO, PPOClip, Reinforce
@@ -116,6 +117,7 @@ class PolicyLoss:
         check("objective", self.objective, ("ppo", "gspo", "cispo", "reinforce"))
         check("correction", self.correction, ("auto", "none", "token", "sequence"))
         check("correction_mode", self.correction_mode, ("truncate", "mask"))
+        check_clip_range("method.policy", self.clip_low, self.clip_high)
         Reduction(self.reduction, self.reduction_length)  # fails here, not in step 1
         self.regulariser()
         for name in ("code_gpus", "code_micro_batches"):

@@ -40,13 +40,26 @@ class ImportanceWeighted:
                 f"objective iw_sft: level is {self.level!r}{closest(self.level, BOUNDS)}; known: "
                 f"{', '.join(BOUNDS)}"
             )
+        low, high = self.bounds()
+        if not low <= high:
+            raise ValueError(
+                f"objective iw_sft: low is {low} and high is {high}; the weight is clipped to "
+                "[low, high], so low must not be above high"
+            )
+
+    def bounds(self) -> tuple[float, float]:
+        """What the weight is clipped to."""
+        low, high = BOUNDS[self.level]
+        if self.low is not None:
+            low = self.low
+        if self.high is not None:
+            high = self.high
+        return low, high
 
     def __call__(self, tokens: Tokens):
         ratio = tokens.logp.detach() - tokens["ref_logp"]
         if self.level == "sequence":
             ratio = self.scale * segment_mean(ratio, tokens.segment)
-        low, high = BOUNDS[self.level]
-        low = low if self.low is None else self.low
-        high = high if self.high is None else self.high
+        low, high = self.bounds()
         weight = clamped_exp(ratio).clamp(low, high)
         return -weight * tokens.logp, {"weight": weight}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tandem.algorithms.parts.objectives.bounds import check_clip_range
 from tandem.algorithms.parts.objectives.policy import ratio_metrics
 from tandem.algorithms.parts.objectives.tokens import Tokens, clamped_exp
 
@@ -21,6 +22,9 @@ class ClippedRatio:
 
     clip_low: float = 0.2
     clip_high: float = 0.28
+
+    def __post_init__(self):
+        check_clip_range("proximal", self.clip_low, self.clip_high)
 
     def __call__(self, tokens: Tokens):
         ratio = clamped_exp(tokens.logp - tokens.old)
