@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import inspect
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.algorithms.base import Method
+from tandem.algorithms.checks.classes import check_class
 from tandem.algorithms.parts.policy import PolicyLoss
 from tandem.algorithms.rl_method import RLMethod
 from tandem.engine.config.options import build
@@ -24,21 +24,6 @@ from tandem.engine.core.text import closest
 
 GROUP = "tandem.methods"
 NOT_FAMILIES = ("checks", "parts")
-# what the run calls on every method
-CALLS = (
-    "demand",
-    "commit",
-    "request",
-    "accept",
-    "rows",
-    "terms",
-    "credit",
-    "diagnostics",
-    "observe",
-    "metrics",
-    "state_dict",
-    "load_state_dict",
-)
 
 
 def shipped() -> dict[str, str]:
@@ -71,7 +56,7 @@ def method_class(name: str) -> type[Method]:
     Raises ValueError for anything else, and where several have the name.
     """
     if ":" in name:
-        return checked(load_object(name, "method"), f"method {name!r}")
+        return check_class(load_object(name, "method"), f"method {name!r}")
     points = installed().get(name, [])
     check_clash(name, points)
     if name in METHODS:
@@ -102,7 +87,7 @@ def only_class(module_name: str) -> type[Method]:
             f"{module.__file__} defines {names}; expected exactly one class that inherits Method, "
             "since the file's name is the method's"
         )
-    return checked(found[0], f"method {module_name.rpartition('.')[2]!r}")
+    return check_class(found[0], f"method {module_name.rpartition('.')[2]!r}")
 
 
 def installed_class(point: EntryPoint) -> type[Method]:
@@ -112,7 +97,7 @@ def installed_class(point: EntryPoint) -> type[Method]:
         found = load_object(point.value, "its entry point")
     except ValueError as error:
         raise ValueError(f"{owner}: {error}") from error
-    return checked(found, owner)
+    return check_class(found, owner)
 
 
 def check_clash(name: str, points: list[EntryPoint]) -> None:
@@ -129,45 +114,6 @@ def check_clash(name: str, points: list[EntryPoint]) -> None:
 def distribution(point: EntryPoint) -> str:
     """Name and version of the package that an entry point belongs to."""
     return f"{point.dist.name} {point.dist.version}" if point.dist else "of unknown name"
-
-
-def checked(cls: Any, owner: str) -> type[Method]:
-    """The class, if a config can set its options."""
-    if not (isinstance(cls, type) and issubclass(cls, Method) and dataclasses.is_dataclass(cls)):
-        raise ValueError(
-            f"{owner} is {cls!r}; expected a dataclass that inherits tandem.algorithms.base.Method"
-        )
-    own = inspect.get_annotations(cls)
-    options = [field for field, kind in own.items() if "ClassVar" not in str(kind)]
-    if options and "__dataclass_fields__" not in cls.__dict__:
-        raise ValueError(
-            f"{owner}: {cls.__name__} declares {', '.join(options)} but is no "
-            "dataclass of its own, so they would be ignored; put @dataclass above it"
-        )
-    check_calls(cls, owner)
-    if hasattr(cls, "aligned"):
-        raise ValueError(
-            f"{owner}: {cls.__name__} sets `aligned`, which is called prompts_from_experts now"
-        )
-    return cls
-
-
-def check_calls(cls: type[Method], owner: str) -> None:
-    """Raise ValueError if a method lacks a call, or has one that takes other arguments."""
-    for name in ("rows", "terms"):
-        if getattr(cls, name) is getattr(Method, name):
-            raise ValueError(f"{owner}: {cls.__name__} has no `{name}`, which every method needs")
-    for name in CALLS:
-        expected = inspect.signature(getattr(Method, name))
-        own = inspect.signature(getattr(cls, name))
-        try:
-            own.bind(*expected.parameters)
-        except TypeError as error:
-            arguments = ", ".join(expected.parameters)
-            raise ValueError(
-                f"{owner}: {cls.__name__}.{name} is defined as {name}{own}, but is called with "
-                f"({arguments}): {error}"
-            ) from None
 
 
 def configured(block: Mapping[str, Any]) -> Method:
