@@ -16,6 +16,7 @@ from tandem.engine.config.paths import process_kept
 from tandem.engine.config.rules import gpus, require
 from tandem.engine.config.schema import Config
 from tandem.engine.core.errors import ConfigError
+from tandem.engine.core.text import brief
 from tandem.rollout.backend import backend_class
 
 if TYPE_CHECKING:
@@ -28,13 +29,20 @@ def load(path: str | Path, overrides: Iterable[str] = (), redacted: bool = False
     """Read a YAML config, apply `key.sub=value` overrides, and check all of it, the method and
     a rollout backend of the user's own too.
 
-    Raises ConfigError. Paths are absolute in the result. `redacted` admits a config with secrets
+    Raises ConfigError, and TypeError unless `path` is a path and `overrides` a list of texts.
+
+    Paths are absolute in the result. `redacted` admits a config with secrets
     that were not written down, one that is only to be looked at.
     """
+    if not isinstance(path, (str, Path)):
+        raise TypeError(f"tandem.load takes the path of a config, not {brief(path)}")
+    if isinstance(overrides, str):
+        raise TypeError(f"overrides are a list of key=value texts, e.g. [{overrides!r}]")
     tree = read_tree(path, overrides)
     config = checked(tree, redacted)
-    with tree.told_where(), process_kept():
+    with tree.told_where("method"), process_kept():
         check_method(config)
+    with tree.told_where("rollout"), process_kept():
         if ":" in config.rollout.backend or config.rollout.backend_options:
             backend_class(config)
     return config

@@ -30,10 +30,15 @@ def find_config(name: str | Path) -> Path:
     text = str(name)
     if not text.startswith(PACKAGED):
         return Path(name).expanduser()
-    known = packaged()
-    if (wanted := text.removeprefix(PACKAGED)) not in known:
+    return from_package(text, packaged())
+
+
+def from_package(name: str, known: dict[str, Path]) -> Path:
+    """The file that `tandem:NAME` means. Raises ConfigError."""
+    wanted = name.removeprefix(PACKAGED)
+    if wanted not in known:
         raise ConfigError(
-            f"config {text!r}: no such config comes with the package"
+            f"config {name!r}: no such config comes with the package"
             f"{closest(wanted, known)}; `tandem configs` lists them"
         )
     return known[wanted]
@@ -44,9 +49,14 @@ def packaged() -> dict[str, Path]:
 
     Files whose name begins with _ are bases of others, and not listed.
     """
+    return {name: path for name, path in with_bases().items() if not path.name.startswith("_")}
+
+
+def with_bases() -> dict[str, Path]:
+    """`packaged`, and the files that are bases only."""
     folder = Path(__file__).resolve().parents[2] / "configs"
     found = {}
-    for path in sorted(folder.rglob("[!_]*.yaml")):
+    for path in sorted(folder.rglob("*.yaml")):
         found[path.relative_to(folder).with_suffix("").as_posix()] = path
     return found
 
@@ -79,7 +89,7 @@ def take_base(document: Document, path: Path) -> Path | None:
     name = document.value.pop("base", None)
     if name is None:
         return None
-    if not isinstance(name, str):
+    if not isinstance(name, str) or not name:
         raise ConfigError(
             f"base: found {brief(name)}, expected the name of a config file, set in {path}"
         )
@@ -98,7 +108,7 @@ def take_base(document: Document, path: Path) -> Path | None:
 def find_base(name: str, path: Path) -> Path:
     """The file of a base that comes with the package. Raises ConfigError."""
     try:
-        return find_config(name)
+        return from_package(name, with_bases())
     except ConfigError as error:
         raise ConfigError(f"{error} (base of {path})") from None
 

@@ -125,4 +125,8 @@ def read_number(kind: type, value: Any) -> float | int | None:
         number = float(value)
     except (TypeError, ValueError):
         return None
-    return None if math.isnan(number) or (kind is int and not number.is_integer()) else kind(number)
+    if math.isnan(number):
+        return None
+    if kind is int and not number.is_integer():
+        return None
+    return kind(number)

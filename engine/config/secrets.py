@@ -26,7 +26,8 @@ NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 WORDS = (
     r"api[-_]?keys?|access[-_]?keys?|private[-_]?keys?|secret[-_]?keys?|password|passwd|passphrase"
-    r"|secrets?|credentials?|authorization|bearer|(?:auth|access|api|hf|bot|refresh|secret)[-_]?token"
+    r"|secrets?|credentials?|authorization|bearer"
+    r"|(?:auth|access|api|hf|bot|refresh|secret)[-_]?token"
 )
 SECRET_KEY = re.compile(rf"(?:.*[-_.])?(?:{WORDS}|token|auth)", re.IGNORECASE)
 NO_SECRET = re.compile(

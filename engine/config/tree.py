@@ -83,20 +83,26 @@ class Tree:
         return f"in {self.file}"
 
     @contextmanager
-    def told_where(self) -> Iterator[None]:
-        """A ConfigError of the block names the file, and what of it was set elsewhere."""
+    def told_where(self, section: str = "") -> Iterator[None]:
+        """A ConfigError of the block names the file, and what of it was set elsewhere: the keys
+        that it names or, if it names none of them, all of `section`.
+        """
         try:
             yield
         except ConfigError as error:
-            places = "".join(f", {place}" for place in self.elsewhere(str(error)))
+            elsewhere = self.elsewhere(str(error)) or self.elsewhere("", section)
+            places = "".join(f", {place}" for place in elsewhere)
             raise ConfigError(f"{error} (config {self.file}{places})") from error.__cause__
 
-    def elsewhere(self, text: str) -> list[str]:
-        """'on the command line KEYS', 'in BASE KEYS' for keys in `text` that other places set."""
+    def elsewhere(self, text: str, section: str = "") -> list[str]:
+        """'on the command line KEYS', 'in BASE KEYS' for keys in `text`, or of `section`, that
+        other places set.
+        """
         found: dict[str, list[str]] = {}
         for path in leaves(self.values):
             key, origin = dotted(path), self.source(path)
-            if origin != f"in {self.file}" and is_named(key, text):
+            meant = is_named(key, text) or path[0] == section
+            if origin != f"in {self.file}" and meant:
                 found.setdefault(origin, []).append(key)
         return [f"{origin} {', '.join(sorted(keys))}" for origin, keys in sorted(found.items())]
 

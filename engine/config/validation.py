@@ -84,7 +84,7 @@ def unknown_key(path: tuple, tree: Tree) -> str:
     known = keys_of(without_none(hint_of(path[:-1])))
     candidates = list(known)
     if len(path) == 1:  # perhaps its section was left out
-        candidates = below_sections(str(key)) or candidates
+        candidates = below_sections(str(key)) or [*known, "base"]
     return (
         f"unknown key {brief(name)}{closest(key, candidates)}, set {tree.source(path)}; "
         f"known keys here: {', '.join(known)}"

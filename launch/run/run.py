@@ -10,6 +10,7 @@ from tandem.algorithms.checks.method import check_metrics
 from tandem.engine.config.paths import shown
 from tandem.engine.config.schema import Config
 from tandem.engine.core import stop
+from tandem.engine.core.text import brief
 from tandem.engine.core.types import EvalResult
 from tandem.engine.data.sources import RowError
 from tandem.engine.loop import train as loop
@@ -27,8 +28,13 @@ def train(config: Config) -> int:
     """Run a config to its end.
 
     Returns the exit code: 0 done, 75 stopped by a signal with a checkpoint to go on from, 130
-    stopped by Ctrl-C, with one too. Raises Stopped if a signal came before the loop began.
+    stopped by Ctrl-C, with one too. Raises Stopped if a signal came before the loop began, and
+    TypeError for what is no Config.
     """
+    if not isinstance(config, Config):
+        raise TypeError(
+            f"tandem.train takes a Config, not {brief(config)}; tandem.load(path) makes one"
+        )
     warning = check_group_size(config)
     if config.run.rollout_only:
         return generate(config, warning)

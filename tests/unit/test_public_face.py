@@ -48,3 +48,12 @@ def test_what_a_benchmark_imports_is_there(name):
     for module, attribute in sorted(imported_from_tandem(ROOT / "benchmarks" / name)):
         if not hasattr(import_module(module), attribute):
             import_module(f"{module}.{attribute}")
+
+
+def test_a_path_is_no_config_and_a_text_is_no_list():
+    with pytest.raises(TypeError, match=r"takes a Config, not 'c.yaml'; tandem.load\(path\)"):
+        tandem.train("c.yaml")
+    with pytest.raises(TypeError, match=r"a list of key=value texts, e.g. \['run.steps=1'\]"):
+        tandem.load("tandem:inline_debug", "run.steps=1")
+    with pytest.raises(TypeError, match="takes the path of a config"):
+        tandem.load({"mode": "inline"})

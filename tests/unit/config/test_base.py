@@ -155,3 +155,34 @@ def test_a_mistake_above_a_base_names_the_file_and_on_top_the_command_line(files
 def test_what_yaml_read_in_a_base_is_forgotten_where_it_is_replaced(files):
     base = BASE | {"run": {"name": True}}
     assert load(files(base=base, top={"base": "base.yaml", "run": {"name": "x"}})).run.name == "x"
+
+
+def test_a_file_that_is_a_base_only_can_be_named_as_one(files):
+    config = load(
+        files(top={"base": "tandem:methods/_tiny_sort_rl", "mode": "inline", "method": "grpo"}),
+        ["method={name: grpo}"],
+    )
+    assert config.data.prompts.path == "task:sort"
+    assert "tandem:methods/_tiny_sort'" in error("tandem:methods/_tiny_sort")
+
+
+@pytest.mark.parametrize("key", ["bse", "Base"])
+def test_a_misspelt_base_is_named(files, key):
+    assert "did you mean 'base'" in error(files(top=BASE | {key: "base.yaml"}))
+
+
+def test_an_empty_base_is_no_file(files):
+    assert "base: found '', expected the name" in error(files(top=BASE | {"base": ""}))
+
+
+@pytest.mark.parametrize("overrides", [["method.name=gpro"], ["method.policy.clip_hgh=1"]])
+def test_a_mistake_in_a_method_says_where_its_options_were_set(files, overrides):
+    said = error(files(top=BASE), *overrides)
+    key = overrides[0].partition("=")[0]
+    assert f"on the command line {key}" in said
+
+
+def test_a_mistake_in_the_method_of_a_base_names_the_base(files):
+    bad = BASE | {"method": {"name": "gpro"}}
+    said = error(files(bad=bad, top={"base": "bad.yaml"}))
+    assert "bad.yaml method.name" in said
