@@ -15,7 +15,7 @@ from tandem.engine.core.loading import UserCode
 from tandem.engine.core.types import GenRequest, Installed, Trajectory
 from tandem.engine.weights.receiver import ChannelInfo, Parameters, Receiver
 from tandem.rollout.backend import Backend, CacheCounts, backend_class
-from tandem.rollout.trajectories import checked_answer
+from tandem.rollout.trajectories import checked_answer, checked_installed
 
 
 class EngineActor:
@@ -91,7 +91,7 @@ class EngineActor:
             await self.backend.update_weights({"named": named})
 
     async def finish_weight_update(self, version: int) -> Installed:
-        installed = await self.backend.finish_weight_update(version)
+        installed = checked_installed(await self.backend.finish_weight_update(version))
         self.stale = self.in_update = False
         return installed
 

@@ -21,7 +21,7 @@ from tandem.engine.core import stop
 from tandem.engine.core.errors import EngineDied, RolloutPoolExhausted
 from tandem.engine.core.types import GenRequest, Installed, Trajectory
 from tandem.rollout.backend import Backend, backend_class
-from tandem.rollout.trajectories import checked_answer, sampled
+from tandem.rollout.trajectories import checked_answer, checked_installed, sampled
 
 
 class LocalPool:
@@ -87,7 +87,7 @@ class LocalPool:
         async def update() -> Installed:
             await self.backend.start_weight_update()
             await self.backend.update_weights({"named": named})
-            return await self.backend.finish_weight_update(version)
+            return checked_installed(await self.backend.finish_weight_update(version))
 
         return [self.loop.run_until_complete(update())]
 

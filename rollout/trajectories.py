@@ -1,4 +1,4 @@
-"""What a backend sampled, as a Trajectory."""
+"""What a backend sampled, as a Trajectory, and whether its answers are what they must be."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tandem.engine.core.errors import ConfigError
-from tandem.engine.core.types import Finish, GenRequest, Source, Trajectory
+from tandem.engine.core.types import Finish, GenRequest, Installed, Source, Trajectory
 
 
 def trajectory(
@@ -76,6 +76,16 @@ def checked_answer(request: GenRequest, answer: Any) -> tuple[Trajectory, ...]:
                 f"{request.prompt.id!r}, expected a Trajectory (rollout/trajectories.py makes one)"
             )
     return tuple(answer)
+
+
+def checked_installed(answer: Any) -> Installed:
+    """What a backend's `finish_weight_update` returned. Raises ConfigError for anything else."""
+    if not isinstance(answer, Installed):
+        raise ConfigError(
+            f"rollout.backend: `finish_weight_update` returned {answer!r}, expected an Installed "
+            "(what it received, its version, and the digest of its active weights)"
+        )
+    return answer
 
 
 def sampled(trajectories: Sequence[Trajectory]) -> int:

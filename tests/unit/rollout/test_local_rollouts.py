@@ -300,3 +300,14 @@ def test_a_backend_that_dies_in_the_runs_own_process_ends_the_run(folder):
         rollouts.submit(request(0)).result()
     with pytest.raises(RolloutPoolExhausted, match="HFBackend raised EngineDied"):
         rollouts.restart_dead()
+
+
+def test_an_update_that_is_not_confirmed_is_refused(folder):
+    rollouts = pool(folder)
+
+    async def nothing(version):
+        return None
+
+    rollouts.backend.finish_weight_update = nothing
+    with pytest.raises(ConfigError, match="`finish_weight_update` returned None, expected an Ins"):
+        rollouts.install([], version=1)
