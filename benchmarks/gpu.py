@@ -146,9 +146,9 @@ def learner(args, name: str) -> None:
         for _ in range(count)
     ]
     work, times = flops(policy, count, args.sequence), []
-    for step in range(args.steps + 2):
+    for _ in range(args.steps + 2):
         plan = StepPlan(
-            step, terms, denominators(terms, rows), pack(rows, terms, 1, args.tokens, 0), 1e-6
+            terms, denominators(terms, rows), pack(rows, terms, 1, args.tokens, 0), 1e-6
         )
         wait(device)
         began = time.perf_counter()

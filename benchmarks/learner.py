@@ -77,7 +77,6 @@ def throughput(args, path: str) -> None:
     def ours() -> float:
         def step():
             plan = StepPlan(
-                0,
                 terms,
                 denominators(terms, rows),
                 pack(rows, terms, 1, args.micro_batch_tokens, 0),

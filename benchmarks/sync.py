@@ -87,9 +87,7 @@ def main() -> None:
     )
 
     def step():
-        return StepPlan(
-            0, (term,), denominators((term,), [row]), pack([row], (term,), 1, 64, 0), 1e-5
-        )
+        return StepPlan((term,), denominators((term,), [row]), pack([row], (term,), 1, 64, 0), 1e-5)
 
     prompt = Prompt("p", np.random.default_rng(0).integers(100, 200, 200).astype(np.int32), "")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tandem.engine.core.errors import EngineDied
+from tandem.engine.core.text import first_line
 
 
 def cause_of(error: BaseException) -> BaseException:
@@ -10,9 +11,10 @@ def cause_of(error: BaseException) -> BaseException:
     return getattr(error, "cause", None) or error
 
 
-def first_line(error: BaseException) -> str:
-    """Ray's errors are a page long."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+def reason(error: BaseException) -> str:
+    """What the engine raised, in a line: Ray's errors are a page long."""
+    cause = cause_of(error)
+    return f"{type(cause).__name__}: {first_line(cause)}"
 
 
 def is_death(error: BaseException) -> bool:

@@ -262,7 +262,6 @@ class StepPlan:
     equally many.
     """
 
-    step: int
     terms: tuple[Any, ...]  # algorithms.base.Term
     denominators: Mapping[str, float]  # {term: Z}, counted over the whole global batch
     micro_batches: tuple[tuple[MicroBatch, ...], ...]  # [rank][k]

@@ -96,7 +96,6 @@ def make_plan(
     )
     needs_entropy = any("entropy" in term.needs for term in work.terms)
     return StepPlan(
-        step=work.step,
         terms=tuple(work.terms),
         denominators=z,
         temperature=work.temperature,

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tandem.engine.core.errors import EngineDied, SyncError
+from tandem.engine.core.text import first_line
 
 POLL = 0.0003  # seconds
 NAME = "tandem_weights"
@@ -68,8 +69,7 @@ class Gloo:
         try:
             work.wait()
         except RuntimeError as error:  # gloo says so as soon as a peer closes its connection
-            first_line = str(error).splitlines()[0]
-            raise EngineDied(f"an engine left the weight transfer: {first_line}") from error
+            raise EngineDied(f"an engine left the weight transfer: {first_line(error)}") from error
 
     def receive(self, sizes: Iterable[int]) -> Iterator[Tensor]:
         def begin(size: int) -> tuple[Tensor, dist.Work]:

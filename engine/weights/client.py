@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tandem.engine.core.errors import EngineDied, SyncError
+from tandem.engine.core.text import first_line
 
 
 class PoolClient:
@@ -82,8 +83,7 @@ def answer_of(ref, engine: int, method: str) -> Any:
     try:
         return ray.get(ref)
     except RayActorError as error:
-        first_line = str(error).splitlines()[0]
-        raise EngineDied(f"engine {engine} died in {method}: {first_line}") from error
+        raise EngineDied(f"engine {engine} died in {method}: {first_line(error)}") from error
     except RayTaskError as error:
         if isinstance(error.cause, EngineDied):
             raise EngineDied(f"engine {engine} failed in {method}: {error.cause}") from error

@@ -11,6 +11,7 @@ import numpy as np
 
 from tandem.engine.config.schema import RewardConfig
 from tandem.engine.core.errors import ConfigError
+from tandem.engine.core.text import shorten
 from tandem.engine.core.types import RewardError
 from tandem.rollout.rewards.api import Call, Reply, Signature, ground_truth
 from tandem.rollout.rewards.runner import RewardRunner
@@ -44,7 +45,7 @@ def check(
                     f"data: row {i} has no column {prompt!r}; it has {', '.join(row)}"
                 )
             right = row[response] if response else str(ground_truth(row).get("ground_truth", ""))
-            lines.append(f"row {i}: {short(right)!r} and an empty completion")
+            lines.append(f"row {i}: {shorten(right)!r} and an empty completion")
             for number, signature in enumerate(runner.signatures):
                 replies = [
                     runner.call(number, call).result()
@@ -96,7 +97,3 @@ def shown(replies: Sequence[Reply]) -> str:
     seconds = max(reply.seconds for reply in replies)
     returned = replies[0].returned or "nothing"
     return f"{'   '.join(values)}   returns {returned}, {seconds:.3f} s"
-
-
-def short(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -12,13 +12,15 @@ import re
 BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|([^\s{}$]))")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 WRAPPER = re.compile(
-    r"\\(?:text|textbf|textit|textrm|textsf|texttt|mathrm|mathbf|mathit|mathsf|mbox|operatorname)\s*\{([^{}]*)\}"
+    r"\\(?:text|textbf|textit|textrm|textsf|texttt|mathrm|mathbf|mathit|mathsf|mbox|operatorname)"
+    r"\s*\{([^{}]*)\}"
 )
 SPACING = re.compile(r"\\[()\[\],;:! ]|~")  # LaTeX's spaces, and the marks of its formulas
 AROUND = " \t\r\n.,:;!?\"'`*_$()[]{}"
 WORDS = re.compile(r"[^\W\d_]+(?:[ '\u2019][^\W\d_]+|-[^\W\d_]{3,})*")
 DATE = re.compile(
-    r"\d{4}-\d{1,2}-\d{1,2}|\d{4}/\d{1,2}/\d{1,2}|\d{1,2}/\d{1,2}/\d{4}|\d{1,2}\.\d{1,2}\.\d{4}|\d{1,2}-\d{1,2}-\d{4}"
+    r"\d{4}-\d{1,2}-\d{1,2}|\d{4}/\d{1,2}/\d{1,2}"
+    r"|\d{1,2}/\d{1,2}/\d{4}|\d{1,2}\.\d{1,2}\.\d{4}|\d{1,2}-\d{1,2}-\d{4}"
 )
 FORMULA = re.compile(r"\$([^$\n]+)\$")
 ANSWER = re.compile(r"(?i:\banswer)(?:\*\*)?\s*(?:is|:|=)\s*:?\s*([^\n]+)")

@@ -64,7 +64,8 @@ class VllmBackend(Backend):
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        import tandem.rollout.vllm.worker  # noqa: F401  registers the transports; vLLM checks their names here as well
+        # registers the transports; vLLM checks their names in this process as well
+        import tandem.rollout.vllm.worker  # noqa: F401
 
         imported = time.perf_counter()
         arguments = AsyncEngineArgs(**engine_arguments(model_path, config, seed))

@@ -355,7 +355,7 @@ def test_an_objective_that_cannot_be_sent_is_named(held, said):
 
     good = Term("good", lambda tokens: (tokens.logp, {}))
     bad = Term("bad", lambda tokens: (tokens.logp, {"held": held}))
-    plan = StepPlan(0, (good, bad), {}, (), learning_rate=1.0, temperature=1.0)
+    plan = StepPlan((good, bad), {}, (), learning_rate=1.0, temperature=1.0)
     with pytest.raises(ConfigError, match=f"the term 'bad' of the method cannot be sent .*{said}"):
         check_sendable(plan)
 

@@ -119,7 +119,6 @@ def siblings(rows):
 
 def make_plan(rows, ranks=1, budget=64, terms=TERMS, share_prompts=False, **changes):
     plan = StepPlan(
-        0,
         tuple(terms),
         denominators(terms, rows),
         pack(rows, terms, ranks, budget, version=0, share_prompts=share_prompts),

@@ -348,7 +348,7 @@ def test_carft_trains_the_same_however_it_is_packed_and_draws_answers_closer(mod
                 for g in set(micro.group.tolist())
             ), "a group was torn"
         plan = StepPlan(
-            0, terms, denominators(terms, rows), micros, learning_rate=1e-3, forward=method.forward
+            terms, denominators(terms, rows), micros, learning_rate=1e-3, forward=method.forward
         )
         reports.append(rank.step(plan).metrics)
         seen.append(rank.step(plan).metrics["contrast/similarity"])

@@ -219,7 +219,7 @@ def test_names_of_terms(name, tmp_path):
     learner = InlineLearner.start(Config(model=ModelConfig(model)), model, PolicySpec())
     micro_batches = pack(rows, terms, 1, 64, version=0)
     for entropy in (False, True):
-        plan = StepPlan(0, terms, denominators(terms, rows), micro_batches, 1e-4, entropy=entropy)
+        plan = StepPlan(terms, denominators(terms, rows), micro_batches, 1e-4, entropy=entropy)
         metrics = learner.step(plan).metrics
         assert metrics[f"loss/{name}"] > 0 and 0 < metrics[f"{name}/p"] < 1
         assert "entropy" not in metrics, "there is no token of the policy"
