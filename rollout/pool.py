@@ -26,7 +26,7 @@ from tandem.engine.core.loading import user_code
 from tandem.engine.core.types import GenRequest, Installed, Trajectory
 from tandem.rollout.actor import EngineActor, end_of, log_path
 from tandem.rollout.backend import backend_class, overrides
-from tandem.rollout.ray_errors import cause_of, is_death, reason
+from tandem.rollout.ray_errors import cause_of, is_death, why_died
 from tandem.rollout.trajectories import sampled
 
 CLOSE_SECONDS = 20.0  # for an engine to end by itself
@@ -200,7 +200,7 @@ class EnginePool:
             try:
                 ray.get(ref, timeout=self.config.rollout.request_timeout)
             except RayError as error:
-                self.kill_engine(slot, slot.handle, reason(error))
+                self.kill_engine(slot, slot.handle, why_died(error))
 
     def logprobs(self, tokens: np.ndarray) -> dict[int, np.ndarray]:
         """{engine: Backend.logprobs of `tokens`}; only where the pool `can_score_logprobs`.
@@ -220,7 +220,7 @@ class EnginePool:
             except RayError as error:
                 if not is_death(error) and not isinstance(error, GetTimeoutError):
                     raise
-                self.kill_engine(slot, slot.handle, reason(error))
+                self.kill_engine(slot, slot.handle, why_died(error))
         return found
 
     def work(self) -> None:
@@ -251,7 +251,7 @@ class EnginePool:
         """One answer of an engine."""
         error = done.exception()
         if error is not None and is_death(error):
-            self.kill_engine(slot, handle, reason(error))
+            self.kill_engine(slot, handle, why_died(error))
             return
         with self.lock:
             pending = self.pop_pending(slot, ref)
@@ -334,7 +334,7 @@ class EnginePool:
                     reason = "a weight update was begun and never finished"
                     self.kill_engine(slot, slot.handle, reason)
             except RayError as error:
-                self.kill_engine(slot, slot.handle, reason(error))
+                self.kill_engine(slot, slot.handle, why_died(error))
 
     # -- the rest
 

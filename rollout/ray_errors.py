@@ -11,7 +11,7 @@ def cause_of(error: BaseException) -> BaseException:
     return getattr(error, "cause", None) or error
 
 
-def reason(error: BaseException) -> str:
+def why_died(error: BaseException) -> str:
     """What the engine raised, in a line: Ray's errors are a page long."""
     cause = cause_of(error)
     return f"{type(cause).__name__}: {first_line(cause)}"
