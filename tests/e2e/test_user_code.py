@@ -65,6 +65,9 @@ class Mine(Method):
     def objective(self, tokens):
         return self.option * tokens, {{}}
 
+    def rows(self, batch):
+        return []
+
     def terms(self, batch):
         @dataclass
         class Local:
