@@ -138,14 +138,11 @@ class Method:
     # Experimental, for methods whose log-probs are not those of the tokens' own context, or that
     # need more than log-probs (IFT, CARFT): what the learner calls in the place of Policy.forward
     # in every step, a picklable callable
-    #   forward(policy, tokens, positions, index, target, temperature, chunk, entropy, tags) ->
-    #   (logp [n], entropy [n] | None, value [n] | None, {name: [n]})
-    # with the arguments of Policy.forward and tags {segment, group, source: [n]}; the extra streams
-    # are `tokens.extra` of every objective. A row's last trained token is a target, but not among
-    # the tokens (see MicroBatch): behind its position another row begins. It runs on the policy's
-    # modules (trunk, head, critic), all of them in the same order on every rank, and every
-    # parameter takes part, if only times zero: ZeRO-3 would keep the last step's gradient of one
-    # that does not. Log-probs from before the update remain the ordinary ones.
+    #   forward(policy: Policy, view: View) -> {name: float32 [n]}
+    # with what Policy.forward returns and more, which are streams of every objective's tokens. It
+    # runs on the policy's modules (trunk, head, critic), all of them in the same order on every
+    # rank, and every parameter takes part, if only times zero: ZeRO-3 would keep the last step's
+    # gradient of one that does not. Log-probs from before the update remain the ordinary ones.
     forward: ClassVar[Callable | None] = None
     # dimensions of the critic's hidden layer, 0: a linear critic
     embedding: ClassVar[int] = 0

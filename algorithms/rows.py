@@ -18,8 +18,10 @@ def policy_row(trajectory: Trajectory, advantage: float, term: str) -> Row:
         tokens=trajectory.tokens,
         source=trajectory.source,
         weights={term: mask},
-        advantage=mask * np.float32(advantage),
-        behaviour_logp=trajectory.behaviour_logp,
+        streams={
+            "advantage": mask * np.float32(advantage),
+            "behaviour_logp": trajectory.behaviour_logp,
+        },
         version=trajectory.version,
         group=trajectory.group,
         prompt_id=trajectory.prompt_id,

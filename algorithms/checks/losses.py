@@ -15,13 +15,18 @@ import torch
 from torch import Tensor
 
 from tandem.algorithms.base import Term
-from tandem.algorithms.checks.method import GIVEN_STREAMS, kind
-from tandem.algorithms.parts.objectives.tokens import Tokens
+from tandem.algorithms.checks.method import kind
+from tandem.algorithms.parts.objectives.tokens import (
+    MODEL_STREAMS,
+    PARTIAL_STREAMS,
+    SCORED_STREAMS,
+    Tokens,
+)
 from tandem.engine.core.errors import MethodError
 from tandem.engine.core.types import MicroBatch
 
-ON_REQUEST = ("entropy", "value")  # a term that does not name them in `needs` does not see them
-SCORED = ("ref_logp", "old_value")  # the same once another term asked: else rows bring their own
+# the same once another term asked for them: else rows bring their own
+HIDDEN_IF_ASKED = ("ref_logp", "old_value")
 
 
 def visible_streams(term: Term, terms: Sequence[Term], tokens: Tokens) -> Tokens:
@@ -32,14 +37,17 @@ def visible_streams(term: Term, terms: Sequence[Term], tokens: Tokens) -> Tokens
     not on others.
     """
     for need in term.needs:
-        if need not in tokens.extra and getattr(tokens, need, None) is None:
+        if need not in tokens:
             raise MethodError(
                 f"term {term.name!r} needs {need!r}, which this step does not have "
                 "(see docs/methods.md on streams)"
             )
-    requested = [name for name in SCORED if any(name in other.needs for other in terms)]
-    hidden = {name: None for name in (*ON_REQUEST, *requested) if name not in term.needs}
-    return replace(tokens, **hidden)
+    asked = [name for name in HIDDEN_IF_ASKED if any(name in other.needs for other in terms)]
+    hidden = {name for name in (*MODEL_STREAMS, *asked) if name not in term.needs}
+    if hidden.isdisjoint(tokens.streams):
+        return tokens
+    seen = {name: stream for name, stream in tokens.streams.items() if name not in hidden}
+    return replace(tokens, streams=seen)
 
 
 def check_vocabulary(micro: MicroBatch, size: int) -> None:
@@ -89,23 +97,21 @@ def call_objective(where: str, term: Term, tokens: Tokens):
     try:
         return term.objective(tokens)
     except (TypeError, AttributeError, KeyError) as error:
-        absent = [name for name in Tokens.__dataclass_fields__ if getattr(tokens, name) is None]
-        if not absent:
-            raise
+        known = (*MODEL_STREAMS, *SCORED_STREAMS, "advantage", "returns", "behaviour_logp")
+        absent = [name for name in known if name not in tokens]
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise MethodError(
             f"{where} raised {type(error).__name__}: {error}\n"
-            f"at {frame.filename}:{frame.lineno}, in {frame.name}. "
-            f"Streams it does not have here: {', '.join(absent)}; the term must name in `needs` "
-            "what it reads of entropy, value, old_value, ref_logp and old_logp (tokens.old needs "
-            "no asking), and rows must bring their advantage and returns"
+            f"at {frame.filename}:{frame.lineno}, in {frame.name}. Streams are read "
+            f"as tokens['advantage']. Streams it does not have here: {', '.join(absent)}; the term "
+            "must name in `needs` what it reads of entropy, value, old_value, ref_logp and "
+            "old_logp (tokens.old needs no asking), and rows must bring all others"
         ) from error
 
 
 def check_attached(where: str, term: Term, tokens: Tokens, loss: Tensor) -> None:
     """A loss without a graph trains nothing. Where it is 0 everywhere there is nothing to train."""
-    inputs = [tokens.logp, tokens.entropy, tokens.value, *tokens.extra.values()]
-    attached = any(one is not None and one.requires_grad for one in inputs)
+    attached = any(one.requires_grad for one in (tokens.logp, *tokens.streams.values()))
     if loss.requires_grad or not attached or not torch.is_grad_enabled():
         return
     if term.coefficient != 0 and bool(loss.any()):
@@ -117,11 +123,11 @@ def check_attached(where: str, term: Term, tokens: Tokens, loss: Tensor) -> None
 
 
 def check_missing_streams(term: Term, micro: MicroBatch, tokens: Tokens, loss: Tensor) -> None:
-    """Rows without an advantage (or returns) beside rows that have one are NaN there: fine for an
-    objective that does not look at them, else its loss is NaN."""
+    """Rows without a stream of the method's own beside rows that have it are NaN there: fine for an
+    objective that does not look at it, else its loss is NaN."""
     mine = np.flatnonzero(micro.weights[term.name])
-    for name in GIVEN_STREAMS:
-        if name not in micro.streams:
+    for name in micro.streams:
+        if name in (*SCORED_STREAMS, *PARTIAL_STREAMS):
             continue
         missing = np.isnan(micro.streams[name][mine])
         if not missing.any():
@@ -130,8 +136,8 @@ def check_missing_streams(term: Term, micro: MicroBatch, tokens: Tokens, loss: T
         if bool((at & loss.isnan() & tokens.logp.isfinite()).any()):
             raise MethodError(
                 f"term {term.name!r}: its objective is NaN on tokens whose row has no {name}, "
-                f"while other rows of the term have one; set Row.{name} in all of them, or give "
-                "these rows a term of their own"
+                f"while other rows of the term have one; set Row.streams[{name!r}] in all of them, "
+                "or give these rows a term of their own"
             )
 
 

@@ -18,15 +18,12 @@ from numbers import Integral
 import numpy as np
 
 from tandem.algorithms.base import Demand, Method, Term
-from tandem.algorithms.parts.objectives.tokens import Tokens
+from tandem.algorithms.parts.objectives.tokens import TOKEN_FIELDS
 from tandem.engine.core.errors import MethodError
-from tandem.engine.core.text import closest
 from tandem.engine.core.types import GenRequest
 
-KNOWN_STREAMS = (*Tokens.__dataclass_fields__, "old")
 CRITIC_STREAMS = ("value", "old_value")
 LINE_KEYS = ("step", "seconds")  # of every line of metrics.jsonl
-GIVEN_STREAMS = ("advantage", "returns")  # a method fills them in itself, in rows or credit
 
 
 def title(method: Method) -> str:
@@ -184,7 +181,7 @@ def check_coefficient(where: str, coefficient: float) -> None:
 
 
 def check_needs(where: str, term: Term, method: Method) -> None:
-    """Streams that this run has. With a forward of the method's own any name may be one."""
+    """Streams that this run can have. That rows bring their own is checked after `credit`."""
     if isinstance(term.needs, str):
         raise MethodError(
             f"{where}: its needs is the text {term.needs!r}, expected a set of "
@@ -196,10 +193,10 @@ def check_needs(where: str, term: Term, method: Method) -> None:
             "for none"
         )
     for need in term.needs:
-        if need not in KNOWN_STREAMS and method.forward is None:
+        if not isinstance(need, str) or need in (*TOKEN_FIELDS, "old"):
             raise MethodError(
-                f"{where}: it needs {need!r}, which is no stream"
-                f"{closest(str(need), KNOWN_STREAMS)}; known: {', '.join(KNOWN_STREAMS)}"
+                f"{where}: it needs {need!r}, expected the name of a stream; "
+                f"{', '.join(TOKEN_FIELDS)} and old are always there"
             )
         own_value = need == "value" and method.forward is not None
         if need in CRITIC_STREAMS and not method.critic and not own_value:

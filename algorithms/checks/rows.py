@@ -13,25 +13,21 @@ from numbers import Integral
 import numpy as np
 
 from tandem.algorithms.base import Batch, Method, Term
-from tandem.algorithms.checks.method import GIVEN_STREAMS, check_list, kind, title
+from tandem.algorithms.checks.method import check_list, kind, title
+from tandem.algorithms.parts.objectives.tokens import (
+    MODEL_STREAMS,
+    PARTIAL_STREAMS,
+    SCORED_STREAMS,
+    TOKEN_FIELDS,
+)
 from tandem.engine.core.errors import CarrierError, MethodError
 from tandem.engine.core.text import closest
 from tandem.engine.core.types import Row
 
-# {array of a Row: the kinds of numpy dtype it may have}
-ROW_ARRAYS = {
-    "tokens": "iu",
-    "source": "iu",
-    "version": "iu",
-    "advantage": "fiub",
-    "behaviour_logp": "fiub",
-    "old_logp": "fiub",
-    "ref_logp": "fiub",
-    "old_value": "fiub",
-    "returns": "fiub",
-}
-WEIGHT_KINDS = "fiub"
-KIND_NAMES = {"iu": "integers", "fiub": "real numbers"}
+# kinds of numpy dtype
+INTEGERS = "iu"
+REAL_NUMBERS = "fiub"
+KIND_NAMES = {INTEGERS: "integers", REAL_NUMBERS: "real numbers"}
 
 
 def ask_rows(method: Method, batch: Batch) -> Sequence[Row]:
@@ -100,18 +96,21 @@ def check_credit(
     for number, row in enumerate(rows):
         check_row(label(where, number, row), row, terms)
     for term in terms:
-        for need in GIVEN_STREAMS:
-            if need in term.needs:
+        for need in term.needs:
+            if need not in (*MODEL_STREAMS, *SCORED_STREAMS, *PARTIAL_STREAMS):
                 check_given(method, rows, term, need)
     return list(rows)
 
 
 def check_row(where: str, row: Row, terms: Sequence[Term]) -> None:
     length = len(row.tokens)
-    for name, kinds in ROW_ARRAYS.items():
+    for name in ("tokens", "source", "version"):
         array = getattr(row, name)
         if array is not None:
-            check_array(f"{where}: {name}", array, length, kinds)
+            check_array(f"{where}: {name}", array, length, INTEGERS)
+    for name, stream in row.streams.items():
+        check_stream_name(where, name)
+        check_array(f"{where}: streams[{name!r}]", stream, length, REAL_NUMBERS)
     if (row.tokens < 0).any():
         raise MethodError(f"{where}: a token is {row.tokens.min()}, expected ids of the vocabulary")
     if not isinstance(row.group, Integral):
@@ -120,11 +119,22 @@ def check_row(where: str, row: Row, terms: Sequence[Term]) -> None:
             "(batch.groups[i].group), or -1 for a row of none"
         )
     check_weights(where, row, terms)
-    if row.advantage is not None:
+    advantage = row.streams.get("advantage")
+    if advantage is not None:
         check_numbers(
-            f"{where}: advantage",
-            np.where(row.trained, row.advantage, 0),
+            f"{where}: streams['advantage']",
+            np.where(row.trained, advantage, 0),
             "which is trained; expected finite numbers (0: the token counts, but is not pushed)",
+        )
+
+
+def check_stream_name(where: str, name: str) -> None:
+    if not isinstance(name, str) or not name:
+        raise MethodError(f"{where}: a stream is named {name!r}, expected a word")
+    if name in (*TOKEN_FIELDS, *MODEL_STREAMS):
+        raise MethodError(
+            f"{where}: it brings a stream {name!r}, a name that tokens have for something "
+            "else; choose another"
         )
 
 
@@ -132,7 +142,7 @@ def check_weights(where: str, row: Row, terms: Sequence[Term]) -> None:
     names = [term.name for term in terms]
     for name, weight in row.weights.items():
         here = f"{where}: weights[{name!r}]"
-        check_array(here, weight, len(row.tokens), WEIGHT_KINDS)
+        check_array(here, weight, len(row.tokens), REAL_NUMBERS)
         check_numbers(
             here, weight, "expected finite numbers (0: the token is not part of the term)"
         )
@@ -178,16 +188,21 @@ def check_numbers(where: str, values: np.ndarray, expected: str) -> None:
 
 def check_given(method: Method, rows: Sequence[Row], term: Term, need: str) -> None:
     """Every row of the term has the stream that its objective needs and the method gives."""
+    given = {name for row in rows for name in row.streams}
+    if need not in given and method.forward is not None:
+        return  # it may be one of the forward's
     for number, row in enumerate(rows):
         weight = row.weights.get(term.name)
         if weight is None or not weight.any():
             continue
-        stream = getattr(row, need)
+        stream = row.streams.get(need)
         if stream is None or not np.isfinite(stream[weight != 0]).all():
             where = label(title(method), number, row)
+            known = sorted({*given, *MODEL_STREAMS, *SCORED_STREAMS} - {need})
             raise MethodError(
-                f"{where}: term {term.name!r} needs {need!r}, which the row lacks on "
-                f"some of the term's tokens; set Row.{need} in rows() or credit()"
+                f"{where}: term {term.name!r} needs {need!r}{closest(need, known)}, which the row "
+                f"lacks on some of the term's tokens; set Row.streams[{need!r}] in rows() or "
+                "credit()"
             )
 
 

@@ -99,5 +99,5 @@ def demonstration_row(group: ScoredGroup) -> Row:
     advantage = grpo([group.rewards])[0][-1]
     row = expert_row(group.trajectories[-1], "demo_sft")
     mask = row.weights["demo_sft"]
-    row = replace(row, advantage=mask * advantage, group=group.group)
+    row = replace(row, group=group.group).with_streams(advantage=mask * advantage)
     return row.with_term("demo_rl", mask.copy())

@@ -80,15 +80,16 @@ class Critic:
                 "critic that is not trained says 0 forever"
             )
 
-    def row(self, row: Row, trajectory: Trajectory) -> Row:
-        """The row with the value term's weights.
+    def row(self, row: Row, trajectory: Trajectory, reward: float) -> Row:
+        """The row with the value term's weights and its `reward`, until `credit` makes an advantage
+        and returns of it.
 
         To ask for the value of the state a response was cut in, it gets one more token, which
         `credit` removes: the value there does not depend on the token, and nothing is trained on
         it.
         """
         mask = row.weights["policy"]
-        row = row.with_term("value", mask.copy())
+        row = row.with_term("value", mask.copy()).with_streams(reward=np.float32(reward))
         if self.bootstrap and trajectory.finish == Finish.LENGTH and mask.any():
             return lengthened(row)
         return row
@@ -102,9 +103,7 @@ class Critic:
         return [Term("value", objective, reduction, whole, needs=frozenset(needs))]
 
     def credit(self, rows: Sequence[Row], batch: Batch) -> list[Row]:
-        """Replace the rewards, which the rows carry as their advantage until here, by advantages
-        and returns per token.
-        """
+        """The rows with advantages and returns per token in the place of their reward."""
         rows = list(rows)
         beta = self.kl(batch.step, batch.signals)
         episodes: dict[int, Episode] = {}
@@ -116,10 +115,10 @@ class Critic:
         if self.whiten:
             advantages = whiten(advantages, [np.ones(len(a)) for a in advantages])
         for (i, episode), advantage in zip(episodes.items(), advantages, strict=True):
-            rows[i] = replace(
-                rows[i],
+            rows[i] = rows[i].with_streams(
                 advantage=on_steps(advantage, episode.steps, rows[i]),
                 returns=on_steps(episode.returns, episode.steps, rows[i]),
+                reward=None,
             )
         return rows
 
@@ -135,7 +134,7 @@ class Critic:
         if beta:  # the policy answers for what it sampled itself only
             log_ratio = at(row, "old_logp", steps) - at(row, "ref_logp", steps)
             rewards -= beta * np.where(row.source[steps] == Source.POLICY, log_ratio, 0.0)
-        rewards[-1] += at(row, "advantage", steps)[-1]
+        rewards[-1] += at(row, "reward", steps)[-1]
         values = at(row, "old_value", steps)
         advantages, returns = gae(rewards, values, last, self.gamma, self.lam)
         return row, Episode(steps, advantages, returns)
@@ -175,43 +174,35 @@ def on_steps(values: np.ndarray, steps: np.ndarray, row: Row) -> np.ndarray:
 
 def lengthened(row: Row) -> Row:
     """The row with one more token, whose value is asked for and which trains nothing else."""
-    added = {
-        "tokens": 0,
-        "source": Source.TOOL,
-        "advantage": 0,
-        "behaviour_logp": np.nan,
-        "version": -1,
-    }
-    streams = {}
-    for name, value in added.items():
-        stream = getattr(row, name)
-        streams[name] = None if stream is None else np.append(stream, stream.dtype.type(value))
     weights = {}
     for term, weight in row.weights.items():
-        weights[term] = np.append(weight, weight.dtype.type(term == "value"))
-    return replace(row, weights=weights, **streams)
+        weights[term] = longer(weight, term == "value")
+    return replace(
+        row,
+        tokens=longer(row.tokens, 0),
+        source=longer(row.source, Source.TOOL),
+        weights=weights,
+        streams={name: longer(stream, np.nan) for name, stream in row.streams.items()},
+        version=None if row.version is None else longer(row.version, -1),
+    )
+
+
+def longer(values: np.ndarray, last: float) -> np.ndarray:
+    return np.append(values, values.dtype.type(last))
 
 
 def shortened(row: Row) -> Row:
     """The row without its last token."""
-    names = (
-        "tokens",
-        "source",
-        "advantage",
-        "behaviour_logp",
-        "old_logp",
-        "ref_logp",
-        "old_value",
-        "version",
+    return replace(
+        row,
+        tokens=row.tokens[:-1],
+        source=row.source[:-1],
+        weights={term: weight[:-1] for term, weight in row.weights.items()},
+        streams={name: stream[:-1] for name, stream in row.streams.items()},
+        version=None if row.version is None else row.version[:-1],
     )
-    streams = {}
-    for name in names:
-        stream = getattr(row, name)
-        streams[name] = None if stream is None else stream[:-1]
-    weights = {term: weight[:-1] for term, weight in row.weights.items()}
-    return replace(row, weights=weights, **streams)
 
 
 def at(row: Row, stream: str, steps: np.ndarray) -> np.ndarray:
     """[n]: a stream of the row, one that it has, at `steps`."""
-    return getattr(row, stream)[steps]
+    return row.streams[stream][steps]

@@ -176,6 +176,7 @@ class DemoLoss:
 
 def known_before(row: Row, mask: np.ndarray) -> Before:
     """Of the row's tokens `mask`, int [n]."""
-    assert row.old_logp is not None, "a row has no old_logp"
-    ref_logp = None if row.ref_logp is None else row.ref_logp[mask]
-    return Before(row.old_logp[mask], ref_logp)
+    ref_logp = row.streams.get("ref_logp")
+    if ref_logp is not None:
+        ref_logp = ref_logp[mask]
+    return Before(row.streams["old_logp"][mask], ref_logp)

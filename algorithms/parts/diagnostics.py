@@ -16,13 +16,14 @@ def critic_diagnostics(rows: Sequence[Row]) -> dict[str, float]:
     returns, values, kl = [], [], []
     for row in rows:
         # a method of one's own may have returns alone
-        if "value" not in row.weights or row.returns is None or row.old_value is None:
+        if "value" not in row.weights or not {"returns", "old_value"} <= row.streams.keys():
             continue
         steps = row.weights["value"] != 0
-        returns.append(row.returns[steps])
-        values.append(row.old_value[steps])
-        if row.ref_logp is not None and row.old_logp is not None:
-            kl.append((row.old_logp[steps] - row.ref_logp[steps]).sum())
+        returns.append(row.streams["returns"][steps])
+        values.append(row.streams["old_value"][steps])
+        if {"ref_logp", "old_logp"} <= row.streams.keys():
+            log_ratio = row.streams["old_logp"] - row.streams["ref_logp"]
+            kl.append(log_ratio[steps].sum())
     if not returns:
         return {}
     found_returns = np.concatenate(returns)

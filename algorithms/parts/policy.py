@@ -183,17 +183,22 @@ class PolicyLoss:
         weights = {"policy": mask}
         for name in self.regularisers():
             weights[name] = sampled.copy()
+        streams = {"behaviour_logp": trajectory.behaviour_logp}
+        if self.critic is None:
+            streams["advantage"] = mask * np.float32(advantage)
         row = Row(
             tokens=trajectory.tokens,
             source=trajectory.source,
             weights=weights,
-            advantage=mask * np.float32(advantage),
-            behaviour_logp=trajectory.behaviour_logp,
+            streams=streams,
             version=trajectory.version,
             group=trajectory.group,
             prompt_id=trajectory.prompt_id,
         )
-        return row if self.critic is None else self.critic.row(row, trajectory)
+        if self.critic is None:
+            return row
+        # with a critic, what `advantages` returns are the rewards themselves
+        return self.critic.row(row, trajectory, advantage)
 
     def credit(self, rows: Sequence[Row], batch: Batch) -> Sequence[Row]:
         return rows if self.critic is None else self.critic.credit(rows, batch)

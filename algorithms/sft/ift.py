@@ -29,35 +29,34 @@ from tandem.algorithms.parts.objectives.propagated import PropagatedNLL
 from tandem.algorithms.parts.reductions import Reduction
 from tandem.algorithms.parts.variants import check_variant, variant_option
 from tandem.algorithms.rows import expert_row
+from tandem.engine.model.policy import Policy
+from tandem.engine.model.view import View
 
 
 @dataclass(frozen=True)
 class MixedForward:
     """Two passes: greedy guesses, then log-probs with the guesses mixed into the inputs.
 
-    `extra`: log-probs of the first pass, and where the guess was right.
+    Beside what Policy.forward returns: `gold_logp`, log-probs of the first pass, and `guessed`,
+    where the guess was right.
     """
 
     lam: float
 
-    def __call__(self, policy, tokens, positions, index, target, temperature, chunk, entropy, tags):
+    def __call__(self, policy: Policy, view: View):
+        tokens = view.tokens
         with torch.no_grad():
-            hidden = policy.trunk(tokens, positions)[index]
-            gold, _ = policy.head(hidden, target, temperature, chunk, False)
-            greedy = policy.head(hidden, None, temperature, chunk, False)
-            guesses = self.guesses(tokens, index, greedy, tags["segment"])
+            hidden = policy.trunk(tokens, view.positions)[view.index]
+            gold, _ = policy.head(hidden, view.target, view.temperature, view.chunk)
+            greedy = policy.head(hidden, None, view.temperature, view.chunk)
+            guesses = self.guesses(tokens, view.index, greedy, view.segment)
             table = policy.model.get_input_embeddings()
             mixed = (1.0 - self.lam) * table(tokens) + self.lam * table(guesses)
         # the table's gradient is zero, not absent
         mixed = mixed + 0.0 * table(tokens)
-        hidden = policy.trunk(tokens, positions, mixed)[index]
-        value = None
-        if policy.critic is not None:
-            value = policy.critic(hidden)
-        logp, h = policy.head(hidden, target, temperature, chunk, entropy)
-        guessed = greedy == target
-        extra = {"gold_logp": gold, "guessed": guessed.float()}
-        return logp, h, value, extra
+        hidden = policy.trunk(tokens, view.positions, mixed)[view.index]
+        guessed = greedy == view.target
+        return policy.read(hidden, view) | {"gold_logp": gold, "guessed": guessed.float()}
 
     def guesses(self, tokens, index, greedy, segment):
         """int64 [B, L]: the tokens, with each trained one replaced by its guess, int64 [n]."""

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -160,43 +161,51 @@ class Row:
     `weights[term][t]` is the factor on token t's loss in that term; zero means the token is not
     part of the term and is not counted in its denominator. A token that must be counted but not
     pushed gets advantage 0 instead.
+
+    `streams[name][t]` is what is known about token t: float32 [T], NaN where it is not known. A
+    single number stands for the same at every token, None for a stream that the row does not have.
+    A method may add names of its own. Those that the engine knows:
+
+        advantage        what the objectives of RL push by
+        behaviour_logp   log-prob under the policy that sampled the token, at its temperature
+        old_logp         log-prob of the present policy before the update; absent: that of the
+                         update's own forward
+        ref_logp         log-prob of the reference policy
+        old_value        the critic's value of the state in which the token was chosen, before the
+                         update
+        returns          what that value should have been
     """
 
     tokens: np.ndarray  # int32 [T]
     source: np.ndarray  # int8 [T]
     weights: Mapping[str, np.ndarray]  # {term: float32 [T]}
-    advantage: np.ndarray | None = None  # float32 [T]
-    behaviour_logp: np.ndarray | None = None  # float32 [T], NaN where absent
-    # float32 [T]; None: the learner's own log-prob of this very forward
-    old_logp: np.ndarray | None = None
-    ref_logp: np.ndarray | None = None  # float32 [T]
-    # float32 [T]: the critic's value of the state in which token t was chosen, before the update
-    old_value: np.ndarray | None = None
-    returns: np.ndarray | None = None  # float32 [T]: what that value should have been
-    version: np.ndarray | None = None  # int32 [T]
+    streams: Mapping[str, Any] = field(default_factory=dict)  # {name: float32 [T]}
+    version: np.ndarray | None = None  # int32 [T]: weight version that sampled the token
     group: int = -1
     prompt_id: str = ""
 
     def __post_init__(self):
+        if not isinstance(self.streams, Mapping):
+            raise CarrierError(
+                f"Row.streams is {self.streams!r}, "
+                "expected a mapping {name: one number per token}"
+            )
         if not isinstance(self.weights, Mapping):
             raise CarrierError(
                 f"Row.weights is {self.weights!r}, "
                 "expected a mapping {term: one number per token}"
             )
+        size = length("Row.tokens", self.tokens)
+        streams = {}
+        for name, stream in self.streams.items():
+            if isinstance(stream, Real):
+                stream = np.broadcast_to(np.asarray(stream), size)
+            if stream is not None:
+                streams[name] = stream
+        object.__setattr__(self, "streams", streams)  # the dataclass is frozen
         named = {f"weights[{name!r}]": weight for name, weight in self.weights.items()}
-        check_lengths(
-            "Row",
-            length("Row.tokens", self.tokens),
-            source=self.source,
-            advantage=self.advantage,
-            behaviour_logp=self.behaviour_logp,
-            old_logp=self.old_logp,
-            ref_logp=self.ref_logp,
-            old_value=self.old_value,
-            returns=self.returns,
-            version=self.version,
-            **named,
-        )
+        numbers = {f"streams[{name!r}]": stream for name, stream in streams.items()}
+        check_lengths("Row", size, source=self.source, version=self.version, **named, **numbers)
         for name, weight in named.items():
             if weight is None or len(weight) == 0:
                 raise CarrierError(
@@ -224,6 +233,14 @@ class Row:
         """
         return replace(self, weights={**self.weights, term: weight})
 
+    def with_streams(self, **streams: Any) -> Row:
+        """The row with these streams (float32 [T], a number, or None to drop it), in the place of
+        those of the same name.
+
+        Raises CarrierError as any row does.
+        """
+        return replace(self, streams={**self.streams, **streams})
+
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
@@ -246,8 +263,7 @@ class MicroBatch:
     segment: np.ndarray  # int64 [n] row number within this micro-batch, 0-based
     group: np.ndarray  # int64 [n]
     source: np.ndarray  # int8 [n]
-    # float32 [n]: advantage, behaviour_logp, old_logp, ref_logp, old_value, returns, where present
-    # (NaN: absent for that token)
+    # {name: float32 [n]}: the streams that at least one row of the step has, NaN for other rows
     streams: Mapping[str, np.ndarray]
     fresh: np.ndarray  # bool [n]: sampled by a rollout engine with the learner's present weights
     rows: tuple[int, ...]  # positions in the step's row list

@@ -25,7 +25,7 @@ from torch import Tensor
 from tandem.algorithms.base import Batch, Method
 from tandem.algorithms.checks.method import check_terms, naming
 from tandem.algorithms.checks.rows import ask_credit, ask_rows, check_rows
-from tandem.algorithms.parts.objectives.tokens import Tokens
+from tandem.algorithms.parts.objectives.tokens import MODEL_STREAMS
 from tandem.engine.core.types import (
     Finish,
     MicroBatch,
@@ -37,7 +37,7 @@ from tandem.engine.core.types import (
 )
 from tandem.engine.learner.metrics import StepMetrics
 from tandem.engine.learner.packing import pack
-from tandem.engine.learner.terms import Outputs, denominators, make_tokens, micro_batch_loss
+from tandem.engine.learner.terms import denominators, make_tokens, micro_batch_loss
 
 PerRow = Callable[[Row], np.ndarray]
 NO_EXTRA: Mapping[str, PerRow] = {}
@@ -98,8 +98,11 @@ def inspect(
     rows = ask_credit(method, rows, batch, terms)
     with naming(method):
         z = denominators(terms, rows)
-    unknown = needs.keys() - set(Tokens.__dataclass_fields__)
-    given = Given(rows, logp, entropy, value, {**dict.fromkeys(unknown, zeros), **extra})
+    brought = {name for row in rows for name in row.streams}
+    of_forward = needs.keys() - brought - set(MODEL_STREAMS)
+    given = Given(rows, {"logp": logp, **dict.fromkeys(of_forward, zeros), **extra})
+    given.add("entropy", entropy)
+    given.add("value", value)
     total, metrics = torch.zeros(()), StepMetrics()
     for micro_batches in pack(rows, terms, ranks, micro_batch_tokens, batch.step):
         for micro in micro_batches:
@@ -115,8 +118,8 @@ def inspect(
         terms={term.name: losses.get(f"loss/{term.name}", 0.0) for term in terms},
         coefficients={term.name: term.coefficient for term in terms},
         denominators=z,
-        gradients=gradients_of(given.logp),
-        value_gradients=gradients_of(given.value or []),
+        gradients=gradients_of(given.leaves["logp"]),
+        value_gradients=gradients_of(given.leaves.get("value", [])),
         metrics=metrics.means(),
         rows=rows,
     )
@@ -149,38 +152,31 @@ def with_stream(
             raise not_given(name, argument, needs)
     if per_row is None:
         return list(rows)
-    return [replace(row, **{name: numbers(argument, per_row, row, absent=True)}) for row in rows]
+    found = []
+    for row in rows:
+        stream = numbers(argument, per_row, row, absent=True)
+        found.append(row.with_streams(**{name: stream}))
+    return found
 
 
 class Given:
-    """The caller's numbers as leaves of the graph: one tensor [T] per row."""
+    """The caller's numbers as leaves of the graph: one tensor [T] per row and name."""
 
-    def __init__(
-        self,
-        rows: Sequence[Row],
-        logp: PerRow,
-        entropy: PerRow | None,
-        value: PerRow | None,
-        extra: Mapping[str, PerRow],
-    ):
+    def __init__(self, rows: Sequence[Row], outputs: Mapping[str, PerRow]):
         self.rows = rows
-        self.logp = self.leaves("logp", logp)
-        self.entropy = None if entropy is None else self.leaves("entropy", entropy)
-        self.value = None if value is None else self.leaves("value", value)
-        self.extra = {name: self.leaves(f"extra[{name!r}]", f) for name, f in extra.items()}
+        self.leaves: dict[str, list[Tensor]] = {}
+        for name, per_row in outputs.items():
+            self.add(name, per_row)
 
-    def leaves(self, name: str, per_row: PerRow) -> list[Tensor]:
+    def add(self, name: str, per_row: PerRow | None) -> None:
+        if per_row is None:
+            return
         found = [numbers(name, per_row, row) for row in self.rows]
-        return [torch.tensor(values, requires_grad=True) for values in found]
+        self.leaves[name] = [torch.tensor(values, requires_grad=True) for values in found]
 
-    def of(self, micro: MicroBatch) -> Outputs:
+    def of(self, micro: MicroBatch) -> dict[str, Tensor]:
         """As if a model had said it of this micro-batch."""
-        return Outputs(
-            logp=self.gather(micro, self.logp),
-            entropy=None if self.entropy is None else self.gather(micro, self.entropy),
-            value=None if self.value is None else self.gather(micro, self.value),
-            extra={name: self.gather(micro, leaves) for name, leaves in self.extra.items()},
-        )
+        return {name: self.gather(micro, leaves) for name, leaves in self.leaves.items()}
 
     def gather(self, micro: MicroBatch, leaves: Sequence[Tensor]) -> Tensor:
         parts = [leaves[i][torch.as_tensor(self.rows[i].trained)] for i in micro.rows]

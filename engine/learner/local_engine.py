@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from tandem.engine.config.schema import LearnerConfig
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.learner.protocol import Stepped
 from tandem.engine.model.policy import Policy, hf_parameters
+from tandem.engine.model.view import View
 
 
 def adamw(parameters, learner: LearnerConfig) -> torch.optim.AdamW:
@@ -134,8 +135,8 @@ class LocalEngine:
         self.optimizer = adamw(self.masters, learner)
         self.moments = Moments(self.optimizer, self.masters)
 
-    def forward(self, *inputs, **options) -> tuple:
-        return self.module(*inputs, **options)
+    def forward(self, view: View, custom: Callable | None = None) -> Mapping[str, Tensor]:
+        return self.module(view=view, custom=custom)
 
     @torch.no_grad()
     def _collect(self) -> None:

@@ -14,8 +14,6 @@ import numpy as np
 from tandem.algorithms.base import Term
 from tandem.engine.core.types import MicroBatch, Row, Source
 
-STREAMS = ("advantage", "behaviour_logp", "old_logp", "ref_logp", "old_value", "returns")
-
 
 @dataclass(frozen=True)
 class Family:
@@ -48,11 +46,10 @@ class Layout:
 
 def present_streams(rows: Sequence[Row]) -> list[str]:
     """Names of the streams that at least one row has."""
-    present = []
-    for name in STREAMS:
-        if any(getattr(row, name) is not None for row in rows):
-            present.append(name)
-    return present
+    present: dict[str, None] = {}
+    for row in rows:
+        present.update(dict.fromkeys(row.streams))
+    return list(present)
 
 
 def build(
@@ -168,10 +165,7 @@ class Columns:
 
     def stream(self, name: str) -> np.ndarray:
         """NaN where a row does not have it."""
-        values = []
-        for row in self.rows:
-            value = getattr(row, name)
-            values.append(np.nan if value is None else value)
+        values = [row.streams.get(name, np.nan) for row in self.rows]
         return self.gather(values, np.float32)
 
     def weights(self, term: Term) -> np.ndarray:

@@ -6,7 +6,7 @@ Nothing here imports torch, Ray or an engine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from tandem.engine.model.policy import Policy
+    from tandem.engine.model.view import View
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ class TrainEngine(Protocol):
     module: Policy
     device: torch.device
 
-    def forward(self, *inputs, **options) -> tuple:
+    def forward(self, view: View, custom: Callable | None = None) -> Mapping[str, torch.Tensor]:
         """Policy.forward."""
         ...
 

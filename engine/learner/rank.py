@@ -10,7 +10,7 @@ is a group of them in Ray actors, with the same surface.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -30,12 +30,13 @@ from tandem.engine.core.types import NO_VERSION, MicroBatch, Row, StepPlan, Step
 from tandem.engine.learner.metrics import StepMetrics, gather, observe, step_report
 from tandem.engine.learner.packing import pack
 from tandem.engine.learner.protocol import PolicySpec, TrainEngine
-from tandem.engine.learner.terms import Outputs, make_tokens, micro_batch_loss
+from tandem.engine.learner.terms import make_tokens, micro_batch_loss
 from tandem.engine.model.context import engine_length
 from tandem.engine.model.export import read_files, write_files, write_weights
 from tandem.engine.model.load import load_policy
 from tandem.engine.model.policy import Policy, hf_parameters
 from tandem.engine.model.rope import follow_engines
+from tandem.engine.model.view import View
 
 # in a checkpoint: the reference, where it is not the run's original model
 REFERENCE_FILE = "reference.safetensors"
@@ -149,7 +150,7 @@ class LearnerRank:
             loss, found = micro_batch_loss(plan.terms, plan.denominators, micro, tokens)
             self.engine.backward(loss)
             metrics.merge(found)
-            observe(metrics, micro, outputs.logp, outputs.entropy)
+            observe(metrics, micro, outputs["logp"], outputs.get("entropy"))
         totals = gather(metrics.on_host(), self.ranks)
         gradient = time.perf_counter()
         stepped = self.engine.step()
@@ -171,37 +172,35 @@ class LearnerRank:
 
     def run_micro_batch(
         self,
-        forward: Callable[..., tuple],
+        forward: Callable[[View, Callable | None], Mapping[str, Tensor]],
         micro: MicroBatch,
         temperature: float,
         entropy: bool = False,
         custom: Callable | None = None,
-    ) -> Outputs:
-        """Run a micro-batch through `forward`, that of a Policy, or through a method's own."""
+    ) -> dict[str, Tensor]:
+        """Run a micro-batch through `forward`, that of a Policy, or through a method's own: float32
+        [n] by name, as Policy.forward returns them.
+        """
         model: Any = self.engine.module.model  # transformers' own types say nothing of it
         check_vocabulary(micro, model.get_input_embeddings().num_embeddings)
-        options = {}
-        if custom is not None:
-            options["custom"] = custom
-            options["tags"] = {
-                name: self.to_device(getattr(micro, name))
-                for name in ("segment", "group", "source")
-            }
-        elif micro.prompt_blocks is not None:
-            options["prompt_blocks"] = self.to_device(micro.prompt_blocks)
-        found = forward(  # logp, entropy, value; of a custom forward its extra streams too
+        view = View(
             tokens=self.to_device(micro.tokens),
             positions=self.to_device(micro.positions),
             index=self.to_device(micro.index),
             target=self.to_device(micro.target),
+            segment=self.to_device(micro.segment),
+            group=self.to_device(micro.group),
+            source=self.to_device(micro.source),
+            prompt_blocks=self.to_device(micro.prompt_blocks),
             temperature=temperature,
             chunk=self.config.learner.head_chunk,
             entropy=entropy,
-            **options,
         )
-        return Outputs(*found)
+        return dict(forward(view, custom))
 
-    def to_device(self, array: np.ndarray) -> Tensor:
+    def to_device(self, array: np.ndarray | None) -> Any:
+        if array is None:
+            return None
         return torch.as_tensor(array, device=self.engine.device)
 
     def logprobs(
@@ -238,9 +237,8 @@ class LearnerRank:
         if with_value:
             found["value"] = self.empty_streams(rows)
         for micro, out in zip(micro_batches, outputs, strict=True):
-            scatter_to_rows(micro, out.logp.cpu().numpy(), rows, found["logp"])
-            if out.value is not None:
-                scatter_to_rows(micro, out.value.cpu().numpy(), rows, found["value"])
+            for name, per_row in found.items():
+                scatter_to_rows(micro, out[name].cpu().numpy(), rows, per_row)
         return found
 
     def empty_streams(self, rows: Sequence[Row]) -> list[np.ndarray | None]:

@@ -13,7 +13,6 @@ hand-made numbers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -74,41 +73,23 @@ def denominator(term: Term, counts: np.ndarray) -> float:
     return found
 
 
-@dataclass(frozen=True, eq=False)
-class Outputs:
-    """What the model says of the n trained tokens of a micro-batch: float32 [n] on the compute
-    device.
+def make_tokens(micro: MicroBatch, outputs: Mapping[str, Tensor]) -> Tokens:
+    """The objective's view of a micro-batch: its own streams, and what the model says of it, as
+    Policy.forward returns it.
     """
-
-    logp: Tensor
-    entropy: Tensor | None = None
-    value: Tensor | None = None  # the critic's
-    extra: Mapping[str, Tensor] = field(default_factory=dict)  # of a custom forward
-
-
-def make_tokens(micro: MicroBatch, outputs: Outputs) -> Tokens:
-    """The objective's view of a micro-batch."""
-    device = outputs.logp.device
-
-    def stream(name: str) -> Tensor | None:
-        if name not in micro.streams:
-            return None
-        return torch.as_tensor(micro.streams[name], device=device)
-
+    logp = outputs["logp"]
+    streams = {}
+    for name, stream in micro.streams.items():
+        streams[name] = torch.as_tensor(stream, device=logp.device)
+    for name, output in outputs.items():
+        if name != "logp":
+            streams[name] = output
     return Tokens(
-        logp=outputs.logp,
-        segment=torch.as_tensor(micro.segment, device=device),
-        group=torch.as_tensor(micro.group, device=device),
-        source=torch.as_tensor(micro.source, device=device),
-        advantage=stream("advantage"),
-        old_logp=stream("old_logp"),
-        behaviour_logp=stream("behaviour_logp"),
-        ref_logp=stream("ref_logp"),
-        entropy=outputs.entropy,
-        value=outputs.value,
-        old_value=stream("old_value"),
-        returns=stream("returns"),
-        extra=outputs.extra,
+        logp=logp,
+        segment=torch.as_tensor(micro.segment, device=logp.device),
+        group=torch.as_tensor(micro.group, device=logp.device),
+        source=torch.as_tensor(micro.source, device=logp.device),
+        streams=streams,
     )
 
 
@@ -139,7 +120,7 @@ def micro_batch_loss(
         weight = torch.as_tensor(micro.weights[term.name], device=index.device)[index]
         scale = torch.as_tensor(micro.scale[term.name], device=index.device)[index]
         factor = weight * scale
-        if term.correction is not None and chosen.behaviour_logp is not None:
+        if term.correction is not None and "behaviour_logp" in chosen:
             correction = term.correction(chosen)
             check_tensor(f"term {term.name!r}: its correction", correction, len(index))
             factor = factor * correction
@@ -153,13 +134,12 @@ def micro_batch_loss(
 
 def attached_zero(terms: Sequence[Term], tokens: Tokens) -> Tensor:
     """0, as a function of every number that has a gradient."""
+    entropy_is_trained = any("entropy" in term.needs for term in terms)
     zero = tokens.logp.sum() * 0.0
-    more = [tokens.value, *tokens.extra.values()]
-    if any("entropy" in term.needs for term in terms):
-        more.append(tokens.entropy)
-    for numbers in more:
-        if numbers is not None:
-            zero = zero + numbers.sum() * 0.0
+    for name, stream in tokens.streams.items():
+        if not stream.requires_grad or (name == "entropy" and not entropy_is_trained):
+            continue
+        zero = zero + stream.sum() * 0.0
     return zero
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from tandem.engine.learner.local_engine import (
 )
 from tandem.engine.learner.protocol import Stepped
 from tandem.engine.model.policy import Policy, hf_parameters
+from tandem.engine.model.view import View
 
 # elements reduced at once; DeepSpeed's own 500 million would reserve 2 GB for a model of any size
 BUCKET = 50_000_000
@@ -110,8 +111,9 @@ class ZeroEngine:
             return list(optimizer.fp32_partitioned_groups_flat)
         return [p for group in self.inner.param_groups for p in group["params"]]
 
-    def forward(self, *inputs, **options) -> tuple:
-        return self.engine(*inputs, **options)
+    def forward(self, view: View, custom: Callable | None = None) -> Mapping[str, Tensor]:
+        # by keyword: DeepSpeed's hooks look into positional arguments
+        return self.engine(view=view, custom=custom)
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss * self.ranks)  # DeepSpeed averages over ranks; we want the sum

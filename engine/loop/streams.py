@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -22,8 +21,8 @@ def with_streams(
     """Add the learner's own log-probs and values, and the reference's log-probs, where terms need
     them.
 
-    Only rows with a token of a term that needs a stream are scored; the stream stays absent (None)
-    in all others.
+    Only rows with a token of a term that needs a stream are scored; it stays absent in all
+    others.
     """
     rows = list(rows)
     needed: set[str] = set()
@@ -52,7 +51,7 @@ def with_old_logp(learner: Learner, rows: Sequence[Row], temperature: float) -> 
     rows = list(rows)
     chosen = []
     for i, row in enumerate(rows):
-        if row.old_logp is None and row.trained.any():
+        if "old_logp" not in row.streams and row.trained.any():
             chosen.append(i)
     if chosen:
         scored = [rows[i] for i in chosen]
@@ -79,4 +78,4 @@ def fill_in(
 ) -> None:
     """Give the rows numbered in `chosen` the stream `name`: one float32 [T] for each."""
     for i, value in zip(chosen, values, strict=True):
-        rows[i] = replace(rows[i], **{name: value})
+        rows[i] = rows[i].with_streams(**{name: value})

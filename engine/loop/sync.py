@@ -160,11 +160,12 @@ class Sync:
         logps = self.learner.logprobs(rows, temperature)
         gaps = [np.zeros(0, np.float32)]
         for row, logp in zip(rows, logps, strict=True):
-            if row.behaviour_logp is None or row.version is None:
+            behaviour_logp = row.streams.get("behaviour_logp")
+            if behaviour_logp is None or row.version is None:
                 continue  # no engine sampled it
             # other tokens have no log-prob of the learner
             sampled = row.trained & (row.source == Source.POLICY) & (row.version == version)
-            gaps.append(np.abs(logp - row.behaviour_logp)[sampled])
+            gaps.append(np.abs(logp - behaviour_logp)[sampled])
         found = np.concatenate(gaps)
         if not len(found):
             return Gap(0.0, 0.0, 0)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from tandem.engine.core.errors import ConfigError
 from tandem.engine.core.text import first_line
 from tandem.engine.model.export import Origin
 from tandem.engine.model.heads import Head, ValueHead, logit_map
+from tandem.engine.model.view import View
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,31 +43,30 @@ class Policy(nn.Module):
 
     def forward(
         self,
-        tokens: Tensor,
-        positions: Tensor,
-        index: Tensor,
-        target: Tensor,
-        temperature: float = 1.0,
-        chunk: int = 1024,
-        entropy: bool = False,
-        custom=None,
-        tags=None,
-        prompt_blocks: Tensor | None = None,
-    ) -> tuple:
-        """Log-prob of `target[i]` given the hidden state at flat position `index[i]` of the bins,
-        as in `MicroBatch`, and the critic's value of that state.
+        view: View,
+        custom: Callable[[Policy, View], Mapping[str, Tensor]] | None = None,
+    ) -> Mapping[str, Tensor]:
+        """What is asked of the n trained tokens, by name, float32 [n]: `logp` of the target given
+        the hidden state at its index, `entropy` if the view asks for it, and `value`, the critic's
+        of that state, if there is a critic.
 
-        tokens, positions int64 [B, L]; index, target int64 [n] -> (logp [n], entropy [n] or None,
-        value [n] or None), float32. `prompt_blocks` int64 [2, B, L] as in `MicroBatch`, for a
-        policy that `shares_prompts`. `custom` is Method.forward, which then does all this itself,
-        with `tags`.
+        `view.prompt_blocks` is for a policy that `shares_prompts`. `custom` is Method.forward,
+        which then does all this itself.
         """
         if custom is not None:
-            return custom(self, tokens, positions, index, target, temperature, chunk, entropy, tags)
-        hidden = self.trunk(tokens, positions, prompt_blocks=prompt_blocks)[index]
-        logp, entropies = self.head(hidden, target, temperature, chunk, entropy)
-        value = None if self.critic is None else self.critic(hidden)
-        return logp, entropies, value
+            return custom(self, view)
+        hidden = self.trunk(view.tokens, view.positions, prompt_blocks=view.prompt_blocks)
+        return self.read(hidden[view.index], view)
+
+    def read(self, hidden: Tensor, view: View) -> dict[str, Tensor]:
+        """What `forward` returns, from hidden states [n, H] at the view's index."""
+        logp, entropy = self.head(hidden, view.target, view.temperature, view.chunk, view.entropy)
+        found = {"logp": logp}
+        if entropy is not None:
+            found["entropy"] = entropy
+        if self.critic is not None:
+            found["value"] = self.critic(hidden)
+        return found
 
     def trunk(
         self,

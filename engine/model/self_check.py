@@ -16,6 +16,7 @@ from tandem.engine.model.attention import NAME
 from tandem.engine.model.context import context_length, rope_kind, ropes
 from tandem.engine.model.policy import Policy
 from tandem.engine.model.rope import row_ropes
+from tandem.engine.model.view import View
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -118,7 +119,7 @@ def packed_logp(policy: Policy, a: Tensor, other: Tensor, b: Tensor) -> Tensor:
     predicted = positions.reshape(-1).nonzero()
     predicted = predicted.squeeze(-1)
     target = bins.reshape(-1)[predicted]
-    logp = policy(bins, positions, predicted - 1, target)[0]
+    logp = policy(View.of_one_row(bins, positions, predicted - 1, target))["logp"]
     return logp.reshape(2, -1)
 
 
@@ -153,7 +154,7 @@ def beside_a_long_row(policy: Policy, a: Tensor, b: Tensor) -> Tensor | None:
     positions = torch.cat([before, of_b])
     tokens = torch.cat([a, b])
     index = torch.arange(len(a), len(tokens) - 1, device=a.device)
-    return policy(tokens[None], positions[None], index, b[1:])[0]
+    return policy(View.of_one_row(tokens[None], positions[None], index, b[1:]))["logp"]
 
 
 def can_share(policy: Policy) -> bool:
@@ -198,7 +199,7 @@ def sharing_gap(policy: Policy) -> float:
     positions = order.expand(2, -1)
     predicting = order[3:7]
     index = torch.cat([predicting, predicting + 8])
-    alone = policy(rows, positions, index, target)[0]
+    alone = policy(View.of_one_row(rows, positions, index, target))["logp"]
     tokens = torch.cat([prompt, a, b])
     positions = torch.cat([order, order[4:]])
     # b's first token is predicted from the end of the prompt
@@ -209,5 +210,6 @@ def sharing_gap(policy: Policy) -> float:
     prompt_block = torch.zeros_like(block)
     blocks = torch.stack([block, prompt_block])
     blocks = blocks[:, None]
-    shared = policy(tokens[None], positions[None], index, target, prompt_blocks=blocks)[0]
+    together = View.of_one_row(tokens[None], positions[None], index, target, blocks)
+    shared = policy(together)["logp"]
     return mean_gap(shared, alone)

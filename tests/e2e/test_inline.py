@@ -415,7 +415,7 @@ def test_a_bad_row_never_reaches_training(tmp_path):
         "import numpy as np\nfrom dataclasses import dataclass, replace\nfrom "
         "tandem.algorithms.rl.grpo import GRPO\n@dataclass\nclass Mine(GRPO):\n"
         "    def rows(self, batch):\n        rows = super().rows(batch)\n        return "
-        "[replace(rows[0], advantage=rows[0].weights['policy'] * np.float32(3e38)), "
+        "[rows[0].with_streams(advantage=rows[0].weights['policy'] * np.float32(3e38)), "
         "*rows[1:]]\n"
     )
     from tandem.engine.core.errors import NotFinite

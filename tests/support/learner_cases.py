@@ -72,11 +72,13 @@ def make_rows(seed=0, count=7):
                 tokens,
                 source,
                 {"sft": mask} if expert else {"policy": mask, "kl": mask, "value": mask},
-                advantage=mask * np.float32(rng.normal()),
-                behaviour_logp=None if expert else noise,
-                ref_logp=noise,
-                old_value=None if expert else noise + 4.6,
-                returns=None if expert else -0.2 * noise,
+                {
+                    "advantage": mask * np.float32(rng.normal()),
+                    "behaviour_logp": None if expert else noise,
+                    "ref_logp": noise,
+                    "old_value": None if expert else noise + 4.6,
+                    "returns": None if expert else -0.2 * noise,
+                },
                 version=np.where(mask > 0, 0, -1).astype(np.int32),
                 group=i,
             )
@@ -101,7 +103,10 @@ def poison(rows):
     """The same rows, one of them with an infinite advantage: a non-finite gradient on the one rank
     that gets it.
     """
-    return [replace(rows[0], advantage=np.full(len(rows[0].tokens), np.inf, np.float32)), *rows[1:]]
+    return [
+        rows[0].with_streams(advantage=np.full(len(rows[0].tokens), np.inf, np.float32)),
+        *rows[1:],
+    ]
 
 
 def siblings(rows):
@@ -176,7 +181,9 @@ def hook_plan(name, ranks=1):
         return np.zeros(len(row.tokens), np.float32)
 
     rows, terms = (
-        method.credit([replace(row, old_value=zeros(row)) for row in method.rows(batch)], batch),
+        method.credit(
+            [row.with_streams(old_value=zeros(row)) for row in method.rows(batch)], batch
+        ),
         method.terms(batch),
     )
     return make_plan(rows, ranks, 48, terms, forward=method.forward)
@@ -228,17 +235,19 @@ def plain_gradient(model_path, rows, terms):
                 term.reduction.row_scale(int(row.weights[term.name].sum())),
             )
             if term.name == "policy":  # first step since the snapshot: ratio 1, no clipping
-                token = -(logp - logp.detach()).exp() * torch.as_tensor(row.advantage[1:])
+                token = -(logp - logp.detach()).exp() * torch.as_tensor(
+                    row.streams["advantage"][1:]
+                )
             elif term.name == "sft":
                 p = logp.detach().exp()
                 token = -p * (1 - p) * logp
             elif term.name == "kl":
-                d = torch.as_tensor(row.ref_logp[1:]).nan_to_num() - logp
+                d = torch.as_tensor(row.streams["ref_logp"][1:]).nan_to_num() - logp
                 token = d.exp() - d - 1
             else:
                 old, returns = (
-                    torch.as_tensor(row.old_value[1:]).nan_to_num(),
-                    torch.as_tensor(row.returns[1:]).nan_to_num(),
+                    torch.as_tensor(row.streams["old_value"][1:]).nan_to_num(),
+                    torch.as_tensor(row.streams["returns"][1:]).nan_to_num(),
                 )
                 near = torch.minimum(torch.maximum(values, old - 0.2), old + 0.2)
                 token = torch.maximum((values - returns) ** 2, (near - returns) ** 2) / 2

@@ -36,6 +36,11 @@ def look(method, logp=half, **more):
     return inspect(method, batch(groups=()), logp, **more)
 
 
+def loss(function):
+    """An objective that is only a loss."""
+    return lambda tokens: (function(tokens), {})
+
+
 def with_terms(*terms):
     return wrong(terms=lambda self, batch: list(terms))
 

@@ -11,19 +11,21 @@ from torch import Tensor
 
 from tandem.algorithms.parts.objectives.tokens import Tokens, segment_softmax, segment_sum
 from tandem.engine.core.types import Source
+from tandem.engine.model.policy import Policy
+from tandem.engine.model.view import View
 
 
 class PairedForward:
-    """The ordinary forward, and as `extra` each token's `similarity`: of its row's embedding to
-    that of its group's demonstration, 0 where there is none.
+    """The ordinary forward, and each token's `similarity`: of its row's embedding to that of its
+    group's demonstration, 0 where there is none.
     """
 
-    def __call__(self, policy, tokens, positions, index, target, temperature, chunk, entropy, tags):
-        hidden = policy.trunk(tokens, positions)[index]
+    def __call__(self, policy: Policy, view: View):
+        hidden = policy.trunk(view.tokens, view.positions)[view.index]
+        assert policy.critic is not None
         value, u = policy.critic(hidden, embed=True)
-        logp, h = policy.head(hidden, target, temperature, chunk, entropy)
-        near = similarity(value, u, tags["segment"], tags["group"], tags["source"])
-        return logp, h, value, {"similarity": near}
+        near = similarity(value, u, view.segment, view.group, view.source)
+        return policy.read(hidden, view) | {"value": value, "similarity": near}
 
 
 def similarity(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -177,7 +177,7 @@ class PrefixSelected:
         if len(index):
             dropped = self.dropped(tokens, index)
             advantage = advantage.index_fill(0, dropped, 0.0)
-        loss, metrics = self.objective(replace(tokens, advantage=advantage))
+        loss, metrics = self.objective(tokens.with_streams(advantage=advantage))
         return loss, {**metrics, "prefix_share": prefix.float()}
 
     def dropped(self, tokens: Tokens, index: Tensor) -> Tensor:

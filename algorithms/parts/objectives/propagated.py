@@ -9,6 +9,8 @@ from torch import Tensor
 
 from tandem.algorithms.parts.objectives.tokens import Tokens
 
+REPORTED = ("gold_logp", "guessed")  # by the method's own forward
+
 
 @dataclass(frozen=True)
 class PropagatedNLL:
@@ -25,7 +27,7 @@ class PropagatedNLL:
             for row in torch.split(ell, counts.tolist()):
                 weighted.append(self.weight(row) * row)
             ell = torch.cat(weighted)
-        return ell, dict(tokens.extra)
+        return ell, {name: tokens[name] for name in REPORTED if name in tokens}
 
     def weight(self, row: Tensor) -> Tensor:
         """w [T] from ell [T] of one row."""

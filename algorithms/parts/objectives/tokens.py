@@ -10,7 +10,7 @@ everything else is data. Weights, reductions and coefficients are applied outsid
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -19,11 +19,21 @@ from torch import Tensor
 # log-ratios are clamped to +-20 before exp, as in verl: e^20 is already far outside any clip range
 LOG_RATIO_LIMIT = 20.0
 
+TOKEN_FIELDS = ("logp", "segment", "group", "source")
+# Streams by who makes them. All others are the rows' own, from `Method.rows` or `credit`.
+MODEL_STREAMS = ("entropy", "value")  # the model in the update itself, for terms that need them
+SCORED_STREAMS = ("old_logp", "ref_logp", "old_value")  # the loop, before `credit`, likewise
+PARTIAL_STREAMS = ("behaviour_logp",)  # rollouts; NaN where no engine sampled the token
+
 
 @dataclass(frozen=True)
 class Tokens:
-    """The trained tokens of one micro-batch, flat. Streams that no row has are None; `tokens[name]`
-    is a stream that must be there.
+    """The trained tokens of one micro-batch, flat.
+
+    `streams` are those of the rows (see Row.streams), NaN on tokens of a row without, and what the
+    model says beside the log-prob where a term asked for it: `entropy`, `value` (the critic's
+    present value of the state in which the token was chosen) and those of a method's own forward.
+    `tokens[name]` is one that must be there, `name in tokens` says whether it is.
     """
 
     logp: Tensor  # float32 [n], requires grad
@@ -31,27 +41,16 @@ class Tokens:
     segment: Tensor
     group: Tensor  # int64 [n]
     source: Tensor  # int8 [n]
-    advantage: Tensor | None = None  # float32 [n]
-    # float32 [n]; None means: this forward is the first since the snapshot, so old == sg[logp]
-    old_logp: Tensor | None = None
-    # float32 [n], NaN on tokens that no rollout engine sampled
-    behaviour_logp: Tensor | None = None
-    ref_logp: Tensor | None = None  # float32 [n]
-    entropy: Tensor | None = None  # float32 [n]
-    # float32 [n], requires grad: the critic's present value of the state in which the token was
-    # chosen
-    value: Tensor | None = None
-    old_value: Tensor | None = None  # float32 [n] the same before the update
-    returns: Tensor | None = None  # float32 [n]
-    # {name: float32 [n]} from a method's own forward
-    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    streams: Mapping[str, Tensor] = field(default_factory=dict)  # {name: float32 [n]}
 
     def __getitem__(self, name: str) -> Tensor:
-        """A stream of the tokens or of `extra`. Raises KeyError if it is absent."""
-        stream = self.extra.get(name, getattr(self, name, None))
-        if stream is None:
+        """A stream. Raises KeyError if it is absent."""
+        if name not in self.streams:
             raise KeyError(f"no token has {name!r}")
-        return stream
+        return self.streams[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.streams
 
     @property
     def old(self) -> Tensor:
@@ -59,19 +58,24 @@ class Tokens:
         gradient.
         """
         present = self.logp.detach()
-        if self.old_logp is None:
+        if "old_logp" not in self:
             return present
-        missing = torch.isnan(self.old_logp)
-        return torch.where(missing, present, self.old_logp)
+        missing = torch.isnan(self["old_logp"])
+        return torch.where(missing, present, self["old_logp"])
 
     def take(self, index: Tensor) -> Tokens:
         """The same tokens, `index` (int64 [m]) of them."""
-        streams = {}
-        for name, stream in vars(self).items():
-            if isinstance(stream, Tensor):
-                streams[name] = stream[index]
-        extra = {name: stream[index] for name, stream in self.extra.items()}
-        return Tokens(**streams, extra=extra)
+        return Tokens(
+            logp=self.logp[index],
+            segment=self.segment[index],
+            group=self.group[index],
+            source=self.source[index],
+            streams={name: stream[index] for name, stream in self.streams.items()},
+        )
+
+    def with_streams(self, **streams: Tensor) -> Tokens:
+        """The tokens with these streams, in the place of those of the same name."""
+        return replace(self, streams={**self.streams, **streams})
 
 
 @dataclass(frozen=True, eq=False)

@@ -152,7 +152,7 @@ def test_whitening_leaves_out_what_is_not_trained(advantage):
     )
     method = make_method("grpo", {"policy": {"advantage": advantage, "mask_truncated": True}})
     rows = method.rows(batch(groups=[one]))
-    trained = np.concatenate([row.advantage[row.trained] for row in rows])
+    trained = np.concatenate([row.streams["advantage"][row.trained] for row in rows])
     assert len(trained) == 4 and not rows[2].trained.any()
     assert trained.mean() == pytest.approx(0.0, abs=1e-6) and trained.std(ddof=1) == pytest.approx(
         1.0, rel=1e-5
@@ -163,7 +163,10 @@ def test_whitening_leaves_out_what_is_not_trained(advantage):
 def test_whitening_a_batch_that_is_cut_altogether():
     method = make_method("grpo", {"policy": {"preset": "reinforce_pp", "mask_truncated": True}})
     rows = method.rows(batch(groups=[rollouts(finish=Finish.LENGTH)]))
-    assert all(np.isfinite(row.advantage).all() and not row.advantage.any() for row in rows)
+    assert all(
+        np.isfinite(row.streams["advantage"]).all() and not row.streams["advantage"].any()
+        for row in rows
+    )
 
 
 @pytest.mark.parametrize(

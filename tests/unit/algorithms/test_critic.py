@@ -61,8 +61,8 @@ def test_gae_by_hand_in_a_row():
     + 0.3)/2, -0.2 + 0.3, 0.6.
     """
     out = inspect(ppo(lam=0.5), one(), flat(LOGP), value=at(0.2, 0.6, 0.4))
-    np.testing.assert_allclose(out.rows[0].advantage, [0, 0.45, 0.1, 0.6], rtol=1e-6)
-    np.testing.assert_allclose(out.rows[0].returns, [0, 0.65, 0.7, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(out.rows[0].streams["advantage"], [0, 0.45, 0.1, 0.6], rtol=1e-6)
+    np.testing.assert_allclose(out.rows[0].streams["returns"], [0, 0.65, 0.7, 1.0], rtol=1e-6)
     np.testing.assert_allclose(out.gradients[0], [0, -0.15, -0.1 / 3, -0.2], rtol=1e-5)
     errors = np.array([0.45, 0.1, 0.6])  # value - return, the other way round
     assert out.terms["value"] == pytest.approx(0.5 * (errors**2).mean(), rel=1e-5)
@@ -84,7 +84,7 @@ def test_tool_tokens_are_no_steps():
     expected = inspect(ppo(lam=0.5), plain, flat(LOGP), value=at(0.2, 0.6, 0.4))
     out = inspect(ppo(lam=0.5), with_tool, flat(LOGP), value=at(0.2, 0.6, 100.0, 100.0, 0.4))
     for found, right in (
-        (out.rows[0].advantage, expected.rows[0].advantage),
+        (out.rows[0].streams["advantage"], expected.rows[0].streams["advantage"]),
         (out.gradients[0], expected.gradients[0]),
         (out.value_gradients[0], expected.value_gradients[0]),
     ):
@@ -117,14 +117,14 @@ def test_advantages_are_white_over_the_tokens_of_the_batch_and_returns_are_not()
         value=at(0.2, 0.6, 0.4),
     )
     raw = inspect(ppo(lam=0.9), Batch(0, (g,), ()), flat(LOGP), value=at(0.2, 0.6, 0.4))
-    a, b = (np.concatenate([r.advantage[1:] for r in o.rows]) for o in (out, raw))
+    a, b = (np.concatenate([r.streams["advantage"][1:] for r in o.rows]) for o in (out, raw))
     assert (
         len(a) == 5
         and a.mean() == pytest.approx(0, abs=1e-6)
         and a.std(ddof=1) == pytest.approx(1, rel=1e-5)
     )
     np.testing.assert_allclose(a, (b - b.mean()) / b.std(ddof=1), rtol=1e-5)
-    np.testing.assert_array_equal(out.rows[0].returns, raw.rows[0].returns)
+    np.testing.assert_array_equal(out.rows[0].streams["returns"], raw.rows[0].streams["returns"])
     parts = inspect(
         method,
         Batch(0, (g,), ()),
@@ -145,7 +145,7 @@ def test_value_clip_by_hand():
     gradient. Section 14.2.
     """
     out = inspect(ppo(clip=0.2), one(), flat(LOGP), value=at(0.1, 0.5, -0.5), old_value=flat(0.0))
-    np.testing.assert_allclose(out.rows[0].returns[1:], 1.0)
+    np.testing.assert_allclose(out.rows[0].streams["returns"][1:], 1.0)
     assert out.terms["value"] == pytest.approx(0.5 * (0.81 + 0.64 + 2.25) / 3, rel=1e-5)
     np.testing.assert_allclose(out.value_gradients[0], [0, -0.9 / 3, 0, -1.5 / 3], rtol=1e-5)
     assert out.metrics["value/clip_fraction"] == pytest.approx(2 / 3)
@@ -157,7 +157,7 @@ def test_kl_in_the_reward_by_hand():
     """
     method, old, now = ppo(kl=0.1), at(-0.5, -1.0, -2.0), at(-0.4, -1.1, -2.0)
     out = inspect(method, one(), now, old=old, reference=at(-1.0, 0.0, -4.0), value=flat(0.0))
-    np.testing.assert_allclose(out.rows[0].advantage[1:], [0.85, 0.9, 0.8], rtol=1e-5)
+    np.testing.assert_allclose(out.rows[0].streams["advantage"][1:], [0.85, 0.9, 0.8], rtol=1e-5)
     found = critic_diagnostics(out.rows)
     assert (
         found["critic/kl"] == pytest.approx(1.5)
@@ -184,7 +184,7 @@ def test_a_cut_response_ends_in_the_value_of_its_last_state_if_asked(finish, boo
         value=at(0.2, 0.6, 0.4, 0.7),
     )
     np.testing.assert_allclose(
-        out.rows[0].advantage, [0, 0.3 - 0.2, 0.2 - 0.6, 1.0 + last / 2 - 0.4], rtol=1e-5
+        out.rows[0].streams["advantage"], [0, 0.3 - 0.2, 0.2 - 0.6, 1.0 + last / 2 - 0.4], rtol=1e-5
     )
     assert out.rows[0].tokens.tolist() == [1, 5, 6, 7] and out.denominators == {
         "policy": 3.0,
@@ -211,10 +211,12 @@ def test_on_policy_reft_has_the_gradient_of_the_sequence_mean():
         out.rows, out.gradients, out.value_gradients, strict=True
     ):
         n = len(row.tokens) - 1
-        np.testing.assert_allclose(gradient, -row.advantage / n / 2, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(
+            gradient, -row.streams["advantage"] / n / 2, rtol=1e-5, atol=1e-7
+        )
         np.testing.assert_allclose(
             value_gradient[1:],
-            5 * (np.array([0.2, 0.6, 0.4][:n]) - row.returns[1:]) / n / 2,
+            5 * (np.array([0.2, 0.6, 0.4][:n]) - row.streams["returns"][1:]) / n / 2,
             rtol=1e-4,
             atol=1e-7,
         )
@@ -262,7 +264,7 @@ def test_a_hybrid_takes_a_critic_like_any_other_option():
     )
     sft = inspect(make_method("sft", {}), Batch(0, (), experts), flat(LOGP))
     assert out.loss == pytest.approx(0.75 * rl.loss + 0.25 * sft.loss, rel=1e-6)
-    assert out.rows[2].returns is None and not out.value_gradients[2].any()
+    assert "returns" not in out.rows[2].streams and not out.value_gradients[2].any()
 
 
 def test_options_that_contradict_are_refused():

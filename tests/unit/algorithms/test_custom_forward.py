@@ -2,8 +2,6 @@
 hand and against plain transformers.
 """
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -41,7 +39,7 @@ def tokens(logp, segment=None, **more):
         segment=zeros if segment is None else torch.tensor(segment),
         group=zeros,
         source=zeros,
-        **more,
+        streams=more,
     )
 
 
@@ -106,8 +104,7 @@ def run(rank, rows, terms, forward, budget=10_000):
         place = micro.positions.reshape(-1)[micro.index] + 1
         for i, (segment, t) in enumerate(zip(micro.segment, place, strict=True)):
             found[micro.rows[segment], int(t)] = {
-                "logp": float(out.logp[i]),
-                **{k: float(v[i]) for k, v in out.extra.items()},
+                name: float(values[i]) for name, values in out.items()
             }
     return found
 
@@ -288,7 +285,7 @@ def test_the_head_that_embeds_is_linear_relu_linear():
 def test_attraction_stops_at_the_cap():
     """Section 11(g): beyond 0.9 the gradient is zero."""
     s = torch.tensor([0.5, 0.95], requires_grad=True)
-    loss, _ = Attraction()(tokens([-1.0, -1.0], extra={"similarity": s}))
+    loss, _ = Attraction()(tokens([-1.0, -1.0], similarity=s))
     loss.sum().backward()
     np.testing.assert_allclose(loss.detach(), [-2.5, -4.5])
     np.testing.assert_allclose(s.grad, [-5.0, 0.0])
@@ -336,7 +333,7 @@ def test_carft_trains_the_same_however_it_is_packed_and_draws_answers_closer(mod
         rows = method.rows(batch)
         rows = method.credit(
             [
-                replace(r, old_value=v)
+                r.with_streams(old_value=v)
                 for r, v in zip(rows, rank.compute_streams(rows, 1.0)["value"], strict=True)
             ],
             batch,

@@ -26,7 +26,7 @@ def tokens(p, segment=None, **streams) -> Tokens:
     zeros = torch.zeros(len(logp), dtype=torch.int64)
     segment = zeros if segment is None else torch.tensor(segment)
     streams = {name: torch.tensor(x, dtype=torch.float32) for name, x in streams.items()}
-    return Tokens(logp, segment, zeros, zeros.to(torch.int8), **streams)
+    return Tokens(logp, segment, zeros, zeros.to(torch.int8), streams)
 
 
 def before(p, ref=None) -> Before:

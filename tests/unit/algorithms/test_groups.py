@@ -67,7 +67,7 @@ def test_luffy_reports_each_source_by_its_own_tokens(split):
         return np.log(p)
 
     def old(row):
-        return logp(row) - 0.5 * (row.advantage > 0)
+        return logp(row) - 0.5 * (row.streams["advantage"] > 0)
 
     out = inspect(
         make_method("luffy", {}),
@@ -144,9 +144,9 @@ def test_luffy_fades_where_all_is_solved_and_is_strongest_where_nothing_is():
 
     method = make_method("luffy", {})
     rows = method.rows(batch(groups=[aligned([0, 1, 0, 2], 1.0)]))
-    assert sum(row.advantage.max() + row.advantage.min() for row in rows) == pytest.approx(
-        0, abs=1e-6
-    )
+    assert sum(
+        row.streams["advantage"].max() + row.streams["advantage"].min() for row in rows
+    ) == pytest.approx(0, abs=1e-6)
     solved = look(method, batch(groups=[with_demo((1, 1))]))
     assert not any(g.any() for g in solved.gradients)
     eight = replace(
@@ -154,9 +154,11 @@ def test_luffy_fades_where_all_is_solved_and_is_strongest_where_nothing_is():
         trajectories=with_demo((0, 0)).trajectories[:1] * 7,
         rewards=np.zeros(7, np.float32),
     )
-    assert method.rows(batch(groups=[eight]))[-1].advantage[-1] == pytest.approx(7 / 8)
+    assert method.rows(batch(groups=[eight]))[-1].streams["advantage"][-1] == pytest.approx(7 / 8)
     with_std = (
-        make_method("luffy", {"policy": "grpo"}).rows(batch(groups=[eight]))[-1].advantage[-1]
+        make_method("luffy", {"policy": "grpo"})
+        .rows(batch(groups=[eight]))[-1]
+        .streams["advantage"][-1]
     )
     assert with_std == pytest.approx(math.sqrt(8) * 7 / 8, rel=1e-4)
 
@@ -222,9 +224,9 @@ def test_visurf_outlier_advantage():
     """Section 9(f)2: eight failures and one y: 8/sqrt(9)."""
     g = with_demo((0, 0))
     g = replace(g, trajectories=g.trajectories[:1] * 8, rewards=np.zeros(8, np.float32))
-    assert make_method("visurf", {}).rows(batch(groups=[g]))[-1].advantage[-1] == pytest.approx(
-        8 / 3, rel=1e-4
-    )
+    assert make_method("visurf", {}).rows(batch(groups=[g]))[-1].streams["advantage"][
+        -1
+    ] == pytest.approx(8 / 3, rel=1e-4)
 
 
 @pytest.mark.parametrize("rewards", [(1.0, 0.0), (1.0, 1.0), (0.7, 1.1)])
@@ -236,7 +238,7 @@ def test_visurf_smoothing_takes_y_out(rewards):
     g = with_demo(rewards)
     out = look(method, batch(groups=[g]))
     assert (
-        not out.rows[-1].advantage.any()
+        not out.rows[-1].streams["advantage"].any()
         and out.denominators["policy"] == 3.0
         and method.metrics(0) == {"smoothed": 1.0}
     )
@@ -246,10 +248,10 @@ def test_visurf_smoothing_takes_y_out(rewards):
     )
     expected = (r - r.mean()) / (r.std(ddof=1) + 1e-6)
     np.testing.assert_allclose(
-        [row.advantage[-1] for row in out.rows[:2]], expected[:2], rtol=1e-5, atol=1e-7
+        [row.streams["advantage"][-1] for row in out.rows[:2]], expected[:2], rtol=1e-5, atol=1e-7
     )
     plain = make_method("visurf", {"smoothing": False}).rows(batch(groups=[g]))
-    assert (plain[-1].advantage[-1] != 0) == (rewards != (1.0, 1.0))
+    assert (plain[-1].streams["advantage"][-1] != 0) == (rewards != (1.0, 1.0))
 
 
 def test_visurf_smoothing_allows_for_rounding():
@@ -270,9 +272,9 @@ def test_visurf_rewards_are_controlled_by_hand(tmp_path):
     )
     method = make_method("visurf", {"reward": 0.5, "align": f"{tmp_path}/mine.py:align"})
     *_, y = method.rows(batch(groups=[with_demo((0, 0), demo_reward=None)]))
-    assert y.tokens.tolist() == [1, 5, 6, 2, 3] and y.advantage.tolist()[1:] == pytest.approx(
-        [2 / math.sqrt(3)] * 4, rel=1e-4
-    )
+    assert y.tokens.tolist() == [1, 5, 6, 2, 3] and y.streams["advantage"].tolist()[
+        1:
+    ] == pytest.approx([2 / math.sqrt(3)] * 4, rel=1e-4)
     assert len(method.rows(batch(groups=[rollouts((0, 0))]))) == 2, "no demonstration, no y"
 
 
@@ -344,7 +346,7 @@ def test_srft_weights_at_zero_entropy_and_no_gradient_through_them():
     logp = torch.full((3,), -1.0, requires_grad=True)
     for objective, expected in ((EntropyWeightedNLL(), 0.5), (SelfReinforce(), 0.1)):
         loss, metrics = objective(
-            Tokens(logp, index, index, source, advantage=torch.ones(3), entropy=entropy)
+            Tokens(logp, index, index, source, {"advantage": torch.ones(3), "entropy": entropy})
         )
         assert torch.allclose(
             metrics["weight"], torch.tensor(expected)
@@ -367,7 +369,7 @@ def test_srft_reads_any_reward_above_zero_as_right():
 
     def signs(rewards):
         return [
-            row.advantage[-1]
+            row.streams["advantage"][-1]
             for row in make_method("srft", {}).rows(batch(groups=[rollouts(rewards)]))
         ]
 

@@ -150,7 +150,7 @@ def test_a_demonstration_with_its_reward_joins_its_group():
         )
 
     rows = look(make_method("luffy", {}), make(1.0)).rows
-    assert [float(row.advantage[-1]) for row in rows] == pytest.approx(
+    assert [float(row.streams["advantage"][-1]) for row in rows] == pytest.approx(
         [1 / 3, -2 / 3, 1 / 3]
     ) and len(look(make_method("luffy", {}), make(None)).rows) == 2
 

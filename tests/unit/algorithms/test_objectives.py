@@ -28,6 +28,8 @@ def tokens(logp, advantage=None, segment=None, **streams) -> Tokens:
     def tensor(x):
         return None if x is None else torch.tensor(np.asarray(x, np.float32))
 
+    if advantage is not None:
+        streams["advantage"] = advantage
     logp = tensor(logp).requires_grad_()
     zeros = torch.zeros(len(logp), dtype=torch.int64)
     return Tokens(
@@ -35,8 +37,7 @@ def tokens(logp, advantage=None, segment=None, **streams) -> Tokens:
         zeros if segment is None else torch.tensor(segment),
         zeros,
         zeros.to(torch.int8),
-        advantage=tensor(advantage),
-        **{name: tensor(stream) for name, stream in streams.items()},
+        {name: tensor(stream) for name, stream in streams.items()},
     )
 
 

@@ -105,7 +105,7 @@ def test_a_fully_kept_hybrid_is_an_ordinary_rollout():
     )
     for a, b in zip(out.gradients, plain.gradients, strict=True):
         np.testing.assert_array_equal(a, b)
-    assert sum(row.advantage[-1] for row in out.rows) == pytest.approx(0, abs=1e-6)
+    assert sum(row.streams["advantage"][-1] for row in out.rows) == pytest.approx(0, abs=1e-6)
 
 
 def test_the_prefix_stays_out_of_regularisers_and_correction():
@@ -179,7 +179,7 @@ def test_the_kl_in_the_reward_is_that_of_tokens_the_policy_sampled():
         "prefix_rft", {"policy": {"preset": "ppo", "critic": {"kl": 0.1, "whiten": False}}}
     )
     out = look(method, batch(groups=[hybrid((0.0, 1.0))]), reference=lambda row: ramp(row) - 0.5)
-    np.testing.assert_allclose(out.rows[1].advantage[1:], [0.9] * 6 + [0.95], rtol=1e-5)
+    np.testing.assert_allclose(out.rows[1].streams["advantage"][1:], [0.9] * 6 + [0.95], rtol=1e-5)
 
 
 def test_a_prefix_length_can_follow_the_reward():

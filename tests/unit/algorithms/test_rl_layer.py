@@ -51,8 +51,9 @@ def test_sft_has_the_gradient_of_transformers_token_mean():
 
     from tandem.algorithms.base import Batch
     from tandem.engine.learner.packing import pack
-    from tandem.engine.learner.terms import Outputs, denominators, make_tokens, micro_batch_loss
+    from tandem.engine.learner.terms import denominators, make_tokens, micro_batch_loss
     from tandem.engine.model.policy import Policy
+    from tandem.engine.model.view import View
 
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(
@@ -86,16 +87,9 @@ def test_sft_has_the_gradient_of_transformers_token_mean():
     b = Batch(0, (), experts)
     rows, terms = method.rows(b), method.terms(b)
     for micro in pack(rows, terms, 1, 16, 0)[0]:
-        logp = policy(
-            *(
-                torch.as_tensor(x)
-                for x in (micro.tokens, micro.positions, micro.index, micro.target)
-            ),
-            1.0,
-            16,
-            False,
-        )[0]
-        tokens = make_tokens(micro, Outputs(logp))
+        arrays = (micro.tokens, micro.positions, micro.index, micro.target)
+        view = View.of_one_row(*map(torch.as_tensor, arrays))
+        tokens = make_tokens(micro, policy(replace(view, chunk=16)))
         micro_batch_loss(terms, denominators(terms, rows), micro, tokens)[0].backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, theirs[name], rtol=1e-4, atol=1e-6)
@@ -177,7 +171,7 @@ def test_weights_on_expert_tokens(objective, w, largest, at, peak, peak_at):
     logp = p.log().requires_grad_()
     zeros = torch.zeros(len(p), dtype=torch.int64)
     loss, _ = objective(
-        Tokens(logp, zeros, zeros, zeros.to(torch.int8), advantage=torch.ones_like(p))
+        Tokens(logp, zeros, zeros, zeros.to(torch.int8), {"advantage": torch.ones_like(p)})
     )
     loss.sum().backward()
     found = -logp.grad

@@ -17,9 +17,13 @@ def whole(row, value=1.0, dtype=np.float32):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda r: replace(r, advantage=np.ones(2)), "Row.advantage has 2 entries, expected 5"),
-        (lambda r: replace(r, advantage=1.0), "Row.advantage is 1.0, expected an array"),
-        (lambda r: replace(r, advantage=np.array(1.0)), "Row.advantage is array"),
+        (
+            lambda r: r.with_streams(advantage=np.ones(2)),
+            r"\['advantage'\] has 2 entries, expected 5",
+        ),
+        (lambda r: r.with_streams(advantage="high"), r"\['advantage'\] has 4 entries, expected 5"),
+        (lambda r: replace(r, streams=[1.0]), "Row.streams is .*expected a mapping"),
+        (lambda r: r.with_streams(advantage=np.array(1.0)), r"\['advantage'\] is array"),
         (lambda r: replace(r, tokens=3), "Row.tokens is 3"),
         (lambda r: replace(r, weights=None), "Row.weights is None, expected a mapping"),
         (lambda r: replace(r, weights=["sft"]), "Row.weights is .*expected a mapping"),
@@ -45,8 +49,8 @@ def test_a_row_that_cannot_be_made(change, words):
         (lambda r: replace(r, tokens=r.tokens - 10), "a token is -9, expected ids"),
         (lambda r: whole(r, 1e300, np.float64), "1e.300 at token 2, more than float32 holds"),
         (
-            lambda r: replace(r, advantage=np.full(5, -1e300)),
-            "advantage is -1e.300 at token 2, more than float32 holds",
+            lambda r: r.with_streams(advantage=np.full(5, -1e300)),
+            r"\['advantage'\] is -1e.300 at token 2, more than float32 holds",
         ),
     ],
 )

@@ -80,7 +80,7 @@ def test_before_the_first_update_the_policy_is_the_old_one(model_path):
     """
     rank, rows = make_rank(model_path), make_rows()
     rows = [
-        replace(row, old_logp=old, advantage=np.abs(row.advantage) + 1)
+        row.with_streams(old_logp=old, advantage=np.abs(row.streams["advantage"]) + 1)
         for row, old in zip(rows, rank.logprobs(rows, TEMPERATURE), strict=True)
     ]
     tight = [replace(TERMS[0], objective=PPOClip(1e-5, 1e-5))]
@@ -224,15 +224,12 @@ def test_gap_is_measured_on_fresh_sampled_tokens(model_path):
     rank, rows = make_rank(model_path), make_rows(count=4)
     logps = rank.logprobs(rows, 0.8)
     shifted = [
-        replace(row, behaviour_logp=logp + np.float32(0.25))
+        row.with_streams(behaviour_logp=logp + np.float32(0.25))
         for row, logp in zip(rows, logps, strict=True)
-        if row.behaviour_logp is not None
+        if "behaviour_logp" in row.streams
     ]
-    stale = replace(
-        shifted[0],
-        behaviour_logp=shifted[0].behaviour_logp + 5,
-        version=np.full(len(shifted[0].tokens), -1, np.int32),
-    )
+    stale = replace(shifted[0], version=np.full(len(shifted[0].tokens), -1, np.int32))
+    stale = stale.with_streams(behaviour_logp=stale.streams["behaviour_logp"] + 5)
     metrics = rank.step(make_plan([*shifted, stale])).metrics
     assert metrics["gap/max"] == pytest.approx(0.25, abs=1e-5) and metrics[
         "gap/mean"

@@ -109,8 +109,7 @@ def test_hand_made_batch():
         np.array([5, 6, 7, 8], np.int32),
         np.array([0, 1, 1, 1], np.int8),
         {"a": weight(0, 1, 1, 1)},
-        advantage=weight(0, 2, 2, 2),
-        behaviour_logp=weight(np.nan, -1, -2, -3),
+        {"advantage": weight(0, 2, 2, 2), "behaviour_logp": weight(np.nan, -1, -2, -3)},
         version=np.array([-1, 3, 3, 4], np.int32),
         group=9,
     )

@@ -19,13 +19,13 @@ from tandem.algorithms.parts.reductions import Reduction
 from tandem.engine.core.types import Row, Source
 from tandem.engine.learner.packing import pack
 from tandem.engine.learner.terms import (
-    Outputs,
     denominators,
     make_tokens,
     micro_batch_loss,
     row_counts,
 )
 from tandem.engine.model.policy import Policy, hf_parameters
+from tandem.engine.model.view import View
 
 
 def expert(weight, term="sft"):
@@ -44,7 +44,7 @@ def step(rows, terms, logp):
     values = torch.tensor(
         [x for i in micro.rows for x in logp[i]], dtype=torch.float32, requires_grad=True
     )
-    tokens = make_tokens(micro, Outputs(values))
+    tokens = make_tokens(micro, {"logp": values})
     loss, metrics = micro_batch_loss(terms, denominators(terms, rows), micro, tokens)
     return loss, metrics, values
 
@@ -81,10 +81,12 @@ def test_terms_add_up_by_hand():
         np.arange(3, dtype=np.int32),
         np.array([0, 1, 1], np.int8),
         {"policy": weight(0, 1, 1), "kl": weight(0, 0, 1)},
-        advantage=weight(0, 2, -1),
-        old_logp=weight(nan, -1.0, -1.0),
-        behaviour_logp=weight(nan, -3.0, -1.5),
-        ref_logp=weight(nan, -1.0, -0.8),
+        {
+            "advantage": weight(0, 2, -1),
+            "old_logp": weight(nan, -1.0, -1.0),
+            "behaviour_logp": weight(nan, -3.0, -1.5),
+            "ref_logp": weight(nan, -1.0, -0.8),
+        },
     )
     logp = [-1 + log(1.5), -1 + log(0.9)]
     terms = [
@@ -133,9 +135,11 @@ def mixed_rows(count=16, seed=0):
                 rng.integers(0, 96, length).astype(np.int32),
                 np.where(mask > 0, Source.EXPERT if demo else Source.POLICY, 0).astype(np.int8),
                 {"sft": mask} if demo else {"policy": mask, "kl": mask},
-                advantage=None if demo else mask * np.float32(rng.normal()),
-                behaviour_logp=None if demo else noise(rng, mask),
-                ref_logp=noise(rng, mask),
+                {
+                    "advantage": None if demo else mask * np.float32(rng.normal()),
+                    "behaviour_logp": None if demo else noise(rng, mask),
+                    "ref_logp": noise(rng, mask),
+                },
                 group=i,
             )
         )
@@ -170,16 +174,14 @@ def gradient(policy, rows, terms, parts, ranks):
             micro for micros in pack(part, terms, ranks, 10_000, version=0) for micro in micros
         ):
             tensor = torch.as_tensor
-            logp, entropy, _ = policy(
+            view = View.of_one_row(
                 tensor(micro.tokens),
                 tensor(micro.positions),
                 tensor(micro.index),
                 tensor(micro.target),
-                0.9,
-                16,
-                True,
             )
-            loss, _ = micro_batch_loss(terms, z, micro, make_tokens(micro, Outputs(logp, entropy)))
+            found = policy(replace(view, temperature=0.9, chunk=16, entropy=True))
+            loss, _ = micro_batch_loss(terms, z, micro, make_tokens(micro, found))
             loss.backward()
             total, forwards = total + loss.item(), forwards + 1
     assert forwards == parts * ranks

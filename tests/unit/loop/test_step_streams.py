@@ -2,7 +2,7 @@
 that a term wants to know it of."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -64,10 +64,10 @@ def test_a_step_of_demonstrations_asks_nothing_of_the_reference():
     """SASR with a KL term: its rollout steps need the reference, its SFT steps do not."""
     method = make_method("sasr", {"policy": {"kl": 0.1}})
     rows, learner = stepped(method, batch(groups=()))
-    assert learner.asked == [] and all(row.ref_logp is None for row in rows)
+    assert learner.asked == [] and all("ref_logp" not in row.streams for row in rows)
     rows, learner = stepped(method, batch(experts=()))
     assert learner.asked == [("reference", ["p", "p"], 0.7)] and all(
-        row.ref_logp is not None for row in rows
+        "ref_logp" in row.streams for row in rows
     )
 
 
@@ -76,20 +76,20 @@ def test_only_rows_of_the_term_are_asked_about():
     log-probs and values."""
     rows, learner = stepped(make_method("chord_mu", {"policy": {"kl": 0.1}}), batch())
     assert learner.asked == [("reference", ["p", "p"], 0.7)]
-    assert [row.ref_logp is None for row in rows] == [False, False, True, True]
+    assert ["ref_logp" not in row.streams for row in rows] == [False, False, True, True]
     rows, learner = stepped(
         make_method("chord_mu", {"policy": {"preset": "ppo", "critic": {"kl": 0.1}}}), batch()
     )
     assert learner.asked == [("own", ["p", "p"], 0.7), ("reference", ["p", "p"], 0.7)]
-    assert [row.old_value is None for row in rows] == [False, False, True, True]
-    assert [row.returns is None for row in rows] == [False, False, True, True]
+    assert ["old_value" not in row.streams for row in rows] == [False, False, True, True]
+    assert ["returns" not in row.streams for row in rows] == [False, False, True, True]
 
 
 def test_a_row_that_trains_nothing_is_not_asked_about():
     cut = rollouts((0, 1), finish="length", number=1)
     method = make_method("grpo", {"policy": {"kl": 0.1, "mask_truncated": True}})
     rows, learner = stepped(method, batch(groups=[rollouts(), cut], experts=()))
-    assert learner.asked == [("reference", ["p", "p"], 0.7)] and rows[2].ref_logp is None
+    assert learner.asked == [("reference", ["p", "p"], 0.7)] and "ref_logp" not in rows[2].streams
 
 
 def test_several_updates_score_only_what_is_not_known_yet():
@@ -98,7 +98,7 @@ def test_several_updates_score_only_what_is_not_known_yet():
     _, learner = stepped(method, batch(), updates_per_batch=2)
     assert learner.asked[2:] == [("own", ["e0", "e1"], 0.7)]
     method.rows = lambda b: [
-        replace(expert_row(t, "expert"), old_logp=np.zeros(len(t.tokens), np.float32))
+        expert_row(t, "expert").with_streams(old_logp=np.zeros(len(t.tokens), np.float32))
         for t in EXPERTS
     ]
     _, learner = stepped(method, batch(), updates_per_batch=2)
@@ -118,7 +118,7 @@ class OnDemonstrations(Method):
         for row in rows:
             row.weights["kl"] = row.weights["sft"].copy()
             row.weights["ratio"] = row.weights["sft"].copy()
-        return [replace(row, advantage=row.weights["sft"]) for row in rows]
+        return [row.with_streams(advantage=row.weights["sft"]) for row in rows]
 
     def terms(self, batch):
         return [

@@ -3,6 +3,7 @@ refused, and so are broken folders.
 """
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -20,6 +21,7 @@ from tandem.engine.model.load import load_policy
 from tandem.engine.model.policy import Policy, hf_parameters
 from tandem.engine.model.resolve import load_tokenizer, resolve_model
 from tandem.engine.model.self_check import can_share, self_check
+from tandem.engine.model.view import View
 
 SIZES = dict(
     vocab_size=96,
@@ -104,15 +106,11 @@ def micro_batches(rows, budget=90):
 
 def run(policy, micro, temperature=1.0, chunk=7, entropy=True):
     tensor = torch.as_tensor
-    return policy(
-        tensor(micro.tokens),
-        tensor(micro.positions),
-        tensor(micro.index),
-        tensor(micro.target),
-        temperature,
-        chunk,
-        entropy,
-    )[:2]
+    view = View.of_one_row(
+        tensor(micro.tokens), tensor(micro.positions), tensor(micro.index), tensor(micro.target)
+    )
+    found = policy(replace(view, temperature=temperature, chunk=chunk, entropy=entropy))
+    return found["logp"], found.get("entropy")
 
 
 def alone(model, row, temperature=1.0):

@@ -12,6 +12,7 @@ from tandem.engine.model.load import load_policy
 from tandem.engine.model.policy import Policy
 from tandem.engine.model.rope import follow_engines, separate_rows
 from tandem.engine.model.self_check import can_share, self_check
+from tandem.engine.model.view import View
 
 SIZES = {
     "vocab_size": 40,
@@ -54,7 +55,7 @@ def packed(policy, rows):
     tokens = torch.cat(rows)
     positions = torch.cat([torch.arange(len(row)) for row in rows])
     index = positions.nonzero().squeeze(-1) - 1
-    logp = policy(tokens[None], positions[None], index, tokens[index + 1])[0]
+    logp = policy(View.of_one_row(tokens[None], positions[None], index, tokens[index + 1]))["logp"]
     return logp.split([len(row) - 1 for row in rows])
 
 
