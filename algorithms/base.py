@@ -23,6 +23,7 @@ from tandem.engine.core.types import (
     ScoredGroup,
     Trajectory,
 )
+from tandem.engine.model.quantities import Quantity
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ class Term:
 
     `name` is the key into `Row.weights`. `needs` names the streams the objective cannot do without
     (entropy, value) or that the loop has to fill in before `Method.credit` (old_logp, ref_logp,
-    old_value). Any other name is one of the extra streams of a custom forward.
+    old_value), or that rows bring. `quantities` are what else the objective asks of the full
+    distribution at its tokens, by the names under which it reads them: see
+    engine/model/quantities.py. Each is differentiable, and is made for all terms in one pass.
     """
 
     name: str
@@ -45,7 +48,16 @@ class Term:
     coefficient: float = 1.0
     correction: RolloutCorrection | None = None
     needs: frozenset[str] = frozenset()
+    quantities: Mapping[str, Quantity] = field(default_factory=dict)
     together: bool = False  # all rows of a group stand in one micro-batch
+
+
+def quantities_of(terms: Sequence[Term]) -> dict[str, Quantity]:
+    """All that the terms ask for. Two may share a name if they mean the same by it."""
+    found: dict[str, Quantity] = {}
+    for term in terms:
+        found.update(term.quantities)
+    return found
 
 
 @dataclass(frozen=True)
@@ -195,7 +207,7 @@ class Method:
         in the same order.
         """
         if self.demos is not None:
-            rows = self.demos.credit(rows, self.demos_term)
+            rows = self.demos.credit(rows, self.demos_term, batch)
         return self.policy.credit(rows, batch) if self.critic else rows
 
     def diagnostics(self, rows: Sequence[Row]) -> dict[str, float]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tandem.algorithms.base import Term
+from tandem.algorithms.base import Term, quantities_of
 from tandem.algorithms.checks.method import kind
 from tandem.algorithms.parts.objectives.tokens import (
     MODEL_STREAMS,
@@ -44,6 +44,7 @@ def visible_streams(term: Term, terms: Sequence[Term], tokens: Tokens) -> Tokens
             )
     asked = [name for name in HIDDEN_IF_ASKED if any(name in other.needs for other in terms)]
     hidden = {name for name in (*MODEL_STREAMS, *asked) if name not in term.needs}
+    hidden |= quantities_of(terms).keys() - term.quantities.keys()
     if hidden.isdisjoint(tokens.streams):
         return tokens
     seen = {name: stream for name, stream in tokens.streams.items() if name not in hidden}

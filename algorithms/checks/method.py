@@ -14,14 +14,23 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 
 from tandem.algorithms.base import Demand, Method, Term
-from tandem.algorithms.parts.objectives.tokens import TOKEN_FIELDS
+from tandem.algorithms.parts.objectives.tokens import (
+    MODEL_STREAMS,
+    PARTIAL_STREAMS,
+    SCORED_STREAMS,
+    TOKEN_FIELDS,
+)
 from tandem.engine.core.errors import MethodError
 from tandem.engine.core.types import GenRequest
+from tandem.engine.model.quantities import REFERENCE
 
+QUANTITY_PARTS = ("models", "data", "value", "slope")
+ENGINE_NAMES = (*TOKEN_FIELDS, *MODEL_STREAMS, *SCORED_STREAMS, *PARTIAL_STREAMS, "target")
 CRITIC_STREAMS = ("value", "old_value")
 LINE_KEYS = ("step", "seconds")  # of every line of metrics.jsonl
 
@@ -139,6 +148,7 @@ def check_terms(method: Method, terms: Sequence[Term]) -> list[Term]:
             )
         seen.add(term.name)
         found.append(replace(term, coefficient=real(term.coefficient)))
+    check_same_quantities(where, found)
     return found
 
 
@@ -162,6 +172,7 @@ def check_term(where: str, term: Term, method: Method) -> None:
             )
     check_coefficient(where, term.coefficient)
     check_needs(where, term, method)
+    check_quantities(where, term)
 
 
 def check_coefficient(where: str, coefficient: float) -> None:
@@ -205,6 +216,39 @@ def check_needs(where: str, term: Term, method: Method) -> None:
                 "has none; set method.policy.advantage=gae (preset ppo), or give "
                 "the class `critic = True`"
             )
+
+
+def check_quantities(where: str, term: Term) -> None:
+    if not isinstance(term.quantities, Mapping):
+        raise MethodError(
+            f"{where}: its quantities are {kind(term.quantities)}, expected a mapping "
+            "{name: Quantity}"
+        )
+    for name, quantity in term.quantities.items():
+        here = f"{where}: its quantity {name!r}"
+        if not isinstance(name, str) or name in ENGINE_NAMES:
+            raise MethodError(f"{here}: tokens have something else of that name; choose another")
+        lacking = [part for part in QUANTITY_PARTS if not hasattr(quantity, part)]
+        if isinstance(quantity, type) or lacking:
+            raise MethodError(
+                f"{here} is {kind(quantity)}, expected a Quantity, e.g. "
+                "Divergence('reference', beta=0.0)"
+            )
+        for model in quantity.models:
+            if model != REFERENCE:
+                raise MethodError(f"{here} reads the model {model!r}, expected {REFERENCE!r}")
+
+
+def check_same_quantities(where: str, terms: Sequence[Term]) -> None:
+    """Each is computed once, so a name has one meaning in a step."""
+    seen: dict[str, Any] = {}
+    for term in terms:
+        for name, quantity in term.quantities.items():
+            if seen.setdefault(name, quantity) != quantity:
+                raise MethodError(
+                    f"{where}: term {term.name!r} asks for {name!r} = {quantity}, another term for "
+                    f"{seen[name]} by the same name; give them two names"
+                )
 
 
 # -- after the update

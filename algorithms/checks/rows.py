@@ -12,11 +12,10 @@ from numbers import Integral
 
 import numpy as np
 
-from tandem.algorithms.base import Batch, Method, Term
-from tandem.algorithms.checks.method import check_list, kind, title
+from tandem.algorithms.base import Batch, Method, Term, quantities_of
+from tandem.algorithms.checks.method import ENGINE_NAMES, check_list, kind, title
 from tandem.algorithms.parts.objectives.tokens import (
     MODEL_STREAMS,
-    PARTIAL_STREAMS,
     SCORED_STREAMS,
     TOKEN_FIELDS,
 )
@@ -95,11 +94,23 @@ def check_credit(
         )
     for number, row in enumerate(rows):
         check_row(label(where, number, row), row, terms)
+    check_quantity_names(where, rows, terms)
     for term in terms:
-        for need in term.needs:
-            if need not in (*MODEL_STREAMS, *SCORED_STREAMS, *PARTIAL_STREAMS):
+        read = {name for quantity in term.quantities.values() for name in quantity.data}
+        for need in sorted({*term.needs, *read}):
+            if need not in ENGINE_NAMES:
                 check_given(method, rows, term, need)
     return list(rows)
+
+
+def check_quantity_names(where: str, rows: Sequence[Row], terms: Sequence[Term]) -> None:
+    quantities = quantities_of(terms)
+    for number, row in enumerate(rows):
+        for name in quantities.keys() & row.streams.keys():
+            raise MethodError(
+                f"{label(where, number, row)}: it brings a stream {name!r}, which a term has as "
+                "the name of a quantity; rename one of them"
+            )
 
 
 def check_row(where: str, row: Row, terms: Sequence[Term]) -> None:

@@ -18,12 +18,16 @@ talr           TALR                 -sg[max(p^(1/tau), floor)] log p
 cleaned        Token Cleaning       -log p, of each row the tokens that improved most
 proximal       arXiv 2508.17784     -min(r, clip(r)), r = pi/pi_old, for several updates per batch
 entropy_nll    arXiv 2506.19767     -sg[scale exp(sign H)] log p (SRFT)
+anchored       Anchored SFT         -sg[p] log p + coefficient KL(pi_ref || pi), full vocabulary
+one_token      One-Token Rollout    a policy gradient over tokens drawn at every position
 
 What an objective costs beyond a forward and backward pass: iw_sft a forward of the frozen
-reference, thresholded and talr one of the present policy before the update, cleaned both.
+reference, thresholded and talr one of the present policy before the update, cleaned both, anchored
+the reference's logits beside the policy's, one_token what it takes to draw from these.
 
-An objective of the list is as in algorithms/parts/objectives/tokens.py, with two additions: `needs`
-names the streams that its term needs, and `weigh(rows)` makes of what is known before the update a
+An objective of the list is as in algorithms/parts/objectives/tokens.py, with four additions:
+`needs` and `quantities` are those of its term, `brings(tokens, rng)` makes streams of the rows, by
+a generator of the row's own, and `weigh(rows)` makes of what is known before the update a
 factor per token, which becomes part of the rows' weights: a token with factor 0 is not counted.
 That is how an objective depends on a whole step and still not on its packing.
 """
@@ -38,14 +42,16 @@ import numpy as np
 
 from tandem.algorithms.base import Batch, Term
 from tandem.algorithms.checks.rows import has_tokens
+from tandem.algorithms.parts.objectives.anchored import Anchored
 from tandem.algorithms.parts.objectives.cleaned import Cleaned
 from tandem.algorithms.parts.objectives.entropy import EntropyBonus
 from tandem.algorithms.parts.objectives.importance import ImportanceWeighted
 from tandem.algorithms.parts.objectives.likelihood import DFT, Power, Thresholded
 from tandem.algorithms.parts.objectives.nll import NLL, EntropyWeightedNLL, Weighted
+from tandem.algorithms.parts.objectives.one_token import OneTokenRollout
 from tandem.algorithms.parts.objectives.proximal import ClippedRatio
 from tandem.algorithms.parts.objectives.talr import TALR
-from tandem.algorithms.parts.objectives.tokens import Before, Objective
+from tandem.algorithms.parts.objectives.tokens import Before
 from tandem.algorithms.parts.reductions import NAMES, Reduction
 from tandem.algorithms.parts.schedules import Schedule
 from tandem.algorithms.rows import expert_row
@@ -63,6 +69,8 @@ OBJECTIVES = {
     "cleaned": Cleaned,
     "proximal": ClippedRatio,
     "entropy_nll": EntropyWeightedNLL,
+    "anchored": Anchored,
+    "one_token": OneTokenRollout,
 }
 NONE = Schedule()
 
@@ -103,7 +111,7 @@ class DemoLoss:
             raise ValueError(f"{key}: found {value!r}, expected a section or text")
         return build(cls, value, key)
 
-    def token_objective(self) -> Objective:
+    def token_objective(self) -> Any:
         owner = f"method.demos: objective {self.objective!r}"
         return build(OBJECTIVES[self.objective], self.options, "method.demos.options", owner)
 
@@ -143,12 +151,13 @@ class DemoLoss:
         """The terms of the SFT half, over the method's own `reduction` and `bonus`."""
         objective = self.token_objective()
         needs = getattr(objective, "needs", frozenset())
+        quantities = getattr(objective, "quantities", {})
         if hasattr(objective, "weigh"):
             needs = needs | {"old_logp"}
         if weight != "one":
             objective = Weighted(objective, weight)
         reduction = self.reduce(reduction)
-        terms = [Term(term, objective, reduction, coefficient, needs=needs)]
+        terms = [Term(term, objective, reduction, coefficient, needs=needs, quantities=quantities)]
         bonus = self.bonus(bonus)
         if not bonus.off:
             alpha = coefficient * bonus(batch.step, batch.signals)
@@ -156,18 +165,24 @@ class DemoLoss:
             terms.append(Term(f"{term}_entropy", EntropyBonus(), reduction, alpha, needs=needs))
         return terms
 
-    def credit(self, rows: Sequence[Row], term: str) -> Sequence[Row]:
-        """The rows with what the objective makes of their log-probs before the update as weights,
-        where it asks for those.
+    def credit(self, rows: Sequence[Row], term: str, batch: Batch) -> Sequence[Row]:
+        """The rows of `term` with what the objective asks for beyond their tokens: streams of its
+        own, and as weights what it makes of their log-probs before the update.
         """
-        weigh = getattr(self.token_objective(), "weigh", None)
+        objective = self.token_objective()
         chosen = [i for i, row in enumerate(rows) if has_tokens(row, term)]
-        if weigh is None or not chosen:
+        rows = list(rows)
+        if hasattr(objective, "brings"):
+            for i in chosen:
+                rng = np.random.default_rng([batch.budget.seed, batch.step, i])
+                streams = objective.brings(len(rows[i].tokens), rng)
+                rows[i] = rows[i].with_streams(**streams)
+        if not hasattr(objective, "weigh") or not chosen:
             return rows
         masks = [np.flatnonzero(rows[i].weights[term]) for i in chosen]
         before = [known_before(rows[i], mask) for i, mask in zip(chosen, masks, strict=True)]
-        rows = list(rows)
-        for i, mask, factor in zip(chosen, masks, weigh(before), strict=True):
+        factors = objective.weigh(before)
+        for i, mask, factor in zip(chosen, masks, factors, strict=True):
             weight = rows[i].weights[term].copy()
             weight[mask] *= factor
             rows[i] = rows[i].with_term(term, weight)

@@ -285,6 +285,8 @@ class StepPlan:
     optimizer: str = "main"  # which set of optimizer moments this step uses
     temperature: float = 1.0
     entropy: bool = False  # whether the head also computes token entropies
+    # {name: engine.model.quantities.Quantity} that terms ask for
+    quantities: Mapping[str, Any] = field(default_factory=dict)
     forward: Any = None  # Method.forward, in the place of Policy.forward
 
 

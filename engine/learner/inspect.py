@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tandem.algorithms.base import Batch, Method
+from tandem.algorithms.base import Batch, Method, quantities_of
 from tandem.algorithms.checks.method import check_terms, naming
 from tandem.algorithms.checks.rows import ask_credit, ask_rows, check_rows
 from tandem.algorithms.parts.objectives.tokens import MODEL_STREAMS
@@ -56,6 +56,7 @@ class Inspection:
     denominators: dict[str, float]
     gradients: list[np.ndarray]
     value_gradients: list[np.ndarray]  # d loss / d value, the same way
+    extra_gradients: dict[str, list[np.ndarray]]  # d loss / d each of `extra`
     # TERM/METRIC, mean over the term's tokens; TERM/PART/METRIC over those of a part, e.g.
     # policy/expert/p
     metrics: dict[str, float]
@@ -80,8 +81,8 @@ def inspect(
     logp, entropy, old, reference, value and old_value map a row to float [T]; all but logp, entropy
     and value become the row's streams. For a term that needs old log-probs or values and is given
     none, the present ones are the old ones, as before a first update; the present value is 0 if not
-    given, as of a new critic. `extra` are the streams that a custom forward would give, 0 if not
-    given. Raises ValueError for input that does not fit.
+    given, as of a new critic. `extra` are the quantities that terms ask for, and the streams that a
+    custom forward would give, 0 if not given. Raises ValueError for input that does not fit.
     """
     check(method, batch, micro_batch_tokens, ranks)
     rows, terms = ask_rows(method, batch), method.terms(batch)
@@ -99,7 +100,7 @@ def inspect(
     with naming(method):
         z = denominators(terms, rows)
     brought = {name for row in rows for name in row.streams}
-    of_forward = needs.keys() - brought - set(MODEL_STREAMS)
+    of_forward = needs.keys() - brought - set(MODEL_STREAMS) | quantities_of(terms).keys()
     given = Given(rows, {"logp": logp, **dict.fromkeys(of_forward, zeros), **extra})
     given.add("entropy", entropy)
     given.add("value", value)
@@ -120,6 +121,11 @@ def inspect(
         denominators=z,
         gradients=gradients_of(given.leaves["logp"]),
         value_gradients=gradients_of(given.leaves.get("value", [])),
+        extra_gradients={
+            name: gradients_of(leaves)
+            for name, leaves in given.leaves.items()
+            if name in of_forward | extra.keys()
+        },
         metrics=metrics.means(),
         rows=rows,
     )

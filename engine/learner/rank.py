@@ -35,6 +35,7 @@ from tandem.engine.model.context import engine_length
 from tandem.engine.model.export import read_files, write_files, write_weights
 from tandem.engine.model.load import load_policy
 from tandem.engine.model.policy import Policy, hf_parameters
+from tandem.engine.model.quantities import REFERENCE, Quantity
 from tandem.engine.model.rope import follow_engines
 from tandem.engine.model.view import View
 
@@ -144,7 +145,12 @@ class LearnerRank:
         for micro in plan.micro_batches[0]:
             with self.kept_activations():
                 outputs = self.run_micro_batch(
-                    self.engine.forward, micro, plan.temperature, plan.entropy, plan.forward
+                    self.engine.forward,
+                    micro,
+                    plan.temperature,
+                    plan.entropy,
+                    plan.quantities,
+                    plan.forward,
                 )
             tokens = make_tokens(micro, outputs)
             loss, found = micro_batch_loss(plan.terms, plan.denominators, micro, tokens)
@@ -176,6 +182,7 @@ class LearnerRank:
         micro: MicroBatch,
         temperature: float,
         entropy: bool = False,
+        quantities: Mapping[str, Quantity] | None = None,
         custom: Callable | None = None,
     ) -> dict[str, Tensor]:
         """Run a micro-batch through `forward`, that of a Policy, or through a method's own: float32
@@ -196,7 +203,28 @@ class LearnerRank:
             chunk=self.config.learner.head_chunk,
             entropy=entropy,
         )
+        if quantities:
+            view = self.with_quantities(view, micro, quantities)
         return dict(forward(view, custom))
+
+    def with_quantities(
+        self, view: View, micro: MicroBatch, quantities: Mapping[str, Quantity]
+    ) -> View:
+        """The view that asks for quantities too, with the streams and models that they read."""
+        data = {name for quantity in quantities.values() for name in quantity.data}
+        models = {name for quantity in quantities.values() for name in quantity.models}
+        streams = {name: micro.streams[name] for name in sorted(data & micro.streams.keys())}
+        return replace(
+            view,
+            quantities=quantities,
+            data={name: self.to_device(stream) for name, stream in streams.items()},
+            others={name: self.model_beside(name).beside(view) for name in sorted(models)},
+        )
+
+    def model_beside(self, name: str) -> Policy:
+        """A frozen model that quantities compare the policy with."""
+        assert name == REFERENCE  # see algorithms/checks/method.py
+        return self._reference()
 
     def to_device(self, array: np.ndarray | None) -> Any:
         if array is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tandem.algorithms.base import Demand, Method, Term
+from tandem.algorithms.base import Demand, Method, Term, quantities_of
 from tandem.algorithms.checks.method import naming
 from tandem.engine.config.schema import Config
 from tandem.engine.core.types import NO_VERSION, Row, StepPlan, StepReport
@@ -104,6 +104,7 @@ def make_plan(
         learning_rate=work.learning_rate,
         forward=method.forward,
         entropy=config.learner.entropy or needs_entropy,
+        quantities=quantities_of(work.terms),
     )
 
 

@@ -7,14 +7,18 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.core.text import first_line
 from tandem.engine.model.export import Origin
 from tandem.engine.model.heads import Head, ValueHead, logit_map
+from tandem.engine.model.measured_head import HeadInputs, measure
+from tandem.engine.model.quantities import Entropy, LogProbs, Quantity
 from tandem.engine.model.view import View
 
 if TYPE_CHECKING:
@@ -47,8 +51,8 @@ class Policy(nn.Module):
         custom: Callable[[Policy, View], Mapping[str, Tensor]] | None = None,
     ) -> Mapping[str, Tensor]:
         """What is asked of the n trained tokens, by name, float32 [n]: `logp` of the target given
-        the hidden state at its index, `entropy` if the view asks for it, and `value`, the critic's
-        of that state, if there is a critic.
+        the hidden state at its index, `entropy` and the quantities that the view asks for, and
+        `value`, the critic's of that state, if there is a critic.
 
         `view.prompt_blocks` is for a policy that `shares_prompts`. `custom` is Method.forward,
         which then does all this itself.
@@ -60,13 +64,40 @@ class Policy(nn.Module):
 
     def read(self, hidden: Tensor, view: View) -> dict[str, Tensor]:
         """What `forward` returns, from hidden states [n, H] at the view's index."""
-        logp, entropy = self.head(hidden, view.target, view.temperature, view.chunk, view.entropy)
-        found = {"logp": logp}
-        if entropy is not None:
-            found["entropy"] = entropy
+        if view.quantities:
+            found = self.measure(hidden, view)
+        else:
+            logp, entropy = self.head(
+                hidden, view.target, view.temperature, view.chunk, view.entropy
+            )
+            found = {"logp": logp}
+            if entropy is not None:
+                found["entropy"] = entropy
         if self.critic is not None:
             found["value"] = self.critic(hidden)
         return found
+
+    def measure(self, hidden: Tensor, view: View) -> dict[str, Tensor]:
+        """Log-probs, entropies and quantities in one pass over the vocabulary."""
+        asked: dict[str, Quantity] = {"logp": LogProbs("target")}
+        if view.entropy:
+            asked["entropy"] = Entropy()
+        asked.update(view.quantities)
+        data = {**view.data, "target": view.target}
+        in_one_pass = partial(
+            measure, quantities=list(asked.values()), data=data, others=view.others
+        )
+        found = self.head(hidden, None, view.temperature, view.chunk, ask=in_one_pass)
+        return dict(zip(asked, found, strict=True))
+
+    @torch.no_grad()
+    def beside(self, view: View) -> HeadInputs:
+        """This policy at the tokens of the view, as a frozen model beside the one that trains."""
+        hidden = self.trunk(view.tokens, view.positions, prompt_blocks=view.prompt_blocks)
+        head = self.head
+        return HeadInputs(
+            hidden[view.index], head.weight, head.bias, view.temperature, head.scale, head.cap
+        )
 
     def trunk(
         self,

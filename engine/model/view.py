@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from tandem.engine.model.measured_head import HeadInputs
+from tandem.engine.model.quantities import Quantity
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +32,11 @@ class View:
     temperature: float = 1.0
     chunk: int = 1024  # tokens whose logits are in memory at a time
     entropy: bool = False  # whether token entropies are asked for
+    # what else is asked for, by name; `data` and `others` are what these read: per-token tensors,
+    # and other models at the same tokens (see engine/model/measured_head.py)
+    quantities: Mapping[str, Quantity] = field(default_factory=dict)
+    data: Mapping[str, Tensor] = field(default_factory=dict)
+    others: Mapping[str, HeadInputs] = field(default_factory=dict)
 
     @classmethod
     def of_one_row(

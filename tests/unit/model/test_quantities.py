@@ -11,14 +11,16 @@ from torch.distributions import Categorical, kl_divergence
 
 from tandem.engine.core.errors import MethodError
 from tandem.engine.model.chunked_head import token_logprobs
+from tandem.engine.model.drawn import DrawnReward, ExpectedReward
 from tandem.engine.model.heads import Head
 from tandem.engine.model.measured_head import HeadInputs, drawn_tokens, measure, top_tokens
-from tandem.engine.model.quantities import Divergence, Entropy, LogProbs, TopKDivergence
+from tandem.engine.model.quantities import Chunk, Divergence, Entropy, LogProbs, TopKDivergence
 
 N, V, K = 13, 37, 4
 TEACHER_HIDDEN = 9
 FULL = [Divergence("teacher", beta) for beta in (0.0, 0.3, 0.5, 1.0)]
 TOP = [TopKDivergence("top", "top_logp", beta) for beta in (0.0, 0.3, 1.0)]
+DRAWN = [ExpectedReward(-0.3, 1.4), DrawnReward(-0.3, 1.4, samples=6)]
 QUANTITIES = [LogProbs("target"), LogProbs("sampled"), Entropy(), *FULL, *TOP]
 FORMS = [(1.0, 1.0, None), (0.7, 1.0, None), (0.7, 0.0625, None), (1.3, 1.0, 2.0), (0.7, 3.0, 0.5)]
 
@@ -49,6 +51,9 @@ def plain(quantity, log_p, log_q, data):
     if isinstance(quantity, LogProbs):
         ids = data[quantity.ids]
         return log_p.gather(-1, ids.view(len(ids), -1)).view(ids.shape)
+    if quantity in DRAWN:
+        weights = quantity.weights(Chunk(log_p.detach(), log_p, {}, data))
+        return (weights * log_p).sum(-1)
     if isinstance(quantity, Entropy):
         return -(log_p.exp() * log_p).sum(-1)
     if isinstance(quantity, Divergence):
@@ -67,6 +72,7 @@ def case(n=N, dtype=torch.float64, form=(1.0, 1.0, None), vocabulary=V, teacher_
     top = log_q.topk(K)
     sampled = torch.randint(vocabulary, (n, K), generator=torch.Generator().manual_seed(7))
     data = {"target": target, "sampled": sampled, "top": top.indices, "top_logp": top.values}
+    data["draws"] = torch.arange(n).float()
     return (hidden, weight, bias), teacher, log_q, data
 
 
@@ -87,7 +93,7 @@ def weighed(values):
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("quantity", QUANTITIES, ids=str)
+@pytest.mark.parametrize("quantity", [*QUANTITIES, *DRAWN], ids=str)
 def test_equals_plain_autograd(quantity, form):
     parameters, teacher, log_q, data = case(form=form)
     expected = plain(quantity, plain_log_p(*parameters, *form), log_q, data)
@@ -306,7 +312,7 @@ def test_no_gradient_flows_to_the_other_model():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("quantity", QUANTITIES, ids=str)
+@pytest.mark.parametrize("quantity", [*QUANTITIES, *DRAWN], ids=str)
 def test_logits_are_never_whole(dtype, quantity):
     n, vocabulary, chunk = 64, 500, 4
     parameters, teacher, _, data = case(n=n, dtype=dtype, vocabulary=vocabulary)
@@ -400,7 +406,9 @@ def test_what_does_not_fit_is_refused():
     parameters, teacher, _, data = case()
     with pytest.raises(MethodError, match="needs model 'judge'; given: teacher"):
         asked(parameters, teacher, data, [Divergence("judge", 0.0)])
-    with pytest.raises(MethodError, match=r"LogProbs\(ids='drawn'.*needs data 'drawn'; given: sa"):
+    with pytest.raises(
+        MethodError, match=r"LogProbs\(ids='drawn'.*needs data .drawn.; given: draws, sa"
+    ):
         asked(parameters, teacher, data, [LogProbs("drawn")])
     with pytest.raises(MethodError, match="'target' has 12 tokens, but the policy has 13"):
         asked(parameters, teacher, data | {"target": data["target"][1:]}, [LogProbs("target")])
