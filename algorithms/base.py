@@ -16,6 +16,7 @@ from tandem.algorithms.parts.diagnostics import critic_diagnostics
 from tandem.algorithms.parts.objectives.correction import RolloutCorrection
 from tandem.algorithms.parts.reductions import Reduction
 from tandem.engine.core.types import (
+    Codec,
     GenRequest,
     Prompt,
     Row,
@@ -70,6 +71,8 @@ class Budget:
     steps: int  # training steps of the whole run; one may take several optimizer updates
     seed: int = 0  # of the run, for draws that a method makes itself
     model: str = ""  # folder of the model that the run starts from
+    # for methods that write prompts of their own; None where no dataset is read
+    codec: Codec | None = None
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ def trajectory(
         behaviour_logp=behaviour_logp,
         version=versions,
         group=request.group,
+        wave=request.wave,
     )
 
 

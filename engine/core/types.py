@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -61,6 +61,16 @@ class Prompt:
     demonstration: np.ndarray | None = None
 
 
+class Codec(Protocol):
+    """From words to ids and back, for methods that write prompts: engine/data/codec.py."""
+
+    def encode(self, content: Any) -> np.ndarray | None:
+        """int32 [T] of plain text or chat messages; None if that is longer than the run allows."""
+        ...
+
+    def decode(self, response: np.ndarray) -> str: ...
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How to sample.
@@ -88,6 +98,7 @@ class GenRequest:
     prefixes: tuple[np.ndarray, ...] = ()
     prefix_source: Source = Source.PREFIX
     attempt: int = 0  # how often this group was re-issued after an engine died
+    wave: int = 0  # how often the method asked again for the group: see Method.again
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +114,7 @@ class Trajectory:
     # int32 [T], weight version that sampled the token, -1 elsewhere
     version: np.ndarray | None = None
     group: int = -1
+    wave: int = 0  # that of the request it answers
 
     def __post_init__(self):
         check_lengths(
@@ -149,6 +161,7 @@ class ScoredGroup:
     texts: tuple[str, ...] = ()
     # of prompt.demonstration, if the method asked for it to be scored
     demonstration_reward: float | None = None
+    earlier: tuple[ScoredGroup, ...] = ()  # waves that this one took the place of, oldest first
 
     def __post_init__(self):
         check_lengths("ScoredGroup", len(self.trajectories), rewards=self.rewards)

@@ -8,6 +8,7 @@ from typing import Any
 
 from tandem.algorithms.base import Method
 from tandem.engine.config.schema import Config, DataConfig, DatasetConfig
+from tandem.engine.data.codec import PromptCodec
 from tandem.engine.data.sources import ExpertSource, PromptSource, RowSource
 
 
@@ -35,6 +36,13 @@ class Sources:
         """Those of which a checkpoint says how far they are read."""
         every = {"prompts": self.prompts, "experts": self.experts, "aligned": self.expert_prompts}
         return {name: source for name, source in every.items() if source is not None}
+
+    def codec(self) -> PromptCodec | None:
+        """How the prompts of the run are written."""
+        for source in (self.prompts, self.expert_prompts, self.experts):
+            if isinstance(source, RowSource):
+                return PromptCodec(source.encoder)
+        return None
 
     def facts(self) -> dict[str, dict[str, Any]]:
         return {name: source.facts() for name, source in self.named().items()}

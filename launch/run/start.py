@@ -240,6 +240,7 @@ def make_producer(prepared: Prepared, pool: Pool, restart_and_sync: Callable[[],
         steps=config.run.steps,
         seed=config.run.seed,
         model=prepared.model_path,
+        codec=prepared.sources.codec(),
     )
     return Producer(
         method=prepared.method,
