@@ -141,6 +141,9 @@ class Method:
     prompts_from_experts: ClassVar[bool] = False
     # the reward functions also score each prompt's demonstration
     scores_demonstrations: ClassVar[bool] = False
+    # what `again` asks for joins the group's trajectories; False: it takes their place, and they
+    # are ScoredGroup.earlier
+    waves_join: ClassVar[bool] = False
     # False: rollouts train something without an advantage too (UFT's hints), so one sample per
     # prompt is a warning only
     needs_groups: ClassVar[bool] = True
@@ -185,6 +188,18 @@ class Method:
         UFT).
         """
         return GenRequest(group=group, prompt=prompt, samples=budget.samples, sampling=sampling)
+
+    def again(
+        self, group: ScoredGroup, wave: int, request: GenRequest, budget: Budget
+    ) -> GenRequest | None:
+        """The request to ask once more for a group that was scored: with a hint, feedback, a forced
+        prefix, `dataclasses.replace(request, ...)`. None: the group is as it is to be.
+
+        `request` is what the group answers, `wave` the number of the wave to come, from 1. What
+        comes back takes the group's place, or joins it (`waves_join`); then it is asked again. A
+        pure function of its arguments, which a resumed run asks anew.
+        """
+        return None
 
     def accept(self, group: ScoredGroup) -> bool:
         """Whether a scored group counts towards the batch; False draws another prompt in its place

@@ -33,6 +33,7 @@ from tandem.engine.data.sources import PromptSource
 from tandem.engine.learner.protocol import Pool
 from tandem.engine.loop.scoring import Scorer
 from tandem.engine.loop.tickets import GroupSlot, RolloutCounts, Ticket, sampled_tokens
+from tandem.engine.loop.waves import every_trajectory, joined, next_wave
 from tandem.rollout.backends.replay import RecordedPrompts
 
 # a step may draw this many times its prompts before it gives up on filling the batch
@@ -206,6 +207,9 @@ class Producer:
                 continue
             if slot.group is None:
                 slot.group = self.finish(slot)
+            if slot.group is not None and self.asks_again(slot, slot.group):
+                turns.put(slot)
+                continue
             kind = slot.from_experts
             waiting[kind].remove(slot)
             if slot.group is not None and self.accepts(slot.group):
@@ -223,9 +227,18 @@ class Producer:
                 turns.put(another)
         return accepted
 
+    def asks_again(self, slot: GroupSlot, group: ScoredGroup) -> bool:
+        """Whether the method wants another wave of the group; it is requested then."""
+        request = next_wave(self.method, group, slot.request, self.budget)
+        if request is None:
+            return False
+        slot.request, slot.earlier, slot.group = request, group, None
+        self.issue(slot)
+        return True
+
     def accepts(self, group: ScoredGroup) -> bool:
         """Whether the method trains on the group; counted."""
-        self.counts.tokens += sampled_tokens(group.trajectories)
+        self.counts.tokens += sampled_tokens(every_trajectory(group))
         accepted = check_accept(self.method, self.method.accept(group))
         self.counts.accepted += accepted
         self.counts.filtered += not accepted
@@ -248,9 +261,13 @@ class Producer:
         while True:
             try:
                 stop.result(slot.generation)
-                return self.scorer.finish(slot)
+                group = self.scorer.finish(slot)
             except EngineDied:
                 self.restart_and_resubmit()
+                continue
+            if slot.earlier is None:
+                return group
+            return joined(slot.earlier, group, self.method.waves_join)
 
     def first_finished(self, turns: queue.SimpleQueue[GroupSlot]) -> GroupSlot:
         """The next slot that can be finished without waiting; of those that are there, the one with
@@ -291,6 +308,8 @@ class Producer:
             if slot.group is None and not slot.generation.done():
                 self.pool.abort(slot.request)
             self.counts.aborted += 1
+            if slot.group is None and slot.earlier is not None:
+                self.counts.tokens += sampled_tokens(every_trajectory(slot.earlier))
             self.dropped.append(slot)
         self.count_dropped()
 
@@ -302,7 +321,7 @@ class Producer:
         waiting = []
         for slot in self.dropped:
             if slot.group is not None:
-                self.counts.tokens += sampled_tokens(slot.group.trajectories)
+                self.counts.tokens += sampled_tokens(every_trajectory(slot.group))
             elif not slot.generation.done():
                 waiting.append(slot)
             elif slot.generation.exception() is None:
@@ -334,7 +353,9 @@ class Producer:
                 slot.group = self.finish(slot)
         tickets = []
         for ticket in self.tickets:
-            slots = [(slot.request, slot.from_experts, slot.group) for slot in ticket.slots]
+            slots = []
+            for slot in ticket.slots:
+                slots.append((slot.request, slot.from_experts, slot.group, slot.earlier))
             tickets.append((ticket.step, ticket.demand, slots))
         return {
             "next_group": self.next_group,
@@ -351,8 +372,10 @@ class Producer:
             ticket = Ticket(step, demand)
             if demand.stop:
                 self.last_step = step
-            for request, from_experts, group in slots:
-                ticket.slots.append(GroupSlot(request, from_experts, group=group))
+            for request, from_experts, group, *waves in slots:
+                earlier = waves[0] if waves else None  # none before version 0.2.0
+                slot = GroupSlot(request, from_experts, group=group, earlier=earlier)
+                ticket.slots.append(slot)
             self.tickets.append(ticket)
 
     def resubmit_pending(self) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from tandem.engine.core.types import Finish, Row, ScoredGroup, Source, StepReport
 from tandem.engine.learner.protocol import Pool
 from tandem.engine.loop.producer import Producer
+from tandem.engine.loop.waves import first_rewards
 from tandem.engine.report.display import Display
 from tandem.engine.report.telemetry import Telemetry
 
@@ -144,7 +145,25 @@ def rollout_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     found["rollout/tokens"] = lengths.sum()
     found["rollout/truncated"] = np.mean(truncated)
     found["rollout/samples"] = len(lengths)
+    found.update(wave_metrics(groups))
     return {name: float(value) for name, value in found.items()}
+
+
+def wave_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
+    """Where a method asked again: in what share of the groups, how often at most, and what the
+    first wave was worth. Nothing where none was asked for.
+    """
+    waves = []  # of each group, how many after the first
+    for group in groups:
+        waves.append(max(trajectory.wave for trajectory in group.trajectories))
+    if not any(waves):
+        return {}
+    first = np.concatenate([first_rewards(group) for group in groups])
+    return {
+        "wave/asked_again": np.count_nonzero(waves) / len(groups),
+        "wave/most": max(waves),
+        "wave/first_reward": float(first.mean()),
+    }
 
 
 def reward_parts(groups: Sequence[ScoredGroup]) -> dict[str, list[float]]:

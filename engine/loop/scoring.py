@@ -42,8 +42,10 @@ class Scorer:
             if slot.scoring is not None or slot.aborted:
                 return
             prompt = slot.request.prompt
-            responses = [t.response for t in usable(slot.generation.result())]
-            texts = self.texts(usable(slot.generation.result()))
+            generated = usable(slot.generation.result())
+            responses = [t.response for t in generated]
+            texts = [self.decode(t.response, t.finish) for t in generated]
+            slot.texts = list(texts)
             if self.demonstrations and prompt.demonstration is not None:
                 responses.append(prompt.demonstration)
                 texts.append(self.decode(prompt.demonstration, Finish.STOP))
@@ -64,16 +66,12 @@ class Scorer:
         self.submit(slot)
         assert slot.scoring is not None, "an aborted group was asked for"
         outcomes = stop.result(slot.scoring)
-        group = scored_group(
-            slot.request, kept, outcomes[: len(kept)], self.on_error, self.texts(kept)
-        )
+        of_kept = outcomes[: len(kept)]
+        group = scored_group(slot.request, kept, of_kept, self.on_error, slot.texts)
         if group is not None and len(outcomes) > len(kept):
             # None where its reward failed: then it takes no part
             group = replace(group, demonstration_reward=outcomes[-1].value)
         return group
-
-    def texts(self, trajectories: Sequence[Trajectory]) -> list[str]:
-        return [self.decode(t.response, t.finish) for t in trajectories]
 
 
 def usable(trajectories: Sequence[Trajectory]) -> list[Trajectory]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -20,7 +20,9 @@ class GroupSlot:
     # of trajectories; the one it begins with is never answered: the request was not sent yet
     generation: Future = field(default_factory=Future)
     scoring: Future | None = None  # of outcomes
+    texts: list[str] = field(default_factory=list)  # of what was generated
     group: ScoredGroup | None = None
+    earlier: ScoredGroup | None = None  # the group before the wave that is asked for now
     aborted: bool = False
 
     @property
@@ -69,6 +71,6 @@ class RolloutCounts:
         return cls(**{one.name: values[one.name] for one in fields(cls)})
 
 
-def sampled_tokens(trajectories: Sequence[Trajectory]) -> int:
+def sampled_tokens(trajectories: Iterable[Trajectory]) -> int:
     """Tokens that the policy sampled."""
     return sum(int((t.source == Source.POLICY).sum()) for t in trajectories)

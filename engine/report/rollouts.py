@@ -25,7 +25,9 @@ def rollout_record(
     prompt = group.prompt
     trajectory = group.trajectories[sample]
     row, shortened = columns or plain_columns(prompt.columns)
-    marks = {"cut": shortened} if shortened else {}
+    marks: dict[str, Any] = {"cut": shortened} if shortened else {}
+    if trajectory.wave:
+        marks["wave"] = trajectory.wave
     outcome = group.outcomes[sample] if group.outcomes else None
     return {
         "group": group.group,
@@ -69,6 +71,7 @@ def read_rollouts(path: str | Path) -> Iterator[tuple[dict[str, Any], Prompt, Tr
             source=source,
             finish=Finish(line["finish"]),
             group=line["group"],
+            wave=line.get("wave", 0),
             behaviour_logp=array_or_none(line["behaviour_logp"], np.float32),
             version=array_or_none(line["version"], np.int32),
         )

@@ -144,13 +144,18 @@ class Telemetry:
         self._record(step, {f"eval/{key}": value for key, value in result.items()})
 
     def rollouts(self, step: int, groups: Sequence[ScoredGroup], version: int) -> None:
-        """The groups that step `step` trains on; `version` is the learner's weight version."""
+        """The groups that step `step` trains on, and the waves that they took the place of;
+        `version` is the learner's weight version.
+        """
         for group in groups:
             columns = plain_columns(group.prompt.columns)
-            for sample in range(len(group.trajectories)):
-                record = {"step": step, "learner_version": version}
-                record |= rollout_record(group, sample, columns)
-                write_line(self._rollouts, record)
+            for wave in (*group.earlier, group):
+                for sample in range(len(wave.trajectories)):
+                    record = {"step": step, "learner_version": version}
+                    record |= rollout_record(wave, sample, columns)
+                    if wave is not group:
+                        record["replaced"] = True
+                    write_line(self._rollouts, record)
         self._rollouts.flush()
 
     def event(self, kind: str, **facts: Any) -> None:

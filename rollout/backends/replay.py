@@ -22,24 +22,25 @@ import numpy as np
 
 from tandem.engine.config.schema import Config
 from tandem.engine.core.errors import ConfigError
-from tandem.engine.core.types import GenRequest, Installed, Prompt, Trajectory
+from tandem.engine.core.types import GenRequest, Installed, Prompt, Source, Trajectory
 from tandem.engine.report.rollouts import read_rollouts
 from tandem.engine.weights.digest import combine, digest
 from tandem.rollout.backend import Backend
 
 
 class Record:
-    """A rollouts.jsonl in memory: {group ordinal: its trajectories}, {group ordinal: its prompt},
-    in the order of the file.
+    """A rollouts.jsonl in memory: {(group ordinal, wave): its trajectories}, {group ordinal: its
+    prompt, that of the first wave}, in the order of the file.
     """
 
     def __init__(self, path: str | Path):
         check_record(path)
         self.path = str(path)
-        self.groups: dict[int, list[Trajectory]] = {}
+        self.groups: dict[tuple[int, int], list[Trajectory]] = {}
         self.prompts: dict[int, Prompt] = {}
         for _, prompt, trajectory in read_rollouts(path):
-            self.groups.setdefault(trajectory.group, []).append(trajectory)
+            key = (trajectory.group, trajectory.wave)
+            self.groups.setdefault(key, []).append(trajectory)
             self.prompts.setdefault(trajectory.group, prompt)
 
 
@@ -139,7 +140,7 @@ class ReplayBackend(Backend):
                 found = "no rollouts left" if prompt.id in self.unserved else "no rollouts"
                 raise ConfigError(
                     f"rollout.record {self.record.path} has {found} for prompt {prompt.id!r} "
-                    f"(group {request.group}); it holds {len(self.record.groups)} groups of "
+                    f"(group {request.group}); it holds {len(self.record.prompts)} groups of "
                     f"{len(self.unserved)} prompts. Use the recorded run's "
                     "data.prompts, run.seed and rollout.prompts_per_step, no "
                     "data.evaluation, and no more steps than were recorded"
@@ -147,14 +148,21 @@ class ReplayBackend(Backend):
             first = choice.index(request.group) if request.group in choice else 0
             self.served[request.group] = choice.pop(first)
         recorded = self.served[request.group]
-        trajectories = self.record.groups[recorded]
+        trajectories = self.record.groups.get((recorded, request.wave))
+        if trajectories is None:
+            raise ConfigError(
+                f"rollout.record {self.record.path}: group {recorded} was asked for "
+                f"{request.wave} more times than it was in the recorded run; use the recorded "
+                "run's method and reward"
+            )
         if len(trajectories) > request.samples:
             raise ConfigError(
                 f"rollout.record {self.record.path} has {len(trajectories)} samples in group "
                 f"{recorded}, but {request.samples} were asked for; "
                 "set rollout.samples_per_prompt to that of the recorded run"
             )
-        if not np.array_equal(self.record.prompts[recorded].tokens, prompt.tokens):
+        first = trajectories[0]
+        if not np.array_equal(first.tokens[first.source == Source.PROMPT], prompt.tokens):
             raise ConfigError(
                 f"rollout.record {self.record.path}: prompt {prompt.id!r} has other token "
                 "ids there than in data.prompts; "

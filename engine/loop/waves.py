@@ -1,0 +1,57 @@
+"""Waves: what a method asks for again once a group is scored, and what becomes of the group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from tandem.algorithms.base import Budget, Method
+from tandem.algorithms.checks.method import check_again
+from tandem.engine.core.types import GenRequest, ScoredGroup, Trajectory
+
+
+def next_wave(
+    method: Method, group: ScoredGroup, request: GenRequest, budget: Budget
+) -> GenRequest | None:
+    """The request of the group's next wave, sampled with numbers of its own; None if the method is
+    content with the group as it is.
+    """
+    wave = request.wave + 1
+    asked = check_again(method, method.again(group, wave, request, budget), request)
+    if asked is None:
+        return None
+    seeds = np.random.SeedSequence([budget.seed, request.group, wave])
+    sampling = replace(asked.sampling, seed=int(seeds.generate_state(1)[0] >> 1))
+    return replace(asked, sampling=sampling, wave=wave, attempt=0)
+
+
+def joined(before: ScoredGroup, wave: ScoredGroup | None, joins: bool) -> ScoredGroup:
+    """The group after one more wave. A wave without a usable reward leaves it as it was."""
+    if wave is None:
+        return before
+    if not joins:
+        earlier = (*before.earlier, replace(before, earlier=()))
+        return replace(wave, earlier=earlier)
+    return replace(
+        before,
+        trajectories=before.trajectories + wave.trajectories,
+        rewards=np.concatenate([before.rewards, wave.rewards]),
+        outcomes=before.outcomes + wave.outcomes,
+        texts=before.texts + wave.texts,
+    )
+
+
+def every_trajectory(group: ScoredGroup) -> Iterator[Trajectory]:
+    """Those of the waves that it took the place of too."""
+    for one in (*group.earlier, group):
+        yield from one.trajectories
+
+
+def first_rewards(group: ScoredGroup) -> np.ndarray:
+    """float32 [n]: the rewards of the group's first wave."""
+    if group.earlier:
+        return group.earlier[0].rewards
+    first = [trajectory.wave == 0 for trajectory in group.trajectories]
+    return group.rewards[first]
