@@ -207,6 +207,13 @@ class Method:
         """
         return True
 
+    def score(self, batch: Batch) -> Batch:
+        """The batch with rewards of the method's own in its groups, where a reward takes more than
+        one prompt (all documents of a query) or is learnt; called before `rows`, and what the run
+        reports as rewards is what it returns. Groups and trajectories stay as they are.
+        """
+        return batch
+
     def rows(self, batch: Batch) -> list[Row]:
         raise NotImplementedError
 

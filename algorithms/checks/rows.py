@@ -13,7 +13,7 @@ from numbers import Integral
 import numpy as np
 
 from tandem.algorithms.base import Batch, Method, Term, quantities_of
-from tandem.algorithms.checks.method import ENGINE_NAMES, check_list, kind, title
+from tandem.algorithms.checks.method import ENGINE_NAMES, check_list, kind, no_return, title
 from tandem.algorithms.parts.objectives.tokens import (
     MODEL_STREAMS,
     SCORED_STREAMS,
@@ -21,12 +21,38 @@ from tandem.algorithms.parts.objectives.tokens import (
 )
 from tandem.engine.core.errors import CarrierError, MethodError
 from tandem.engine.core.text import closest
-from tandem.engine.core.types import Row
+from tandem.engine.core.types import Row, ScoredGroup
 
 # kinds of numpy dtype
 INTEGERS = "iu"
 REAL_NUMBERS = "fiub"
 KIND_NAMES = {INTEGERS: "integers", REAL_NUMBERS: "real numbers"}
+
+
+def ask_score(method: Method, batch: Batch) -> Batch:
+    """What the method's `score` returns, if nothing but rewards changed."""
+    where = f"{title(method)}: score()"
+    found = method.score(batch)
+    if not isinstance(found, Batch):
+        raise MethodError(f"{where} returned {kind(found)}, expected a Batch{no_return(found)}")
+    if len(found.groups) != len(batch.groups):
+        raise MethodError(
+            f"{where} returned {len(found.groups)} groups for {len(batch.groups)}; expected the "
+            "same ones in the same order, with other rewards"
+        )
+    for before, group in zip(batch.groups, found.groups, strict=True):
+        check_rewards(f"{where}: group {group.group}", before, group)
+    return found
+
+
+def check_rewards(where: str, before: ScoredGroup, group: ScoredGroup) -> None:
+    if group.trajectories is not before.trajectories:
+        raise MethodError(
+            f"{where}: its trajectories are others than before; expected the same ones: "
+            "dataclasses.replace(group, rewards=...)"
+        )
+    check_array(f"{where}: rewards", group.rewards, len(group.trajectories), REAL_NUMBERS, "sample")
+    check_numbers(f"{where}: rewards", group.rewards, "expected finite numbers", "sample")
 
 
 def ask_rows(method: Method, batch: Batch) -> Sequence[Row]:
@@ -169,29 +195,29 @@ def check_weights(where: str, row: Row, terms: Sequence[Term]) -> None:
             )
 
 
-def check_array(where: str, array: np.ndarray, length: int, kinds: str) -> None:
+def check_array(where: str, array: np.ndarray, length: int, kinds: str, unit="token") -> None:
+    """One number per `unit` of a row or group."""
     if not isinstance(array, np.ndarray):
         raise MethodError(
             f"{where} is {kind(array)}, expected a numpy array of shape ({length},): "
-            "one number per token of the row"
+            f"one number per {unit}"
         )
     if array.shape != (length,):
         raise MethodError(
-            f"{where} has shape {array.shape}, expected ({length},): one number per "
-            "token of the row"
+            f"{where} has shape {array.shape}, expected ({length},): one number per {unit}"
         )
     if array.dtype.kind not in kinds:
         raise MethodError(f"{where} has dtype {array.dtype}, expected {KIND_NAMES[kinds]}")
 
 
-def check_numbers(where: str, values: np.ndarray, expected: str) -> None:
+def check_numbers(where: str, values: np.ndarray, expected: str, unit="token") -> None:
     """All are finite in float32, which is what the learner gets."""
     with np.errstate(over="ignore"):
         bad = ~np.isfinite(values.astype(np.float32, copy=False))
     if not bad.any():
         return
     first = int(np.flatnonzero(bad)[0])
-    found = f"{values[first]} at token {first}"
+    found = f"{values[first]} at {unit} {first}"
     if np.isfinite(values[first]):
         found += ", more than float32 holds"
     raise MethodError(f"{where} is {found}, {expected}")

@@ -49,7 +49,29 @@ def chain(rng: random.Random, numbers: int = 5) -> dict[str, str]:
     return {"prompt": f"{question}=", "answer": str(sum(drawn)), "steps": ",".join(sums)}
 
 
-TASKS: dict[str, Callable[..., dict[str, str]]] = {"sort": sort, "chain": chain}
+def relevance(rng: random.Random, digits: int = 3) -> dict[str, Any]:
+    """Score how relevant a number is to a digit: 10 if it has it, else 0. query, positive and
+    score (of a judge) are what a reranker's reward reads.
+    """
+    query = str(rng.randrange(10))
+    document = "".join(str(rng.randrange(10)) for _ in range(digits))
+    positive = query in document
+    score = 10 if positive else 0
+    return {
+        "prompt": f"is {query} in {document}=",
+        "answer": str(score),
+        "steps": f"{','.join(document)},{score}",
+        "query": query,
+        "positive": positive,
+        "score": score,
+    }
+
+
+TASKS: dict[str, Callable[..., dict[str, Any]]] = {
+    "sort": sort,
+    "chain": chain,
+    "relevance": relevance,
+}
 
 
 def is_generated(path: str) -> bool:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tandem.algorithms.base import Batch, Method, quantities_of
 from tandem.algorithms.checks.method import check_terms, naming
-from tandem.algorithms.checks.rows import ask_credit, ask_rows, check_rows
+from tandem.algorithms.checks.rows import ask_credit, ask_rows, ask_score, check_rows
 from tandem.algorithms.parts.objectives.tokens import MODEL_STREAMS
 from tandem.engine.core.types import (
     Finish,
@@ -85,6 +85,7 @@ def inspect(
     custom forward would give, 0 if not given. Raises ValueError for input that does not fit.
     """
     check(method, batch, micro_batch_tokens, ranks)
+    batch = ask_score(method, batch)
     rows, terms = ask_rows(method, batch), method.terms(batch)
     terms = check_terms(method, terms)
     rows = check_rows(method, rows, terms)

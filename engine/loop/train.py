@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tandem.algorithms.base import Batch, Demand, Method, Term
 from tandem.algorithms.checks.method import check_metrics, check_state, check_terms
-from tandem.algorithms.checks.rows import ask_credit, ask_rows, check_rows, has_tokens
+from tandem.algorithms.checks.rows import ask_credit, ask_rows, ask_score, check_rows, has_tokens
 from tandem.engine.config.schema import Config
 from tandem.engine.core import stop
 from tandem.engine.core.errors import NotFinite, SyncError
@@ -108,6 +108,8 @@ def train(components: Components, state: RunState) -> None:
             off_policy=sync.off_policy,
             budget=producer.budget,
         )
+        batch = ask_score(method, batch)
+        groups = batch.groups
         temperature = step_temperature(config, demand)
         rows = ask_rows(method, batch)
         terms = check_terms(method, method.terms(batch))

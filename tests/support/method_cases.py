@@ -105,8 +105,16 @@ def look(
     reference=lambda row: ids(row) - 0.05,
     **more,
 ):
-    """inspect, with the streams that any method may ask for."""
+    """inspect, with the streams, columns and texts that any method may ask for."""
+    b = replace(b, groups=tuple(map(described, b.groups)))
     return inspect(method, b, logp, entropy=entropy, reference=reference, **more)
+
+
+def described(g: ScoredGroup) -> ScoredGroup:
+    """A document of a query for rerankers; the texts are numbers from 0 to 10."""
+    columns = {"query": "q", "positive": g.group % 2 == 0, "score": 3}
+    texts = tuple(str(int(t.tokens.sum()) % 11) for t in g.trajectories)
+    return replace(g, prompt=replace(g.prompt, columns=columns), texts=texts)
 
 
 def by_source(out, source) -> list[np.ndarray]:
