@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from tandem.algorithms.parts.diagnostics import critic_diagnostics
 from tandem.algorithms.parts.objectives.correction import RolloutCorrection
 from tandem.algorithms.parts.reductions import Reduction
+from tandem.engine.config.names import DEFAULT_SOURCE
 from tandem.engine.core.types import (
     Codec,
     GenRequest,
@@ -73,11 +74,16 @@ class Budget:
     model: str = ""  # folder of the model that the run starts from
     # for methods that write prompts of their own; None where no dataset is read
     codec: Codec | None = None
+    # rows, or pairs, in an epoch of each source of demonstrations, "experts" being data.experts
+    sources: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Demand:
     """What one step needs.
+
+    `experts` are demonstrations of data.experts, or {source: how many} of several, "experts" being
+    data.experts and the others those of data.sources; a pair counts as one.
 
     `optimizer` names the set of moments (a new name starts from zero); `learning_rate` None: the
     config's.
@@ -93,7 +99,7 @@ class Demand:
     """
 
     prompts: int = 0
-    experts: int = 0
+    experts: int | Mapping[str, int] = 0
     learning_rate: float | None = None
     optimizer: str = "main"
     updates: int | None = None
@@ -102,9 +108,16 @@ class Demand:
     set_reference: bool = False
 
     @property
+    def by_source(self) -> dict[str, int]:
+        """{source: demonstrations} of those that are asked for any."""
+        if isinstance(self.experts, Mapping):
+            return {name: count for name, count in self.experts.items() if count}
+        return {DEFAULT_SOURCE: self.experts} if self.experts else {}
+
+    @property
     def ends_before(self) -> bool:
         """Whether the run ends instead of this step."""
-        return bool(self.stop) and not self.prompts and not self.experts
+        return bool(self.stop) and not self.prompts and not self.by_source
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +126,7 @@ class Batch:
 
     step: int
     groups: tuple[ScoredGroup, ...]
+    # as the demand names their sources; the two answers of a pair are neighbours of one `group`
     experts: tuple[Trajectory, ...]
     # each metric as last measured, in the step before if it did, and eval/... of the latest
     # evaluation
@@ -132,7 +146,9 @@ class Method:
 
     title: ClassVar[str] = ""  # one line for `tandem methods`
     paper: ClassVar[str] = ""  # arXiv id, or "" where the method has no single paper
-    uses_experts: ClassVar[bool] = False  # a config without `data.experts` is then an error
+    uses_experts: ClassVar[bool] = False  # a config without demonstrations is then an error
+    # a source of pairs (chosen, rejected) is then wanted; without, it is an error
+    uses_pairs: ClassVar[bool] = False
     uses_rollouts: ClassVar[bool] = True  # a config without prompts is then an error
     # False: it has rewards of its own or needs none; a rollout that no function scores has reward 0
     uses_rewards: ClassVar[bool] = True

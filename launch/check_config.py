@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tandem.engine.config.config_file import read_tree
+from tandem.engine.config.names import source_key
 from tandem.engine.config.parse import checked
 from tandem.engine.config.paths import process_kept
 from tandem.engine.config.rules import gpus, require
@@ -55,7 +56,7 @@ def check_method(config: Config) -> None:
     """
     method = make(config)
     if method.uses_experts:
-        check_demonstrations(config)
+        check_demonstrations(config, method)
     if method.uses_rollouts:
         check_rollouts(config, method)
     check_evaluation(config)
@@ -89,14 +90,35 @@ def make(config: Config) -> type[Method]:
     return method
 
 
-def check_demonstrations(config: Config) -> None:
+def check_demonstrations(config: Config, method: type[Method]) -> None:
     data, name = config.data, config.method["name"]
-    if data.experts is None:
+    if not data.demonstrations or (method.prompts_from_experts and data.experts is None):
         raise ConfigError(f"method {name!r} trains on demonstrations, but data.experts is not set")
+    for source, dataset in data.demonstrations.items():
+        key = source_key(source)
+        pairs = dataset.chosen is not None
+        require(
+            dataset.response is not None or pairs or dataset.path.startswith(GENERATED),
+            f"{key}.response is not set: name the column that holds the expert's response",
+        )
+        require(
+            method.uses_pairs or not pairs,
+            f"{key} gives pairs (chosen and rejected), which method {name!r} does not tell apart: "
+            "it would train on both; for the chosen answers alone write "
+            f"{key}.response={dataset.chosen} in their place",
+        )
+    pairs = [name for name, dataset in data.demonstrations.items() if dataset.chosen]
     require(
-        data.experts.response is not None or data.experts.path.startswith(GENERATED),
-        "data.experts.response is not set: name the column that holds the expert's response",
+        bool(pairs) or not method.uses_pairs,
+        f"method {name!r} trains on pairs, but no source gives any: set data.experts.chosen and "
+        "data.experts.rejected to the columns of the better and the worse answer",
     )
+    if method.prompts_from_experts and data.experts is not None:
+        require(
+            data.experts.chosen is None and data.experts.train_on == "last",
+            f"method {name!r} takes its prompts from data.experts, where chosen and "
+            f"train_on={data.experts.train_on} have no meaning: a prompt has one demonstration",
+        )
     require(
         data.experts_per_step > 0,
         f"method {name!r} trains on demonstrations, but data.experts_per_step is 0",

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from tandem.engine.config.names import source_key
 from tandem.engine.config.schema import Config, DatasetConfig
 from tandem.engine.config.tree import UTF8
 from tandem.engine.core.errors import ConfigError
@@ -280,10 +281,8 @@ def of_config(config: Config) -> Iterator[Check]:
     size = f", {parameters / 1e6:.2f}M parameters" if parameters else ""
     yield Check(OK, "model", f"{path}{size}")
     yield room(config, parameters)
-    for name in ("prompts", "experts", "evaluation"):
-        dataset = getattr(config.data, name)
-        if dataset is not None:
-            yield data(config, name, dataset, tokenizer)
+    for key, dataset in datasets(config).items():
+        yield data(config, key, dataset, tokenizer)
     if config.mode == "cluster":
         yield from places(config, path)
 
@@ -316,16 +315,27 @@ def room(config: Config, parameters: int | None) -> Check:
     return Check(OK, name, f"the run takes about {whole} of disk for them and the model")
 
 
+def datasets(config: Config) -> dict[str, DatasetConfig]:
+    """Those that the config names, by their key without `data.`."""
+    found = {"prompts": config.data.prompts}
+    for name, dataset in config.data.demonstrations.items():
+        found[source_key(name).removeprefix("data.")] = dataset
+    found["evaluation"] = config.data.evaluation
+    return {key: dataset for key, dataset in found.items() if dataset is not None}
+
+
 def data(config: Config, name: str, dataset: DatasetConfig, tokenizer) -> Check:
-    from tandem.engine.data.sources import ExpertSource, PromptSource
+    from tandem.engine.data.pairs import demonstration_source
+    from tandem.engine.data.sources import PromptSource
     from tandem.rollout.rewards.answers import check_answers
 
-    kind = ExpertSource if name == "experts" else PromptSource
+    prompts = name in ("prompts", "evaluation")
+    kind = PromptSource if prompts else demonstration_source(dataset)
     try:
         held_out = name == "evaluation"
         source = kind(dataset, config.data, tokenizer, config.model, config.run.seed, held_out)
         first = source.take(1)[0]
-        if name != "experts" and config.reward.check_answers:
+        if prompts and config.reward.check_answers:
             check_answers(config.reward.functions, source, f"data.{name}")
     except ConfigError as error:
         return Check(BAD, name, str(error))

@@ -25,7 +25,9 @@ from tandem.algorithms.parts.objectives.tokens import (
     SCORED_STREAMS,
     TOKEN_FIELDS,
 )
+from tandem.engine.config.names import source_key
 from tandem.engine.core.errors import MethodError
+from tandem.engine.core.text import closest
 from tandem.engine.core.types import GenRequest
 from tandem.engine.model.quantities import REFERENCE
 
@@ -52,25 +54,29 @@ def naming(method: Method) -> Iterator[None]:
 # -- before the rollouts
 
 
-def check_demand(method: Method, demand: Demand) -> Demand:
-    """The demand, if it is one that can be met."""
+def check_demand(method: Method, demand: Demand, sources: Collection[str] = ()) -> Demand:
+    """The demand, if it is one that can be met. sources: names of those of demonstrations."""
     where = f"{title(method)}: demand()"
     if not isinstance(demand, Demand):
         raise MethodError(f"{where} returned {kind(demand)}, expected a Demand{no_return(demand)}")
-    for name in ("prompts", "experts"):
-        count = getattr(demand, name)
-        if not isinstance(count, Integral) or count < 0:
-            raise MethodError(f"{where} asks for {name}={count!r}, expected a whole number >= 0")
-    if demand.experts and not (method.uses_experts or method.prompts_from_experts):
+    check_count(where, "prompts", demand.prompts)
+    if isinstance(demand.experts, Mapping):
+        for name, count in demand.experts.items():
+            check_count(where, f"experts[{name!r}]", count)
+    else:
+        check_count(where, "experts", demand.experts)
+    if demand.by_source and not (method.uses_experts or method.prompts_from_experts):
         raise MethodError(
-            f"{where} asks for {demand.experts} demonstrations, but the method's uses_experts is "
-            "False, so none are read; write `uses_experts: ClassVar[bool] = True` in its class"
+            f"{where} asks for {sum(demand.by_source.values())} demonstrations, but the method's "
+            "uses_experts is False, so none are read; write `uses_experts: ClassVar[bool] = True` "
+            "in its class"
         )
     if demand.prompts and not method.uses_rollouts:
         raise MethodError(
             f"{where} asks for rollouts of {demand.prompts} prompts, but the method's "
             "uses_rollouts is False, so there are none; leave uses_rollouts at True in its class"
         )
+    check_sources(where, demand, sources)
     check_learning_rate(where, demand.learning_rate)
     updates = demand.updates
     if updates is not None and (not isinstance(updates, Integral) or updates < 1):
@@ -83,6 +89,26 @@ def check_demand(method: Method, demand: Demand) -> Demand:
             f"{where} has stop={short(demand.stop)}, expected the reason as text, '' to go on"
         )
     return demand
+
+
+def check_count(where: str, name: str, count) -> None:
+    if not isinstance(count, Integral) or isinstance(count, bool) or count < 0:
+        raise MethodError(f"{where} asks for {name}={count!r}, expected a whole number >= 0")
+
+
+def check_sources(where: str, demand: Demand, sources: Collection[str]) -> None:
+    """Every source that is named exists, one of which nothing is wanted yet too. No names are known
+    where a budget was made by hand.
+    """
+    named = demand.experts if isinstance(demand.experts, Mapping) else demand.by_source
+    for name in named:
+        if not sources or name in sources:
+            continue
+        raise MethodError(
+            f"{where} asks for demonstrations of the source {name!r}"
+            f"{closest(name, sources)}, but {source_key(name)} is not set; the config has "
+            f"{', '.join(sources)}; set it, or ask for experts={{name: count}} of those"
+        )
 
 
 def check_learning_rate(where: str, rate) -> None:

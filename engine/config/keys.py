@@ -27,11 +27,18 @@ def hint_of(path: tuple) -> Any:
             hint = keys_of(section).get(key)
         elif typing.get_origin(section) is tuple:
             hint = typing.get_args(section)[0]
+        elif typing.get_origin(section) is dict:  # sections by name
+            hint = typing.get_args(section)[1]
         else:
             return None
-        if typing.get_origin(hint) is dict:
+        if is_free(hint):
             return dict
     return hint
+
+
+def is_free(hint: Any) -> bool:
+    """Whether it is a section of options that the schema does not know."""
+    return typing.get_origin(hint) is dict and typing.get_args(hint)[1] is Any
 
 
 def without_none(hint: Any) -> Any:

@@ -53,6 +53,9 @@ def resolve_paths(config):
         value = getattr(config.data, field.name)
         if hasattr(value, "path") and hasattr(value, "options"):
             datasets[field.name] = dataset(value, f"data.{field.name}")
+    sources = {}
+    for name, value in config.data.sources.items():
+        sources[name] = dataset(value, f"data.sources.{name}")
     return replace(
         config,
         model=replace(
@@ -60,7 +63,7 @@ def resolve_paths(config):
             path=name_or_path(model.path, "model.path"),
             tokenizer=name_or_path(model.tokenizer, "model.tokenizer"),
         ),
-        data=replace(config.data, **datasets),
+        data=replace(config.data, sources=sources, **datasets),
         method=code_in(config.method, "method"),
         reward=replace(reward, functions=functions, options=options),
         rollout=rollout,
@@ -77,7 +80,8 @@ def dataset(value, key: str):
             if name in options:
                 options[name] = files(options[name], f"{key}.options.{name}")
     path = name_or_path(value.path, f"{key}.path", DATA_SUFFIXES)
-    return replace(value, path=path, options=options)
+    scores = value.scores and absolute(value.scores, f"{key}.scores")
+    return replace(value, path=path, options=options, scores=scores)
 
 
 def files(value: Any, key: str) -> Any:

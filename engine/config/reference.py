@@ -29,6 +29,7 @@ BASE = (
     "Another config, which this one is laid over: a file, relative to this one's folder, or "
     "tandem:NAME."
 )
+DATASETS = "data.prompts, data.experts, data.evaluation, data.sources.NAME"
 LIMITS = {  # of a JSON schema, by pydantic's names
     "ge": "minimum",
     "gt": "exclusiveMinimum",
@@ -64,7 +65,7 @@ def reference() -> str:
         parts.append(table(f"{name}.", section, schema["$defs"][section.__name__]))
         if name == "data":
             rows = schema["$defs"][DatasetConfig.__name__]
-            parts.append(heading("data.prompts, data.experts, data.evaluation", rows))
+            parts.append(heading(DATASETS, rows))
             parts.append(table("", DatasetConfig, rows))
     return "\n".join(parts)
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import datetime
 
 from tandem.engine.config.keys import hint_of
-from tandem.engine.config.names import RESERVED, name_fault
-from tandem.engine.config.schema import ClusterConfig, Config
+from tandem.engine.config.names import RESERVED, name_fault, source_fault
+from tandem.engine.config.schema import ClusterConfig, Config, DatasetConfig
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.core.text import closest
 
@@ -43,7 +43,16 @@ def check_model(c: Config) -> None:
 
 
 def check_data(c: Config) -> None:
-    """What is given to chat templates."""
+    """Datasets, and what is given to chat templates."""
+    for name in c.data.sources:
+        fault = source_fault(name)
+        require(not fault, f"data.sources has {name!r}, which {fault}")
+    if c.data.experts is not None:
+        check_demonstrations("data.experts", c.data.experts)
+    for name, source in c.data.sources.items():
+        check_demonstrations(f"data.sources.{name}", source)
+    for name in ("prompts", "evaluation"):
+        check_prompts(f"data.{name}", getattr(c.data, name) or DatasetConfig())
     for name in c.data.chat_template_kwargs:
         require(
             name not in RESERVED,
@@ -57,6 +66,43 @@ def check_data(c: Config) -> None:
         raise ConfigError(
             f"data.template_date is {date!r}, expected a date such as '2026-01-31', or null"
         ) from None
+
+
+def check_demonstrations(key: str, dataset: DatasetConfig) -> None:
+    """Which columns make a demonstration or a pair."""
+    chosen, rejected = dataset.chosen, dataset.rejected
+    require(
+        (chosen is None) == (rejected is None),
+        f"{key}.chosen is {chosen!r} and {key}.rejected is {rejected!r}: a pair needs both columns",
+    )
+    require(
+        chosen is None or chosen != rejected,
+        f"{key}.chosen and {key}.rejected are the same column, {chosen!r}",
+    )
+    for name in ("response", "role"):
+        value = getattr(dataset, name)
+        require(
+            chosen is None or value is None,
+            f"{key}.chosen is {chosen!r}, so the rows are pairs, but {key}.{name} is {value!r} as "
+            "well; set one of them to null",
+        )
+    require(
+        dataset.train_on == "last" or dataset.response == dataset.prompt,
+        f"{key}.train_on is {dataset.train_on!r}, which chooses turns of a chat in one column, but "
+        f"{key}.prompt is {dataset.prompt!r} and {key}.response {dataset.response!r}; name the "
+        "column of the chat in both, or leave train_on out",
+    )
+
+
+def check_prompts(key: str, dataset: DatasetConfig) -> None:
+    """What only demonstrations have."""
+    unused = DatasetConfig()
+    for name in ("chosen", "rejected", "train_on", "role"):
+        require(
+            getattr(dataset, name) == getattr(unused, name),
+            f"{key}.{name} is {getattr(dataset, name)!r}, but only demonstrations have it "
+            "(data.experts and data.sources); leave it out",
+        )
 
 
 def check_method(c: Config) -> None:

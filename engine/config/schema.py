@@ -25,6 +25,7 @@ from tandem.engine.config.kinds import (
     Share,
     Stage,
 )
+from tandem.engine.config.names import DEFAULT_SOURCE
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,18 @@ class DatasetConfig:
     response: str | None = None
     """Column with the expert's response; data.experts needs one. The same as `prompt`: a chat that
     ends with it."""
+    chosen: str | None = None
+    """Column with the better of two answers, in the place of `response`: the rows are pairs. The
+    same as `prompt`: a chat that ends with it."""
+    rejected: str | None = None
+    """Column with the worse of two answers, in the form that `chosen` has."""
+    train_on: Literal["last", "all", "all_and_calls"] = "last"
+    """Of a chat in one column: its last assistant turn, all of them but tool calls, or those
+    too."""
+    role: str | None = None
+    """Column with a word that tells demonstrations apart, for methods that ask for it."""
+    scores: str | None = None
+    """A .jsonl file of {id, name: number, ...}: columns that join the rows by id."""
     tools: str | None = None
     """Column with the tools that the chat template is told of: a list of JSON schemas."""
     limit: FromOne | None = None
@@ -74,6 +87,8 @@ class DataConfig:
     """Prompts to roll out."""
     experts: DatasetConfig | None = None
     """Expert demonstrations."""
+    sources: dict[str, DatasetConfig] = field(default_factory=dict)
+    """Further demonstrations by name, {NAME: a dataset}, for methods that ask for them."""
     evaluation: DatasetConfig | None = None
     """Held-out prompts."""
     chat: Flag | None = None
@@ -100,6 +115,13 @@ class DataConfig:
     template_date: str | None = None
     """What templates take for today, e.g. '2026-01-31'; null: the day on which the run first
     started."""
+
+    @property
+    def demonstrations(self) -> dict[str, DatasetConfig]:
+        """All sources of demonstrations by name, data.experts first."""
+        if self.experts is None:
+            return dict(self.sources)
+        return {DEFAULT_SOURCE: self.experts, **self.sources}
 
 
 @dataclass(frozen=True)

@@ -56,8 +56,11 @@ def mistake_in_words(mistake: Any, tree: Tree) -> str:
         return unknown_key(path, tree)
     if mistake["type"] == "missing":  # an entry of a list that is too short
         path = path[:-1]
-    key = dotted(path)
     hint = hint_of(path)
+    if path[-1] == "[key]":  # the name of a section that may have any
+        path = path[:-2]
+        hint = str
+    key = dotted(path)
     where = tree.source(path)
     for name, words in BOUNDS.items():
         if name in context:
@@ -107,6 +110,8 @@ def with_references(section: Any, values: dict[str, Any]) -> Any:
         built = getattr(section, name)
         if dataclasses.is_dataclass(built):
             changes[name] = with_references(built, value)
+        elif name == "sources":
+            changes[name] = {key: with_references(built[key], value[key]) for key in value}
         elif isinstance(built, tuple):
             changes[name] = tuple(map(keep_reference, value, built))
         else:

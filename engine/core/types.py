@@ -113,8 +113,11 @@ class Trajectory:
     behaviour_logp: np.ndarray | None = None
     # int32 [T], weight version that sampled the token, -1 elsewhere
     version: np.ndarray | None = None
-    group: int = -1
+    group: int = -1  # of rollouts, and of the two answers of a pair
     wave: int = 0  # that of the request it answers
+    dataset: str = ""  # of a demonstration: the name of its source, "experts" or of data.sources
+    columns: Mapping[str, Any] = field(default_factory=dict)  # its dataset row, unchanged
+    role: str = ""  # what tells it apart, from a column; of a pair "chosen" or "rejected"
 
     def __post_init__(self):
         check_lengths(

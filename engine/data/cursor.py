@@ -34,6 +34,11 @@ class Cursor:
         """The row number at a place among the rows that are used."""
         return place if self.kept is None else int(self.kept[place])
 
+    @property
+    def drawn(self) -> int:
+        """How many rows were drawn so far, in all epochs."""
+        return self.epoch * self.length + self.index
+
     def next(self) -> int:
         if self.index == self.length:
             self.epoch += 1

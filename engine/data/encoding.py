@@ -24,6 +24,7 @@ from tandem.engine.data.lengths import TooLong, most_tokens, refuse_huge
 from tandem.engine.data.messages import find_missing, literals, with_markers
 from tandem.engine.data.samples import Sample, SampleReader, refuse_surrogates, role_advice
 from tandem.engine.data.templates import Template, TemplateFailure
+from tandem.engine.data.turns import encode_turns
 from tandem.engine.model.context import context_length
 from tandem.engine.model.resolve import read_config, resolve_model
 
@@ -37,6 +38,7 @@ class Encoded:
     content: Any  # str, or the chat messages with the system prompt
     tokens: np.ndarray  # int32 [T], the prompt
     response: np.ndarray | None  # int32 [T_response], the last one being a stop token
+    trained: np.ndarray | None  # bool [T_response]: all of it, or several turns of a chat
 
 
 class Encoder:
@@ -52,13 +54,17 @@ class Encoder:
         self.template = Template(tokenizer, data.chat_template_kwargs, data.template_date)
         self.stop = stop_tokens(tokenizer, model)
         source = self.template.source
-        control = ControlTokens(tokenizer, self.stop, source)
-        self.reader = SampleReader(dataset, data, model.system_prompt, control, source)
+        self.system = model.system_prompt
+        self.control = ControlTokens(tokenizer, self.stop, source)
+        self.reader = self.reader_of(dataset)
         self.literals = literals(source)
         self.context = context_length(read_config(model, resolve_model(model)))
         self.prefix = plain_prefix(tokenizer)
         self.margins: dict[tuple, tuple[int, int]] = {}  # of every shape: see `surely_fits`
         self.truncated = 0  # prompts cut so far
+
+    def reader_of(self, dataset: DatasetConfig) -> SampleReader:
+        return SampleReader(dataset, self.data, self.system, self.control, self.template.source)
 
     def read(self, row: Mapping[str, Any], label: str) -> Sample:
         """The row without tokenising it."""
@@ -75,18 +81,27 @@ class Encoder:
             if shape not in self.margins:
                 self.check_roles(sample, label)
         tokens = self.prompt_tokens(text, chat, label)
-        response = None
+        response = trained = None
         behind = 0
-        if sample.response is not None:
-            answer = sample.response["content"]
-            rest = self.rendered_response(sample, text, label) if chat else answer
-            response = self.response_tokens(tokens, text, rest, chat, label)
+        if sample.turns:
+            rest = sample.turn_texts[0]
+            if chat:
+                rest = self.rendered_response(sample, text, label)
+            behind = len(rest) - sum(map(len, sample.turn_texts))
+            refuse_huge(
+                rest, self.data.max_expert_tokens, self.longest_token, "the response", label
+            )
+            if len(sample.turns) == 1:
+                response = self.with_stop(self.continuation(tokens, text, rest, chat, label), label)
+                trained = np.ones(len(response), bool)
+            else:
+                found = encode_turns(self, sample, text, rest, tokens, label)
+                response, trained = found.tokens, found.trained
             self.check_lengths(tokens, response, label)
-            behind = len(rest) - len(answer)
         if shape not in self.margins:
             before = len(text) - sum(map(len, sample.prompt_texts))
             self.margins[shape] = (before, behind)
-        return Encoded(sample.prompt, self.within_limit(tokens), response)
+        return Encoded(sample.prompt, self.within_limit(tokens), response, trained)
 
     # -- rows that need not be tokenised
 
@@ -119,8 +134,8 @@ class Encoder:
         before, behind = (abs(margin) + len(self.prefix) + SPARE_TOKENS for margin in margins)
         prompt = before + sum(count(text) for text in sample.prompt_texts)
         response = 0
-        if sample.response is not None:
-            response = behind + count(sample.response["content"])
+        if sample.turns:
+            response = behind + sum(count(text) for text in sample.turn_texts)
         if prompt > self.data.max_prompt_tokens or response > self.data.max_expert_tokens:
             return False
         return self.context is None or prompt + response < self.context
@@ -206,7 +221,7 @@ class Encoder:
             return
         marked = with_markers(sample.messages)
         try:
-            text = self.template.render(marked, sample.tools, sample.response is None)
+            text = self.template.render(marked, sample.tools, not sample.turns)
         except TemplateFailure:  # it wants a content of some form
             return
         missing = find_missing(text, marked)
@@ -261,13 +276,6 @@ class Encoder:
         if len(head) >= limit or head.tolist() != self.prefix:
             return tokens[-limit:]
         return np.concatenate([head, tokens[len(head) - limit :]])
-
-    def response_tokens(
-        self, prompt: np.ndarray, text: str, rest: str, chat: bool, label: str
-    ) -> np.ndarray:
-        """int32 [T_response], the last one being a stop token."""
-        refuse_huge(rest, self.data.max_expert_tokens, self.longest_token, "the response", label)
-        return self.with_stop(self.continuation(prompt, text, rest, chat, label), label)
 
     def check_lengths(self, prompt: np.ndarray, response: np.ndarray, label: str) -> None:
         limit = self.data.max_expert_tokens

@@ -23,8 +23,10 @@ PLACEHOLDER = "<image>"
 @dataclass(frozen=True)
 class Sample:
     prompt: str | list[dict[str, Any]]  # plain text, or a chat that wants an answer
-    response: dict[str, Any] | None  # the assistant's message, if the dataset has responses
+    # the messages behind it, if the dataset has responses: one, or all from the first trained one
+    turns: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None  # for the chat template
+    trained: tuple[int, ...] = (0,)  # numbers of the turns that are trained
 
     @property
     def chat(self) -> list[dict[str, Any]]:
@@ -34,9 +36,7 @@ class Sample:
     @property
     def messages(self) -> list[dict[str, Any]]:
         """All messages of a chat."""
-        if self.response is None:
-            return self.chat
-        return [*self.chat, self.response]
+        return [*self.chat, *self.turns]
 
     @property
     def prompt_texts(self) -> list[str]:
@@ -47,9 +47,16 @@ class Sample:
 
     @property
     def texts(self) -> list[str]:
-        if self.response is None:
-            return self.prompt_texts
-        return [*self.prompt_texts, self.response["content"]]
+        return [*self.prompt_texts, *self.turn_texts]
+
+    @property
+    def answered_before(self) -> bool:
+        """Whether the prompt holds a turn of the assistant's."""
+        return any(message["role"] == "assistant" for message in self.chat)
+
+    @property
+    def turn_texts(self) -> list[str]:
+        return [message["content"] for message in self.turns]
 
 
 class SampleReader:
@@ -71,7 +78,8 @@ class SampleReader:
 
     def read(self, row: Mapping[str, Any], label: str) -> Sample:
         self.refuse_media(row, label)
-        prompt, response = self.prompt_and_response(row, label)
+        found = self.prompt_and_turns(row, label)
+        prompt: Any = found.prompt
         plain = isinstance(prompt, str)
         chat = not plain if self.data.chat is None else self.data.chat
         if not chat and not plain:
@@ -89,21 +97,30 @@ class SampleReader:
             prompt = [self.checked_message(message, label) for message in prompt]
         else:
             prompt = self.checked(prompt, f"the prompt (column {self.dataset.prompt!r})", label)
-        if response is not None:
-            response = self.checked_response(response, label)
-        return Sample(prompt, response, self.tools(row, chat, label))
+        turns = []
+        for number, turn in enumerate(found.turns):
+            check = self.checked_response if number in found.trained else self.checked_message
+            turns.append(check(turn, label))
+        return Sample(prompt, turns, self.tools(row, chat, label), found.trained)
 
     # -- columns
 
-    def prompt_and_response(self, row: Mapping[str, Any], label: str) -> tuple[Any, dict | None]:
+    def prompt_and_turns(self, row: Mapping[str, Any], label: str) -> Sample:
+        """The columns as they are, without tools."""
         name = self.dataset.prompt
         value = column(row, name, "prompt", label)
         if self.dataset.response == name:
-            return self.split_messages(value, label)
+            messages = self.chat_with_answer(value, label)
+            numbers = trained_turns(messages, self.dataset.train_on, label)
+            first, last = numbers[0], numbers[-1]
+            for number in numbers:
+                self.refuse_empty(messages[number], label)
+            trained = tuple(number - first for number in numbers)
+            return Sample(messages[:first], messages[first : last + 1], None, trained)
         prompt = self.read_prompt(value, label)
         if not self.dataset.response:
-            return prompt, None
-        return prompt, self.read_response(row, self.dataset.response, label)
+            return Sample(prompt, [], None)
+        return Sample(prompt, [self.read_response(row, self.dataset.response, label)], None)
 
     def read_prompt(self, value: Any, label: str) -> str | list[dict[str, Any]]:
         name = self.dataset.prompt
@@ -137,13 +154,14 @@ class SampleReader:
         if message is None or message["role"] != "assistant":
             raise ConfigError(
                 f"{label}: column {name!r} must hold text or a list of one assistant "
-                f"message, found {brief(found)}"
+                f"message, found {brief(found)}; if it is a chat that ends with the response, set "
+                f"`prompt: {name}` of the dataset as well"
             )
         self.refuse_empty(message, label)
         return message
 
-    def split_messages(self, value: Any, label: str) -> tuple[list[dict], dict]:
-        """One column for both: the last turn is the response, everything before it the prompt."""
+    def chat_with_answer(self, value: Any, label: str) -> list[dict]:
+        """One column for both: a chat whose last turn is the assistant's."""
         name = self.dataset.prompt
         messages = self.messages(value, name, label)
         if messages[-1]["role"] != "assistant":
@@ -152,13 +170,7 @@ class SampleReader:
                 f"last message must be the assistant's, found the role "
                 f"{messages[-1]['role']!r}"
             )
-        if len(messages) == 1:
-            raise ConfigError(
-                f"{label}: column {name!r} has no message before the assistant's: "
-                "there is no prompt"
-            )
-        self.refuse_empty(messages[-1], label)
-        return messages[:-1], messages[-1]
+        return messages
 
     def messages(self, value: Any, name: str, label: str) -> list[dict[str, Any]]:
         try:
@@ -250,6 +262,28 @@ class SampleReader:
             raise ConfigError(
                 f"{label}: the prompt holds the placeholder {PLACEHOLDER!r}, {MEDIA_ADVICE}"
             )
+
+
+def trained_turns(messages: list[dict[str, Any]], train_on: str, label: str) -> list[int]:
+    """The numbers of the assistant's turns that are trained: the last, all but tool calls, or all.
+
+    Raises ConfigError if there are none, or if no message comes before the first.
+    """
+    last = len(messages) - 1
+    if train_on == "last":
+        turns = [last]
+    else:
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if train_on == "all":
+            turns = [i for i in turns if not messages[i].get("tool_calls")]
+    if not turns:
+        raise ConfigError(
+            f"{label}: every turn of the assistant is a tool call, so nothing would be trained; "
+            "set `train_on: all_and_calls` of the dataset, or remove the row"
+        )
+    if turns[0] == 0:
+        raise ConfigError(f"{label}: no message comes before the assistant's: there is no prompt")
+    return turns
 
 
 MEDIA_ADVICE = (

@@ -9,7 +9,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,13 +17,15 @@ import numpy as np
 
 from tandem.engine.config.schema import DataConfig, DatasetConfig, ModelConfig
 from tandem.engine.core.errors import ConfigError
-from tandem.engine.core.foreign import ID_CHARACTERS, message, text_of
+from tandem.engine.core.text import brief
 from tandem.engine.core.types import Finish, Prompt, Source, Trajectory
 from tandem.engine.data.cursor import Cursor
 from tandem.engine.data.encoding import Encoder
 from tandem.engine.data.lengths import TooLong
-from tandem.engine.data.rows import open_rows
-from tandem.engine.data.samples import Sample
+from tandem.engine.data.row_ids import row_id
+from tandem.engine.data.rows import Rows, open_rows
+from tandem.engine.data.samples import Sample, column
+from tandem.engine.data.scores import with_scores
 from tandem.engine.data.tasks import UNLIMITED, is_generated
 
 TOKENISED_ROWS = 2_000  # rows that are tokenised before the run; of later ones those that need it
@@ -61,25 +63,25 @@ class RowSource:
     ):
         self.dataset = dataset
         self.data = data
-        wanted = dataset
-        if self.demonstrations and dataset.response is None:
-            wanted = replace(dataset, response="response")  # the name it has in generated rows
-        self.encoder = Encoder(wanted, data, tokenizer, model)
+        self.encoder = Encoder(self.wanted(dataset), data, tokenizer, model)
         if is_generated(dataset.path):
             refuse_wrong_split(dataset, evaluation)
-        self.rows = open_rows(dataset)
+        self.rows: Rows = open_rows(dataset)
         length = len(self.rows)
         if dataset.limit is not None:
             length = min(length, dataset.limit)
         if length < 1:
             raise ConfigError(f"{dataset.path}: limit is {dataset.limit}, which leaves no rows")
         self.endless = length == UNLIMITED
-        if self.endless and (evaluation or self.demonstrations):
+        if self.endless and (evaluation or self.demonstrations or dataset.scores):
             raise ConfigError(
-                f"{dataset.path}: options.size is not set; demonstrations and evaluation need "
-                "a fixed number of problems"
+                f"{dataset.path}: options.size is not set; demonstrations, evaluation and scores "
+                "need a fixed number of problems"
             )
+        if dataset.scores is not None:
+            self.rows = with_scores(self.rows, length, dataset.scores)
         self.dropped = 0
+        self.answered_before = 0  # rows with an earlier turn of the assistant's
         self.first_dropped = ""
         left_out = self.check(UNLIMITED_ROWS if self.endless else length)
         if len(left_out) == length:
@@ -89,44 +91,55 @@ class RowSource:
             )
         self.truncated = self.encoder.truncated
         shuffle = data.shuffle and not self.endless  # rows without end come at random anyway
-        self.cursor = Cursor(length, seed, shuffle, [] if self.endless else left_out)
+        self.cursor = Cursor(length, seed, shuffle, [] if self.endless else sorted(left_out))
 
-    def check(self, count: int) -> list[int]:
+    def wanted(self, dataset: DatasetConfig) -> DatasetConfig:
+        """The dataset with the columns that its samples are read from."""
+        return dataset
+
+    def samples(self, number: int) -> list[Sample]:
+        """What the row of this number holds."""
+        return [self.encoder.read(self.rows[number], self.rows.label(number))]
+
+    def check(self, count: int) -> set[int]:
         """Read the first rows, all if they have an end.
 
         Tokenise the first of them, those that may be too long, and every row that looks like none
         before. Returns the numbers of rows to leave out.
         """
-        left_out: list[int] = []
+        left_out: set[int] = set()
         doubtful: list[tuple[int, Sample]] = []  # too many characters to tell
         characters = 0
         for number in range(count):
-            sample = self.encoder.read(self.rows[number], self.rows.label(number))
-            size = sum(map(len, sample.texts))
-            if number < TOKENISED_ROWS or size > BATCH_CHARACTERS or not self.encoder.knows(sample):
-                self.try_row(number, sample, left_out)
-            elif not self.encoder.surely_fits(sample):
-                doubtful.append((number, sample))
-                characters += size
+            for sample in self.samples(number):
+                self.answered_before += sample.answered_before
+                size = sum(map(len, sample.texts))
+                large = size > BATCH_CHARACTERS
+                if number < TOKENISED_ROWS or large or not self.encoder.knows(sample):
+                    self.try_row(number, sample, left_out)
+                elif not self.encoder.surely_fits(sample):
+                    doubtful.append((number, sample))
+                    characters += size
             if characters > BATCH_CHARACTERS:
                 self.try_rows(doubtful, left_out)
                 doubtful = []
                 characters = 0
         self.try_rows(doubtful, left_out)
-        return sorted(left_out)
+        return left_out
 
-    def try_rows(self, rows: list[tuple[int, Sample]], left_out: list[int]) -> None:
+    def try_rows(self, rows: list[tuple[int, Sample]], left_out: set[int]) -> None:
         fitting = self.encoder.fitting([sample for _, sample in rows]) if rows else []
         for (number, sample), fits in zip(rows, fitting, strict=True):
             if not fits:
                 self.try_row(number, sample, left_out)
 
-    def try_row(self, number: int, sample: Sample, left_out: list[int]) -> None:
+    def try_row(self, number: int, sample: Sample, left_out: set[int]) -> None:
         try:
             self.encoder.encode(sample, self.rows.label(number))
         except TooLong as error:
-            self.drop(error)
-            left_out.append(number)
+            if number not in left_out:
+                self.drop(error)
+            left_out.add(number)
 
     def drop(self, error: TooLong) -> None:
         """Count a row that is left out. Raises the error again if the config does not allow it."""
@@ -135,8 +148,8 @@ class RowSource:
         self.dropped += 1
         self.first_dropped = self.first_dropped or str(error)
 
-    def describe(self) -> str | None:
-        """A line about the rows that are too long; None if there are none."""
+    def describe(self) -> Iterator[str]:
+        """Lines about what the rows hold and the run does not use."""
         parts = []
         if self.dropped:
             parts.append(f"{self.dropped} left out (the first: {self.first_dropped})")
@@ -144,13 +157,18 @@ class RowSource:
             parts.append(
                 f"{self.truncated} prompts cut to their last {self.data.max_prompt_tokens} tokens"
             )
-        if not parts:
-            return None
-        rows = "the first" if self.endless else f"{self.cursor.length + self.dropped}"
-        return (
-            f"{self.dataset.path}: of {rows} rows, {', '.join(parts)} "
-            f"(data.overlong={self.data.overlong})"
-        )
+        if parts:
+            rows = "the first" if self.endless else f"{self.cursor.length + self.dropped}"
+            yield (
+                f"{self.dataset.path}: of {rows} rows, {', '.join(parts)} "
+                f"(data.overlong={self.data.overlong})"
+            )
+        in_one_column = self.dataset.response == self.dataset.prompt
+        if self.answered_before and in_one_column and self.dataset.train_on == "last":
+            yield (
+                f"{self.dataset.path}: of {self.answered_before} rows only the last turn of the "
+                "assistant's is trained; `train_on: all` of the dataset trains the earlier ones too"
+            )
 
     def facts(self) -> dict[str, Any]:
         """For the events of a run."""
@@ -212,18 +230,46 @@ class PromptSource(RowSource):
 
 
 class ExpertSource(RowSource):
-    """Demonstrations: trajectories whose response tokens are EXPERT."""
+    """Demonstrations: trajectories whose response tokens are EXPERT, of a chat those of the trained
+    turns.
+    """
 
     demonstrations = True
 
+    def wanted(self, dataset: DatasetConfig) -> DatasetConfig:
+        # the name that the column has in generated rows
+        return replace(dataset, response=dataset.response or "response")
+
+    def samples(self, number: int) -> list[Sample]:
+        self.role(self.rows[number], self.rows.label(number))
+        return super().samples(number)
+
     def make(self, number: int) -> Trajectory:
         row, label = self.rows[number], self.rows.label(number)
-        encoded = self.encoder.encode(self.encoder.read(row, label), label)
+        sample = self.encoder.read(row, label)
+        return self.trajectory(sample, row, label, self.role(row, label))
+
+    def trajectory(
+        self, sample: Sample, row: Mapping[str, Any], label: str, role: str
+    ) -> Trajectory:
+        encoded = self.encoder.encode(sample, label)
         assert encoded.response is not None  # the reader refuses a row without one
-        kinds = np.array([Source.PROMPT, Source.EXPERT], np.int8)
-        source = np.repeat(kinds, [len(encoded.tokens), len(encoded.response)])
+        assert encoded.trained is not None
+        source = np.zeros(len(encoded.tokens) + len(encoded.response), np.int8)  # PROMPT
+        source[len(encoded.tokens) :][encoded.trained] = Source.EXPERT
         tokens = np.concatenate([encoded.tokens, encoded.response])
-        return Trajectory(row_id(row, label), tokens, source, Finish.STOP)
+        name = row_id(row, label)
+        return Trajectory(name, tokens, source, Finish.STOP, columns=row, role=role)
+
+    def role(self, row: Mapping[str, Any], label: str) -> str:
+        """What the row says in the column that `role:` of the dataset names; '' without one."""
+        name = self.dataset.role
+        if name is None:
+            return ""
+        found = column(row, name, "role", label)
+        if not isinstance(found, str) or not found:
+            raise ConfigError(f"{label}: column {name!r} is {brief(found)}, expected a word")
+        return found
 
 
 def refuse_wrong_split(dataset: DatasetConfig, evaluation: bool) -> None:
@@ -242,11 +288,3 @@ def recorded_date(cursors: Mapping[str, Mapping[str, Any]]) -> str | None:
         if "template_date" in state:
             return state["template_date"]
     return None
-
-
-def row_id(row: Mapping[str, Any], label: str) -> str:
-    """The row's own id, or its label where it has none, or one that is too long for a name."""
-    if row.get("id") is None:
-        return message(label)
-    name = text_of(row["id"])
-    return message(name if len(name) <= ID_CHARACTERS else label)

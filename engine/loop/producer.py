@@ -26,6 +26,7 @@ import numpy as np
 
 from tandem.algorithms.base import Budget, Demand, Method
 from tandem.algorithms.checks.method import check_accept, check_demand, check_request
+from tandem.engine.config.names import DEFAULT_SOURCE
 from tandem.engine.core import stop
 from tandem.engine.core.errors import EngineDied, RolloutsExhausted
 from tandem.engine.core.types import Sampling, ScoredGroup, Source
@@ -124,15 +125,16 @@ class Producer:
 
     def demand(self, step: int, signals: Mapping[str, float]) -> Demand:
         """What the method needs in `step`. Raises MethodError if that cannot be."""
-        return check_demand(self.method, self.method.demand(step, self.budget, signals))
+        demand = self.method.demand(step, self.budget, signals)
+        return check_demand(self.method, demand, self.budget.sources)
 
     def needed(self, demand: Demand) -> dict[bool, int]:
         """How many groups a step takes whose prompts are from the experts (True), and of the others
         (False).
         """
-        from_experts = (
-            min(demand.experts, demand.prompts) if self.method.prompts_from_experts else 0
-        )
+        from_experts = 0
+        if self.method.prompts_from_experts:
+            from_experts = min(demand.by_source.get(DEFAULT_SOURCE, 0), demand.prompts)
         return {True: from_experts, False: demand.prompts - from_experts}
 
     def draw(self, step: int, from_experts: bool) -> GroupSlot:

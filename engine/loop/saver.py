@@ -75,7 +75,9 @@ class Saver:
         self.method.load_state_dict(saved["method"])
         self.producer.load_state_dict(saved["producer"])
         for name, source in self.cursors.items():
-            source.load_state_dict(saved["cursors"][name])
+            # one that run.resume_changes let in starts with its first row
+            if name in saved["cursors"]:
+                source.load_state_dict(saved["cursors"][name])
         set_rng_state(saved["rng"])
         self.learner.load(folder / "learner")
         self.saved_at = state.step

@@ -19,16 +19,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tandem.algorithms.base import Batch, Demand, Method, Term
+from tandem.algorithms.base import Batch, Method, Term
 from tandem.algorithms.checks.method import check_metrics, check_state, check_terms
 from tandem.algorithms.checks.rows import ask_credit, ask_rows, ask_score, check_rows, has_tokens
 from tandem.engine.config.schema import Config
 from tandem.engine.core import stop
 from tandem.engine.core.errors import NotFinite, SyncError
-from tandem.engine.core.types import Row, ScoredGroup, Trajectory
+from tandem.engine.core.types import Row, ScoredGroup
 from tandem.engine.data.sources import ExpertSource
 from tandem.engine.learner.learning_rate import learning_rate
 from tandem.engine.learner.protocol import Learner
+from tandem.engine.loop.demonstrations import draw_demonstrations
 from tandem.engine.loop.evaluation import Evaluator
 from tandem.engine.loop.producer import Producer, oldest_version
 from tandem.engine.loop.reporter import Clock, Reporter, latest_signals, rollout_metrics
@@ -49,7 +50,7 @@ class Components:
     method: Method
     learner: Learner
     producer: Producer
-    experts: ExpertSource | None
+    experts: Mapping[str, ExpertSource]  # by name
     sync: Sync
     evaluator: Evaluator
     reporter: Reporter
@@ -92,7 +93,7 @@ def train(components: Components, state: RunState) -> None:
         if demand.ends_before:
             end_before(components, state, demand.stop)
             break
-        experts = draw_experts(components, demand)
+        experts = draw_demonstrations(method, demand, components.experts)
         if config.rollout.sleep:
             sync.sleep()
         clock.lap("rollout")
@@ -195,14 +196,6 @@ def end_before(components: Components, state: RunState, reason: str) -> None:
         components.sync.publish(state.step)
         evaluate(components.evaluator, state)
     components.saver.save(state)
-
-
-def draw_experts(components: Components, demand: Demand) -> tuple[Trajectory, ...]:
-    """The demonstrations of a step, where they do not come with the prompts of its rollouts."""
-    if not demand.experts or components.method.prompts_from_experts:
-        return ()
-    assert components.experts is not None, "the method asks for demonstrations that are not read"
-    return tuple(components.experts.take(demand.experts))
 
 
 def check_staleness(step: int, groups: Sequence[ScoredGroup], config: Config) -> None:

@@ -37,6 +37,8 @@ def contents(config: Config, sources: dict[str, Any], model_path: str) -> dict[s
         # recorded prompts have none, and their file is rollout.record
         if source is not None and hasattr(source, "rows"):
             found[key] = data_digest(source.dataset, source.rows, len(source))
+            if source.dataset.scores is not None:
+                found[key] += f", scores {file_digest(source.dataset.scores)}"
     return {key: digest for key, digest in found.items() if digest}
 
 

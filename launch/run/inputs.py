@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tandem.algorithms.base import Method
+from tandem.engine.config.names import DEFAULT_SOURCE, source_key
 from tandem.engine.config.schema import Config, DataConfig, DatasetConfig
 from tandem.engine.data.codec import PromptCodec
+from tandem.engine.data.pairs import demonstration_source
 from tandem.engine.data.sources import ExpertSource, PromptSource, RowSource
 
 
@@ -17,42 +19,52 @@ class Sources:
     """What a run reads. None: the method needs none, or the config names none."""
 
     prompts: Any  # PromptSource, or the recorded prompts of a replay
-    experts: ExpertSource | None
+    experts: Mapping[str, ExpertSource]  # by name; those of a method that trains on any
     # demonstrations with their prompts, where the method wants these together
     expert_prompts: PromptSource | None
     evaluation: PromptSource | None
 
     def named(self) -> dict[str, RowSource]:
         """Those that are read from datasets."""
-        every = {
-            "prompts": self.prompts,
-            "experts": self.experts,
-            "aligned": self.expert_prompts,
-            "evaluation": self.evaluation,
-        }
+        every = {**self.cursors(), "evaluation": self.evaluation}
         return {name: source for name, source in every.items() if isinstance(source, RowSource)}
 
     def cursors(self) -> dict[str, Any]:
         """Those of which a checkpoint says how far they are read."""
-        every = {"prompts": self.prompts, "experts": self.experts, "aligned": self.expert_prompts}
+        every: dict[str, Any] = {"prompts": self.prompts}
+        for name, source in self.experts.items():
+            every[source_key(name).removeprefix("data.")] = source
+        every["aligned"] = self.expert_prompts
         return {name: source for name, source in every.items() if source is not None}
 
     def codec(self) -> PromptCodec | None:
         """How the prompts of the run are written."""
-        for source in (self.prompts, self.expert_prompts, self.experts):
+        for source in (self.prompts, self.expert_prompts, *self.experts.values()):
             if isinstance(source, RowSource):
                 return PromptCodec(source.encoder)
         return None
+
+    def by_key(self) -> dict[str, Any]:
+        """What training reads, by the key of the config that names it."""
+        found = {"data.prompts": self.prompts, "data.experts": self.expert_prompts}
+        for name, source in self.experts.items():
+            found[source_key(name)] = source
+        return found
+
+    def lengths(self) -> dict[str, int]:
+        """The rows in an epoch of each source of demonstrations."""
+        found = {name: len(source) for name, source in self.experts.items()}
+        if self.expert_prompts is not None:
+            found[DEFAULT_SOURCE] = len(self.expert_prompts)
+        return found
 
     def facts(self) -> dict[str, dict[str, Any]]:
         return {name: source.facts() for name, source in self.named().items()}
 
     def describe(self) -> Iterator[str]:
-        """A line about every dataset of which rows were left out or cut."""
+        """Lines about what datasets hold and the run does not use."""
         for source in self.named().values():
-            line = source.describe()
-            if line is not None:
-                yield line
+            yield from source.describe()
 
 
 def open_sources(config: Config, data: DataConfig, method: Method, tokenizer) -> Sources:
@@ -63,7 +75,8 @@ def open_sources(config: Config, data: DataConfig, method: Method, tokenizer) ->
             return None
         return kind(dataset, data, tokenizer, config.model, config.run.seed)
 
-    prompts = experts = expert_prompts = None
+    prompts = expert_prompts = None
+    experts: dict[str, ExpertSource] = {}
     if method.uses_rollouts:
         prompts = opened(PromptSource, data.prompts)
     if config.rollout.backend == "replay":
@@ -77,8 +90,10 @@ def open_sources(config: Config, data: DataConfig, method: Method, tokenizer) ->
         assert data.experts is not None, "refused by the config's rules"
         response = data.experts.response or "response"  # the name it has in generated rows
         expert_prompts = opened(PromptSource, replace(data.experts, response=response))
-    elif method.uses_experts:
-        experts = opened(ExpertSource, data.experts)
+    if method.uses_experts:
+        for name, dataset in data.demonstrations.items():
+            if name != DEFAULT_SOURCE or not method.prompts_from_experts:
+                experts[name] = opened(demonstration_source(dataset), dataset)
     evaluation = None
     if data.evaluation is not None:  # the same problems for all seeds
         evaluation = PromptSource(data.evaluation, data, tokenizer, config.model, 0, True)

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from tandem.algorithms.base import Method
+from tandem.algorithms.base import Budget, Method
+from tandem.algorithms.checks.method import check_demand
 from tandem.algorithms.registry import configured
 from tandem.engine.config.schema import Config, DataConfig
 from tandem.engine.core.errors import ConfigError
@@ -46,6 +47,7 @@ class Prepared:
     model_path: str
     tokenizer: Any
     sources: Sources
+    budget: Budget
     held_out: list[Prompt]  # to evaluate on
     rewards: RewardRunner | None
 
@@ -79,11 +81,18 @@ def prepare(config: Config, folder: RunFolder, display: Display, stack: ExitStac
         preflight(config, model_path)
 
     sources = open_sources(config, data_config(config, found), method, tokenizer)
-    read = {
-        "data.prompts": sources.prompts,
-        "data.experts": sources.experts or sources.expert_prompts,
-    }
-    facts = resume.facts_of(config, contents(config, read, model_path))
+    budget = Budget(
+        prompts=config.rollout.prompts_per_step,
+        samples=config.rollout.samples_per_prompt,
+        experts=config.data.experts_per_step,
+        steps=config.run.steps,
+        seed=config.run.seed,
+        model=model_path,
+        codec=sources.codec(),
+        sources=sources.lengths(),
+    )
+    check_demand(method, method.demand(0, budget, {}), budget.sources)
+    facts = resume.facts_of(config, contents(config, sources.by_key(), model_path))
     checkpoints.facts = {"id": folder.run_id, **asdict(facts)}
     if before is not None:
         for text in resume.check_changes(config, before, facts):
@@ -105,6 +114,7 @@ def prepare(config: Config, folder: RunFolder, display: Display, stack: ExitStac
         model_path=model_path,
         tokenizer=tokenizer,
         sources=sources,
+        budget=budget,
         held_out=held_out,
         rewards=start_rewards(config, folder, sources, held_out, stack),
     )

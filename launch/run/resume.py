@@ -84,19 +84,21 @@ FREE = (
 PATHS = (
     "model.path",
     "model.tokenizer",
-    "data.prompts.path",
-    "data.experts.path",
     "rollout.record",
 )
-DATASET = ("path", "split", "limit", "options")
-READ = {  # what a digest of content stands for
-    "model.path": ("model.path",),
-    "model.tokenizer": ("model.tokenizer",),
-    "rollout.record": ("rollout.record",),
-    "data.prompts": tuple(f"data.prompts.{name}" for name in DATASET),
-    "data.experts": tuple(f"data.experts.{name}" for name in DATASET),
-}
+DATASET = ("path", "split", "limit", "options", "scores")
 ABSENT = object()
+
+
+def read_keys(key: str) -> tuple[str, ...]:
+    """The keys that a digest of content stands for; `key` is a dataset's or a path's."""
+    if key.startswith("data."):
+        return tuple(f"{key}.{name}" for name in DATASET)
+    return (key,)
+
+
+def is_path(key: str) -> bool:
+    return key in PATHS or (key.startswith("data.") and key.endswith(".path"))
 
 
 @dataclass
@@ -199,7 +201,7 @@ def check_changes(config: Config, before: Facts, now: Facts) -> list[str]:
     changed: dict[str, str] = {}  # {key: a line about it}
     for key in read_otherwise(both, before, now):
         changed[key] = f"  {key}: the content differs{read_from(key, both)}"
-        both.drop(READ[key])
+        both.drop(read_keys(key))
     for key in both.every_key():
         if both.differs(key) and not allowed(key, UNTOLD):
             changed[key] = both.line(key)
@@ -239,9 +241,9 @@ def spelled(tree: dict[str, Any]) -> dict[str, Any]:
     """{dotted key: value} of a whole config."""
     tree = {**tree, "method": method_options(tree["method"])}
     found = flat(tree)
-    for key in PATHS:
-        if isinstance(found.get(key), str) and os.path.exists(found[key]):
-            found[key] = os.path.realpath(found[key])
+    for key, value in found.items():
+        if is_path(key) and isinstance(value, str) and os.path.exists(value):
+            found[key] = os.path.realpath(value)
     if found["rollout.backend"] == "auto":
         found["rollout.backend"] = "vllm" if found["mode"] == "cluster" else "hf"
     if not found["reward.weights"]:
@@ -279,9 +281,18 @@ def completed(tree: Any, default: Any) -> Any:
     for key, value in default.items():
         found[key] = completed(tree[key], value) if key in tree else value
     for key in ("prompts", "experts", "evaluation"):
-        if isinstance(found.get(key), dict) and "path" in found[key]:
-            found[key] = {**dataclasses.asdict(DatasetConfig()), **found[key]}
+        if key in found:
+            found[key] = dataset_completed(found[key])
+    if isinstance(found.get("sources"), dict):
+        sources = found["sources"].items()
+        found["sources"] = {name: dataset_completed(source) for name, source in sources}
     return found
+
+
+def dataset_completed(tree: Any) -> Any:
+    if isinstance(tree, dict) and "path" in tree:
+        return {**dataclasses.asdict(DatasetConfig()), **tree}
+    return tree
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -323,18 +334,18 @@ def read_otherwise(both: Comparison, before: Facts, now: Facts) -> list[str]:
     Where the content is the same, how it is named no longer counts.
     """
     changed = []
-    for key in READ:
-        if key not in before.content or key not in now.content:
+    for key in now.content:
+        if key not in before.content:
             continue
         if before.content[key] == now.content[key]:
-            both.drop(READ[key])
+            both.drop(read_keys(key))
         else:
             changed.append(key)
     return changed
 
 
 def read_from(key: str, both: Comparison) -> str:
-    name = READ[key][0]
+    name = read_keys(key)[0]
     present = brief(both.new.get(name))
     if both.differs(name):
         return f" ({brief(both.old.get(name))} -> {present})"

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
-from tandem.algorithms.base import Budget, Method
+from tandem.algorithms.base import Method
 from tandem.engine.config.paths import shown, shown_code
 from tandem.engine.config.schema import Config
 from tandem.engine.core import stop
@@ -233,22 +233,13 @@ def make_producer(prepared: Prepared, pool: Pool, restart_and_sync: Callable[[],
         config.reward.on_error,
         prepared.method.scores_demonstrations,
     )
-    budget = Budget(
-        prompts=rollout.prompts_per_step,
-        samples=rollout.samples_per_prompt,
-        experts=config.data.experts_per_step,
-        steps=config.run.steps,
-        seed=config.run.seed,
-        model=prepared.model_path,
-        codec=prepared.sources.codec(),
-    )
     return Producer(
         method=prepared.method,
         prompts=prepared.sources.prompts,
         expert_prompts=prepared.sources.expert_prompts,
         pool=pool,
         scorer=scorer,
-        budget=budget,
+        budget=prepared.budget,
         sampling=Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p),
         staleness=rollout.staleness,
         over_sample=rollout.over_sample,

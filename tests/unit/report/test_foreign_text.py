@@ -21,7 +21,7 @@ from tandem.engine.core.types import (
     ScoredGroup,
     Trajectory,
 )
-from tandem.engine.data.sources import row_id
+from tandem.engine.data.row_ids import row_id
 from tandem.engine.report.lines import plain_columns, write_line
 from tandem.engine.report.telemetry import Telemetry
 from tandem.rollout.backends.replay import RecordedPrompts
