@@ -173,4 +173,4 @@ def test_rows_far_behind_are_counted_together_and_found(tmp_path, monkeypatch):
         DatasetConfig(path=str(path), response="response"), data, tokenizer, model, 0
     )
     assert [len(t.tokens) - 3 for t in source.take(7)] == [3, 50, 90, 70, 3, 99, 5]
-    assert source.dropped == 1 and "r.jsonl:6" in source.describe()
+    assert source.dropped == 1 and "r.jsonl:6" in next(source.describe())

@@ -286,7 +286,7 @@ def test_overlong_rows_are_refused_left_out_or_cut_and_counted(
     with pytest.raises(ConfigError, match=r"rows.jsonl:2: .*max_prompt_tokens"):
         expert(path, tokenizer, model, **limits)
     source = expert(path, tokenizer, model, overlong="drop", **limits)
-    assert len(source) == 3 and source.dropped == 2 and "2 left out" in source.describe()
+    assert len(source) == 3 and source.dropped == 2 and "2 left out" in next(source.describe())
     assert [len(t.tokens) for t in source.take(4)] == [8, 8, 10, 8]
     other = expert(path, tokenizer, model, overlong="drop", **limits)
     other.load_state_dict(source.state_dict())
