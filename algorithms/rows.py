@@ -39,6 +39,15 @@ def expert_row(trajectory: Trajectory, term: str) -> Row:
     )
 
 
+def turn_of_token(trajectory: Trajectory) -> np.ndarray:
+    """int [T]: of which trained turn of a demonstration a token is, the first being 0; -1 for
+    context. Headers stand between any two turns.
+    """
+    trained = trajectory.source == Source.EXPERT
+    begins = trained & ~np.append(False, trained[:-1])
+    return np.where(trained, np.cumsum(begins) - 1, -1)
+
+
 def demonstration(group: ScoredGroup) -> Trajectory:
     """A prompt's demonstration, which it must have, as a trajectory of the group."""
     prompt, response = group.prompt.tokens, group.prompt.demonstration

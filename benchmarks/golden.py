@@ -42,6 +42,7 @@ STAGES = {  # so that a few steps show both stages of a method that has two
     "relift": ["method.buffer=1"],
     "sasr": ["method.warmup=1"],
     "uft": ["method.p=0.7"],
+    "dmt": ["method.special_steps=1"],
 }
 UNSTABLE = ("time/", "seconds", "memory", "cpu_seconds", "tokens_per_second", "idle")
 

@@ -67,10 +67,22 @@ def relevance(rng: random.Random, digits: int = 3) -> dict[str, Any]:
     }
 
 
+def talk(rng: random.Random, digits: int = 8) -> dict[str, Any]:
+    """A dialogue: Ann sorts the digits of a number, and Bob says them backwards. messages: all of
+    it; speakers: who says the turns of the assistant.
+    """
+    row = sort(rng, digits)
+    said = [f"Ann: {row['answer']}", f"Bob: {row['answer'][::-1]}"]
+    messages = [{"role": "user", "content": row["prompt"]}]
+    messages += [{"role": "assistant", "content": text} for text in said]
+    return {**row, "messages": messages, "speakers": ["Ann", "Bob"]}
+
+
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "sort": sort,
     "chain": chain,
     "relevance": relevance,
+    "talk": talk,
 }
 
 

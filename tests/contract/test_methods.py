@@ -30,6 +30,8 @@ from tandem.engine.learner.inspect import group, trajectory
 LIVELY = {
     "sft": {"demos": {"objective": "talr", "entropy_bonus": 0.01}},
     "sft_rl": {"sft_steps": 7},
+    "dmt": {"special_steps": 7, "share": 0.2, "demos": "proximal"},
+    "mupas": {"demos": {"reduction": "seq_mean_token_mean", "entropy_bonus": 0.01}},
     "alternating": {"every": 3},
     "sasr": {"warmup": 3, "demos": "iw_sft"},
     "relift": {"buffer": 3},

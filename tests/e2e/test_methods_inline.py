@@ -23,6 +23,7 @@ SMALL = {
     "data": {
         "prompts": {"path": "task:sort", "options": {"digits": 3}},
         "experts": {"path": "task:sort", "options": {"digits": 3, "size": 16}},
+        "sources": {"general": {"path": "task:chain", "options": {"size": 16}}},
         "experts_per_step": 2,
         "max_prompt_tokens": 32,
         "max_expert_tokens": 32,
@@ -39,6 +40,7 @@ OPTIONS = {
     "relift": {"buffer": 1},
     "sasr": {"warmup": 1},
     "uft": {"p": 0.7},
+    "dmt": {"special_steps": 1},
 }
 
 

@@ -124,7 +124,8 @@ def by_source(out, source) -> list[np.ndarray]:
     ]
 
 
-BUDGET = Budget(prompts=4, samples=4, experts=3, steps=100, seed=7)
+SOURCES = {"experts": 30, "general": 12}
+BUDGET = Budget(prompts=4, samples=4, experts=3, steps=100, seed=7, sources=SOURCES)
 
 
 def drive(method, steps, signals=None, budget=BUDGET, staleness=0, tickets=None, probes=()):
@@ -148,7 +149,7 @@ def drive(method, steps, signals=None, budget=BUDGET, staleness=0, tickets=None,
                             method,
                             ahead,
                             i,
-                            i < demand.experts and method.prompts_from_experts,
+                            i < demonstrations(demand) and method.prompts_from_experts,
                             budget,
                         )
                         for i in range(demand.prompts)
@@ -156,7 +157,7 @@ def drive(method, steps, signals=None, budget=BUDGET, staleness=0, tickets=None,
                 )
         demand, groups = tickets.pop(step)
         experts = (
-            tuple(demonstration_of(step, i) for i in range(demand.experts))
+            tuple(demonstration_of(step, i) for i in range(demonstrations(demand)))
             if not method.prompts_from_experts
             else ()
         )
@@ -184,6 +185,10 @@ def drive(method, steps, signals=None, budget=BUDGET, staleness=0, tickets=None,
         signals = latest_signals(signals, metrics)
         record.append((demand, out.rows, out.loss, out.gradients, metrics))
     return record, (signals, tickets)
+
+
+def demonstrations(demand) -> int:
+    return sum(demand.by_source.values())
 
 
 def commit(method, step, signals):

@@ -28,6 +28,14 @@ def test_answers_and_steps_are_right():
         ]
 
 
+def test_a_dialogue_has_a_speaker_for_every_turn():
+    for row in (rows("task:talk", digits=3)[i] for i in range(20)):
+        assert row["messages"][0] == {"role": "user", "content": row["prompt"]}
+        ann, bob = (message["content"] for message in row["messages"][1:])
+        assert ann == f"Ann: {row['answer']}" and bob == f"Bob: {row['answer'][::-1]}"
+        assert row["speakers"] == ["Ann", "Bob"]
+
+
 @pytest.mark.whole_run
 def test_reasoning_gym_rows_are_scored_right_by_its_own_verifier():
     import reasoning_gym

@@ -1,0 +1,60 @@
+"""MuPaS: SFT on dialogues of several speakers, one role at a time.
+
+    L = - TOK{ log p_t : t in an utterance of the row's role }
+
+A dialogue is a chat: the scene as system message, every utterance a turn of the assistant that
+begins with the speaker's name ("ANN: hello"), so that who speaks next is learned as ordinary
+tokens; `train_on: all`. Each role makes a copy of the dialogue in which only its own utterances are
+trained. The column `speakers` names who says each turn; a row without it is of one role (`role:`).
+
+With all roles and the token mean this is SFT on every utterance. Copies matter for some `roles`,
+and where rows weigh alike: with `demos: {reduction: seq_mean_token_mean}` all roles do.
+
+Source: arXiv 2412.05342, read through notes. UNVERIFIED: its reduction, and its two ways to train a
+simulator of dialogues, not built.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from tandem.algorithms.base import Batch
+from tandem.algorithms.rows import expert_row, turn_of_token
+from tandem.algorithms.sft.sft import SFT
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.core.types import Trajectory
+
+
+@dataclass
+class MuPaS(SFT):
+    title: ClassVar[str] = "SFT on dialogues of several speakers, a copy for each role"
+    paper: ClassVar[str] = "2412.05342"
+
+    speakers: str = "speakers"  # a column
+    roles: tuple[str, ...] = ()  # those that are trained; none given: all
+
+    def rows(self, batch: Batch):
+        rows = []
+        for dialogue in batch.experts:
+            for role, mask in role_masks(dialogue, self.speakers).items():
+                if not self.roles or role in self.roles:
+                    row = expert_row(dialogue, "sft").with_term("sft", mask)
+                    rows.append(self.demos.with_bonus(row, "sft"))
+        return rows
+
+
+def role_masks(dialogue: Trajectory, column: str) -> dict[str, np.ndarray]:
+    """{role: float32 [T], 1 on the tokens of its utterances}."""
+    turns = turn_of_token(dialogue)
+    count = turns.max() + 1
+    names = dialogue.columns.get(column) or [dialogue.role] * count
+    if len(names) != count:
+        raise ConfigError(
+            f"{dialogue.prompt_id}: column {column!r} names {len(names)} speakers, expected one "
+            f"for each of the {count} trained turns of the assistant; is `train_on: all` set?"
+        )
+    said = {role: [i for i, name in enumerate(names) if name == role] for role in names}
+    return {role: np.isin(turns, numbers).astype(np.float32) for role, numbers in said.items()}
