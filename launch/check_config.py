@@ -26,9 +26,15 @@ if TYPE_CHECKING:
 GENERATED = ("task:", "reasoning_gym:")  # datasets that come with a response
 
 
-def load(path: str | Path, overrides: Iterable[str] = (), redacted: bool = False) -> Config:
+def load(
+    path: str | Path,
+    overrides: Iterable[str] = (),
+    redacted: bool = False,
+    method: Method | None = None,
+) -> Config:
     """Read a YAML config, apply `key.sub=value` overrides, and check all of it, the method and
-    a rollout backend of the user's own too.
+    a rollout backend of the user's own too. `method`, one made in Python, takes the place of the
+    config's.
 
     Raises ConfigError, and TypeError unless `path` is a path and `overrides` a list of texts.
 
@@ -40,6 +46,10 @@ def load(path: str | Path, overrides: Iterable[str] = (), redacted: bool = False
     if isinstance(overrides, str):
         raise TypeError(f"overrides are a list of key=value texts, e.g. [{overrides!r}]")
     tree = read_tree(path, overrides)
+    if method is not None:
+        from tandem.algorithms.registry import give
+
+        tree.values["method"] = give(method)
     config = checked(tree, redacted)
     with tree.told_where("method"), process_kept():
         check_method(config)

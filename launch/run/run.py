@@ -6,7 +6,11 @@ with Hugging Face generation and Accelerate in this process, so that `breakpoint
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from tandem.algorithms.base import Method
 from tandem.algorithms.checks.method import check_metrics
+from tandem.algorithms.registry import give
 from tandem.engine.config.paths import shown
 from tandem.engine.config.schema import Config
 from tandem.engine.core import stop
@@ -16,6 +20,7 @@ from tandem.engine.data.sources import RowError
 from tandem.engine.loop import train as loop
 from tandem.engine.loop.reporter import Clock, rollout_metrics
 from tandem.engine.loop.state import RunState
+from tandem.launch.check_config import check_method
 from tandem.launch.run import folder as run_folder
 from tandem.launch.run.group_check import check_group_size
 from tandem.launch.run.start import Training, generation_run, training_run
@@ -24,8 +29,8 @@ EXIT_STOPPED = 75  # resumable
 EXIT_INTERRUPTED = 130
 
 
-def train(config: Config) -> int:
-    """Run a config to its end.
+def train(config: Config, method: Method | None = None) -> int:
+    """Run a config to its end, with its own method or with one made in Python.
 
     Returns the exit code: 0 done, 75 stopped by a signal with a checkpoint to go on from, 130
     stopped by Ctrl-C, with one too. Raises Stopped if a signal came before the loop began, and
@@ -35,6 +40,9 @@ def train(config: Config) -> int:
         raise TypeError(
             f"tandem.train takes a Config, not {brief(config)}; tandem.load(path) makes one"
         )
+    if method is not None:
+        config = replace(config, method=give(method))
+        check_method(config)
     warning = check_group_size(config)
     if config.run.rollout_only:
         return generate(config, warning)
