@@ -27,6 +27,8 @@ from tandem.engine.core.types import (
 )
 from tandem.engine.model.quantities import Quantity
 
+TOKEN_MEAN = Reduction()  # where a term is given none
+
 
 @dataclass(frozen=True)
 class Term:
@@ -42,16 +44,28 @@ class Term:
     old_value), or that rows bring. `quantities` are what else the objective asks of the full
     distribution at its tokens, by the names under which it reads them: see
     engine/model/quantities.py. Each is differentiable, and is made for all terms in one pass.
+
+    `unit` is what the objective says one number of: "token", "row" or "group". For rows it is
+    called with `Units`, for groups with `Groups` (parts/objectives/units.py), the sums above are
+    over units, and Z counts them. A unit's weight is that of its tokens, which must have the same.
+    A group is never split over micro-batches.
     """
 
     name: str
     objective: Callable
-    reduction: Reduction = Reduction()
+    reduction: Reduction = TOKEN_MEAN  # not given: unit_mean, where the unit is no token
     coefficient: float = 1.0
     correction: RolloutCorrection | None = None
     needs: frozenset[str] = frozenset()
     quantities: Mapping[str, Quantity] = field(default_factory=dict)
     together: bool = False  # all rows of a group stand in one micro-batch
+    unit: str = "token"
+
+    def __post_init__(self):
+        if self.unit == "group":
+            object.__setattr__(self, "together", True)  # the dataclass is frozen
+        if self.unit != "token" and self.reduction is TOKEN_MEAN:
+            object.__setattr__(self, "reduction", Reduction("unit_mean"))
 
 
 def quantities_of(terms: Sequence[Term]) -> dict[str, Quantity]:

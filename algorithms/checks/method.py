@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from tandem.algorithms.base import Demand, Method, Term
+from tandem.algorithms.checks.units import check_unit
 from tandem.algorithms.parts.objectives.tokens import (
     MODEL_STREAMS,
     PARTIAL_STREAMS,
@@ -222,6 +223,7 @@ def check_term(where: str, term: Term, method: Method) -> None:
                 f"{where}: its reduction is {term.reduction!r}, expected a Reduction, "
                 "e.g. Reduction('token_mean')"
             )
+    check_unit(where, term)
     check_coefficient(where, term.coefficient)
     check_needs(where, term, method)
     check_quantities(where, term)

@@ -14,6 +14,7 @@ import numpy as np
 
 from tandem.algorithms.base import Batch, Method, Term, quantities_of
 from tandem.algorithms.checks.method import ENGINE_NAMES, check_list, kind, no_return, title
+from tandem.algorithms.checks.units import check_unit_rows
 from tandem.algorithms.parts.objectives.tokens import (
     MODEL_STREAMS,
     SCORED_STREAMS,
@@ -104,6 +105,7 @@ def check_rows(method: Method, rows: Sequence[Row], terms: Sequence[Term]) -> li
             f"{where}: none of its {len(rows)} rows has weights for a term, so nothing would be "
             f"trained; give them Row.weights {{term: one number per token}}, terms: {names}"
         )
+    check_unit_rows(where, rows, terms)
     return list(rows)
 
 
@@ -120,6 +122,7 @@ def check_credit(
         )
     for number, row in enumerate(rows):
         check_row(label(where, number, row), row, terms)
+    check_unit_rows(where, rows, terms)
     check_quantity_names(where, rows, terms)
     for term in terms:
         read = {name for quantity in term.quantities.values() for name in quantity.data}
@@ -155,6 +158,8 @@ def check_row(where: str, row: Row, terms: Sequence[Term]) -> None:
             f"{where}: group is {row.group!r}, expected the whole number of its group "
             "(batch.groups[i].group), or -1 for a row of none"
         )
+    if not isinstance(row.role, str):
+        raise MethodError(f"{where}: role is {row.role!r}, expected a word, or '' for none")
     check_weights(where, row, terms)
     advantage = row.streams.get("advantage")
     if advantage is not None:

@@ -199,6 +199,7 @@ class Row:
     version: np.ndarray | None = None  # int32 [T]: weight version that sampled the token
     group: int = -1
     prompt_id: str = ""
+    role: str = ""  # what tells it apart in its group, for objectives on whole rows
 
     def __post_init__(self):
         if not isinstance(self.streams, Mapping):
@@ -286,6 +287,7 @@ class MicroBatch:
     real_tokens: int  # all tokens of the rows, prompts counted with each
     # int64 [2, B, L]: block of each token, and block of its prompt; None: no row shares its prompt
     prompt_blocks: np.ndarray | None = None
+    roles: tuple[str, ...] = ()  # of each row, in the order of `rows`
 
 
 @dataclass(frozen=True, eq=False)

@@ -90,6 +90,7 @@ def build(
         fresh=columns.fresh(version),
         rows=tuple(order),
         real_tokens=real_tokens,
+        roles=tuple(row.role for row in placed),
     )
 
 
@@ -203,4 +204,6 @@ def row_scale(row: Row, term: Term) -> float:
     count = int(in_term.sum())
     if count == 0:
         return 0.0
+    if term.unit != "token":
+        count = 1  # it has one number
     return term.reduction.row_scale(count)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tandem.algorithms.base import Term
 from tandem.algorithms.checks.losses import (
+    Seen,
     check_missing_streams,
     check_tensor,
     objective_losses,
@@ -27,6 +28,7 @@ from tandem.algorithms.checks.losses import (
 )
 from tandem.algorithms.checks.method import real
 from tandem.algorithms.parts.objectives.tokens import Tokens
+from tandem.algorithms.parts.objectives.units import Groups, Units, units_of
 from tandem.engine.core.errors import MethodError
 from tandem.engine.core.types import MicroBatch, Row
 from tandem.engine.learner.metrics import StepMetrics
@@ -41,6 +43,18 @@ def row_counts(rows: Sequence[Row], term: str) -> np.ndarray:
     return counts
 
 
+def unit_counts(rows: Sequence[Row], term: Term) -> np.ndarray:
+    """What Z is counted from: the tokens of each row, or a 1 for each row or group in the term."""
+    counts = row_counts(rows, term.name)
+    if term.unit == "token":
+        return counts
+    in_term = np.minimum(counts, 1)
+    if term.unit == "row":
+        return in_term
+    groups = {row.group for row, count in zip(rows, counts, strict=True) if count}
+    return np.ones(len(groups), np.int64)
+
+
 def denominators(terms: Sequence[Term], rows: Sequence[Row]) -> dict[str, float]:
     """Z of every term over `rows`: all those of one optimizer update.
 
@@ -53,7 +67,7 @@ def denominators(terms: Sequence[Term], rows: Sequence[Row]) -> dict[str, float]
                 f"rows of prompt {row.prompt_id!r} carry weights for {sorted(stray)}, but "
                 f"the method's terms are {sorted(known)}"
             )
-    return {term.name: denominator(term, row_counts(rows, term.name)) for term in terms}
+    return {term.name: denominator(term, unit_counts(rows, term)) for term in terms}
 
 
 def denominator(term: Term, counts: np.ndarray) -> float:
@@ -101,8 +115,9 @@ def micro_batch_loss(
     The loss is a scalar attached to everything that any rank may differentiate even when no token
     here belongs to any term (a rank without rows still has to run its whole backward pass, or
     collectives of the other ranks would wait forever). The metrics are detached: the sum
-    `loss/TERM` (already divided by Z), and the means `TERM/METRIC` over the term's tokens and
-    `TERM/PART/METRIC` over those that an objective reports on as a part.
+    `loss/TERM` (already divided by Z), and the means `TERM/METRIC` over the term's tokens (its
+    rows or groups, where these are its unit) and `TERM/PART/METRIC` over those that an objective
+    reports on as a part.
     """
     loss = attached_zero(terms, tokens)
     found = StepMetrics()
@@ -115,8 +130,13 @@ def micro_batch_loss(
             continue
         index = torch.as_tensor(in_term, device=tokens.logp.device)
         chosen = visible_streams(term, terms, tokens.take(index))
-        per_token, metrics = objective_losses(term, chosen)
-        check_missing_streams(term, micro, chosen, per_token)
+        seen: Seen = chosen
+        if term.unit != "token":
+            seen = units_seen(term, micro, in_term, chosen)
+            # a unit weighs as its first token does
+            index = torch.as_tensor(in_term[seen.starts], device=index.device)
+        losses, metrics = objective_losses(term, seen, chosen.logp)
+        check_missing_streams(term, micro, seen, losses)
         weight = torch.as_tensor(micro.weights[term.name], device=index.device)[index]
         scale = torch.as_tensor(micro.scale[term.name], device=index.device)[index]
         factor = weight * scale
@@ -125,11 +145,19 @@ def micro_batch_loss(
             check_tensor(f"term {term.name!r}: its correction", correction, len(index))
             factor = factor * correction
             metrics = {**metrics, "correction": correction}
-        value = (factor * per_token).sum() / z[term.name]
+        value = (factor * losses).sum() / z[term.name]
         loss = loss + term.coefficient * value
         found.add_sum(f"loss/{term.name}", value.detach())
         add_metrics(found, term.name, metrics, len(index))
     return loss, found
+
+
+def units_seen(
+    term: Term, micro: MicroBatch, in_term: np.ndarray, tokens: Tokens
+) -> Units | Groups:
+    """What the objective of a term with that unit is called with."""
+    units = units_of(micro, in_term, tokens)
+    return units if term.unit == "row" else Groups(units, term.name)
 
 
 def attached_zero(terms: Sequence[Term], tokens: Tokens) -> Tensor:
@@ -144,7 +172,8 @@ def attached_zero(terms: Sequence[Term], tokens: Tokens) -> Tensor:
 
 
 def add_metrics(found: StepMetrics, term: str, metrics: Mapping, count: int) -> None:
-    """Add a term's metrics over its `count` tokens: {METRIC: [n], or PART: {METRIC: [m]}}."""
+    """Add a term's metrics over its `count` tokens, rows or groups: {METRIC: [n], or PART: {METRIC:
+    [m]}}."""
     whole = f"loss/{term}"  # prefixed, so it cannot collide with the counts of `observe`
     found.add_count(whole, count)
     for key, metric in metrics.items():

@@ -43,6 +43,9 @@ class Tokens:
     source: Tensor  # int8 [n]
     streams: Mapping[str, Tensor] = field(default_factory=dict)  # {name: float32 [n]}
 
+    def __len__(self) -> int:
+        return len(self.logp)
+
     def __getitem__(self, name: str) -> Tensor:
         """A stream. Raises KeyError if it is absent."""
         if name not in self.streams:
@@ -72,6 +75,10 @@ class Tokens:
             source=self.source[index],
             streams={name: stream[index] for name, stream in self.streams.items()},
         )
+
+    def renumbered(self, segment: Tensor) -> Tokens:
+        """The tokens with these row numbers, int64 [n]."""
+        return replace(self, segment=segment)
 
     def with_streams(self, **streams: Tensor) -> Tokens:
         """The tokens with these streams, in the place of those of the same name."""
