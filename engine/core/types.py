@@ -130,7 +130,7 @@ class Trajectory:
 
     @property
     def response(self) -> np.ndarray:
-        """int32: every token that is not part of the prompt."""
+        """int32: every token that is not context."""
         return self.tokens[self.source != Source.PROMPT]
 
 
