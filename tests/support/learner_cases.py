@@ -1,8 +1,8 @@
 """Rows, plans and an independent gradient, shared by the learner's tests."""
 
 from contextlib import nullcontext
-from dataclasses import replace
-from functools import cache, partial
+from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -20,8 +20,7 @@ from tandem.engine.learner.packing import pack
 from tandem.engine.learner.protocol import PolicySpec
 from tandem.engine.learner.rank import build_policy
 from tandem.engine.learner.terms import denominators
-from tandem.engine.model.measured_head import HeadInputs, measure
-from tandem.engine.model.quantities import Divergence, Entropy, LogProbs
+from tandem.engine.model.quantities import Divergence, Entropy
 
 TEMPERATURE = 0.8
 TERMS = (
@@ -134,28 +133,26 @@ def make_plan(rows, ranks=1, budget=64, terms=TERMS, share_prompts=False, **chan
     return replace(plan, **changes)
 
 
-class MeasuredForward:
-    """The head asked for quantities: log-probs less a divergence to a teacher beside it."""
+@dataclass(frozen=True)
+class Measured:
+    """-log p, less the entropy, plus a divergence from the reference."""
 
-    def __call__(self, policy, tokens, positions, index, target, temperature, chunk, entropy, tags):
-        hidden = policy.trunk(tokens, positions)[index]
-        vocabulary = policy.model.config.vocab_size
-        generator = torch.Generator().manual_seed(3)
-        weight = torch.randn(vocabulary, hidden.shape[-1], generator=generator)
-        ask = partial(
-            measure,
-            quantities=[LogProbs("target"), Divergence("teacher", 0.5), Entropy()],
-            data={"target": target},
-            others={"teacher": HeadInputs(hidden.detach(), weight.to(hidden))},
-        )
-        logp, divergence, found_entropy = policy.head(hidden, None, temperature, chunk, ask=ask)
-        return logp - divergence, found_entropy, policy.critic(hidden), {}
+    def __call__(self, tokens):
+        return -tokens.logp - tokens["all_entropy"] + tokens["divergence"], {}
+
+
+QUANTITIES = {"all_entropy": Entropy(), "divergence": Divergence("reference", 0.5)}
 
 
 def hook_plan(name, ranks=1):
     """A step of a method with a forward of its own, ift or carft, or of a head that measures."""
     if name == "measured":
-        return make_plan(make_rows(), ranks, terms=only("sft"), forward=MeasuredForward())
+        terms = []
+        for term in only("sft"):
+            if term.name == "sft":
+                term = replace(term, objective=Measured(), quantities=QUANTITIES)
+            terms.append(term)
+        return make_plan(make_rows(), ranks, terms=terms, quantities=QUANTITIES)
     rng = np.random.default_rng(7)
 
     def draw(n):
