@@ -13,7 +13,8 @@ Paper and code: once a later wave ran, the code trained groups that an earlier h
 behind the prompt without it; here a row always has the prompt that it was sampled under. The code's
 test is the accuracy reward alone: here a sample is right with at least `correct` in all. Amounts
 and cold start of the paper itself: UNVERIFIED. Hints end at a word's end, so they may be a little
-shorter. Nothing looks whether the hint holds the answer.
+shorter. Nothing looks whether the hint holds the answer. No `demos`: demonstrations are shown, not
+trained.
 """
 
 from __future__ import annotations

@@ -61,6 +61,8 @@ def test_two_steps_in_one_process(tmp_path, name):
     if name in ("relift", "hpt"):
         # which the untrained model never gets: both turn to the demonstrations
         overrides.append("reward.functions=[exact]")
+    if name == "erank":
+        overrides.append("data.prompts.path=task:relevance")  # its columns
     config.write_text(yaml.safe_dump({**SMALL, "method": {"name": name, **OPTIONS.get(name, {})}}))
     assert train(load(config, overrides)) == 0
     done = steps(tmp_path)
