@@ -131,6 +131,13 @@ def tries(name: str) -> list[dict]:
     return [{**fixed, **setting} for setting in found]
 
 
+def as_text(value: float) -> str:
+    """A number as an override, never with an exponent."""
+    if value < 1e-3:
+        return f"{value:.6f}"
+    return json.dumps(value)
+
+
 def run(name: str, seed: int, setting: dict, folder: Path) -> dict:
     """One run in a process of its own. Its evaluations: (steps, tokens, CPU seconds, accuracy)."""
     place = Path(tempfile.mkdtemp(dir=folder))
@@ -147,10 +154,7 @@ def run(name: str, seed: int, setting: dict, folder: Path) -> dict:
             f"run.dir={place}",
             "run.name=run",
             f"run.seed={seed}",
-            *(
-                f"{key}={json.dumps(value) if value >= 1e-3 else f'{value:.6f}'}"
-                for key, value in setting.items()
-            ),
+            *(f"{key}={as_text(value)}" for key, value in setting.items()),
         ],
         capture_output=True,
         text=True,
@@ -167,18 +171,14 @@ def run(name: str, seed: int, setting: dict, folder: Path) -> dict:
         tokens, seconds = int(line.get("tokens/total", tokens)), line.get("cpu_seconds", seconds)
         if "eval/accuracy" in line:
             points.append((line["step"], tokens, seconds, line["eval/accuracy"]))
-    print(
-        (
-            f"{name:12} seed {seed}, {setting}: {points[-1][3] if points else float('nan'):.3f} "
-            f"after {tokens:,} tokens, {time.perf_counter() - began:.0f} s"
-        )
-        + (
-            ""
-            if done.returncode == 0
-            else f"  FAILED ({done.returncode}): {done.stderr.strip().splitlines()[-1:]}"
-        ),
-        flush=True,
+    accuracy = points[-1][3] if points else float("nan")
+    told = (
+        f"{name:12} seed {seed}, {setting}: {accuracy:.3f} after {tokens:,} tokens, "
+        f"{time.perf_counter() - began:.0f} s"
     )
+    if done.returncode != 0:
+        told += f"  FAILED ({done.returncode}): {done.stderr.strip().splitlines()[-1:]}"
+    print(told, flush=True)
     return {
         "method": name,
         "seed": seed,
@@ -213,18 +213,20 @@ def best(runs: list[dict]) -> dict[str, dict]:
     return found
 
 
+def tuning_line(one: dict, chosen: bool) -> str:
+    settings = ", ".join(f"{key} {value:g}" for key, value in one["setting"].items())
+    mark = "x" if chosen else ""
+    return f"| {one['method']} | {settings} | {score(one):.3f} | {mark} |"
+
+
 def tuning_table(runs: list[dict]) -> str:
     chosen = best(runs)
-    lines = [
-        (
-            f"| {name} | {', '.join(f'{key} {value:g}' for key, value in r['setting'].items())} "
-            f"| {score(r):.3f} | {'x' if chosen.get(name) == r['setting'] else ''} |"
-        )
-        for name in METHODS
-        for setting in tries(name)
-        for r in runs
-        if (r["method"], r["setting"]) == (name, setting)
-    ]
+    lines = []
+    for name in METHODS:
+        for setting in tries(name):
+            for one in runs:
+                if (one["method"], one["setting"]) == (name, setting):
+                    lines.append(tuning_line(one, chosen.get(name) == setting))
     return (
         (
             "| method | setting | held-out accuracy, mean of the last three evaluations | raced "

@@ -48,6 +48,7 @@ def config(args, mode: str, dtype: str, method: str, folder: Path) -> dict:
         else {}
     )
     options = {"mu": 0.5} if method == "chord" else {}
+    forced = "ForcedChord" if method == "chord" else "ForcedGRPO"
     return {
         "mode": mode,
         "model": {"path": str(folder / "model"), "dtype": dtype},
@@ -60,7 +61,7 @@ def config(args, mode: str, dtype: str, method: str, folder: Path) -> dict:
             **experts,
         },
         "method": {
-            "name": f"{HERE / 'forced_length.py'}:Forced{'Chord' if method == 'chord' else 'GRPO'}",
+            "name": f"{HERE / 'forced_length.py'}:{forced}",
             **options,
         },
         "reward": {"functions": [f"{HERE / 'workloads.py'}:even_letters"]},

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import typing
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
+from tandem.engine.config.options import typed
 from tandem.engine.config.schema import Config
+from tandem.engine.config.words import describe
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.core.loading import load_object
 from tandem.engine.core.text import brief, closest
@@ -209,8 +212,8 @@ def is_coroutine(function: Any) -> bool:
 
 
 def check_options(name: str, cls: type[Backend], options: dict[str, Any]) -> None:
-    """Raise ConfigError for an option that the class does not know, or that it needs and has not
-    got.
+    """Raise ConfigError for an option that the class does not know, that is not of the type it is
+    annotated with, or that it needs and has not got.
     """
     factory = cls.start if overrides(cls, "start") else cls
     parameters = dict(inspect.signature(factory).parameters)
@@ -231,6 +234,27 @@ def check_options(name: str, cls: type[Backend], options: dict[str, Any]) -> Non
             raise ConfigError(
                 f"backend {name!r} needs the option {option!r}: set rollout.backend_options: "
                 f"{{{option}: ...}}"
+            )
+    check_types(factory, options)
+
+
+def check_types(factory: Any, options: dict[str, Any]) -> None:
+    """As far as annotations can be read: others are the class's own to check."""
+    function = factory.__init__ if isinstance(factory, type) else factory
+    try:
+        hints = typing.get_type_hints(function)
+    except Exception:
+        return
+    for option in options.keys() & hints.keys():
+        key, value = f"rollout.backend_options.{option}", options[option]
+        try:
+            read = typed(hints[option], value, key)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if isinstance(value, str) and not isinstance(read, str):  # it would arrive as text
+            raise ConfigError(
+                f"{key}: found {value!r}, expected {describe(hints[option])}; write it without "
+                "quotes"
             )
 
 

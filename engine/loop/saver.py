@@ -38,8 +38,9 @@ class Saver:
     cursors: Mapping[str, Cursor]
     telemetry: Telemetry
     display: Display
-    # removes the final model that an earlier end of this run left, before run.steps was raised
-    forget_model: Callable[[], None]
+    # removes the final model that an earlier end of this run left, before run.steps was raised;
+    # whether there was one
+    forget_model: Callable[[], bool]
 
     saved_at: int | None = field(default=None, init=False)  # steps done in the newest checkpoint
 
@@ -63,7 +64,11 @@ class Saver:
             # to use: a Hugging Face folder in safetensors
             self.learner.export(folder / "model")
             write_state(folder, saved)
-        self.forget_model()
+        if self.forget_model() and not self.run_config.save_model:
+            self.display.message(
+                "removed the model of the run's earlier end, which is older than this checkpoint; "
+                "run.save_model is false, so that none takes its place: tandem export writes one"
+            )
         self.saved_at = state.step
         self.telemetry.event("checkpoint", step=state.step)
         self.display.message(f"checkpoint of step {state.step} written")

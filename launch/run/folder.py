@@ -275,13 +275,15 @@ def replaced_model(folder: RunFolder) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def forget_model(folder: RunFolder) -> None:
+def forget_model(folder: RunFolder) -> bool:
     """Remove the final model that an earlier end of this run left: the run is longer now, and its
-    newest checkpoint is the model.
+    newest checkpoint is the model. Returns whether there was one.
     """
-    if wrote_model(folder.path):
-        write_mark(folder.path, folder.run_id)
-        shutil.rmtree(folder.path / "model", ignore_errors=True)
+    if not wrote_model(folder.path):
+        return False
+    write_mark(folder.path, folder.run_id)
+    shutil.rmtree(folder.path / "model", ignore_errors=True)
+    return True
 
 
 def wrote_model(path: Path) -> bool:

@@ -52,9 +52,8 @@ LIVELY = {
     "sft_is": {"mu": {"kind": "periodic", "peak": 1.0, "period": 4}},
 }
 CASES = [(name, {}) for name in METHODS] + list(LIVELY.items())
-every_method = pytest.mark.parametrize(
-    "name, options", CASES, ids=[f"{name}{'-lively' if options else ''}" for name, options in CASES]
-)
+IDS = [*METHODS, *(f"{name}-lively" for name in LIVELY)]
+every_method = pytest.mark.parametrize("name, options", CASES, ids=IDS)
 
 
 def truncated():

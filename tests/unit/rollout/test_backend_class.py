@@ -40,6 +40,10 @@ class Plain(Mine):
     def generate(self, request): ...
 
 
+class Typed(Mine):
+    def __init__(self, model_path, config, seed, *, rows: int = 4, share: float = 0.5, room=1): ...
+
+
 class Other: ...
 
 
@@ -78,6 +82,9 @@ def config(folder, name, options=None, **rollout):
         ),
         ("Mine", {"room": 1, "seed": 1}, "no option 'seed'"),
         ("Started", {"room": 1}, "no option 'room'.*its options: url"),
+        ("Typed", {"rows": "many"}, "backend_options.rows: found 'many', expected an integer"),
+        ("Typed", {"rows": 2.5}, "backend_options.rows: found 2.5, expected an integer"),
+        ("Typed", {"share": "0.5"}, "backend_options.share: found '0.5', .*without quotes"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, name, options, complaint):
@@ -88,6 +95,8 @@ def test_what_does_not_fit_is_named(tmp_path, name, options, complaint):
 def test_what_fits_is_taken(tmp_path):
     assert backend_class(config(tmp_path, "Mine", {"room": 1})).__name__ == "Mine"
     assert backend_class(config(tmp_path, "Started", {"url": "x"})).__name__ == "Started"
+    typed = {"rows": 2, "share": 1, "room": "any"}
+    assert backend_class(config(tmp_path, "Typed", typed)).__name__ == "Typed"
     for name in ("auto", "hf", "replay"):
         backend_class(replace(Config(), rollout=replace(Config().rollout, backend=name)))
 
