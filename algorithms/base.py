@@ -163,6 +163,7 @@ class Method:
     uses_experts: ClassVar[bool] = False  # a config without demonstrations is then an error
     # a source of pairs (chosen, rejected) is then wanted; without, it is an error
     uses_pairs: ClassVar[bool] = False
+    takes_pairs: ClassVar[bool] = False  # such a source is no error, and none is wanted
     uses_rollouts: ClassVar[bool] = True  # a config without prompts is then an error
     # False: it has rewards of its own or needs none; a rollout that no function scores has reward 0
     uses_rewards: ClassVar[bool] = True

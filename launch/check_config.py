@@ -81,15 +81,14 @@ def check_method(config: Config) -> None:
         check_spare_groups(config)
 
 
-def make(config: Config) -> type[Method]:
-    """The method's class, made once with its options. A user's own may raise anything."""
+def make(config: Config) -> Method:
+    """The method with its options. A user's own may raise anything."""
     # methods bring torch along: a mistake in a key is told without it
-    from tandem.algorithms.registry import configured, method_class
+    from tandem.algorithms.registry import configured
 
     name = config.method["name"]
     try:
-        method = method_class(name)
-        configured(config.method)
+        return configured(config.method)
     except ValueError as error:
         words = str(error)
         if not words.startswith("method"):
@@ -97,10 +96,9 @@ def make(config: Config) -> type[Method]:
         raise ConfigError(words) from error
     except Exception as error:
         raise ConfigError(f"method {name!r} raised {type(error).__name__}: {error}") from error
-    return method
 
 
-def check_demonstrations(config: Config, method: type[Method]) -> None:
+def check_demonstrations(config: Config, method: Method) -> None:
     data, name = config.data, config.method["name"]
     if not data.demonstrations or (method.prompts_from_experts and data.experts is None):
         raise ConfigError(f"method {name!r} trains on demonstrations, but data.experts is not set")
@@ -112,7 +110,7 @@ def check_demonstrations(config: Config, method: type[Method]) -> None:
             f"{key}.response is not set: name the column that holds the expert's response",
         )
         require(
-            method.uses_pairs or not pairs,
+            method.uses_pairs or method.takes_pairs or not pairs,
             f"{key} gives pairs (chosen and rejected), which method {name!r} does not tell apart: "
             "it would train on both; for the chosen answers alone write "
             f"{key}.response={dataset.chosen} in their place",
@@ -135,7 +133,7 @@ def check_demonstrations(config: Config, method: type[Method]) -> None:
     )
 
 
-def check_rollouts(config: Config, method: type[Method]) -> None:
+def check_rollouts(config: Config, method: Method) -> None:
     name = config.method["name"]
     require(
         config.data.prompts is not None or config.rollout.backend == "replay",

@@ -78,11 +78,20 @@ def talk(rng: random.Random, digits: int = 8) -> dict[str, Any]:
     return {**row, "messages": messages, "speakers": ["Ann", "Bob"]}
 
 
+def pairs(rng: random.Random, digits: int = 8) -> dict[str, Any]:
+    """sort, and beside the answer a wrong one: its last digit is another."""
+    row = sort(rng, digits)
+    answer = row["answer"]
+    last = (int(answer[-1]) + 1) % 10
+    return {**row, "wrong": f"{answer[:-1]}{last}"}
+
+
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "sort": sort,
     "chain": chain,
     "relevance": relevance,
     "talk": talk,
+    "pairs": pairs,
 }
 
 

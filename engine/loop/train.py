@@ -174,6 +174,8 @@ def note_tokens(
 ) -> None:
     """Bring {term: whether any row of the run has had a token of it} up to date."""
     for term in terms:
+        if term.coefficient == 0:
+            continue  # it is not there to train
         has_any = any(has_tokens(row, term.name) for row in rows)
         term_had_tokens[term.name] = term_had_tokens.get(term.name, False) or has_any
 

@@ -50,6 +50,10 @@ LIVELY = {
     "rl_with_sft": {"coefficient": {"kind": "linear", "peak": 1.0, "decay": 10}},
     "grpo": {"policy": {"kl": {"kind": "linear", "peak": 0.1, "decay": 8}}},
     "sft_is": {"mu": {"kind": "periodic", "peak": 1.0, "period": 4}},
+    "dpo": {"pairs": "rollouts", "loss": "ipo"},
+    "kto": {"pairs": "rollouts", "good": 0.5},
+    "orpo": {"pairs": "rollouts"},
+    "spin": {"round_steps": 3, "beta": {"kind": "linear", "peak": 5.0, "decay": 20}},
 }
 CASES = [(name, {}) for name in METHODS] + list(LIVELY.items())
 IDS = [*METHODS, *(f"{name}-lively" for name in LIVELY)]

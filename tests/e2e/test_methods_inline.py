@@ -51,6 +51,13 @@ def steps(folder: Path) -> list[dict]:
     return [line for line in lines if "grad_norm" in line]
 
 
+PAIRS = [
+    "data.experts.path=task:pairs",
+    "data.experts.chosen=answer",
+    "data.experts.rejected=wrong",
+]
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_two_steps_in_one_process(tmp_path, name):
     """Real sampling, prefixes and demonstrations included; the gate between sampler and learner
@@ -63,6 +70,8 @@ def test_two_steps_in_one_process(tmp_path, name):
         overrides.append("reward.functions=[exact]")
     if name == "erank":
         overrides.append("data.prompts.path=task:relevance")  # its columns
+    if METHODS[name] == "preference" and name != "spin":
+        overrides += PAIRS
     config.write_text(yaml.safe_dump({**SMALL, "method": {"name": name, **OPTIONS.get(name, {})}}))
     assert train(load(config, overrides)) == 0
     done = steps(tmp_path)

@@ -4,6 +4,7 @@ engine would, without a model.
 
 import math
 from dataclasses import replace
+from zlib import crc32
 
 import numpy as np
 
@@ -106,7 +107,7 @@ def look(
     **more,
 ):
     """inspect, with the streams, columns and texts that any method may ask for."""
-    b = replace(b, groups=tuple(map(described, b.groups)))
+    b = replace(b, groups=tuple(map(described, b.groups)), experts=answers(method, b.experts))
     return inspect(method, b, logp, entropy=entropy, reference=reference, **more)
 
 
@@ -115,6 +116,22 @@ def described(g: ScoredGroup) -> ScoredGroup:
     columns = {"query": "q", "positive": g.group % 2 == 0, "score": 3}
     texts = tuple(str(int(t.tokens.sum()) % 11) for t in g.trajectories)
     return replace(g, prompt=replace(g.prompt, columns=columns), texts=texts)
+
+
+def answers(method, experts):
+    """For methods that take pairs: each demonstration as the better of two answers."""
+    if not (method.uses_pairs or method.takes_pairs):
+        return experts
+    found = []
+    for expert in experts:
+        if expert.role:
+            found.append(expert)
+            continue
+        other = expert.tokens + (expert.source == Source.EXPERT)
+        number = 10_000 + crc32(expert.prompt_id.encode())
+        found.append(replace(expert, role="chosen", group=number))
+        found.append(replace(expert, role="rejected", group=number, tokens=other))
+    return tuple(found)
 
 
 def by_source(out, source) -> list[np.ndarray]:
