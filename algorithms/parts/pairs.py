@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tandem.engine.core.errors import MethodError
+from tandem.engine.core.errors import ConfigError, MethodError
 from tandem.engine.core.types import Row, ScoredGroup, Source, Trajectory
 
 CHOSEN, REJECTED = "chosen", "rejected"  # roles of their trajectories and rows
@@ -90,6 +90,17 @@ def judged_demonstrations(experts: Sequence[Trajectory]) -> list[Trajectory]:
                 "`role` to a column with these words"
             )
     return list(experts)
+
+
+def column_number(answer: Trajectory, column: str, low: float, high: float) -> float:
+    """The number in a column of a demonstration's dataset row."""
+    found = answer.columns.get(column)
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or not low <= found <= high:
+        raise ConfigError(
+            f"{answer.prompt_id}: column {column!r} is {found!r}, expected a number from {low:g} "
+            f"to {high:g}"
+        )
+    return float(found)
 
 
 def judged_rollouts(groups: Sequence[ScoredGroup], good: float) -> list[Trajectory]:

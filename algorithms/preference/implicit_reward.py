@@ -20,9 +20,8 @@ from typing import ClassVar
 
 from tandem.algorithms.base import Batch, Method, Term
 from tandem.algorithms.parts.objectives.preference import ImplicitReward
-from tandem.algorithms.parts.pairs import REJECTED, answer_row
+from tandem.algorithms.parts.pairs import REJECTED, answer_row, column_number
 from tandem.algorithms.preference_method import check_positive
-from tandem.engine.core.errors import ConfigError
 from tandem.engine.core.types import Trajectory
 
 
@@ -48,14 +47,9 @@ class ImplicitRewardRegression(Method):
         return rows
 
     def target(self, answer: Trajectory) -> float:
-        usual = 0.0 if answer.role == REJECTED else 1.0
-        found = answer.columns.get(self.column, usual)
-        if not isinstance(found, (int, float)) or not 0 <= found <= 1:
-            raise ConfigError(
-                f"{answer.prompt_id}: column {self.column!r} is {found!r}, expected a number from "
-                "0 to 1"
-            )
-        return float(found)
+        if self.column in answer.columns:
+            return column_number(answer, self.column, 0.0, 1.0)
+        return 0.0 if answer.role == REJECTED else 1.0
 
     def terms(self, batch: Batch):
         objective = ImplicitReward(self.beta)

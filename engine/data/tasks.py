@@ -79,11 +79,13 @@ def talk(rng: random.Random, digits: int = 8) -> dict[str, Any]:
 
 
 def pairs(rng: random.Random, digits: int = 8) -> dict[str, Any]:
-    """sort, and beside the answer a wrong one: its last digit is another."""
+    """sort, and beside the answer a wrong one: its last digit is another. mean_logp: a number as
+    another model would give the answer, here drawn.
+    """
     row = sort(rng, digits)
     answer = row["answer"]
     last = (int(answer[-1]) + 1) % 10
-    return {**row, "wrong": f"{answer[:-1]}{last}"}
+    return {**row, "wrong": f"{answer[:-1]}{last}", "mean_logp": -rng.random()}
 
 
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {

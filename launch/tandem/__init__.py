@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tandem.algorithms.parts.objectives.nll import NLL
     from tandem.algorithms.parts.objectives.policy import PPOClip
     from tandem.algorithms.parts.objectives.tokens import Tokens
+    from tandem.algorithms.parts.objectives.units import Groups, Units
     from tandem.algorithms.parts.policy import PolicyLoss
     from tandem.algorithms.parts.schedules import Schedule
     from tandem.algorithms.registry import make_method
@@ -39,6 +40,7 @@ __all__ = [
     "ConfigError",
     "Demand",
     "DemoLoss",
+    "Groups",
     "Method",
     "PPOClip",
     "PolicyLoss",
@@ -47,6 +49,7 @@ __all__ = [
     "Schedule",
     "Term",
     "Tokens",
+    "Units",
     "advantages",
     "expert_row",
     "group",
@@ -66,6 +69,7 @@ _HOMES = {
     "ConfigError": "tandem.engine.core.errors:ConfigError",
     "Demand": "tandem.algorithms.base:Demand",
     "DemoLoss": "tandem.algorithms.parts.demos:DemoLoss",
+    "Groups": "tandem.algorithms.parts.objectives.units:Groups",
     "Method": "tandem.algorithms.base:Method",
     "PPOClip": "tandem.algorithms.parts.objectives.policy:PPOClip",
     "PolicyLoss": "tandem.algorithms.parts.policy:PolicyLoss",
@@ -74,6 +78,7 @@ _HOMES = {
     "Schedule": "tandem.algorithms.parts.schedules:Schedule",
     "Term": "tandem.algorithms.base:Term",
     "Tokens": "tandem.algorithms.parts.objectives.tokens:Tokens",
+    "Units": "tandem.algorithms.parts.objectives.units:Units",
     "advantages": "tandem.algorithms.parts.advantages",
     "expert_row": "tandem.algorithms.rows:expert_row",
     "group": "tandem.engine.learner.inspect:group",

@@ -70,7 +70,9 @@ def test_two_steps_in_one_process(tmp_path, name):
         overrides.append("reward.functions=[exact]")
     if name == "erank":
         overrides.append("data.prompts.path=task:relevance")  # its columns
-    if METHODS[name] == "preference" and name != "spin":
+    if name == "poft":
+        overrides.append("data.experts.path=task:pairs")  # its column
+    elif METHODS[name] == "preference" and name != "spin":
         overrides += PAIRS
     config.write_text(yaml.safe_dump({**SMALL, "method": {"name": name, **OPTIONS.get(name, {})}}))
     assert train(load(config, overrides)) == 0

@@ -107,7 +107,8 @@ def look(
     **more,
 ):
     """inspect, with the streams, columns and texts that any method may ask for."""
-    b = replace(b, groups=tuple(map(described, b.groups)), experts=answers(method, b.experts))
+    experts = [replace(t, columns={"mean_logp": -0.4, **t.columns}) for t in b.experts]
+    b = replace(b, groups=tuple(map(described, b.groups)), experts=answers(method, experts))
     return inspect(method, b, logp, entropy=entropy, reference=reference, **more)
 
 
@@ -121,7 +122,7 @@ def described(g: ScoredGroup) -> ScoredGroup:
 def answers(method, experts):
     """For methods that take pairs: each demonstration as the better of two answers."""
     if not (method.uses_pairs or method.takes_pairs):
-        return experts
+        return tuple(experts)
     found = []
     for expert in experts:
         if expert.role:

@@ -9,6 +9,7 @@ function:
     AbsoluteLikelihood    -M_w - lam (log s(o_w) + log s(-o_l))
     ProspectValue         a_y (1 - s(+-beta (S - S^ref - z0)))
     ImplicitReward        (s(beta (S - S^ref)) - target)^2
+    AboveOthers           -log s(M - r)
 """
 
 from __future__ import annotations
@@ -143,3 +144,15 @@ class ImplicitReward:
     def __call__(self, units: Units):
         reward = torch.sigmoid(self.beta * gain(units))
         return (reward - units["target_reward"]) ** 2, {"reward": reward.detach()}
+
+
+@dataclass(frozen=True)
+class AboveOthers:
+    """Rows have a stream `aligned`, r: what other models give the response per token."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"aligned"})
+
+    def __call__(self, units: Units):
+        ahead = units.mean_logp - units["aligned"]
+        weight = torch.sigmoid(-ahead.detach())
+        return -logsigmoid(ahead), {"weight": weight}

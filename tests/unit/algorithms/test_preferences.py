@@ -223,6 +223,28 @@ def test_the_implicit_reward_is_drawn_to_the_score():
         look("implicit_reward", experts=(replace(scored[1], columns={"score": "good"}),))
 
 
+def test_poft_learns_less_of_what_aligned_models_find_unlikely():
+    """Row 20: level with them the loss is log 2 and the weight 1/2; with low g it goes to 0."""
+
+    def out(*known):
+        columns = {f"m{i}": number for i, number in enumerate(known)}
+        expert = replace(trajectory([4], [8, 3], expert=True), columns=columns)
+        return look("poft", {"models": list(columns)}, experts=(expert,))
+
+    mean = ids(out(-1.0).rows[0])[1:].mean()
+    level = out(mean - 0.1, mean + 0.1)
+    assert level.loss == pytest.approx(log(2), rel=1e-5)
+    assert level.metrics["sft/weight"] == pytest.approx(0.5, rel=1e-5)
+    for known in ((-0.3,), (-2.0, -0.1)):
+        found, g = out(*known), exp(sum(known) / len(known))
+        weight = g / (g + exp(mean))
+        assert found.metrics["sft/weight"] == pytest.approx(weight, rel=1e-5)
+        np.testing.assert_allclose(found.gradients[0][1:], -weight / 2, rtol=1e-5)
+    assert abs(out(-30.0).gradients[0]).max() < 1e-9
+    with pytest.raises(ConfigError, match=r"column 'm0' is 1\.0, expected a number from -inf to 0"):
+        out(1.0)
+
+
 # -- where pairs are from
 
 
@@ -258,6 +280,7 @@ def test_demonstrations_that_are_no_answers_are_refused(name):
         ("dpo", {"loss": "kto"}, "loss"),
         ("simpo", {"pairs": "demos"}, "pairs"),
         ("spin", {"rounds": 0}, "rounds is 0"),
+        ("poft", {"models": []}, "models is empty"),
     ],
 )
 def test_options_that_cannot_be(name, options, words):
