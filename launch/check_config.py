@@ -74,6 +74,12 @@ def check_method(config: Config) -> None:
         check_devices(config)
     name = config.method["name"]
     require(
+        config.scope.dropout == 0 or not method.uses_rollouts,
+        f"scope.dropout is {config.scope.dropout}, but method {name!r} trains on rollouts, which "
+        "are sampled without it: the policy that is trained must be the one that sampled; set "
+        "scope.dropout=0",
+    )
+    require(
         method.uses_rollouts or not config.run.rollout_only,
         f"run.rollout_only with method {name!r}, which makes no rollouts",
     )

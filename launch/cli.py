@@ -220,6 +220,9 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def saved_model(folder: Path) -> list[str]:
     """Overrides that make the config of a run folder one of its saved model. Raises ConfigError."""
+    from tandem.engine.model.resolve import refuse_adapter
+
+    refuse_adapter(folder / "model")
     config, model = folder / "config.yaml", folder / "model" / "config.json"
     if not (config.is_file() and model.is_file()):
         raise ConfigError(

@@ -28,6 +28,7 @@ from tandem.engine.core.text import shorten
 from tandem.engine.data.rows import open_rows
 from tandem.engine.loop import disk
 from tandem.engine.model.resolve import load_tokenizer, resolve_model
+from tandem.engine.model.scope import check_scope
 from tandem.launch import machine, variables
 from tandem.launch.machine import GIB
 from tandem.launch.reservation import preflight, reservation
@@ -275,12 +276,15 @@ def of_config(config: Config) -> Iterator[Check]:
         tokenizer = load_tokenizer(config.model)
         machine.check_model(config, path)
         parameters = machine.parameter_count(Path(path))
+        trained = check_scope(config, path)
     except ConfigError as error:
         yield Check(BAD, "model", str(error))
         return
     size = f", {parameters / 1e6:.2f}M parameters" if parameters else ""
+    if trained is not None:
+        size += f", of which {trained / 1e6:.2f}M train (scope.kind={config.scope.kind})"
     yield Check(OK, "model", f"{path}{size}")
-    yield room(config, parameters)
+    yield room(config, parameters, trained)
     for key, dataset in datasets(config).items():
         yield data(config, key, dataset, tokenizer)
     if config.mode == "cluster":
@@ -299,19 +303,20 @@ def method(config: Config) -> Check:
     return Check(OK, "method", config.method["name"])
 
 
-def room(config: Config, parameters: int | None) -> Check:
+def room(config: Config, parameters: int | None, trained: int | None) -> Check:
     """Whether the run's checkpoints and models fit on their disk."""
     name = "checkpoints"
     if parameters is None:
         return Check(WARN, name, "size not estimated: no safetensors files in the model's folder")
     warnings: list[str] = []
     try:
-        disk.check_room(config, parameters, Path(config.run.dir) / config.run.name, warnings.append)
+        folder = Path(config.run.dir) / config.run.name
+        disk.check_room(config, parameters, folder, warnings.append, trained)
     except ConfigError as error:
         return Check(BAD, name, str(error))
     if warnings:
         return Check(WARN, name, warnings[0])
-    whole = disk.show(disk.room_needed(config, parameters))
+    whole = disk.show(disk.room_needed(config, parameters, trained))
     return Check(OK, name, f"the run takes about {whole} of disk for them and the model")
 
 

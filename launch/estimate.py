@@ -108,6 +108,11 @@ def engine_bytes(model: Shape, device: Device, work: Work, engines: int, tp: int
 # -- learner
 
 
+def trained(model: Shape, work: Work) -> float:
+    """Numbers that have a gradient and optimizer states."""
+    return model.adapters(work.lora) if work.lora else model.parameters
+
+
 def learner_bytes(model: Shape, work: Work, ranks: int, stage: int, checkpointing: bool) -> float:
     """Per rank: weights, float32 gradients, float32 master and moments, activations of a
     micro-batch, logits of a chunk. float32 weights are their own master.
@@ -117,7 +122,8 @@ def learner_bytes(model: Shape, work: Work, ranks: int, stage: int, checkpointin
         return 1.0 / ranks if stage >= since else 1.0
 
     optimizer = 12 if work.width == 2 else 8
-    states = model.parameters * (work.width * split(3) + 4 * split(2) + optimizer * split(1))
+    states = model.parameters * work.width * split(3)
+    states += trained(model, work) * (4 * split(2) + optimizer * split(1))
     per_token = LAYER_BYTES * model.layers
     if checkpointing:
         per_token = CHECKPOINT_BYTES * model.layers + LAYER_BYTES
@@ -131,14 +137,17 @@ def learn_seconds(
 ) -> float:
     """Forward, backward and optimizer of one step."""
     passes = 8 if checkpointing else 6
+    # frozen weights have no gradient
+    through_weights = passes - 2 if work.lora else passes
     # causal, per token: 2 matmuls of half the context
     attention = passes * model.layers * model.hidden * (work.prompt + work.response)
-    flops = work.tokens * (passes * model.parameters + attention)
+    flops = work.tokens * (through_weights * model.parameters + attention)
     compute = flops / ranks / (device.flops * TRAIN_EFFICIENCY)
     micro_batches = max(1.0, work.tokens / ranks / work.micro_batch_tokens)
-    sent = zero_traffic(weight_bytes(model, work), ranks, stage, micro_batches)
+    gradients = work.width * trained(model, work)
+    sent = zero_traffic(weight_bytes(model, work), gradients, ranks, stage, micro_batches)
     # AdamW reads and writes master, moments, gradient
-    states = model.parameters * 4 * 7 * (1.0 / ranks if stage else 1.0)
+    states = trained(model, work) * 4 * 7 * (1.0 / ranks if stage else 1.0)
     launches = 0.0
     if device.per_node == 1:
         launches = micro_batches * 3 * model.layers * device.layer_seconds
@@ -149,13 +158,17 @@ def learn_seconds(
     )
 
 
-def zero_traffic(weights: float, ranks: int, stage: int, micro_batches: float) -> float:
-    """Bytes that a rank sends in a step: gathered weights and reduced gradients."""
+def zero_traffic(
+    weights: float, gradients: float, ranks: int, stage: int, micro_batches: float
+) -> float:
+    """Bytes that a rank sends in a step: gathered weights and reduced gradients, as many numbers as
+    train.
+    """
     if ranks == 1:
         return 0.0
     if stage == 3:  # weights forward and backward, gradients, per micro-batch
-        return weights * 3 * micro_batches
-    return weights * 1 + weights * 2
+        return (weights * 2 + gradients) * micro_batches
+    return gradients * 1 + gradients * 2
 
 
 def wire(device: Device, devices: int) -> float:
@@ -271,7 +284,7 @@ def fastest(model: Shape, device: Device, work: Work, devices: int) -> Estimate:
             f"{devices} device(s) of {device.memory / 1e9:.0f} GB cannot hold an engine and a "
             f"learner of {model.parameters / 1e9:.1f} B parameters side by side: weights take "
             f"{weight_bytes(model, work) / 1e9:.0f} GB on each side, optimizer states "
-            f"{12 * model.parameters / 1e9:.0f} GB; use more or larger ones"
+            f"{12 * trained(model, work) / 1e9:.0f} GB; use more or larger ones"
         )
     return found
 
@@ -299,6 +312,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("max-tokens", 8192, "per response"),
         ("micro-batch-tokens", 16384, "per learner rank"),
         ("staleness", 1, ""),
+        ("lora", 0, "rank of adapters on every linear layer; 0: all weights train"),
     ):
         parser.add_argument(
             f"--{name}", type=int, default=value, help=f"{help} (default: %(default)s)"
@@ -315,13 +329,14 @@ def describe(args: argparse.Namespace) -> str:
     work = read_work(args)
     best = fastest(model, device, work, args.gpus)
     checkpointing = ", gradient checkpointing" if best.checkpointing else ""
+    lora = f", LoRA of rank {work.lora}" if work.lora else ""
     rollout_idle = 100 * max(0.0, 1 - best.rollout / best.step)
     learn_idle = 100 * max(0.0, 1 - best.learn / best.step)
     return (
         f"{args.model} on {args.gpus} x {args.gpu}: "
         f"{work.prompts} prompts x {work.samples} samples, "
         f"{work.prompt:g} + {work.response:g} tokens (up to {work.longest:g}), "
-        f"staleness {work.staleness}\n"
+        f"staleness {work.staleness}{lora}\n"
         f"  split        {best.engines} engine(s) of {best.tensor_parallel} GPU(s), "
         f"{best.ranks} learner rank(s) with ZeRO-{best.zero_stage}{checkpointing}\n"
         f"  memory       engine {best.engine_bytes / GIB:.0f} GiB, "
@@ -346,8 +361,10 @@ def read_work(args: argparse.Namespace) -> Work:
         args.response_tokens,
         args.micro_batch_tokens,
     )
-    if min(counts) < 1 or args.staleness < 0:
-        raise ConfigError("plan: counts and lengths must be at least 1, staleness at least 0")
+    if min(counts) < 1 or min(args.staleness, args.lora) < 0:
+        raise ConfigError(
+            "plan: counts and lengths must be at least 1, staleness and lora at least 0"
+        )
     if args.response_tokens > args.max_tokens:
         raise ConfigError(
             f"--response-tokens is {args.response_tokens}, more than --max-tokens "
@@ -361,4 +378,5 @@ def read_work(args: argparse.Namespace) -> Work:
         longest=args.max_tokens,
         micro_batch_tokens=args.micro_batch_tokens,
         staleness=args.staleness,
+        lora=args.lora,
     )

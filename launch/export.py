@@ -1,5 +1,5 @@
 """`tandem export`: the model of a run or of one checkpoint as a plain Hugging Face folder
-(safetensors, config, tokenizer).
+(safetensors, config, tokenizer); of a run with scope.export=adapter its adapters in peft's format.
 
 Every checkpoint holds that folder already, so nothing is started: it is compared with the
 checkpoint's manifest and copied.
@@ -42,13 +42,18 @@ def check_target(out: Path) -> None:
         raise ConfigError(f"{out} exists and is not empty; name a new folder")
 
 
+def holds_model(folder: Path) -> bool:
+    """A whole model, or the adapters that a run with scope.export=adapter saves."""
+    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+
+
 def saved_model(source: Path) -> Path:
-    """The Hugging Face folder in a run or checkpoint folder.
+    """The Hugging Face folder in a run or checkpoint folder, or its folder of adapters.
 
     Raises ConfigError if there is none, or it is damaged.
     """
     if (source / "config.yaml").is_file() or (source / "checkpoints").is_dir():
-        if (source / "model" / "config.json").is_file():
+        if holds_model(source / "model"):
             return source / "model"
         found = Checkpoints(source / "checkpoints", keep=1).latest()
         if found is None:
@@ -67,7 +72,7 @@ def saved_model(source: Path) -> Path:
             f"{source} is neither a run folder (config.yaml, checkpoints/) nor a checkpoint "
             "(learner/)"
         )
-    if not (checkpoint / "model" / "config.json").is_file():
+    if not holds_model(checkpoint / "model"):
         raise ConfigError(
             f"checkpoint {checkpoint} has no model/ folder: an older version of Tandem wrote "
             "it. Resume the run from it "

@@ -117,17 +117,19 @@ def memory_need(config: Config, model_path: str | Path) -> MemoryNeed | None:
 
     A learner rank holds the weights, their gradients, and in float32 the two Adam moments, plus
     master weights if the model itself is bfloat16; ZeRO 1 splits the optimizer's part over the
-    ranks, 2 also the gradients, 3 also the weights. What lives on a GPU is not host memory.
+    ranks, 2 also the gradients, 3 also the weights. What does not train (`scope`) has weights only.
+    What lives on a GPU is not host memory.
     """
     parameters = parameter_count(Path(model_path))
     if parameters is None:
         return None
+    trained = trained_count(config, str(model_path), parameters)
     cluster = config.cluster
     return MemoryNeed(
         parameters=parameters,
         engine=engine_memory(config, parameters),
         engines=engine_count(config),
-        rank=rank_memory(config, parameters),
+        rank=rank_memory(config, parameters, trained),
         ranks=0 if config.run.rollout_only else cluster.learner_ranks,
         shared=DRIVER_RUNTIME + (cluster.object_store_mib << 20),
     )
@@ -146,7 +148,17 @@ def engine_memory(config: Config, parameters: int) -> float:
     return ENGINE_RUNTIME
 
 
-def rank_memory(config: Config, parameters: int) -> float:
+def trained_count(config: Config, model_path: str, parameters: int) -> int:
+    """How many of a model's parameters a run trains, adapters in their place."""
+    if config.scope.kind == "full":
+        return parameters
+    from tandem.engine.model.scope import check_scope  # imports transformers
+
+    trained = check_scope(config, model_path)
+    return parameters if trained is None else trained
+
+
+def rank_memory(config: Config, parameters: int, trained: int) -> float:
     size = number_bytes(config)
     on_gpu = config.cluster.learner_gpus > 0
 
@@ -154,12 +166,13 @@ def rank_memory(config: Config, parameters: int) -> float:
         """Share of a rank in what ZeRO splits from this stage on."""
         return 1.0 / config.cluster.learner_ranks if config.learner.zero_stage >= since else 1.0
 
-    per_parameter = 0.0
+    need = LEARNER_RUNTIME
     if not on_gpu:
-        per_parameter += size * split(3) + size * split(2)  # weights, gradients
+        need += parameters * size * split(3)  # weights
+        need += trained * size * split(2)  # gradients
     if not on_gpu or config.learner.offload_optimizer:
-        per_parameter += (8 if size == 4 else 12) * split(1)
-    return LEARNER_RUNTIME + parameters * per_parameter
+        need += trained * (8 if size == 4 else 12) * split(1)
+    return need
 
 
 def parameter_count(folder: Path) -> int | None:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from tandem.engine.core.errors import ConfigError
+from tandem.engine.model.resolve import refuse_adapter
 
 HELP = {
     "average": "the mean of the models (a model soup)",
@@ -100,4 +101,6 @@ def model_folder(source: str) -> Path:
     path = Path(source).expanduser()
     if not path.is_dir():
         raise ConfigError(f"there is no folder {source}; merging reads local model folders")
-    return path if (path / "config.json").is_file() else saved_model(path)
+    folder = path if (path / "config.json").is_file() else saved_model(path)
+    refuse_adapter(folder)
+    return folder

@@ -64,6 +64,18 @@ class Shape:
     kv: int
     vocabulary: int
 
+    def adapters(self, rank: int) -> float:
+        """Numbers in LoRA adapters of that rank beside every linear layer: rank times what goes in
+        and out of it. The MLP's width follows from the count of parameters, with embeddings that
+        are not tied.
+        """
+        embeddings = 2 * self.vocabulary * self.hidden
+        attention = 2 * self.hidden * (self.hidden + self.kv)
+        mlp = (self.parameters - embeddings) / self.layers - attention
+        wide = mlp / 3 / self.hidden
+        around_attention = 2 * (self.hidden + self.hidden) + 2 * (self.hidden + self.kv)
+        return rank * self.layers * (around_attention + 3 * (self.hidden + wide))
+
 
 MODELS = {
     "0.5b": Shape(0.494e9, 24, 896, 128, 151_936),
@@ -88,6 +100,7 @@ class Work:
     micro_batch_tokens: int = 16384
     staleness: int = 1
     width: int = 2  # bytes per number of weights and activations
+    lora: int = 0  # rank of LoRA's adapters; 0: all weights train
 
     @property
     def tokens(self) -> float:

@@ -11,8 +11,9 @@ import datetime
 from tandem.engine.config.keys import hint_of
 from tandem.engine.config.names import RESERVED, name_fault, source_fault
 from tandem.engine.config.schema import ClusterConfig, Config, DatasetConfig
+from tandem.engine.config.scope import ScopeConfig
 from tandem.engine.core.errors import ConfigError
-from tandem.engine.core.text import closest
+from tandem.engine.core.text import brief, closest
 
 BACKENDS = ("auto", "vllm", "hf", "replay")
 
@@ -30,6 +31,7 @@ def check_rules(c: Config) -> None:
     check_rollout(c)
     check_reward(c)
     check_learner(c)
+    check_scope(c.scope)
     check_sync(c)
     check_cluster(c)
     check_run(c)
@@ -250,6 +252,26 @@ def check_learner(c: Config) -> None:
         learner.zero_stage > 0 or not learner.offload_optimizer,
         "learner.offload_optimizer is true with learner.zero_stage 0, which has nothing to "
         "offload; use zero_stage 1, 2 or 3, or switch it off",
+    )
+
+
+def check_scope(scope: ScopeConfig) -> None:
+    """That no key is set which another kind of scope would read."""
+    owners = {"train": "layers", "every": "random_half"}
+    for name in ("rank", "alpha", "targets", "dropout", "rslora", "export"):
+        owners[name] = "lora"
+    default = ScopeConfig()
+    for name, kind in owners.items():
+        value = getattr(scope, name)
+        require(
+            scope.kind == kind or value == getattr(default, name),
+            f"scope.{name} is {brief(value)}, which only scope.kind={kind} reads, but scope.kind "
+            f"is {scope.kind}; set scope.kind={kind}, or leave scope.{name} out",
+        )
+    require(
+        scope.kind != "layers" or bool(scope.train),
+        "scope.kind is layers, but scope.train names none; name what trains, such as "
+        "scope.train=[20-27, lm_head]",
     )
 
 

@@ -26,6 +26,7 @@ from tandem.engine.config.kinds import (
     Stage,
 )
 from tandem.engine.config.names import DEFAULT_SOURCE
+from tandem.engine.config.scope import ScopeConfig
 
 
 @dataclass(frozen=True)
@@ -374,6 +375,7 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    scope: ScopeConfig = field(default_factory=ScopeConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -306,6 +306,7 @@ class StepPlan:
     # {name: engine.model.quantities.Quantity} that terms ask for
     quantities: Mapping[str, Any] = field(default_factory=dict)
     forward: Any = None  # Method.forward, in the place of Policy.forward
+    step: int = 0  # of the run: what of the model trains may change over time
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,15 +18,51 @@ from torch import Tensor
 from tandem.engine.config.schema import LearnerConfig
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.learner.protocol import Stepped
-from tandem.engine.model.policy import Policy, hf_parameters
+from tandem.engine.model.adapters import adapter_tensors, hf_tensors
+from tandem.engine.model.halves import ALWAYS
+from tandem.engine.model.policy import Policy
 from tandem.engine.model.view import View
 
 
-def adamw(parameters, learner: LearnerConfig) -> torch.optim.AdamW:
+class HalfAdamW(torch.optim.AdamW):
+    """Leaves groups with `frozen` alone: their weights, moments and step counts."""
+
+    def step(self, closure=None):
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["frozen"]]
+        try:
+            return super().step(closure)
+        finally:
+            self.param_groups = groups
+
+
+def adamw(parameters, learner: LearnerConfig, kind=torch.optim.AdamW) -> torch.optim.AdamW:
     """The optimizer of both engines. Its learning rate is set before every step."""
-    return torch.optim.AdamW(
-        parameters, lr=0.0, betas=learner.betas, weight_decay=learner.weight_decay
-    )
+    return kind(parameters, lr=0.0, betas=learner.betas, weight_decay=learner.weight_decay)
+
+
+def half_adamw(
+    policy: Policy, weights: Sequence[Tensor], masters: Sequence[Tensor], learner: LearnerConfig
+) -> torch.optim.AdamW:
+    """AdamW with a group for each unit of a policy's halves."""
+    assert policy.halves is not None
+    groups: dict[int, list[Tensor]] = {}
+    for weight, master in zip(weights, masters, strict=True):
+        unit = policy.halves.unit_of.get(id(weight), ALWAYS)
+        groups.setdefault(unit, []).append(master)
+    parameters = [
+        {"params": group, "unit": unit, "frozen": False} for unit, group in groups.items()
+    ]
+    return adamw(parameters, learner, HalfAdamW)
+
+
+def choose_half(policy: Policy, optimizer: torch.optim.AdamW, step: int) -> None:
+    """Let the half of this step train, where the policy has halves."""
+    if policy.halves is None:
+        return
+    chosen = policy.halves.choose(step)
+    for group in optimizer.param_groups:
+        group["frozen"] = group["unit"] not in chosen
 
 
 def follow(optimizer: torch.optim.AdamW, learner: LearnerConfig) -> None:
@@ -118,6 +154,8 @@ class LocalEngine:
     against.
     """
 
+    splits_weights = False
+
     def __init__(self, policy: Policy, learner: LearnerConfig, gpu: bool = False):
         from accelerate import Accelerator
 
@@ -132,7 +170,10 @@ class LocalEngine:
         self.module = self.accelerator.prepare(policy)
         self.weights = [p for p in policy.parameters() if p.requires_grad]
         self.masters = [master_of(weight) for weight in self.weights]
-        self.optimizer = adamw(self.masters, learner)
+        if policy.halves is None:
+            self.optimizer = adamw(self.masters, learner)
+        else:
+            self.optimizer = half_adamw(policy, self.weights, self.masters, learner)
         self.moments = Moments(self.optimizer, self.masters)
 
     def forward(self, view: View, custom: Callable | None = None) -> Mapping[str, Tensor]:
@@ -170,6 +211,9 @@ class LocalEngine:
             if weight is not master:
                 weight.copy_(master)
 
+    def choose_half(self, step: int) -> None:
+        choose_half(self.module, self.optimizer, step)
+
     def set_optimizer(self, name: str) -> None:
         self.moments.use(name)
 
@@ -177,12 +221,15 @@ class LocalEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = value
 
-    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in hf_parameters(self.module):
-            yield name, parameter.detach()
+    def full_parameters(self, adapters: bool = False) -> Iterator[tuple[str, Tensor]]:
+        tensors = adapter_tensors if adapters else hf_tensors
+        for tensor in tensors(self.module):
+            yield tensor.name, tensor.value()
 
     def save(self, folder: str | Path) -> None:
-        """Everything that an exact resume needs: weights.safetensors (fp32 masters), rank_0.pt."""
+        """Everything that an exact resume needs: weights.safetensors (fp32 masters of what trains),
+        rank_0.pt.
+        """
         from safetensors.torch import save_file
 
         Path(folder).mkdir(parents=True, exist_ok=True)

@@ -159,6 +159,7 @@ class TrainEngine(Protocol):
 
     module: Policy
     device: torch.device
+    splits_weights: bool  # whether a rank holds a part of each weight: `forward` gathers them
 
     def forward(self, view: View, custom: Callable | None = None) -> Mapping[str, torch.Tensor]:
         """Policy.forward."""
@@ -168,14 +169,20 @@ class TrainEngine(Protocol):
 
     def step(self) -> Stepped: ...
 
+    def choose_half(self, step: int) -> None:
+        """Which half of the parameters the next steps train, for a policy with halves."""
+        ...
+
     def set_optimizer(self, name: str) -> None:
         """Which set of moments the next steps use."""
         ...
 
     def set_learning_rate(self, value: float) -> None: ...
 
-    def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, parameter in full) on every rank: a collective."""
+    def full_parameters(self, adapters: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name in the checkpoint, tensor in full) on every rank, LoRA's adapters added; or the
+        `adapters` alone. A collective.
+        """
         ...
 
     def save(self, folder: str | Path) -> None: ...

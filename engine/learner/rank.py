@@ -10,8 +10,8 @@ is a group of them in Ray actors, with the same surface.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,15 @@ from tandem.engine.learner.metrics import StepMetrics, gather, observe, step_rep
 from tandem.engine.learner.packing import pack
 from tandem.engine.learner.protocol import PolicySpec, TrainEngine
 from tandem.engine.learner.terms import make_tokens, micro_batch_loss
+from tandem.engine.model.adapters import switched_off, write_adapter
 from tandem.engine.model.context import engine_length
 from tandem.engine.model.export import read_files, write_files, write_weights
 from tandem.engine.model.load import load_policy
+from tandem.engine.model.measured_head import HeadInputs
 from tandem.engine.model.policy import Policy, hf_parameters
 from tandem.engine.model.quantities import REFERENCE, Quantity
 from tandem.engine.model.rope import follow_engines
+from tandem.engine.model.scope import apply_scope
 from tandem.engine.model.view import View
 
 # in a checkpoint: the reference, where it is not the run's original model
@@ -55,6 +58,7 @@ def build_policy(config: Config, model_path: str, spec: PolicySpec) -> Policy:
     policy = load_like_engines(config, model_path, spec)
     if spec.critic:
         policy.add_critic(spec.embedding)
+    apply_scope(policy, config.scope, config.run.seed)
     if config.learner.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
     if config.learner.liger:
@@ -98,8 +102,10 @@ class LearnerRank:
     """One rank. `model_path` is the run's original model, also after a resume: the frozen reference
     is loaded from it when first asked for.
 
-    `set_reference` makes the present weights the reference instead; they are then part of every
-    checkpoint.
+    With LoRA it is the policy itself with its adapters switched off, and no second model; only
+    quantities beside one need their own where ZeRO-3 splits the weights. `set_reference` makes the
+    present weights the reference instead; they are then a second model in any case, and part of
+    every checkpoint.
     """
 
     def __init__(
@@ -139,6 +145,7 @@ class LearnerRank:
         once), learning_rate, seconds/{gradient,optimizer}.
         """
         started = time.perf_counter()
+        self.engine.choose_half(plan.step)
         self.engine.set_optimizer(plan.optimizer)
         self.engine.set_learning_rate(plan.learning_rate)
         metrics = StepMetrics()
@@ -218,13 +225,20 @@ class LearnerRank:
             view,
             quantities=quantities,
             data={name: self.to_device(stream) for name, stream in streams.items()},
-            others={name: self.model_beside(name).beside(view) for name in sorted(models)},
+            others={name: self.inputs_beside(name, view) for name in sorted(models)},
         )
 
-    def model_beside(self, name: str) -> Policy:
-        """A frozen model that quantities compare the policy with."""
+    def inputs_beside(self, name: str, view: View) -> HeadInputs:
+        """A frozen model that quantities compare the policy with, at the tokens of the view."""
         assert name == REFERENCE  # see algorithms/checks/method.py
-        return self._reference()
+        if self.policy_is_reference() and not self.engine.splits_weights:
+            with switched_off(self.engine.module):
+                return self.engine.module.beside(view)
+        return self._reference().beside(view)
+
+    def policy_is_reference(self) -> bool:
+        """Whether the policy without its adapters is the reference."""
+        return bool(self.engine.module.adapters) and not self.reference_replaced
 
     def to_device(self, array: np.ndarray | None) -> Any:
         if array is None:
@@ -248,7 +262,6 @@ class LearnerRank:
         of the state in which it was chosen. Called with the same rows on all ranks; rows that
         another rank computed are None here.
         """
-        forward = self._reference() if reference else self.engine.forward
         with_value = self.engine.module.critic is not None and not reference
         every_term = sorted({name for row in rows for name in row.weights})
         # only which tokens count is read of these terms, and no token's version
@@ -260,7 +273,8 @@ class LearnerRank:
             version=NO_VERSION,
             share_prompts=self.shares_prompts(),
         )[self.rank]
-        outputs = [self.run_micro_batch(forward, micro, temperature) for micro in micro_batches]
+        with self.scored_by(reference) as forward:
+            outputs = [self.run_micro_batch(forward, micro, temperature) for micro in micro_batches]
         found = {"logp": self.empty_streams(rows)}
         if with_value:
             found["value"] = self.empty_streams(rows)
@@ -276,6 +290,17 @@ class LearnerRank:
         return [
             no_number(row) if self.rank == 0 and not row.trained.any() else None for row in rows
         ]
+
+    @contextmanager
+    def scored_by(self, reference: bool) -> Iterator[Callable[..., Mapping[str, Tensor]]]:
+        """The forward of the present policy, or of the frozen reference."""
+        if not reference:
+            yield self.engine.forward
+        elif self.policy_is_reference():
+            with switched_off(self.engine.module):
+                yield self.engine.forward
+        else:
+            yield self._reference()
 
     def _reference(self) -> Policy:
         if self.reference is None:
@@ -321,15 +346,20 @@ class LearnerRank:
 
     def export(self, folder: str | Path) -> None:
         """A plain Hugging Face folder, complete with tokenizer, written by rank 0: see
-        engine/model/export.py. A collective.
+        engine/model/export.py; with scope.export=adapter the adapters alone. A collective.
         """
-        parameters = self.engine.full_parameters()
+        only_adapters = self.config.scope.export == "adapter"
+        parameters = self.engine.full_parameters(only_adapters)
         if self.rank > 0:
             for _ in parameters:  # takes part in gathering them
                 pass
             return
         folder, policy = Path(folder), self.engine.module
         folder.mkdir(parents=True, exist_ok=True)
+        if only_adapters:
+            tensors = {name: tensor.to("cpu", copy=True) for name, tensor in parameters}
+            write_adapter(folder, tensors, policy, self.config.scope, self.model.path)
+            return
         write_files(folder, self.files, self.model.dtype)
         assert policy.origin is not None  # load_policy noted it
         write_weights(folder, policy.model, policy.origin, parameters)

@@ -15,13 +15,16 @@ from tandem.engine.core.errors import ConfigError
 from tandem.engine.learner.local_engine import (
     Moments,
     adamw,
+    choose_half,
     follow,
+    half_adamw,
     random_state,
     read_state,
     set_random_state,
 )
 from tandem.engine.learner.protocol import Stepped
-from tandem.engine.model.policy import Policy, hf_parameters
+from tandem.engine.model.adapters import HfTensor, adapter_tensors, hf_tensors
+from tandem.engine.model.policy import Policy
 from tandem.engine.model.view import View
 
 # elements reduced at once; DeepSpeed's own 500 million would reserve 2 GB for a model of any size
@@ -80,7 +83,11 @@ class ZeroEngine:
 
         self.stage, self.bucket, self.learner = learner.zero_stage, bucket_mib * 2**20, learner
         self.ranks, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-        inner = adamw([p for p in policy.parameters() if p.requires_grad], learner)
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        if policy.halves is None:
+            inner = adamw(trained, learner)
+        else:
+            inner = half_adamw(policy, trained, trained, learner)
         dtype = next(policy.parameters()).dtype
         self.layout = {
             "engine": "deepspeed",
@@ -97,6 +104,8 @@ class ZeroEngine:
             model=policy, optimizer=inner, config=config, dist_init_required=False
         )
         self.module, self.inner = policy, inner
+        self.splits_weights = self.stage == 3
+        self.frozen = len(trained) < len(list(policy.parameters()))
         assert self.engine.device is not None  # it has one once it is initialized
         self.device = torch.device(self.engine.device)
         if self.stage == 0:
@@ -142,6 +151,9 @@ class ZeroEngine:
         self.engine.set_gradient_accumulation_boundary(False)
         return Stepped(norm, applied)
 
+    def choose_half(self, step: int) -> None:
+        choose_half(self.module, self.inner, step)
+
     def set_optimizer(self, name: str) -> None:
         self.moments.use(name)
 
@@ -151,35 +163,42 @@ class ZeroEngine:
 
     def parameter_shapes(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """(name, dtype, full shape) in the order of full_parameters; no communication."""
-        return [(name, p.dtype, whole_shape(p)) for name, p in hf_parameters(self.module)]
+        shapes = []
+        for tensor in hf_tensors(self.module):
+            parameter = tensor.parameters[0]
+            shapes.append((tensor.name, parameter.dtype, whole_shape(parameter)))
+        return shapes
 
-    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+    def full_parameters(self, adapters: bool = False) -> Iterator[tuple[str, Tensor]]:
         """All parameters in full, on every rank: a collective at stage 3.
 
         A tensor is valid only until the next one is asked for.
         """
+        tensors = adapter_tensors(self.module) if adapters else hf_tensors(self.module)
         if self.stage < 3:
-            for name, parameter in hf_parameters(self.module):
-                yield name, parameter.detach()
+            for tensor in tensors:
+                yield tensor.name, tensor.value()
             return
         from deepspeed.runtime.zero import GatheredParameters
 
-        for bucket in self._buckets():
-            with GatheredParameters([parameter for _, parameter in bucket]):
-                for name, parameter in bucket:
-                    yield name, parameter.detach()
+        for bucket in self._buckets(tensors):
+            parts = [parameter for tensor in bucket for parameter in tensor.parameters]
+            with GatheredParameters(parts):
+                for tensor in bucket:
+                    yield tensor.name, tensor.value()
 
-    def _buckets(self) -> Iterator[list[tuple[str, torch.nn.Parameter]]]:
-        """The parameters in portions that are gathered together, of at most `self.bucket` bytes or
-        one parameter.
+    def _buckets(self, tensors: Iterator[HfTensor]) -> Iterator[list[HfTensor]]:
+        """The tensors in portions that are gathered together, of at most `self.bucket` bytes or one
+        tensor.
         """
         bucket, size = [], 0
-        for name, parameter in hf_parameters(self.module):
+        for tensor in tensors:
+            parameter = tensor.parameters[0]
             bytes_ = math.prod(whole_shape(parameter)) * parameter.element_size()
             if bucket and size + bytes_ > self.bucket:
                 yield bucket
                 bucket, size = [], 0
-            bucket.append((name, parameter))
+            bucket.append(tensor)
             size += bytes_
         if bucket:
             yield bucket
@@ -189,7 +208,10 @@ class ZeroEngine:
         DeepSpeed does not know of.
         """
         Path(folder).mkdir(parents=True, exist_ok=True)
-        self.engine.save_checkpoint(str(folder), tag="zero", save_latest=False)
+        # what never trains is read from the model again
+        self.engine.save_checkpoint(
+            str(folder), tag="zero", save_latest=False, exclude_frozen_parameters=self.frozen
+        )
         torch.save(
             {"layout": self.layout, "moments": self.moments.state_dict(), "random": random_state()},
             Path(folder) / f"rank_{self.rank}.pt",
@@ -199,7 +221,12 @@ class ZeroEngine:
     def load(self, folder: str | Path) -> None:
         """Raises ConfigError if the checkpoint was written by another kind of learner."""
         state = read_state(folder, self.rank, self.layout)
-        self.engine.load_checkpoint(str(folder), tag="zero", load_lr_scheduler_states=False)
+        self.engine.load_checkpoint(
+            str(folder),
+            tag="zero",
+            load_module_strict=not self.frozen,
+            load_lr_scheduler_states=False,
+        )
         follow(self.inner, self.learner)
         self.moments.load_state_dict(state["moments"])
         set_random_state(state["random"])

@@ -17,28 +17,40 @@ MIB = 1 << 20
 GIB = 1 << 30
 PROBE_BYTES = 1 * MIB
 FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-MASTER_BYTES = 12  # per parameter of any model: float32 weights and the two moments of Adam
+MASTER_BYTES = 12  # per trained parameter: float32 weights and the two moments of Adam
 
 
 class DiskError(OSError):
     """The disk took no more. The text names it, what is free and what would help."""
 
 
-def checkpoint_bytes(parameters: int, dtype: str) -> int:
-    """What one checkpoint takes at least: the learner's state, and the model to use."""
-    return parameters * (MASTER_BYTES + model_item(dtype))
+def checkpoint_bytes(config: Config, parameters: int, trained: int | None = None) -> int:
+    """What one checkpoint takes at least: the learner's state, and the model to use. `trained`: how
+    many of the parameters are; None: all.
+    """
+    if trained is None:
+        trained = parameters
+    return trained * MASTER_BYTES + model_bytes(config, parameters, trained)
+
+
+def model_bytes(config: Config, parameters: int, trained: int) -> int:
+    """The model to use, or the adapters that are saved in its place."""
+    saved = trained if config.scope.export == "adapter" else parameters
+    return saved * model_item(config.model.dtype)
 
 
 def model_item(dtype: str) -> int:
     return 4 if dtype == "float32" else 2
 
 
-def room_needed(config: Config, parameters: int) -> int:
+def room_needed(config: Config, parameters: int, trained: int | None = None) -> int:
     """Bytes of a whole run: a new checkpoint is written before the oldest goes, and the model is
     saved at the end.
     """
-    models = parameters * model_item(config.model.dtype) * config.run.save_model
-    one = checkpoint_bytes(parameters, config.model.dtype)
+    one = checkpoint_bytes(config, parameters, trained)
+    models = 0
+    if config.run.save_model:
+        models = model_bytes(config, parameters, trained or parameters)
     return one * (config.run.keep_checkpoints + 1) + models
 
 
@@ -47,14 +59,15 @@ def check_room(
     parameters: int | None,
     folder: Path,
     warn: Callable[[str], None],
+    trained: int | None = None,
 ) -> None:
     """Raise ConfigError if not even one checkpoint fits; `warn` if the run may fill the disk later.
-    `parameters` is None where the model's size is not known.
+    `parameters` is None where the model's size is not known, `trained` where all of them are.
     """
     if parameters is None or config.run.rollout_only:
         return
-    one = checkpoint_bytes(parameters, config.model.dtype)
-    whole = room_needed(config, parameters)
+    one = checkpoint_bytes(config, parameters, trained)
+    whole = room_needed(config, parameters, trained)
     present = sum(map(tree_bytes, folder.glob("checkpoints/step_*")))  # those of a resumed run
     usage = shutil.disk_usage(existing(folder))
     free = usage.free

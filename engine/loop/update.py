@@ -103,6 +103,7 @@ def make_plan(
         micro_batches=micro_batches,
         learning_rate=work.learning_rate,
         forward=method.forward,
+        step=work.step,
         entropy=config.learner.entropy or needs_entropy,
         quantities=quantities_of(work.terms),
     )

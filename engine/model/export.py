@@ -26,6 +26,7 @@ from torch import Tensor
 
 from tandem.engine.config.schema import ModelConfig
 from tandem.engine.core.errors import ConfigError
+from tandem.engine.model.adapters import plain_name
 from tandem.engine.model.resolve import load_tokenizer
 from tandem.engine.model.weight_files import SAFE, SAFE_INDEX, read_tensors, tensor_shapes
 
@@ -193,7 +194,7 @@ def with_aliases(
     """Tied weights a second time where the checkpoint has them under both names."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+        names.setdefault(id(parameter), []).append(plain_name(name))
     aliases = {first: others for first, *others in names.values()}
     for name, tensor in parameters:
         yield name, tensor

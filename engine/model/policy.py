@@ -24,6 +24,8 @@ from tandem.engine.model.view import View
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from tandem.engine.model.halves import Halves
+
 
 class Policy(nn.Module):
     """`model` is the whole Hugging Face model, `head` the chunked head over the very same
@@ -44,6 +46,9 @@ class Policy(nn.Module):
         self.one_line = "flash" in (model.config._attn_implementation or "")
         self.shares_prompts = False  # see `can_share`
         self.origin: Origin | None = None  # the checkpoint that an export reproduces
+        # of engine/model/scope.py: {layer: its adapter}, and the half that trains
+        self.adapters: dict[str, Any] = {}
+        self.halves: Halves | None = None
 
     def forward(
         self,
@@ -202,5 +207,7 @@ def block_mask(prompt_blocks: Tensor) -> Tensor:
 
 
 def hf_parameters(policy: Policy) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name in the Hugging Face checkpoint, parameter), tied weights once."""
+    """(name in the Hugging Face checkpoint, parameter) of a policy without adapters, tied weights
+    once.
+    """
     return policy.model.named_parameters()

@@ -22,6 +22,7 @@ def resolve_model(model: ModelConfig) -> str:
         return str(tiny_folder())
     folder = Path(model.path).expanduser()
     if folder.is_dir():
+        refuse_adapter(folder)
         if not (folder / "config.json").is_file():
             raise ConfigError(
                 f"model.path is {model.path!r}: the folder has no config.json, expected a "
@@ -36,6 +37,16 @@ def resolve_model(model: ModelConfig) -> str:
     except ConfigError as error:
         raise ConfigError(f"{error}{offline}") from None
     return model.path
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise ConfigError for a folder of LoRA adapters: what reads it needs the whole model."""
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{folder} holds LoRA adapters without their model; merge them first (peft's "
+            "merge_and_unload), or resume their run with scope.export=merged and run.steps one "
+            "higher, which saves the whole model"
+        )
 
 
 def read_config(model: ModelConfig, path: str):

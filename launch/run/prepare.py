@@ -25,6 +25,7 @@ from tandem.engine.loop.checkpoint import Checkpoints, Found
 from tandem.engine.loop.disk import check_room
 from tandem.engine.loop.state import read_state
 from tandem.engine.model.resolve import load_tokenizer, resolve_model
+from tandem.engine.model.scope import check_scope
 from tandem.engine.report.display import Display
 from tandem.launch.machine import check_model, generates, parameter_count
 from tandem.launch.reservation import preflight
@@ -76,7 +77,9 @@ def prepare(config: Config, folder: RunFolder, display: Display, stack: ExitStac
     model_path = resolve_model(config.model)
     tokenizer = load_tokenizer(config.model)
     check_model(config, model_path)
-    check_room(config, parameter_count(Path(model_path)), folder.path, display.message)
+    trained = check_scope(config, model_path)
+    parameters = parameter_count(Path(model_path))
+    check_room(config, parameters, folder.path, display.message, trained)
     if config.mode == "cluster":
         preflight(config, model_path)
 

@@ -39,6 +39,10 @@ FIXED = (
     "model.dtype",
     "learner.zero_stage",
     "learner.offload_optimizer",
+    "scope.kind",
+    "scope.rank",
+    "scope.targets",
+    "scope.train",
     "cluster.learner_ranks",
 )
 UNTOLD = (
@@ -80,6 +84,7 @@ FREE = (
     "learner.max_skipped_steps",
     "learner.gradient_checkpointing",
     "learner.offload_activations",
+    "scope.export",
 )
 PATHS = (
     "model.path",

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from forked_cases import run_cases
 
+from tandem.engine.config.schema import Config, ModelConfig
 from tandem.engine.loop.disk import checkpoint_bytes, disk_fault, in_words, probe
 
 FILLING = f"{Path(__file__).parent / 'filling_reward.py'}:score"
@@ -155,4 +156,5 @@ def test_the_disk_is_asked_where_a_library_hides_the_reason(tmp_path):
 
 @pytest.mark.parametrize("dtype, expected", [("float32", 16), ("bfloat16", 14)])
 def test_bytes_per_parameter_of_a_checkpoint(dtype, expected):
-    assert checkpoint_bytes(1000, dtype) == 1000 * expected
+    config = Config(model=ModelConfig(dtype=dtype))
+    assert checkpoint_bytes(config, 1000) == 1000 * expected

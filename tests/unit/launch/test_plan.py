@@ -4,6 +4,7 @@ must hold for any split.
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,18 @@ def test_predicts_measured_steps(line, mode, dtype, found):
     if mode == "inline":
         assert near(rollout, found["time/rollout"]), (rollout, found["time/rollout"])
         assert near(step, found["time/step"]), (step, found["time/step"])
+
+
+def test_lora_has_gradients_and_optimizer_states_of_its_adapters_alone():
+    """7 B: 28 layers, 3584 hidden, 512 key-value, MLP of 18,944; rank 16."""
+    model, work = MODELS["7b"], replace(WORK, lora=16)
+    ways = 2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18_944)
+    assert model.adapters(16) == pytest.approx(16 * 28 * ways, rel=0.002)
+    saved = learner_bytes(model, WORK, 1, 0, False) - learner_bytes(model, work, 1, 0, False)
+    assert saved == pytest.approx((4 + 12) * (model.parameters - model.adapters(16)))
+    device = DEVICES["h100"]
+    full = learn_seconds(model, device, WORK, 8, 2, False)
+    assert learn_seconds(model, device, work, 8, 2, False) == pytest.approx(full * 4 / 6, rel=0.05)
 
 
 def test_learner_memory_by_hand():

@@ -105,7 +105,7 @@ def trained(model):
         for _, parameter in hf_parameters(policy):
             parameter.add_(0.01)
     full = [(name, parameter.detach()) for name, parameter in hf_parameters(policy)]
-    engine = SimpleNamespace(module=policy, full_parameters=lambda: iter(full))
+    engine = SimpleNamespace(module=policy, full_parameters=lambda _only_adapters=False: iter(full))
     return LearnerRank(Config(model=model), model.path, PolicySpec(), engine)
 
 
