@@ -143,11 +143,16 @@ def test_gradient_equals_plain_pytorch_for_every_term_and_split(results, expecte
                 assert metrics["loss"] == pytest.approx(loss, rel=1e-5), (case, name, count)
 
 
-@pytest.mark.parametrize("name", ["ift", "carft", "measured"])
+@pytest.mark.parametrize("name", ["ift", "carft", "measured", "pairs"])
 def test_a_forward_of_the_methods_own_gives_the_same_step_at_every_stage(results, model_path, name):
     _stage, _ranks, cases = results
     right = local(model_path).step(hook_plan(name)).metrics
-    own = {"ift": "ift/guessed", "carft": "contrast/similarity", "measured": "loss/sft"}
+    own = {
+        "ift": "ift/guessed",
+        "carft": "contrast/similarity",
+        "measured": "loss/sft",
+        "pairs": "pairs/margin",
+    }
     assert right["grad_norm"] > 0 and own[name] in right
     for case in cases.keys() - {"bfloat16"}:
         for out in cases[case]:

@@ -91,9 +91,9 @@ def gradients(learner, ranks):
 
 
 def hooks(learner, ranks):
-    """{method: metrics} of steps with a forward of the method's own; the weights stay."""
+    """{name: metrics} of steps that ask for more than token losses; the weights stay."""
     out = {}
-    for name in ("ift", "carft", "measured"):
+    for name in ("ift", "carft", "measured", "pairs"):
         Probe.mode = "show"
         out[name] = dict(take(learner, hook_plan(name, ranks)).metrics)
         Probe.mode = "hide"

@@ -12,6 +12,7 @@ from tandem.algorithms.parts.critic import ValueLoss
 from tandem.algorithms.parts.objectives.entropy import KLToReference
 from tandem.algorithms.parts.objectives.nll import NLL
 from tandem.algorithms.parts.objectives.policy import PPOClip
+from tandem.algorithms.parts.objectives.preference import SimplePreference
 from tandem.algorithms.parts.reductions import Reduction
 from tandem.algorithms.registry import make_method
 from tandem.engine.core.types import Row, Source, StepPlan
@@ -145,7 +146,17 @@ QUANTITIES = {"all_entropy": Entropy(), "divergence": Divergence("reference", 0.
 
 
 def hook_plan(name, ranks=1):
-    """A step of a method with a forward of its own, ift or carft, or of a head that measures."""
+    """A step of a method with a forward of its own, ift or carft, of a head that measures, or of
+    pairs.
+    """
+    if name == "pairs":
+        rows = []
+        for i, row in enumerate(make_rows(count=12)):
+            written = (row.source != Source.PROMPT).astype(np.float32)
+            role = ("chosen", "rejected")[i % 2]
+            rows.append(replace(row, weights={"pairs": written}, group=i // 2, role=role))
+        terms = (Term("pairs", SimplePreference(), unit="group"),)
+        return make_plan(rows, ranks, terms=terms)
     if name == "measured":
         terms = []
         for term in only("sft"):
