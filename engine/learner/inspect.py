@@ -314,6 +314,18 @@ def trajectory(
     )
 
 
+def pair(
+    prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int], number: int = 0
+) -> tuple[Trajectory, Trajectory]:
+    """Two hand-made answers to one prompt, for Batch.experts; `number` tells pairs apart."""
+    better = trajectory(prompt, chosen, expert=True)
+    worse = trajectory(prompt, rejected, expert=True)
+    return (
+        replace(better, group=number, role="chosen"),
+        replace(worse, group=number, role="rejected"),
+    )
+
+
 def group(
     trajectories: Sequence[Trajectory],
     rewards: Sequence[float],

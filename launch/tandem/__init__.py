@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tandem.engine.config.schema import Config
     from tandem.engine.core.errors import ConfigError
     from tandem.engine.core.types import Row
-    from tandem.engine.learner.inspect import group, inspect, trajectory
+    from tandem.engine.learner.inspect import group, inspect, pair, trajectory
     from tandem.launch.check_config import load
     from tandem.launch.run.run import train
 
@@ -56,6 +56,7 @@ __all__ = [
     "inspect",
     "load",
     "make_method",
+    "pair",
     "policy_row",
     "train",
     "trajectory",
@@ -85,6 +86,7 @@ _HOMES = {
     "inspect": "tandem.engine.learner.inspect:inspect",
     "load": "tandem.launch.check_config:load",
     "make_method": "tandem.algorithms.registry:make_method",
+    "pair": "tandem.engine.learner.inspect:pair",
     "policy_row": "tandem.algorithms.rows:policy_row",
     "train": "tandem.launch.run.run:train",
     "trajectory": "tandem.engine.learner.inspect:trajectory",

@@ -2,18 +2,12 @@
 
 from dataclasses import replace
 
-from tandem.engine.learner.inspect import trajectory
+from tandem.engine.learner.inspect import pair, trajectory
+
+# of 3 and 1 tokens and of 2 and 4
+PAIRS = (*pair([1, 2], [5, 6, 3], [7], 40), *pair([4], [8, 3], [9, 8, 6, 3], 41))
 
 
-def answer(prompt, response, role, number=0):
-    made = trajectory(prompt, response, expert=True, prompt_id=f"p{prompt}")
-    return replace(made, role=role, group=number)
-
-
-# two pairs, of 3 and 1 tokens and of 2 and 4
-PAIRS = (
-    answer([1, 2], [5, 6, 3], "chosen", 40),
-    answer([1, 2], [7], "rejected", 40),
-    answer([4], [8, 3], "chosen", 41),
-    answer([4], [9, 8, 6, 3], "rejected", 41),
-)
+def answer(prompt, response, role):
+    """Half a pair."""
+    return replace(trajectory(prompt, response, expert=True), role=role)
