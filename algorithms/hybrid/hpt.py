@@ -67,31 +67,46 @@ class HPT(RLMethod):
 
     def gated(self, group: ScoredGroup) -> bool:
         """Integer counts, so that a gate of k/n holds exactly k right answers."""
+        if group.prompt.demonstration is None:
+            return False
         right = int((group.rewards > 0).sum())
-        most = math.floor(self.gate * len(group.rewards) + 1e-9)
-        return group.prompt.demonstration is not None and right <= most
+        share = self.gate * len(group.rewards)
+        most = math.floor(share + 1e-9)
+        return right <= most
 
     def sft_share(self, batch: Batch) -> float:
         """Of the step's prompts."""
-        return sum(map(self.gated, batch.groups)) / max(1, len(batch.groups))
+        to_sft = sum(map(self.gated, batch.groups))
+        prompts = max(1, len(batch.groups))
+        return to_sft / prompts
 
     def accept(self, group):
         return self.gated(group) or self.policy.accept(group)
 
     def rows(self, batch: Batch) -> list[Row]:
         self.reported_share = self.sft_share(batch)
-        sft = [self.demos.row(demonstration(g), "sft") for g in batch.groups if self.gated(g)]
-        if self.variant == "code" and "entropy" in self.policy.regularisers():
-            sft = [row.with_term("entropy", row.weights["sft"].copy()) for row in sft]
-        return self.policy.rows([g for g in batch.groups if not self.gated(g)]) + sft
+        has_bonus = self.variant == "code" and "entropy" in self.policy.regularisers()
+        rl = []
+        sft = []
+        for group in batch.groups:
+            if not self.gated(group):
+                rl.append(group)
+                continue
+            row = self.demos.row(demonstration(group), "sft")
+            if has_bonus:
+                row = row.with_term("entropy", row.weights["sft"].copy())
+            sft.append(row)
+        return self.policy.rows(rl) + sft
 
     def terms(self, batch: Batch) -> list[Term]:
         if self.variant == "paper":
             sft = self.sft_share(batch)
-            rl, reduction = 1.0 - sft, Reduction("seq_mean_token_mean")
+            rl = 1.0 - sft
+            reduction = Reduction("seq_mean_token_mean")
         else:
             sft = self.policy.mean_weight
-            rl, reduction = 1.0, Reduction("token_mean")
+            rl = 1.0
+            reduction = Reduction("token_mean")
         coefficient = sft * self.sft_coefficient(batch.step, batch.signals)
         sft_terms = self.demos.terms("sft", batch, coefficient, reduction)
         return [*self.policy.terms(batch, rl), *sft_terms]

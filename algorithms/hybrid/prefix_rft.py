@@ -62,12 +62,14 @@ class PrefixRFT(RLMethod):
         """(low, high) of the share that is drawn."""
         high = self.high(step, self.signals)
         low = self.low(step, self.signals)
-        return min(low, high), high
+        low = min(low, high)
+        return low, high
 
     def prefix_length(self, step: int, demonstration: int, seed) -> int:
         """Tokens, of a demonstration of that many."""
         low, high = self.bounds(step)
-        draw = np.random.default_rng(seed).random()
+        generator = np.random.default_rng(seed)
+        draw = generator.random()
         share = low + (high - low) * draw
         length = int(share * demonstration)
         return min(length, demonstration - 1)

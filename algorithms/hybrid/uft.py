@@ -49,7 +49,8 @@ class UFT(RLMethod):
         super().__post_init__()
         cosine = Schedule("cosine", peak=0.95, valley=0.05, decay=self.hint_steps)
         self.hint_p = self.p or cosine
-        if not self.hint_p.within(0.0, 1.0) or self.segments < 1:
+        is_probability = self.hint_p.within(0.0, 1.0)
+        if not is_probability or self.segments < 1:
             raise ValueError(
                 f"p is {self.hint_p} and segments is {self.segments}; p is a probability, and "
                 "there must be at least one segment"
@@ -63,38 +64,48 @@ class UFT(RLMethod):
         self.signals = signals  # what the hints of this step's requests go by
 
     def probability(self, step: int) -> float:
-        return self.hint_p(step + 1, self.signals) if step < self.hint_steps else 0.0
+        if step >= self.hint_steps:
+            return 0.0
+        return self.hint_p(step + 1, self.signals)
 
     def hint_length(self, step: int, demonstration: int, seed) -> int:
         """Tokens, of a demonstration of that many."""
         n = min(self.segments, demonstration)
-        taken = int(np.random.default_rng(seed).binomial(n, self.probability(step)))
-        return min(round(taken / n * demonstration), demonstration - 1)
+        generator = np.random.default_rng(seed)
+        taken = int(generator.binomial(n, self.probability(step)))
+        length = round(taken / n * demonstration)
+        return min(length, demonstration - 1)
 
     def request(self, group, prompt, sampling, step, budget):
         request = super().request(group, prompt, sampling, step, budget)
         if prompt.demonstration is None:
             return request
-        length = self.hint_length(step, len(prompt.demonstration), [budget.seed, group])
+        seed = [budget.seed, group]
+        length = self.hint_length(step, len(prompt.demonstration), seed)
         length = min(length, sampling.max_tokens - 1)
         if length <= 0:
             return request
-        hints = (prompt.demonstration[:length],) * budget.samples
+        hint = prompt.demonstration[:length]
+        hints = (hint,) * budget.samples
         return replace(request, prefixes=hints, prefix_source=Source.HINT)
 
     def rows(self, batch: Batch) -> list[Row]:
-        rows, seen = [], set()
+        rows = []
+        seen = set()
         for row in self.policy.rows(batch.groups):
-            hint = (row.source == Source.HINT).astype(np.float32)
+            hint = row.source == Source.HINT
             if hint.any() and row.group not in seen:
                 seen.add(row.group)
-                row = self.demos.with_bonus(row.with_term("hint", hint), "hint")
+                weight = hint.astype(np.float32)
+                row = row.with_term("hint", weight)
+                row = self.demos.with_bonus(row, "hint")
             rows.append(row)
         return rows
 
     def terms(self, batch: Batch) -> list[Term]:
         coefficient = self.hint_coefficient(batch.step, batch.signals)
-        return [*self.policy.terms(batch), *self.demos.terms("hint", batch, coefficient)]
+        hint = self.demos.terms("hint", batch, coefficient)
+        return [*self.policy.terms(batch), *hint]
 
     def metrics(self, step):
         return {"hint_p": self.probability(step)}

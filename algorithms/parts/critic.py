@@ -42,14 +42,21 @@ class ValueLoss:
     clip: float | None = 0.2
 
     def __call__(self, tokens: Tokens):
-        value, returns = tokens["value"], tokens["returns"]
+        value = tokens["value"]
+        returns = tokens["returns"]
         loss = (value - returns) ** 2
-        metrics = {"value": value.detach(), "error": loss.detach()}
+        metrics = {
+            "value": value.detach(),
+            "error": loss.detach(),
+        }
         if self.clip is not None:
-            moved = value - tokens["old_value"]
-            near = tokens["old_value"] + moved.clamp(-self.clip, self.clip)
-            loss = torch.maximum(loss, (near - returns) ** 2)
-            metrics["clip_fraction"] = (moved.detach().abs() > self.clip).float()
+            old_value = tokens["old_value"]
+            moved = value - old_value
+            near = old_value + moved.clamp(-self.clip, self.clip)
+            near_loss = (near - returns) ** 2
+            loss = torch.maximum(loss, near_loss)
+            clipped = moved.detach().abs() > self.clip
+            metrics["clip_fraction"] = clipped.float()
         return 0.5 * loss, metrics
 
 
@@ -70,10 +77,9 @@ class Critic:
 
     def __post_init__(self):
         for name in ("gamma", "lam"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(
-                    f"method.policy.critic.{name} is {getattr(self, name)}, must be in [0, 1]"
-                )
+            value = getattr(self, name)
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"method.policy.critic.{name} is {value}, must be in [0, 1]")
         if self.coefficient <= 0:
             raise ValueError(
                 f"method.policy.critic.coefficient is {self.coefficient}, must be > 0: a "
@@ -89,8 +95,10 @@ class Critic:
         it.
         """
         mask = row.weights["policy"]
-        row = row.with_term("value", mask.copy()).with_streams(reward=np.float32(reward))
-        if self.bootstrap and trajectory.finish == Finish.LENGTH and mask.any():
+        row = row.with_term("value", mask.copy())
+        row = row.with_streams(reward=np.float32(reward))
+        was_cut = trajectory.finish == Finish.LENGTH
+        if self.bootstrap and was_cut and mask.any():
             return lengthened(row)
         return row
 
@@ -108,16 +116,19 @@ class Critic:
         beta = self.kl(batch.step, batch.signals)
         episodes: dict[int, Episode] = {}
         for i, row in enumerate(rows):
-            if "value" not in row.weights or not row.weights["value"].any():
-                continue
-            rows[i], episodes[i] = self.episode(row, beta)
+            weight = row.weights.get("value")
+            if weight is not None and weight.any():
+                rows[i], episodes[i] = self.episode(row, beta)
         advantages = [episode.advantages for episode in episodes.values()]
         if self.whiten:
-            advantages = whiten(advantages, [np.ones(len(a)) for a in advantages])
-        for (i, episode), advantage in zip(episodes.items(), advantages, strict=True):
-            rows[i] = rows[i].with_streams(
-                advantage=on_steps(advantage, episode.steps, rows[i]),
-                returns=on_steps(episode.returns, episode.steps, rows[i]),
+            ones = [np.ones(len(a)) for a in advantages]
+            advantages = whiten(advantages, ones)
+        for i, advantage in zip(episodes, advantages, strict=True):
+            row = rows[i]
+            episode = episodes[i]
+            rows[i] = row.with_streams(
+                advantage=on_steps(advantage, episode.steps, row),
+                returns=on_steps(episode.returns, episode.steps, row),
                 reward=None,
             )
         return rows
@@ -126,15 +137,20 @@ class Critic:
         """The row without the token that `row` added, and its episode."""
         steps = np.flatnonzero(row.weights["value"])
         last = 0.0
-        if row.source[steps[-1]] == Source.TOOL:
-            last = float(at(row, "old_value", steps[-1:])[0])
+        end = steps[-1]
+        if row.source[end] == Source.TOOL:
+            last = float(row.streams["old_value"][end])
             steps = steps[:-1]
             row = shortened(row)
         rewards = np.zeros(len(steps))
         if beta:  # the policy answers for what it sampled itself only
-            log_ratio = at(row, "old_logp", steps) - at(row, "ref_logp", steps)
-            rewards -= beta * np.where(row.source[steps] == Source.POLICY, log_ratio, 0.0)
-        rewards[-1] += at(row, "reward", steps)[-1]
+            old_logp = at(row, "old_logp", steps)
+            ref_logp = at(row, "ref_logp", steps)
+            log_ratio = old_logp - ref_logp
+            sampled = row.source[steps] == Source.POLICY
+            rewards -= beta * np.where(sampled, log_ratio, 0.0)
+        reward = at(row, "reward", steps)
+        rewards[-1] += reward[-1]
         values = at(row, "old_value", steps)
         advantages, returns = gae(rewards, values, last, self.gamma, self.lam)
         return row, Episode(steps, advantages, returns)
@@ -156,7 +172,8 @@ def gae(
     its last step.
     """
     advantages = np.zeros(len(rewards))
-    following_advantage, following_value = 0.0, last
+    following_advantage = 0.0
+    following_value = last
     for t in reversed(range(len(rewards))):
         delta = rewards[t] + gamma * following_value - values[t]
         following_advantage = delta + gamma * lam * following_advantage
@@ -177,13 +194,19 @@ def lengthened(row: Row) -> Row:
     weights = {}
     for term, weight in row.weights.items():
         weights[term] = longer(weight, term == "value")
+    streams = {}
+    for name, stream in row.streams.items():
+        streams[name] = longer(stream, np.nan)
+    version = row.version
+    if version is not None:
+        version = longer(version, -1)
     return replace(
         row,
         tokens=longer(row.tokens, 0),
         source=longer(row.source, Source.TOOL),
         weights=weights,
-        streams={name: longer(stream, np.nan) for name, stream in row.streams.items()},
-        version=None if row.version is None else longer(row.version, -1),
+        streams=streams,
+        version=version,
     )
 
 
@@ -193,13 +216,18 @@ def longer(values: np.ndarray, last: float) -> np.ndarray:
 
 def shortened(row: Row) -> Row:
     """The row without its last token."""
+    weights = {term: weight[:-1] for term, weight in row.weights.items()}
+    streams = {name: stream[:-1] for name, stream in row.streams.items()}
+    version = row.version
+    if version is not None:
+        version = version[:-1]
     return replace(
         row,
         tokens=row.tokens[:-1],
         source=row.source[:-1],
-        weights={term: weight[:-1] for term, weight in row.weights.items()},
-        streams={name: stream[:-1] for name, stream in row.streams.items()},
-        version=None if row.version is None else row.version[:-1],
+        weights=weights,
+        streams=streams,
+        version=version,
     )
 
 

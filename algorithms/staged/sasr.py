@@ -53,7 +53,8 @@ class SASR(RLMethod):
         by_norm = Schedule("saturating", peak=1.0, signal="sft_norm_ratio", threshold=self.gamma)
         self.switch = self.probability or by_norm
         Reduction(self.sft_reduction)
-        self.g_warm = self.g_last = 0.0
+        self.g_warm = 0.0
+        self.g_last = 0.0
         self.next_p = 1.0
         self.signals: Mapping[str, float] = {}
 
@@ -61,19 +62,28 @@ class SASR(RLMethod):
         """The chance that `step` is an SFT step."""
         if step < self.warmup:
             return 1.0
-        return self.switch(step, {**signals, **self.norm_ratio()})
+        known = {**signals, **self.norm_ratio()}
+        return self.switch(step, known)
 
     def norm_ratio(self) -> dict[str, float]:
-        return {"sft_norm_ratio": self.g_last / self.g_warm} if self.g_warm > 0 else {}
+        if self.g_warm <= 0:
+            return {}
+        return {"sft_norm_ratio": self.g_last / self.g_warm}
 
     def demand(self, step, budget, signals):
-        if np.random.default_rng([budget.seed, step]).random() < self.p(step, signals):
+        generator = np.random.default_rng([budget.seed, step])
+        draw = generator.random()
+        if draw < self.p(step, signals):
             return Demand(experts=budget.experts, learning_rate=self.sft_learning_rate)
         return Demand(prompts=budget.prompts)
 
     def rows(self, batch: Batch):
         self.signals = batch.signals
-        return self.policy.rows(batch.groups) + [self.demos.row(t, "expert") for t in batch.experts]
+        rows = self.policy.rows(batch.groups)
+        for expert in batch.experts:
+            row = self.demos.row(expert, "expert")
+            rows.append(row)
+        return rows
 
     def terms(self, batch: Batch) -> list[Term]:
         reduction = Reduction(self.sft_reduction)
@@ -81,12 +91,14 @@ class SASR(RLMethod):
         return [*self.policy.terms(batch), *sft]
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> None:
-        if "loss/expert" in metrics and math.isfinite(metrics.get("grad_norm", math.nan)):
-            self.g_last = float(metrics["grad_norm"])
+        norm = metrics.get("grad_norm", math.nan)
+        if "loss/expert" in metrics and math.isfinite(norm):
+            self.g_last = float(norm)
             if step < self.warmup:
                 self.g_warm = self.g_last
         # an SFT step has no reward: what was known of it before
-        self.next_p = self.p(step + 1, {**self.signals, **metrics})
+        signals = {**self.signals, **metrics}
+        self.next_p = self.p(step + 1, signals)
 
     def metrics(self, step):
         return {"sft_probability": self.next_p, **self.norm_ratio()}
@@ -95,4 +107,5 @@ class SASR(RLMethod):
         return {"g_warm": self.g_warm, "g_last": self.g_last}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.g_warm, self.g_last = state["g_warm"], state["g_last"]
+        self.g_warm = state["g_warm"]
+        self.g_last = state["g_last"]

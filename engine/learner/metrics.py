@@ -73,7 +73,8 @@ class StepMetrics:
         """0 where nothing was counted."""
         found = {}
         for name, total in self.totals.items():
-            count = self.counts[self.count_of[name]]
+            count_of = self.count_of[name]
+            count = self.counts[count_of]
             found[name] = float(total) / count if count else 0.0
         return found
 
@@ -108,7 +109,10 @@ def to_floats(values: Sequence[Number]) -> list[float]:
         if tensor.device.type != "cpu":
             device = tensor.device
             break
-    together = [tensor.to(device, torch.float32, non_blocking=True) for tensor in tensors]
+    together = []
+    for tensor in tensors:
+        there = tensor.to(device, torch.float32, non_blocking=True)
+        together.append(there)
     return torch.stack(together).tolist()
 
 

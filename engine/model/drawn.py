@@ -32,14 +32,17 @@ class ExpectedReward:
     data: tuple[str, ...] = (TARGET,)
 
     def value(self, chunk: Chunk) -> Tensor:
-        return (self.weights(chunk) * chunk.log_p).sum(-1)
+        weighed = self.weights(chunk) * chunk.log_p
+        return weighed.sum(-1)
 
     def slope(self, chunk: Chunk, value: Tensor, grad: Tensor) -> Tensor:
-        return slope_of(self.weights(chunk), chunk.log_p, grad)
+        weights = self.weights(chunk)
+        return slope_of(weights, chunk.log_p, grad)
 
     def weights(self, chunk: Chunk) -> Tensor:
         """[c, V]: pi'(a) R(a), a fresh tensor."""
-        flat = (chunk.log_p / self.kappa).softmax(-1)
+        scaled = chunk.log_p / self.kappa
+        flat = scaled.softmax(-1)
         return rewarded(flat, chunk.data[TARGET], self.beta)
 
 
@@ -56,18 +59,25 @@ class DrawnReward:
     data: tuple[str, ...] = (TARGET, DRAWS)
 
     def value(self, chunk: Chunk) -> Tensor:
-        return (self.weights(chunk) * chunk.log_p).sum(-1)
+        weighed = self.weights(chunk) * chunk.log_p
+        return weighed.sum(-1)
 
     def slope(self, chunk: Chunk, value: Tensor, grad: Tensor) -> Tensor:
-        return slope_of(self.weights(chunk), chunk.log_p, grad)
+        weights = self.weights(chunk)
+        return slope_of(weights, chunk.log_p, grad)
 
     def weights(self, chunk: Chunk) -> Tensor:
         """[c, V]: share of the draws times R(a), a fresh tensor."""
-        sums = (chunk.log_p / self.kappa).softmax(-1)
+        scaled = chunk.log_p / self.kappa
+        sums = scaled.softmax(-1)
         sums.cumsum_(-1)
-        points = uniform(chunk.data[DRAWS], self.samples).to(sums.dtype) * sums[:, -1:]
+        seeds = chunk.data[DRAWS]
+        points = uniform(seeds, self.samples)
+        total = sums[:, -1:]
+        points = points.to(sums.dtype) * total
         ids = torch.searchsorted(sums, points, right=True)
-        ids.clamp_(max=sums.shape[-1] - 1)
+        last_id = sums.shape[-1] - 1
+        ids.clamp_(max=last_id)
         share = torch.full_like(points, 1.0 / self.samples)
         shares = sums.zero_()
         shares.scatter_add_(-1, ids, share)
@@ -76,15 +86,17 @@ class DrawnReward:
 
 def rewarded(shares: Tensor, target: Tensor, beta: float) -> Tensor:
     """[c, V] times 1 at the target and beta elsewhere, in place."""
-    of_target = shares.gather(-1, target[:, None])
+    index = target[:, None]
+    of_target = shares.gather(-1, index)
     shares.mul_(beta)
-    return shares.scatter_(-1, target[:, None], of_target)
+    return shares.scatter_(-1, index, of_target)
 
 
 def slope_of(weights: Tensor, log_p: Tensor, grad: Tensor) -> Tensor:
     """d sum_c grad_c sum_a w(a) log p(a) / dz; `weights` is overwritten."""
     total = weights.sum(-1, keepdim=True)
-    weights.sub_(log_p.exp() * total)
+    p = log_p.exp()
+    weights.sub_(p * total)
     return weights.mul_(grad[:, None])
 
 
@@ -93,10 +105,15 @@ def uniform(seeds: Tensor, count: int) -> Tensor:
     device and in any micro-batch, which a generator's stream is not.
     """
     draw = torch.arange(count, device=seeds.device)
-    mixed = (seeds.to(torch.int64)[:, None] * 0x9E3779B1 + draw * 0x85EBCA6B) & MASK32
+    seed = seeds.to(torch.int64)
+    seed = seed[:, None]
+    mixed = seed * 0x9E3779B1 + draw * 0x85EBCA6B
+    mixed &= MASK32
     # two rounds of xor-shift and multiply in 32 bits, which int64 holds
     for shift, factor in ((16, 0x7FEB352D), (15, 0x6C8E9CF5)):
-        mixed = mixed ^ (mixed >> shift)
-        mixed = (mixed * factor) & MASK32
-    mixed = mixed ^ (mixed >> 16)
-    return (mixed >> 8).double() / (1 << 24)
+        mixed ^= mixed >> shift
+        mixed *= factor
+        mixed &= MASK32
+    mixed ^= mixed >> 16
+    bits = mixed >> 8  # 24 of them
+    return bits.double() / (1 << 24)

@@ -29,12 +29,14 @@ def refuse_unpackable(causal: PreTrainedModel, model: ModelConfig) -> None:
     see.
     """
     decoder = causal.get_decoder()
-    if "position_ids" not in inspect.signature(decoder.forward).parameters:
+    signature = inspect.signature(decoder.forward)
+    if "position_ids" not in signature.parameters:
         raise ConfigError(
             f"model {model.path!r} ({type(causal).__name__}) takes no position_ids, so that "
             "packed sequences cannot be told apart; this model is not supported"
         )
-    cap = getattr(causal.config.get_text_config(), "attn_logit_softcapping", None)
+    config = causal.config.get_text_config()
+    cap = getattr(config, "attn_logit_softcapping", None)
     if cap and causal.config._attn_implementation == "sdpa":
         raise ConfigError(
             f"model {model.path!r} caps its attention scores (attn_logit_softcapping={cap} in its "
@@ -100,8 +102,10 @@ def plain_logp(causal: PreTrainedModel, row: Tensor) -> Tensor:
     """Log-probs [T - 1] of a row [T] by a forward of its own."""
     output = causal(input_ids=row[None], use_cache=False)
     logits = output.logits[0, :-1]
-    logp = logits.float().log_softmax(-1)
-    own = logp.gather(-1, row[1:, None])
+    logits = logits.float()
+    logp = logits.log_softmax(-1)
+    target = row[1:, None]
+    own = logp.gather(-1, target)
     return own.squeeze(-1)
 
 
@@ -118,17 +122,21 @@ def packed_logp(policy: Policy, a: Tensor, other: Tensor, b: Tensor) -> Tensor:
     # every token but the first of each sequence is predicted
     predicted = positions.reshape(-1).nonzero()
     predicted = predicted.squeeze(-1)
-    target = bins.reshape(-1)[predicted]
-    logp = policy(View.of_one_row(bins, positions, predicted - 1, target))["logp"]
+    tokens = bins.reshape(-1)
+    target = tokens[predicted]
+    view = View.of_one_row(bins, positions, predicted - 1, target)
+    logp = policy(view)["logp"]
     return logp.reshape(2, -1)
 
 
 def largest_gap(a: Tensor, b: Tensor) -> float:
-    return (a - b).abs().max().item()
+    gap = (a - b).abs()
+    return gap.max().item()
 
 
 def mean_gap(a: Tensor, b: Tensor) -> float:
-    return (a - b).abs().mean().item()
+    gap = (a - b).abs()
+    return gap.mean().item()
 
 
 def random_rows(policy: Policy, shape: tuple[int, int], seed: int) -> Tensor:
@@ -148,13 +156,17 @@ def beside_a_long_row(policy: Policy, a: Tensor, b: Tensor) -> Tensor | None:
     context = context_length(policy.model.config)
     if context is None or context <= len(a):
         return None
-    before = torch.arange(context - len(a), context, device=a.device)
+    device = a.device
+    start = context - len(a)
+    before = torch.arange(start, context, device=device)
     before[0] = 0  # flash attention tells rows apart by their position 0
-    of_b = torch.arange(len(b), device=a.device)
+    of_b = torch.arange(len(b), device=device)
     positions = torch.cat([before, of_b])
     tokens = torch.cat([a, b])
-    index = torch.arange(len(a), len(tokens) - 1, device=a.device)
-    return policy(View.of_one_row(tokens[None], positions[None], index, b[1:]))["logp"]
+    last = len(tokens) - 1
+    index = torch.arange(len(a), last, device=device)
+    view = View.of_one_row(tokens[None], positions[None], index, b[1:])
+    return policy(view)["logp"]
 
 
 def can_share(policy: Policy) -> bool:
@@ -165,8 +177,9 @@ def can_share(policy: Policy) -> bool:
         return False
     if row_ropes(policy.model):  # a prompt would belong to rows of several lengths
         return False
-    dtype = str(policy.head.weight.dtype).removeprefix("torch.")
-    return sharing_gap(policy) <= TOLERANCE[dtype]
+    dtype = str(policy.head.weight.dtype)
+    name = dtype.removeprefix("torch.")
+    return sharing_gap(policy) <= TOLERANCE[name]
 
 
 def attends_fully(policy: Policy) -> bool:
@@ -199,9 +212,11 @@ def sharing_gap(policy: Policy) -> float:
     positions = order.expand(2, -1)
     predicting = order[3:7]
     index = torch.cat([predicting, predicting + 8])
-    alone = policy(View.of_one_row(rows, positions, index, target))["logp"]
+    view = View.of_one_row(rows, positions, index, target)
+    alone = policy(view)["logp"]
     tokens = torch.cat([prompt, a, b])
-    positions = torch.cat([order, order[4:]])
+    behind_prompt = order[4:]
+    positions = torch.cat([order, behind_prompt])
     # b's first token is predicted from the end of the prompt
     prompt_end = order[3:4]
     inside_b = order[5:8] + 3

@@ -99,34 +99,45 @@ class Telemetry:
                 f"run folder {self.run_dir} already holds a run; set run.resume=true to "
                 "continue it, choose another run.name, or delete it"
             )
-        cut(metrics, resume_step or 0, report)
-        cut(rollouts, resume_step or 0, report)
+        steps_done = resume_step or 0
+        cut(metrics, steps_done, report)
+        cut(rollouts, steps_done, report)
         end_last_line(events)
         kept = list(read_jsonl(metrics))
-        steps = {line["step"] for line in kept if not is_evaluation(line)}
-        lost = (resume_step or 0) - len(steps)
+        self.evaluations: dict[int, dict[str, float]] = {}
+        steps = set()
+        for line in kept:
+            step = line["step"]
+            if is_evaluation(line):
+                self.evaluations[step] = evaluation_of(line)
+            else:
+                steps.add(step)
+        lost = steps_done - len(steps)
         if lost:
             report(
                 f"{metrics} lacks the numbers of {lost} of the {resume_step} steps before "
                 "the checkpoint; they are not made again"
             )
-        self.evaluations: dict[int, dict[str, float]] = {}
-        for line in filter(is_evaluation, kept):
-            self.evaluations[line["step"]] = evaluation_of(line)
         self._began = time.monotonic()
         if kept:
             self._began -= seconds_of(kept[-1])
-        written = f"# run {run_id}\n{yaml.safe_dump(to_dict(config), sort_keys=False)}"
+        resolved = yaml.safe_dump(to_dict(config), sort_keys=False)
+        written = f"# run {run_id}\n{resolved}"
         copy = free_copy(self.run_dir / "configs")
         write_atomic(copy, written)
         write_atomic(self.run_dir / "config.yaml", written)
-        facts = {"run": run_id, "resumed_from": resume_step, "config": f"configs/{copy.name}"}
+        facts = {
+            "run": run_id,
+            "resumed_from": resume_step,
+            "config": f"configs/{copy.name}",
+        }
         record_environment(self.run_dir / "environment.json", report, **facts)
         self._metrics = append_to(metrics)
         self._rollouts = append_to(rollouts)
         self._events = append_to(events)
         self.event("start", pid=os.getpid(), host=platform.node(), **facts)
-        self._wandb = self._board = None
+        self._wandb = None
+        self._board = None
         if config.run.wandb:
             self._wandb = start_wandb(config, self.run_dir)
         if config.run.tensorboard:
@@ -141,7 +152,8 @@ class Telemetry:
         shown. Keys are written as `eval/KEY`.
         """
         self.evaluations[step] = dict(result)
-        self._record(step, {f"eval/{key}": value for key, value in result.items()})
+        numbers = {f"eval/{key}": value for key, value in result.items()}
+        self._record(step, numbers)
 
     def rollouts(self, step: int, groups: Sequence[ScoredGroup], version: int) -> None:
         """The groups that step `step` trains on, and the waves that they took the place of;
@@ -149,7 +161,8 @@ class Telemetry:
         """
         for group in groups:
             columns = plain_columns(group.prompt.columns)
-            for wave in (*group.earlier, group):
+            waves = (*group.earlier, group)
+            for wave in waves:
                 for sample in range(len(wave.trajectories)):
                     record = {"step": step, "learner_version": version}
                     record |= rollout_record(wave, sample, columns)
@@ -160,10 +173,12 @@ class Telemetry:
 
     def event(self, kind: str, **facts: Any) -> None:
         """Something that happened once: engine_restart, skipped_step, checkpoint, sync, ..."""
-        record: dict[str, Any] = {"kind": kind, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        record: dict[str, Any] = {"kind": kind, "time": now}
         for name, fact in facts.items():
             if isinstance(fact, (str, Exception)):
-                fact = redact(message(text_of(fact)))
+                text = message(text_of(fact))
+                fact = redact(text)
             record[name] = fact
         write_line(self._events, record)
         self._events.flush()
@@ -177,8 +192,9 @@ class Telemetry:
             self._wandb.finish()
 
     def _record(self, step: int, numbers: Mapping[str, float]) -> None:
-        seconds = round(time.monotonic() - self._began, 3)
-        write_line(self._metrics, {"step": step, "seconds": seconds, **numbers})
+        seconds = time.monotonic() - self._began
+        line = {"step": step, "seconds": round(seconds, 3), **numbers}
+        write_line(self._metrics, line)
         self._metrics.flush()
         if self._board is not None:
             for key, value in numbers.items():
@@ -193,8 +209,12 @@ def is_evaluation(line: Mapping[str, Any]) -> bool:
 
 def evaluation_of(line: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of an evaluation's line, without the prefix of their keys."""
-    keys = [key for key in line if key.startswith("eval/")]
-    return {key.removeprefix("eval/"): line[key] for key in keys}
+    found = {}
+    for key, value in line.items():
+        if key.startswith("eval/"):
+            name = key.removeprefix("eval/")
+            found[name] = value
+    return found
 
 
 def cut(path: Path, step: int, report: Callable[[str], None]) -> None:
@@ -203,7 +223,10 @@ def cut(path: Path, step: int, report: Callable[[str], None]) -> None:
     """
 
     def beyond(line: Mapping[str, Any]) -> bool:
-        return line["step"] > step or (line["step"] == step and not is_evaluation(line))
+        number = line["step"]
+        if number == step:
+            return not is_evaluation(line)
+        return number > step
 
     cut_jsonl(path, has_step, beyond, report)
 

@@ -84,7 +84,8 @@ class Decoding:
         self.temperature = self.floats(temperatures)
         top_ps = [row.sampling.top_p for row in rows]
         self.top_p = self.floats(top_ps)
-        uniforms = torch.from_numpy(self.padded_uniforms())
+        padded = self.padded_uniforms()
+        uniforms = torch.from_numpy(padded)
         self.uniforms = uniforms.to(self.device)
         # what was found
         shape = (len(rows), self.steps)
@@ -128,7 +129,8 @@ class Decoding:
         self.mask = mask.to(self.device)
         position = self.mask.cumsum(-1) - 1
         self.position = position.clamp_(min=0)
-        logits = self.run(ids.to(self.device), logits_to_keep=1)
+        ids = ids.to(self.device)
+        logits = self.run(ids, logits_to_keep=1)
         context_B = self.integers(numbers)
         self.reorder_cache(context_B)
         self.logits = logits[context_B]
@@ -191,7 +193,8 @@ class Decoding:
         live = int(self.live.sum())
         if live > KEEP * len(self.batch):
             return token_B
-        keep = self.live.nonzero().squeeze(-1)
+        keep = self.live.nonzero()
+        keep = keep.squeeze(-1)
         self.reorder_cache(keep)
         self.batch = self.batch[keep]
         self.mask = self.mask[keep]
@@ -205,8 +208,10 @@ class Decoding:
         one_more = mask.new_ones(len(mask), 1)
         self.mask = torch.cat([mask, one_more], 1)
         # ended rows keep their position, so that they stay within the context
-        self.position = self.position + self.live[:, None]
-        self.logits = self.run(token_B[:, None])
+        advance = self.live[:, None]
+        self.position = self.position + advance
+        ids = token_B[:, None]
+        self.logits = self.run(ids)
 
     def fill_in(self) -> None:
         """Give each row what was sampled for it."""
@@ -216,7 +221,8 @@ class Decoding:
         stopped = self.stopped.tolist()
         for i, row in enumerate(self.rows):
             length = lengths[i]
-            row.tokens = tokens[i, :length].astype(np.int32)
+            own = tokens[i, :length]
+            row.tokens = own.astype(np.int32)
             row.logp = logp[i, :length]
             row.finish = Finish.STOP if stopped[i] else Finish.LENGTH
 
@@ -255,7 +261,8 @@ def truncate(logp: Tensor, top_p: Tensor) -> Tensor:
     """Keep the most likely tokens up to probability `top_p` [B], renormalised; 1 keeps all."""
     ordered, order = logp.sort(-1, descending=True)
     p = ordered.exp_()
-    more_likely = p.cumsum(-1).sub_(p)  # probability of all tokens before it
+    more_likely = p.cumsum(-1)
+    more_likely.sub_(p)  # probability of all tokens before it
     truncated = top_p < 1
     beyond = more_likely >= top_p[:, None]
     beyond &= truncated[:, None]
@@ -267,7 +274,8 @@ def truncate(logp: Tensor, top_p: Tensor) -> Tensor:
 
 def left_padded(sequences: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     """int64 [B, L] ids and attention mask; the pads (id 0) stand in front."""
-    longest = max(map(len, sequences))
+    lengths = [len(sequence) for sequence in sequences]
+    longest = max(lengths)
     ids = torch.zeros(len(sequences), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for i, sequence in enumerate(sequences):
@@ -292,7 +300,8 @@ def growing_cache(config):
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
             past = self.get_seq_length()
-            end = past + key_states.shape[-2]
+            new = key_states.shape[-2]
+            end = past + new
             self.all_keys = extended(self.all_keys, self.keys, key_states, past)
             self.all_values = extended(self.all_values, self.values, value_states, past)
             self.keys = self.all_keys[..., :end, :]
@@ -308,10 +317,11 @@ def growing_cache(config):
         """The buffer with `states` behind its first `past` tokens, which are `filled`; a larger one
         where it is too small.
         """
-        end = past + states.shape[-2]
+        rows, heads, new, size = states.shape
+        end = past + new
         if buffer is None or buffer.shape[-2] < end:
-            rows, heads, _, size = states.shape
-            buffer = states.new_empty(rows, heads, end + GROWTH, size)
+            room = end + GROWTH
+            buffer = states.new_empty(rows, heads, room, size)
             if past:
                 buffer[..., :past, :] = filled
         buffer[..., past:end, :] = states

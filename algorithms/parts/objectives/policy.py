@@ -26,11 +26,14 @@ class PPOClip:
     def __call__(self, tokens: Tokens):
         rho = clamped_exp(tokens.logp - tokens.old)
         a = tokens["advantage"]
-        low, high = 1.0 - self.clip_low, 1.0 + self.clip_high
-        loss = torch.maximum(-a * rho, -a * rho.clamp(low, high))
+        low = 1.0 - self.clip_low
+        high = 1.0 + self.clip_high
+        loss = clipped_loss(a, rho, low, high)
         if self.dual_clip is not None:
-            loss = torch.where(a < 0, torch.minimum(-a * self.dual_clip, loss), loss)
-        return loss, ratio_metrics(tokens, inert(a, rho, low, high))
+            bounded = torch.minimum(-a * self.dual_clip, loss)
+            loss = torch.where(a < 0, bounded, loss)
+        clipped = inert(a, rho, low, high)
+        return loss, ratio_metrics(tokens, clipped)
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,16 @@ class GSPO:
     clip_high: float = 4e-4
 
     def __call__(self, tokens: Tokens):
-        ratio = clamped_exp(segment_mean((tokens.logp - tokens.old).detach(), tokens.segment))
+        log_ratio = (tokens.logp - tokens.old).detach()
+        mean_log_ratio = segment_mean(log_ratio, tokens.segment)
+        ratio = clamped_exp(mean_log_ratio)
         rho = ratio * clamped_exp(tokens.logp - tokens.logp.detach())
         a = tokens["advantage"]
-        low, high = 1.0 - self.clip_low, 1.0 + self.clip_high
-        loss = torch.maximum(-a * rho, -a * rho.clamp(low, high))
-        return loss, ratio_metrics(tokens, inert(a, rho, low, high))
+        low = 1.0 - self.clip_low
+        high = 1.0 + self.clip_high
+        loss = clipped_loss(a, rho, low, high)
+        clipped = inert(a, rho, low, high)
+        return loss, ratio_metrics(tokens, clipped)
 
 
 @dataclass(frozen=True)
@@ -66,10 +73,13 @@ class CISPO:
     clip_high: float = 0.2
 
     def __call__(self, tokens: Tokens):
-        rho = clamped_exp(tokens.logp - tokens.old).detach()
-        low, high = 1.0 - self.clip_low, 1.0 + self.clip_high
+        rho = clamped_exp(tokens.logp - tokens.old)
+        rho = rho.detach()
+        low = 1.0 - self.clip_low
+        high = 1.0 + self.clip_high
         loss = -rho.clamp(low, high) * tokens["advantage"] * tokens.logp
-        return loss, ratio_metrics(tokens, (rho > high) | (rho < low))
+        clipped = (rho > high) | (rho < low)
+        return loss, ratio_metrics(tokens, clipped)
 
 
 @dataclass(frozen=True)
@@ -80,13 +90,23 @@ class Reinforce:
         return -tokens["advantage"] * tokens.logp, {}
 
 
+def clipped_loss(a: Tensor, rho: Tensor, low: float, high: float) -> Tensor:
+    """max(-A rho, -A clamp(rho, low, high)) per token [n]."""
+    plain = -a * rho
+    clamped = -a * rho.clamp(low, high)
+    return torch.maximum(plain, clamped)
+
+
 def inert(a: Tensor, rho: Tensor, low: float, high: float) -> Tensor:
     """bool [n]: tokens that the clip leaves without a gradient."""
-    return ((a > 0) & (rho > high)) | ((a < 0) & (rho < low))
+    too_likely = (a > 0) & (rho > high)
+    too_unlikely = (a < 0) & (rho < low)
+    return too_likely | too_unlikely
 
 
 def ratio_metrics(tokens: Tokens, clipped: Tensor) -> dict[str, Tensor]:
+    kl = tokens.old - tokens.logp
     return {
         "clip_fraction": clipped.float(),
-        "ppo_kl": (tokens.old - tokens.logp).detach(),
+        "ppo_kl": kl.detach(),
     }
