@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from learner_cases import equal, make_plan, make_rows, weights
+from learner_cases import equal, hook_plan, make_plan, make_rows, weights
 from safetensors.torch import load_file
 from scope_cases import SCOPES, config_of, inline
 
@@ -93,6 +93,18 @@ def test_a_reference_that_was_set_is_the_merged_model_and_part_of_a_checkpoint(
     again = inline(model_path, LORA)
     again.load(tmp_path)
     assert same(again.logprobs(ROWS, 0.8, reference=True), rank.logprobs(ROWS, 0.8, reference=True))
+
+
+def test_quantities_beside_the_reference_need_no_second_model(model_path):
+    """With ZeRO-3 they do, and are the same."""
+    found = []
+    for splits_weights in (False, True):
+        rank = train(inline(model_path, LORA), range(2))
+        rank.engine.splits_weights = splits_weights
+        metrics = rank.step(hook_plan("measured")).metrics
+        found.append((metrics["loss/sft"], metrics["grad_norm"]))
+        assert (rank.reference is not None) == splits_weights
+    assert found[0] == found[1] and found[0][1] > 0
 
 
 def test_the_merged_export_computes_as_the_learner(model_path, tmp_path):
