@@ -6,9 +6,9 @@ asked what it needs, before anything heavy starts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tandem.engine.config.config_file import read_tree
 from tandem.engine.config.names import source_key
@@ -64,7 +64,7 @@ def check_method(config: Config) -> None:
 
     Raises ConfigError naming both values and what to change.
     """
-    method = make(config)
+    method = make(config.method)
     if method.uses_experts:
         check_demonstrations(config, method)
     if method.uses_rollouts:
@@ -87,21 +87,22 @@ def check_method(config: Config) -> None:
         check_spare_groups(config)
 
 
-def make(config: Config) -> Method:
-    """The method with its options. A user's own may raise anything."""
+def make(block: Mapping[str, Any]) -> Method:
+    """The method of a `method:` block. A user's own may raise anything."""
     # methods bring torch along: a mistake in a key is told without it
     from tandem.algorithms.registry import configured
 
-    name = config.method["name"]
     try:
-        return configured(config.method)
+        return configured(block)
     except ValueError as error:
         words = str(error)
         if not words.startswith("method"):
             words = f"method: {words}"
         raise ConfigError(words) from error
     except Exception as error:
-        raise ConfigError(f"method {name!r} raised {type(error).__name__}: {error}") from error
+        raise ConfigError(
+            f"method {block['name']!r} raised {type(error).__name__}: {error}"
+        ) from error
 
 
 def check_demonstrations(config: Config, method: Method) -> None:

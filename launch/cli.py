@@ -86,6 +86,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--schema", action="store_true", help="print a JSON schema of configs for editors instead"
     )
     command("methods", methods, "list the methods, their papers and where they live")
+    from tandem.launch.method_contract import command as method_contract
+
+    method_contract.add_arguments(command("check-method", check_method, method_contract.HELP))
     sub = command(
         "doctor", doctor, "what is installed, what this machine has, and whether a run could start"
     )
@@ -264,6 +267,12 @@ def methods(args: argparse.Namespace) -> int:
     from tandem.launch.methods import print_methods
 
     return print_methods()
+
+
+def check_method(args: argparse.Namespace) -> int:
+    from tandem.launch.method_contract.command import check_method
+
+    return check_method(args)
 
 
 def doctor(args: argparse.Namespace) -> int:

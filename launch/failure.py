@@ -84,6 +84,13 @@ def brief(error: BaseException) -> str:
     return "\n".join(lines[:LINES]) if lines else "no message"
 
 
+def raised(error: BaseException) -> str:
+    """The error in words, with its place unless it says itself what is wrong where."""
+    if isinstance(error, ConfigError):
+        return brief(error)
+    return f"{type(error).__name__}: {brief(error)}, at {place(error)}"
+
+
 def place(error: BaseException) -> str:
     """The last line of this project or the user's that ran."""
     frames = traceback.extract_tb(error.__traceback__)

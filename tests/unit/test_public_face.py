@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from importlib import import_module
 from pathlib import Path
 
@@ -57,3 +58,12 @@ def test_a_path_is_no_config_and_a_text_is_no_list():
         tandem.load("tandem:inline_debug", "run.steps=1")
     with pytest.raises(TypeError, match="takes the path of a config"):
         tandem.load({"mode": "inline"})
+
+
+def test_the_wheel_has_every_package():
+    text = (ROOT / "pyproject.toml").read_text()
+    listed = set(tomllib.loads(text)["tool"]["setuptools"]["packages"])
+    for room in ("engine", "algorithms", "rollout", "launch"):
+        for path in (ROOT / room).rglob("__init__.py"):
+            name = ".".join(["tandem", *path.parent.relative_to(ROOT).parts])
+            assert name in listed or name == "tandem.launch.tandem"  # installed as `tandem`

@@ -1,0 +1,204 @@
+"""Hand-made batches, and numbers that a model might say of their rows: what the contract of a
+method is checked on, without a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+
+from tandem.algorithms.base import Batch, Method
+from tandem.engine.core.types import Finish, Prompt, Row, ScoredGroup, Source, Trajectory
+from tandem.engine.learner.inspect import Inspection, PerRow, group, inspect, trajectory
+from tandem.engine.loop.group_numbers import PAIRS
+
+NO_COLUMNS: Mapping[str, Any] = {}
+# Two demonstrations of three and two tokens, ids 5 6 3 and 7 3.
+EXPERTS = (
+    trajectory([1, 2], [5, 6, 3], expert=True, prompt_id="e0"),
+    trajectory([1], [7, 3], expert=True, prompt_id="e1"),
+)
+
+
+def rollouts(
+    rewards: Sequence[float] = (1.0, 0.0),
+    behaviour: float = -1.0,
+    demo: Sequence[int] | None = None,
+    demo_reward: float | None = None,
+    number: int = 0,
+    finish: Finish = Finish.STOP,
+) -> ScoredGroup:
+    """Two rollouts of prompt [1], of three tokens and of one, and the prompt's demonstration if
+    there is one.
+    """
+    made = group(
+        [
+            trajectory([1], [5, 6, 7], [behaviour] * 3, finish=finish),
+            trajectory([1], [8], [behaviour], finish=finish),
+        ],
+        rewards,
+        demo,
+        number,
+    )
+    return replace(made, demonstration_reward=demo_reward)
+
+
+def aligned(
+    rewards: Sequence[float],
+    demonstration_reward: float | None,
+    number: int = 0,
+    prefix: bool = False,
+) -> ScoredGroup:
+    """Four rollouts of 1 to 4 tokens and a demonstration 9 8 7 3; with `prefix` the last one was
+    made to start from 9 8.
+    """
+    made = group(
+        [trajectory([1], range(5, 6 + k), [-1.0] * (k + 1)) for k in range(4)],
+        rewards,
+        demonstration=[9, 8, 7, 3],
+        number=number,
+    )
+    if prefix:
+        *others, last = made.trajectories
+        made = replace(made, trajectories=(*others, forced(last, [9, 8], [5, 6])))
+    return replace(made, demonstration_reward=demonstration_reward)
+
+
+def forced(
+    t: Trajectory,
+    given: Sequence[int],
+    continuation: Sequence[int],
+    source: Source = Source.PREFIX,
+) -> Trajectory:
+    """Prompt [1], then `given` expert tokens, then a continuation by the policy."""
+    n, m = len(given), len(continuation)
+    return replace(
+        t,
+        tokens=np.array([1, *given, *continuation], np.int32),
+        source=np.array([0] + [source] * n + [Source.POLICY] * m, np.int8),
+        behaviour_logp=np.array([np.nan] * (1 + n) + [-1.0] * m, np.float32),
+        version=np.array([-1] * (1 + n) + [0] * m, np.int32),
+    )
+
+
+def hinted(rewards: Sequence[float], number: int = 0) -> ScoredGroup:
+    """A group with prompt [1] in which both rollouts were given 9 8."""
+    made = rollouts(rewards, demo=[9, 8, 4, 3], demo_reward=1.0, number=number)
+    given = []
+    for i, t in enumerate(made.trajectories):
+        given.append(forced(t, [9, 8], [5 + i], Source.HINT))
+    return replace(made, trajectories=tuple(given))
+
+
+def without_rollouts(demo: Sequence[int], reward: float, number: int = 0) -> ScoredGroup:
+    """A group that holds nothing but its prompt's demonstration."""
+    prompt = Prompt("p", np.array([1], np.int32), "", {}, np.array(demo, np.int32))
+    return ScoredGroup(number, prompt, (), np.zeros(0, np.float32), demonstration_reward=reward)
+
+
+def alone(demonstrated: bool = False) -> ScoredGroup:
+    """A group of one rollout, with or without a demonstration."""
+    one = [trajectory([1], [5, 6])]
+    if not demonstrated:
+        return group(one, [1.0])
+    return group(one, [0.0], demonstration=[7, 3], demonstration_reward=1.0)
+
+
+def batch(
+    groups: Sequence[ScoredGroup] | None = None,
+    experts: Sequence[Trajectory] = EXPERTS,
+    step: int = 0,
+    **more: Any,
+) -> Batch:
+    return Batch(step, (rollouts(),) if groups is None else tuple(groups), tuple(experts), **more)
+
+
+def degenerate() -> dict[str, Batch]:
+    """What a step may hold, but seldom does, by its name."""
+    demo: dict[str, Any] = {"demo": [5, 6, 3], "demo_reward": 1.0}
+    wrong_demo: dict[str, Any] = {"demo": [5, 6, 3], "demo_reward": 0.0}
+    prefixed = aligned([0, 0, 0, 1], 1.0, prefix=True)
+    return {
+        "no demonstrations": batch(experts=()),
+        "no rollouts": batch(groups=()),
+        "nothing": batch(groups=(), experts=()),
+        "all right": batch([rollouts((1, 1), **demo)]),
+        "all wrong": batch([rollouts((0, 0), **demo)]),
+        "demonstration wrong as well": batch([rollouts((0, 0), **wrong_demo)]),
+        "group of one": batch([alone()]),
+        "group of one and a demonstration": batch([alone(demonstrated=True)]),
+        "only a demonstration": batch([without_rollouts([7, 3], 1.0)]),
+        "demonstration without a reward": batch([rollouts((0, 1), demo=[5, 6, 3])]),
+        "hints": batch([hinted((0, 1))]),
+        "truncated": batch([rollouts((0, 1), finish=Finish.LENGTH, **demo)]),
+        "prefix": batch([prefixed, aligned([1, 1, 1, 1], None, number=1)]),
+    }
+
+
+def ramp(row: Row) -> np.ndarray:
+    """log p = -0.1, -0.2, ... by position."""
+    return -0.1 * (1.0 + np.arange(len(row.tokens), dtype=np.float32))
+
+
+def ids(row: Row) -> np.ndarray:
+    """A log-prob for every token that depends on the token and its place alone, whatever the row is
+    called.
+    """
+    return -0.05 * (1 + row.tokens % 7) - 0.01 * np.arange(len(row.tokens), dtype=np.float32)
+
+
+def reference_ids(row: Row) -> np.ndarray:
+    return ids(row) - 0.05
+
+
+def rising(row: Row) -> np.ndarray:
+    """An entropy: 0, 0.1, ... by position."""
+    return 0.1 * np.arange(len(row.tokens), dtype=np.float32)
+
+
+def look(
+    method: Method,
+    b: Batch,
+    logp: PerRow = ramp,
+    entropy: Callable = rising,
+    reference: Callable = reference_ids,
+    columns: Mapping[str, Any] = NO_COLUMNS,
+    **more: Any,
+) -> Inspection:
+    """inspect, with the streams, columns and texts that any method may ask for."""
+    groups = tuple(described(one, columns) for one in b.groups)
+    experts = tuple(with_columns(one, columns) for one in answers(method, b.experts))
+    b = replace(b, groups=groups, experts=experts)
+    return inspect(method, b, logp, entropy=entropy, reference=reference, **more)
+
+
+def described(g: ScoredGroup, columns: Mapping[str, Any] = NO_COLUMNS) -> ScoredGroup:
+    """A document of a query for rerankers; the texts are numbers from 0 to 10."""
+    found = {"query": "q", "positive": g.group % 2 == 0, "score": 3, **columns}
+    texts = tuple(str(int(t.tokens.sum()) % 11) for t in g.trajectories)
+    return replace(g, prompt=replace(g.prompt, columns=found), texts=texts)
+
+
+def with_columns(expert: Trajectory, columns: Mapping[str, Any]) -> Trajectory:
+    """With what a sidecar of scores says, and the columns asked for."""
+    return replace(expert, columns={"mean_logp": -0.4, **expert.columns, **columns})
+
+
+def answers(method: Method, experts: Sequence[Trajectory]) -> tuple[Trajectory, ...]:
+    """For methods that take pairs: each demonstration as the better of two answers."""
+    if not (method.uses_pairs or method.takes_pairs):
+        return tuple(experts)
+    found = []
+    for expert in experts:
+        if expert.role:
+            found.append(expert)
+            continue
+        other = expert.tokens + (expert.source == Source.EXPERT)
+        number = PAIRS + crc32(expert.prompt_id.encode())
+        found.append(replace(expert, role="chosen", group=number))
+        found.append(replace(expert, role="rejected", group=number, tokens=other))
+    return tuple(found)
