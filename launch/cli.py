@@ -85,7 +85,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     sub.add_argument(
         "--schema", action="store_true", help="print a JSON schema of configs for editors instead"
     )
-    command("methods", methods, "list the methods, their papers and where they live")
+    sub = command("methods", methods, "list the methods, their papers and where they live")
+    sub.add_argument(
+        "--paper", metavar="ID", help="how to run a paper: its arXiv id, or words of its title"
+    )
+    sub.add_argument("--index", action="store_true", help="print the index of papers instead")
     from tandem.launch.method_contract import command as method_contract
 
     method_contract.add_arguments(command("check-method", check_method, method_contract.HELP))
@@ -265,7 +269,13 @@ def configs(args: argparse.Namespace) -> int:
 
 def methods(args: argparse.Namespace) -> int:
     from tandem.launch.methods import print_methods
+    from tandem.launch.papers import page, print_papers
 
+    if args.paper is not None:
+        return print_papers(args.paper)
+    if args.index:
+        print(page(), end="")
+        return 0
     return print_methods()
 
 

@@ -60,3 +60,7 @@ def test_the_wheel_holds_them(tmp_path):
     names = zipfile.ZipFile(next(source.glob("*.whl"))).namelist()
     for path in (ROOT / "configs").rglob("*.yaml"):  # bases too
         assert f"tandem/{path.relative_to(ROOT)}" in names
+    for room in ("engine", "algorithms", "rollout"):
+        for path in (ROOT / room).rglob("*.py"):
+            assert f"tandem/{path.relative_to(ROOT)}" in names, "add its folder to pyproject.toml"
+    assert "tandem/launch/papers.yaml" in names
