@@ -79,6 +79,28 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     with_config(sub)
     sub = command(
+        "score",
+        score,
+        "what a model says of a config's demonstrations, as a file that `scores:` joins to them",
+    )
+    with_config(sub)
+    sub.add_argument(
+        "--what",
+        default="mean_logp",
+        metavar="NAMES",
+        help="of nll, entropy, sum_logp, mean_logp, tokens, with commas (default: %(default)s)",
+    )
+    sub.add_argument("--out", metavar="JSONL", help="file (default: `scores:` of the dataset)")
+    sub.add_argument("--source", default="experts", help="of data.sources (default: data.experts)")
+    sub.add_argument("--prefix", default="", help="before the names of the config's model's scores")
+    sub.add_argument(
+        "--reference",
+        action="append",
+        default=[],
+        metavar="NAME=MODEL",
+        help="score with this model too, as NAME_mean_logp; may be given several times",
+    )
+    sub = command(
         "configs", configs, "list the configs that come with the package: tandem train tandem:NAME"
     )
     sub.add_argument("--keys", action="store_true", help="print the reference of keys instead")
@@ -250,6 +272,14 @@ def check_logprobs(args: argparse.Namespace) -> int:
     from tandem.launch.checks import check_logprobs
 
     return check_logprobs(config)
+
+
+def score(args: argparse.Namespace) -> int:
+    config = read(args)
+    from tandem.launch.score import score
+
+    print(score(config, args))
+    return 0
 
 
 def configs(args: argparse.Namespace) -> int:

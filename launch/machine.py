@@ -183,6 +183,16 @@ def parameter_count(folder: Path) -> int | None:
     return sum(math.prod(shape) for shape in shapes.values()) or None
 
 
+def check_weights(path: str) -> None:
+    """Raise ConfigError if a local model folder holds no weights, or damaged ones."""
+    folder = Path(path)
+    if folder.is_dir() and parameter_count(folder) is None:
+        raise ConfigError(
+            f"model folder {folder} has no weights: expected *.safetensors or "
+            "pytorch_model*.bin beside its config.json"
+        )
+
+
 def check_model(config: Config, path: str) -> None:
     """Raise ConfigError if a local model folder holds no weights or damaged ones, or if the model
     has less context than the run needs.
@@ -190,12 +200,7 @@ def check_model(config: Config, path: str) -> None:
     The weights of a hub name are left to transformers and vLLM. vLLM wants room for the longest
     prompt allowed, in-process engines for the prompts there are.
     """
-    folder = Path(path)
-    if folder.is_dir() and parameter_count(folder) is None:
-        raise ConfigError(
-            f"model folder {folder} has no weights: expected *.safetensors or "
-            "pytorch_model*.bin beside its config.json"
-        )
+    check_weights(path)
     context = rollout_context(read_config(config.model, path))
     if context is None or not generates(config):
         return
