@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from tandem.engine.core.text import brief
@@ -35,7 +36,10 @@ def read_messages(value: Any, template: str) -> list[dict[str, Any]]:
 def read_message(value: Any, template: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"expected a message with role and content, found {brief(value)}")
-    message = {key: entry for key, entry in value.items() if entry is not None}
+    message = {}
+    for key, entry in value.items():
+        if entry is not None:
+            message[key] = entry
     if "role" not in message and "from" in message:
         message = sharegpt(message)
     role = message.get("role")
@@ -72,19 +76,21 @@ def read_content(content: Any, message: Any) -> str:
         raise ValueError(f"expected a message with role and content, found {brief(message)}")
     texts = []
     for part in content:
-        if isinstance(part, dict) and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        elif isinstance(part, str):
-            texts.append(part)
-        else:
+        text = part.get("text") if isinstance(part, dict) else part
+        if not isinstance(text, str):
             raise ValueError(f"expected a content of text or of text parts, found {brief(part)}")
+        texts.append(text)
     return "".join(texts)
 
 
 def without_nulls(value: Any) -> Any:
     """`value` without the keys whose value is null, all the way down."""
     if isinstance(value, dict):
-        return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
+        kept = {}
+        for key, entry in value.items():
+            if entry is not None:
+                kept[key] = without_nulls(entry)
+        return kept
     if isinstance(value, list):
         return [without_nulls(entry) for entry in value]
     return value
@@ -109,25 +115,35 @@ def read_tools(value: Any) -> list[dict[str, Any]] | None:
 
 def media_part(value: Any) -> str | None:
     """The kind of the first part of some message that is no text, or None."""
-    for message in value if isinstance(value, list) else []:
-        content = message.get("content") if isinstance(message, dict) else None
-        for part in content if isinstance(content, list) else []:
-            if isinstance(part, dict) and part.get("type") in MEDIA_PARTS:
-                return part["type"]
+    for message in dicts_of(value):
+        for part in dicts_of(message.get("content")):
+            kind = part.get("type")
+            if kind in MEDIA_PARTS:
+                return kind
     return None
+
+
+def dicts_of(value: Any) -> list[dict[str, Any]]:
+    """The entries of a list that are mappings; none of what is no list."""
+    if not isinstance(value, list):
+        return []
+    return [entry for entry in value if isinstance(entry, dict)]
 
 
 def what_must_show(message: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """(name, text) of all that a template has to write of a message."""
     for key in REASONING:
-        if isinstance(message.get(key), str):
-            yield key, message[key]
+        text = message.get(key)
+        if isinstance(text, str):
+            yield key, text
     yield "content", message["content"]
-    calls = message.get("tool_calls")
-    for call in calls if isinstance(calls, list) else []:
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if isinstance(function, dict) and isinstance(function.get("name"), str):
-            yield "tool call", function["name"]
+    for call in dicts_of(message.get("tool_calls")):
+        function = call.get("function", call)
+        if not isinstance(function, dict):
+            continue
+        name = function.get("name")
+        if isinstance(name, str):
+            yield "tool call", name
 
 
 def find_missing(text: str, messages: list[dict[str, Any]]) -> tuple[dict, str, str] | None:
@@ -140,27 +156,35 @@ def find_missing(text: str, messages: list[dict[str, Any]]) -> tuple[dict, str, 
     for message in messages:
         anywhere = message["role"] in ("system", "developer")
         for name, wanted in what_must_show(message):
-            start = 0 if anywhere or name != "content" else place
-            found = text.find(wanted.strip(), start)
+            stripped = wanted.strip()
+            in_order = name == "content" and not anywhere
+            start = place if in_order else 0
+            found = text.find(stripped, start)
             if found < 0:
                 return message, name, wanted
-            if not anywhere and name == "content":
-                place = found + len(wanted.strip())
+            if in_order:
+                place = found + len(stripped)
     return None
 
 
 def with_markers(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same messages with contents that occur nowhere else: a short content, such as `a`, would
     be found in the words of the template."""
-    return [
-        {**message, "content": f"MESSAGE-{number}-HERE"} for number, message in enumerate(messages)
-    ]
+    marked = []
+    for number, message in enumerate(messages):
+        marker = f"MESSAGE-{number}-HERE"
+        marked.append({**message, "content": marker})
+    return marked
 
 
 def literals(template: str) -> re.Pattern | None:
     """What a template may look for in a content: its quoted texts with a sign in them, </think>."""
     quoted = re.findall(r"'([^'\n]{3,40})'|\"([^\"\n]{3,40})\"", template)
-    found = {text for pair in quoted for text in pair if re.search(r"[^\w\s]", text)}
+    found = set()
+    for text in chain.from_iterable(quoted):
+        if re.search(r"[^\w\s]", text):
+            found.add(text)
     if not found:
         return None
-    return re.compile("|".join(re.escape(text) for text in sorted(found)))
+    escaped = [re.escape(text) for text in sorted(found)]
+    return re.compile("|".join(escaped))

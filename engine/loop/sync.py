@@ -67,7 +67,8 @@ class Sync:
         EngineDied if it failed although no engine is dead: the next attempt would fail too.
         """
         if isinstance(self.pool, NoEngines):
-            self.state.version, self.asleep = version, False
+            self.state.version = version
+            self.asleep = False
             return
         while self.state.version != version or self.asleep:
             try:
@@ -86,7 +87,8 @@ class Sync:
         self.telemetry.event("sync", version=version, seconds=report.seconds, bytes=report.bytes)
         if self.config.rollout.staleness and not self.replaying and self.gates_left:
             self.probe(version)
-        self.state.version, self.asleep = version, False
+        self.state.version = version
+        self.asleep = False
 
     def sleep(self) -> None:
         """Let the engines give their GPU memory to the learner, until the next weights.
@@ -100,7 +102,8 @@ class Sync:
     def restart_and_sync(self) -> None:
         """Restart dead engines and give all of them the present weights."""
         self.restart_dead(DIED_GENERATING)
-        version, self.state.version = self.state.version, None
+        version = self.state.version
+        self.state.version = None
         if version is not None:
             self.publish(version)
 
@@ -134,13 +137,16 @@ class Sync:
         sampling = Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, seed=version)
         futures = []
         if isinstance(self.prompts, PromptSource):
-            for i in range(min(PROBE_PROMPTS, len(self.prompts))):
+            count = min(PROBE_PROMPTS, len(self.prompts))
+            for i in range(count):
                 number = group_numbers.PROBE + i
                 request = GenRequest(number, self.prompts[i], PROBE_SAMPLES, sampling)
                 futures.append(self.pool.submit(request))
         rows = []
         for future in futures:
-            rows.extend(policy_row(t, 0.0, "policy") for t in future.result())
+            for trajectory in future.result():
+                row = policy_row(trajectory, 0.0, "policy")
+                rows.append(row)
         self.gate(rows, version, sampling.temperature)
 
     def gate(self, rows: Sequence[Row], step: int, temperature: float) -> None:
@@ -163,13 +169,18 @@ class Sync:
             behaviour_logp = row.streams.get("behaviour_logp")
             if behaviour_logp is None or row.version is None:
                 continue  # no engine sampled it
+            sampled = row.source == Source.POLICY
+            present = row.version == version
             # other tokens have no log-prob of the learner
-            sampled = row.trained & (row.source == Source.POLICY) & (row.version == version)
-            gaps.append(np.abs(logp - behaviour_logp)[sampled])
+            comparable = row.trained & sampled & present
+            difference = np.abs(logp - behaviour_logp)
+            gaps.append(difference[comparable])
         found = np.concatenate(gaps)
         if not len(found):
             return Gap(0.0, 0.0, 0)
-        return Gap(float(found.max()), float(found.mean()), len(found))
+        largest = float(found.max())
+        mean = float(found.mean())
+        return Gap(largest, mean, len(found))
 
     def check_gap(self, gap: Gap, step: int) -> None:
         """Raise SyncError if rollout and learner disagree more than the config allows.
@@ -177,9 +188,13 @@ class Sync:
         NaN is a disagreement.
         """
         if self.config.model.dtype == "float32":
-            found, key, allowed = gap.max, "max_gap", self.config.sync.max_gap
+            found = gap.max
+            key = "max_gap"
+            allowed = self.config.sync.max_gap
         else:
-            found, key, allowed = gap.mean, "max_mean_gap", self.config.sync.max_mean_gap
+            found = gap.mean
+            key = "max_mean_gap"
+            allowed = self.config.sync.max_mean_gap
         if not found <= allowed:
             raise SyncError(
                 f"step {step}: |rollout log-prob - learner log-prob| is {found:.3g} on "
@@ -193,7 +208,9 @@ class Sync:
         """The same for what an update measured itself. One token's rounding may pass the gate's
         bound some day, the mean may not.
         """
-        if self.config.sync.gate_steps and "gap/max" in metrics and not self.replaying:
+        if not self.config.sync.gate_steps or self.replaying:
+            return
+        if "gap/max" in metrics:
             mean = metrics["gap/mean"]
             self.check_gap(Gap(mean, mean, 0), step)
 

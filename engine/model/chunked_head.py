@@ -54,10 +54,12 @@ class ChunkedHead(torch.autograd.Function):
         ent = torch.empty_like(logp) if entropy else None
         for part in parts(len(hidden), chunk):
             z = final_logits(hidden[part], weight, bias, temperature, dtype, scale, cap)
-            lse[part] = z.logsumexp(-1)
+            lse_here = z.logsumexp(-1)
+            lse[part] = lse_here
             of_target = z.gather(-1, target[part, None])
-            logp[part] = of_target.squeeze(-1) - lse[part]
-            log_p = z.sub_(lse[part, None])
+            of_target = of_target.squeeze(-1)
+            logp[part] = of_target - lse_here
+            log_p = z.sub_(lse_here[:, None])
             if ent is not None:
                 ent[part] = entropy_of(log_p)
         ctx.save_for_backward(hidden, weight, bias, target, lse, ent)

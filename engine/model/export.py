@@ -73,20 +73,25 @@ def find_origin(model: PreTrainedModel, path: str) -> Origin:
     """
     folder = local_folder(path)
     shapes = tensor_shapes(folder)
-    state = model.state_dict()
-    empty = {name: torch.empty_like(state[name], device="meta") for name in state}
+    empty = {}
+    for name, tensor in model.state_dict().items():
+        empty[name] = torch.empty_like(tensor, device="meta")
     written = checkpoint_layout(model, empty, shapes)
     used = used_names(model, shapes)
     for name in sorted(used):
-        found = tuple(written[name].shape) if name in written else None
+        found = None
+        words = "nothing of that name"
+        if name in written:
+            found = tuple(written[name].shape)
+            words = f"shape {list(found)}"
         if found != shapes[name]:
-            words = "nothing of that name" if found is None else f"shape {list(found)}"
             raise ConfigError(
                 f"model {path!r} could not be exported after training: its tensor {name!r} of "
                 f"shape {list(shapes[name])} would be written as {words}; save the model once "
                 "with transformers' save_pretrained and train that"
             )
-    return Origin(folder, frozenset(shapes), tuple(sorted(shapes.keys() - used)))
+    unused = sorted(shapes.keys() - used)
+    return Origin(folder, frozenset(shapes), tuple(unused))
 
 
 def local_folder(path: str) -> Path:
@@ -97,7 +102,8 @@ def local_folder(path: str) -> Path:
 
     found = cached_file(path, "config.json")
     assert found is not None  # it raises an error where there is none
-    return Path(found).absolute().parent
+    config = Path(found).absolute()
+    return config.parent
 
 
 def checkpoint_layout(
@@ -111,14 +117,19 @@ def checkpoint_layout(
     known = frozenset(names)
     prefix = f"{model.base_model_prefix}."
     reverted = revert_weight_conversion(model, state)
-    return {with_prefix_of(name, prefix, known): tensor for name, tensor in reverted.items()}
+    found = {}
+    for name, tensor in reverted.items():
+        name = with_prefix_of(name, prefix, known)
+        found[name] = tensor
+    return found
 
 
 def with_prefix_of(name: str, prefix: str, known: frozenset[str]) -> str:
     """Checkpoints of the bare decoder lack the prefix that its model with a head has (GPT-2's
     `transformer.`), or the other way round.
     """
-    for candidate in (name, name.removeprefix(prefix), prefix + name):
+    candidates = (name, name.removeprefix(prefix), prefix + name)
+    for candidate in candidates:
         if candidate in known:
             return candidate
     return name
@@ -144,8 +155,12 @@ def used_names(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
 
 def persistent_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
     """What belongs to a checkpoint beside the parameters, e.g. the router's bias of DeepSeek-V3."""
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    found = {}
+    for name, tensor in model.state_dict().items():
+        if name not in parameters:
+            found[name] = tensor
+    return found
 
 
 def write_weights(
@@ -160,18 +175,24 @@ def write_weights(
 
     At most `shard_bytes` and one layer are held in memory.
     """
-    own = chain(with_aliases(model, origin, parameters), persistent_buffers(model).items())
+    aliased = with_aliases(model, origin, parameters)
+    buffers = persistent_buffers(model)
+    own = chain(aliased, buffers.items())
     unused = read_tensors(origin.folder, origin.unused)
     stream = chain(pieces(own, converted=True), pieces(unused, converted=False))
     shards = []
     for part in by_layers(stream, shard_bytes):
-        own_part = {piece.name: piece.tensor for piece in part if piece.converted}
-        state = checkpoint_layout(model, own_part, origin.names)
-        state |= {piece.name: piece.tensor for piece in part if not piece.converted}
+        own_part = {}
+        others = {}
+        for piece in part:
+            side = own_part if piece.converted else others
+            side[piece.name] = piece.tensor
+        state = checkpoint_layout(model, own_part, origin.names) | others
         path = folder / f"shard-{len(shards)}.safetensors"
         whole = {name: tensor.contiguous() for name, tensor in state.items()}
         save_file(whole, path, metadata={"format": "pt"})
-        shards.append((path, {name: tensor.nbytes for name, tensor in state.items()}))
+        sizes = {name: tensor.nbytes for name, tensor in state.items()}
+        shards.append((path, sizes))
     name_shards(folder, shards)
 
 
@@ -194,7 +215,8 @@ def with_aliases(
     """Tied weights a second time where the checkpoint has them under both names."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(plain_name(name))
+        of_parameter = names.setdefault(id(parameter), [])
+        of_parameter.append(plain_name(name))
     aliases = {first: others for first, *others in names.values()}
     for name, tensor in parameters:
         yield name, tensor
@@ -214,14 +236,16 @@ def by_layers(stream: Iterable[Piece], limit: int) -> Iterator[list[Piece]]:
     size = 0
     layer = None
     for piece in stream:
-        if size >= limit and layer_of(piece.name) != layer:
+        own_layer = layer_of(piece.name)
+        if size >= limit and own_layer != layer:
             yield part
             part = []
             size = 0
-        copy = piece.tensor.detach().to("cpu", copy=True)
+        tensor = piece.tensor.detach()
+        copy = tensor.to("cpu", copy=True)
         part.append(piece._replace(tensor=copy))
         size += copy.nbytes
-        layer = layer_of(piece.name)
+        layer = own_layer
     yield part
 
 
@@ -234,7 +258,8 @@ def layer_of(name: str) -> str:
 def name_shards(folder: Path, shards: list[tuple[Path, dict[str, int]]]) -> None:
     """Give the files the names that loaders look for: one file, or several and their index."""
     if len(shards) == 1:
-        shards[0][0].rename(folder / SAFE)
+        path, _ = shards[0]
+        path.rename(folder / SAFE)
         return
     places = {}
     total = 0
@@ -243,8 +268,12 @@ def name_shards(folder: Path, shards: list[tuple[Path, dict[str, int]]]) -> None
         path.rename(folder / final)
         places |= dict.fromkeys(sizes, final)
         total += sum(sizes.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-    (folder / SAFE_INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": dict(sorted(places.items())),
+    }
+    text = json.dumps(index, indent=2)
+    (folder / SAFE_INDEX).write_text(f"{text}\n")
 
 
 def read_files(model: ModelConfig) -> dict[str, bytes]:
@@ -275,7 +304,8 @@ def matching_files(folder: Path, patterns: Sequence[str]) -> dict[str, bytes]:
     for pattern in patterns:
         for path in folder.glob(pattern):
             if path.is_file():
-                found[path.relative_to(folder).as_posix()] = path.read_bytes()
+                name = path.relative_to(folder).as_posix()
+                found[name] = path.read_bytes()
     return found
 
 
@@ -294,7 +324,8 @@ def with_dtype(content: bytes, dtype: str) -> bytes:
     set_dtype(tree, dtype)
     if "dtype" not in tree and "torch_dtype" not in tree:
         tree["dtype"] = dtype
-    return (json.dumps(tree, indent=2, ensure_ascii=False) + "\n").encode()
+    text = json.dumps(tree, indent=2, ensure_ascii=False)
+    return f"{text}\n".encode()
 
 
 def set_dtype(tree: dict, dtype: str) -> None:

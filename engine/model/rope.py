@@ -30,19 +30,24 @@ class RowRope(nn.Module):
         """cos and sin [B, L, head size] at position_ids int64 [B, L], each row as if alone."""
         if self.always_long:
             return self.ask(x, position_ids, self.switch + 1)
-        lengths = row_lengths(position_ids).clamp(min=self.switch)
+        lengths = row_lengths(position_ids)
+        lengths = lengths.clamp(min=self.switch)
         if self.rope.rope_type == "longrope":
             # one set of factors for all long rows
             lengths = lengths.clamp(max=self.switch + 1)
-        cos = sin = None
+        cos = None
+        sin = None
         for length in lengths.unique().tolist():
             mine = lengths == length
-            found = self.ask(x, position_ids.where(mine, 0), length)
+            own_positions = position_ids.where(mine, 0)
+            own_cos, own_sin = self.ask(x, own_positions, length)
             if cos is None:
-                cos, sin = found
+                cos = own_cos
+                sin = own_sin
             else:
-                cos = found[0].where(mine[..., None], cos)
-                sin = found[1].where(mine[..., None], sin)
+                mask = mine[..., None]
+                cos = own_cos.where(mask, cos)
+                sin = own_sin.where(mask, sin)
         return cos, sin
 
     def ask(self, x: Tensor, position_ids: Tensor, length: int):
@@ -50,8 +55,10 @@ class RowRope(nn.Module):
         rope = self.rope
         rope.inv_freq = rope.original_inv_freq.to(x.device)
         rope.max_seq_len_cached = rope.original_max_seq_len  # forget the rows of earlier calls
-        last = position_ids.new_full((len(position_ids), 1), length - 1)
-        cos, sin = rope(x, torch.cat([position_ids, last], dim=1))
+        shape = (len(position_ids), 1)
+        last = position_ids.new_full(shape, length - 1)
+        with_last = torch.cat([position_ids, last], dim=1)
+        cos, sin = rope(x, with_last)
         return cos[:, :-1], sin[:, :-1]
 
 
@@ -72,10 +79,11 @@ def row_lengths(position_ids: Tensor) -> Tensor:
     A new row begins where a position does not follow the one before, which is also how transformers
     tells packed rows apart.
     """
+    bins, tokens = position_ids.shape
     begins = torch.ones_like(position_ids)
     begins[:, 1:] = position_ids.diff(dim=1) != 1
-    row = begins.cumsum(dim=1)
-    longest = position_ids.new_zeros(len(position_ids), position_ids.shape[1] + 1)
+    row = begins.cumsum(dim=1)  # its number in the bin, from 1 on
+    longest = position_ids.new_zeros(bins, tokens + 1)
     longest.scatter_reduce_(1, row, position_ids + 1, "amax")
     return longest.gather(1, row)
 
@@ -85,7 +93,9 @@ def separate_rows(model: nn.Module) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             kind = getattr(child, "rope_type", None)
-            if isinstance(kind, str) and (kind == "longrope" or "dynamic" in kind):
+            if not isinstance(kind, str):
+                continue
+            if kind == "longrope" or "dynamic" in kind:
                 setattr(parent, name, RowRope(child))
 
 
