@@ -93,9 +93,9 @@ def packages(inline: bool) -> Iterator[Check]:
     """
     from packaging.requirements import Requirement
 
-    supported = sys.version_info >= (3, 11)
+    state = OK if sys.version_info >= (3, 11) else BAD
     version = sys.version.split()[0]
-    yield Check(OK if supported else BAD, "python", f"{version} at {sys.executable}")
+    yield Check(state, "python", f"{version} at {sys.executable}")
     try:
         lines = importlib.metadata.requires("tandem-rl") or ()
     except importlib.metadata.PackageNotFoundError:
@@ -103,9 +103,12 @@ def packages(inline: bool) -> Iterator[Check]:
         yield Check(BAD, "tandem-rl", advice)
         return
     requirements = [Requirement(line) for line in lines]
-    needed = {requirement.name for requirement in requirements if requirement.marker is None}
+    needed = set()
+    for requirement in requirements:
+        if requirement.marker is None:
+            needed.add(requirement.name)
     if not inline:
-        needed |= set(CLUSTER_ONLY)
+        needed.update(CLUSTER_ONLY)
     with ThreadPoolExecutor(2) as threads:
         errors = {}
         for name in sorted(needed):
@@ -113,7 +116,9 @@ def packages(inline: bool) -> Iterator[Check]:
                 errors[name] = threads.submit(import_error, module_of(name))
         for requirement in requirements:
             name = requirement.name
-            error = errors[name].result() if name in errors else None
+            error = None
+            if name in errors:
+                error = errors[name].result()
             yield package(name, requirement.specifier, name in needed, error)
     yield from strangers()
 
@@ -123,10 +128,12 @@ def package(name: str, tested: SpecifierSet, needed: bool, error: str | None) ->
     if version is None:
         where = "only mode=inline can run" if name in CLUSTER_ONLY else "optional"
         detail = f"not installed ({where}); tested: {tested}"
-        return Check(BAD if needed else WARN, name, detail)
+        state = BAD if needed else WARN
+        return Check(state, name, detail)
     if error:
         return Check(BAD, name, f"{version} is installed but does not import: {error}")
-    if not tested.contains(version.partition("+")[0], prereleases=True):
+    public = version.partition("+")[0]
+    if not tested.contains(public, prereleases=True):
         return Check(WARN, name, f"{version} is outside the tested range {tested}")
     return Check(OK, name, version)
 
@@ -149,9 +156,8 @@ def module_of(distribution: str) -> str:
 
 def import_error(module: str) -> str | None:
     """Last line of what `import module` says in a process of its own, or None if it works."""
-    done = subprocess.run(
-        [sys.executable, "-c", f"import {module}"], capture_output=True, text=True, timeout=300
-    )
+    program = [sys.executable, "-c", f"import {module}"]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=300)
     if done.returncode == 0:
         return None
     lines = done.stderr.strip().splitlines()
@@ -160,7 +166,8 @@ def import_error(module: str) -> str | None:
 
 def strangers() -> Iterator[Check]:
     """Packages that break imports next to a CPU build of torch."""
-    if "+cpu" not in (installed("torch") or ""):
+    torch_version = installed("torch") or ""
+    if "+cpu" not in torch_version:
         return
     for name in NOT_NEXT_TO_CPU_TORCH:
         version = installed(name)
@@ -178,9 +185,12 @@ def strangers() -> Iterator[Check]:
 def this_machine(config: Config | None) -> Iterator[Check]:
     yield Check(OK, "rollouts", backend(config))
     yield Check(OK, "CPUs", f"{machine.cpu_count()} usable")
-    yield Check(OK, "GPUs", "; ".join(machine.gpu_names()) or "none")
-    yield Check(OK, "memory", f"{machine.available_memory() / GIB:.1f} GiB available")
-    folder = Path(config.run.dir if config else ".").resolve()
+    gpus = "; ".join(machine.gpu_names())
+    yield Check(OK, "GPUs", gpus or "none")
+    available = machine.available_memory() / GIB
+    yield Check(OK, "memory", f"{available:.1f} GiB available")
+    run_dir = config.run.dir if config else "."
+    folder = Path(run_dir).resolve()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
@@ -205,8 +215,11 @@ def backend(config: Config | None) -> str:
 
 
 def shared_memory(config: Config | None) -> Check:
-    need = (config.cluster.object_store_mib if config else 150) << 20
-    free = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
+    mib = config.cluster.object_store_mib if config else 150
+    need = mib << 20
+    free = 0
+    if Path("/dev/shm").is_dir():
+        free = shutil.disk_usage("/dev/shm").free
     if free > need:
         return Check(OK, "/dev/shm", f"{free / GIB:.1f} GiB free for Ray's object store")
     detail = (
@@ -222,12 +235,13 @@ def surroundings(config: Config | None) -> Iterator[Check]:
     if names:
         detail = f"{names} are set, by another launcher; a run does not use them"
         yield Check(WARN, "environment", detail)
-    if config is None or (config.mode == "cluster" and config.cluster.address is None):
+    own_ray = config is None or (config.mode == "cluster" and config.cluster.address is None)
+    if own_ray:
         try:
             yield Check(OK, "sockets", f"in {variables.ray_folder()}")
         except ConfigError as error:
             yield Check(BAD, "sockets", str(error))
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
         detail = (
             f"limited to {limit / GIB:.1f} GiB (ulimit -v); torch, Ray and vLLM reserve "
@@ -251,7 +265,8 @@ def ports(config: Config | None) -> Check:
     held = []
     try:
         for _ in range(PORTS):
-            held.append(socket.create_server(("127.0.0.1", 0)))
+            server = socket.create_server(("127.0.0.1", 0))
+            held.append(server)
     except OSError as error:
         detail = f"only {len(held)} free ports on 127.0.0.1, about {PORTS} are needed: {error}"
         return Check(BAD, "ports", detail)
@@ -308,23 +323,25 @@ def room(config: Config, parameters: int | None, trained: int | None) -> Check:
     name = "checkpoints"
     if parameters is None:
         return Check(WARN, name, "size not estimated: no safetensors files in the model's folder")
+    folder = Path(config.run.dir) / config.run.name
     warnings: list[str] = []
     try:
-        folder = Path(config.run.dir) / config.run.name
         disk.check_room(config, parameters, folder, warnings.append, trained)
     except ConfigError as error:
         return Check(BAD, name, str(error))
     if warnings:
         return Check(WARN, name, warnings[0])
-    whole = disk.show(disk.room_needed(config, parameters, trained))
-    return Check(OK, name, f"the run takes about {whole} of disk for them and the model")
+    needed = disk.room_needed(config, parameters, trained)
+    detail = f"the run takes about {disk.show(needed)} of disk for them and the model"
+    return Check(OK, name, detail)
 
 
 def datasets(config: Config) -> dict[str, DatasetConfig]:
     """Those that the config names, by their key without `data.`."""
     found = {"prompts": config.data.prompts}
     for name, dataset in config.data.demonstrations.items():
-        found[source_key(name).removeprefix("data.")] = dataset
+        key = source_key(name).removeprefix("data.")
+        found[key] = dataset
     found["evaluation"] = config.data.evaluation
     return {key: dataset for key, dataset in found.items() if dataset is not None}
 
@@ -345,8 +362,8 @@ def data(config: Config, name: str, dataset: DatasetConfig, tokenizer) -> Check:
     except ConfigError as error:
         return Check(BAD, name, str(error))
     rows = "endless" if source.endless else len(source)
-    beginning = repr(shorten(tokenizer.decode(first.tokens)))
-    detail = f"{rows} rows, the first has {len(first.tokens)} tokens: {beginning}"
+    beginning = shorten(tokenizer.decode(first.tokens))
+    detail = f"{rows} rows, the first has {len(first.tokens)} tokens: {beginning!r}"
     return Check(OK, name, f"{dataset.path}: {detail}")
 
 
@@ -375,5 +392,6 @@ def try_rewards(config: Config) -> str:
             "neither is set"
         )
     rows = open_rows(dataset)
-    first = [rows[i] for i in range(min(3, len(rows)))]
+    count = min(3, len(rows))
+    first = [rows[i] for i in range(count)]
     return check(config.reward, first, dataset.prompt, dataset.response)

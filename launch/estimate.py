@@ -64,12 +64,15 @@ def decode_seconds(
     """One token for each of `batch` sequences with `context` tokens behind them, on an engine of
     `tp` devices.
     """
-    read = weight_bytes(model, work) + batch * cache_bytes(model, work) * context
+    cached = batch * cache_bytes(model, work) * context
+    read = weight_bytes(model, work) + cached
     memory = read / tp / (device.bandwidth * MEMORY_EFFICIENCY)
-    compute = 2 * model.parameters * batch / tp / (device.flops * PREFILL_EFFICIENCY)
+    flops = 2 * model.parameters * batch
+    compute = flops / tp / (device.flops * PREFILL_EFFICIENCY)
     # two small all-reduces a layer cost about as much as the layer
     launches = 1 if tp == 1 else 3
-    return max(memory, compute) + model.layers * device.layer_seconds * launches
+    overhead = model.layers * device.layer_seconds * launches
+    return max(memory, compute) + overhead
 
 
 def rollout_seconds(model: Shape, device: Device, work: Work, engines: int, tp: int) -> float:
@@ -80,28 +83,33 @@ def rollout_seconds(model: Shape, device: Device, work: Work, engines: int, tp: 
     at_once = min(own, concurrency(model, device, work, tp))
     context = work.prompt + work.response / 2
     full = decode_seconds(model, device, work, at_once, context, tp)
-    steady = (own - at_once) * work.response / at_once * full
+    waiting = own - at_once
+    steady = waiting * work.response / at_once * full
     tail = 0.0
     for point in range(TAIL_POINTS):
         length = (point + 0.5) / TAIL_POINTS * work.longest
         batch = max(1.0, at_once * work.alive(length))
-        tail += decode_seconds(model, device, work, batch, work.prompt + length, tp)
-    prompts = 2 * model.parameters * work.prompts / engines * work.prompt
-    prefill = prompts / tp / (device.flops * PREFILL_EFFICIENCY)
+        context = work.prompt + length
+        tail += decode_seconds(model, device, work, batch, context, tp)
+    flops = 2 * model.parameters * work.prompts / engines * work.prompt
+    prefill = flops / tp / (device.flops * PREFILL_EFFICIENCY)
     return prefill + steady + tail * work.longest / TAIL_POINTS
 
 
 def concurrency(model: Shape, device: Device, work: Work, tp: int) -> float:
     """Sequences whose keys and values fit beside the weights; 0 if the weights do not."""
     free = device.memory * USABLE * tp - weight_bytes(model, work)
-    sequence = cache_bytes(model, work) * (work.prompt + work.longest)
+    tokens = work.prompt + work.longest
+    sequence = cache_bytes(model, work) * tokens
     return max(0.0, min(MAX_SEQUENCES, free / sequence))
 
 
 def engine_bytes(model: Shape, device: Device, work: Work, engines: int, tp: int) -> float:
     """Per device: weights, and keys and values of what is decoded at once."""
-    at_once = min(work.prompts * work.samples / engines, concurrency(model, device, work, tp))
-    cached = at_once * cache_bytes(model, work) * (work.prompt + work.longest)
+    own = work.prompts * work.samples / engines
+    at_once = min(own, concurrency(model, device, work, tp))
+    tokens = work.prompt + work.longest
+    cached = at_once * cache_bytes(model, work) * tokens
     return (weight_bytes(model, work) + cached) / tp
 
 
@@ -121,15 +129,17 @@ def learner_bytes(model: Shape, work: Work, ranks: int, stage: int, checkpointin
     def split(since: int) -> float:
         return 1.0 / ranks if stage >= since else 1.0
 
+    weights = model.parameters * work.width * split(3)
     optimizer = 12 if work.width == 2 else 8
-    states = model.parameters * work.width * split(3)
-    states += trained(model, work) * (4 * split(2) + optimizer * split(1))
+    each = 4 * split(2) + optimizer * split(1)
+    states = weights + trained(model, work) * each
     per_token = LAYER_BYTES * model.layers
     if checkpointing:
         per_token = CHECKPOINT_BYTES * model.layers + LAYER_BYTES
     longest = max(work.micro_batch_tokens, work.prompt + work.longest)
     activations = longest * model.hidden * per_token * work.width / 2
-    return states + activations + 2 * 4 * HEAD_CHUNK * model.vocabulary
+    logits = 2 * 4 * HEAD_CHUNK * model.vocabulary
+    return states + activations + logits
 
 
 def learn_seconds(
@@ -140,22 +150,23 @@ def learn_seconds(
     # frozen weights have no gradient
     through_weights = passes - 2 if work.lora else passes
     # causal, per token: 2 matmuls of half the context
-    attention = passes * model.layers * model.hidden * (work.prompt + work.response)
-    flops = work.tokens * (through_weights * model.parameters + attention)
+    context = work.prompt + work.response
+    attention = passes * model.layers * model.hidden * context
+    per_token = through_weights * model.parameters + attention
+    flops = work.tokens * per_token
     compute = flops / ranks / (device.flops * TRAIN_EFFICIENCY)
     micro_batches = max(1.0, work.tokens / ranks / work.micro_batch_tokens)
     gradients = work.width * trained(model, work)
     sent = zero_traffic(weight_bytes(model, work), gradients, ranks, stage, micro_batches)
+    traffic = sent / wire(device, ranks)
     # AdamW reads and writes master, moments, gradient
-    states = trained(model, work) * 4 * 7 * (1.0 / ranks if stage else 1.0)
+    share = 1.0 / ranks if stage else 1.0
+    states = trained(model, work) * 4 * 7 * share
+    optimizer = states / (device.bandwidth * MEMORY_EFFICIENCY)
     launches = 0.0
     if device.per_node == 1:
         launches = micro_batches * 3 * model.layers * device.layer_seconds
-    return (
-        max(compute, sent / wire(device, ranks))
-        + states / (device.bandwidth * MEMORY_EFFICIENCY)
-        + launches
-    )
+    return max(compute, traffic) + optimizer + launches
 
 
 def zero_traffic(
@@ -219,9 +230,12 @@ def estimates(model: Shape, device: Device, work: Work, devices: int) -> Iterato
     for tp in (1, 2, 4, 8):
         if tp > device.per_node or concurrency(model, device, work, tp) < 1:
             continue
-        for engines in range(1, max(1, (devices - 1) // tp) + 1):
-            ranks = devices - engines * tp
-            partial_node = devices > 2 * device.per_node and engines * tp % device.per_node
+        most_engines = max(1, (devices - 1) // tp)
+        for engines in range(1, most_engines + 1):
+            taken = engines * tp
+            ranks = devices - taken
+            many_nodes = devices > 2 * device.per_node
+            partial_node = many_nodes and taken % device.per_node
             if ranks < 1 or partial_node:  # on many nodes, whole ones
                 continue
             learner = fastest_learner(model, device, work, ranks)
@@ -253,13 +267,15 @@ def estimate(
     learner: LearnerChoice,
 ) -> Estimate:
     ranks = devices - engines * tp
-    stage, checkpointing = learner.zero_stage, learner.checkpointing
+    stage = learner.zero_stage
+    checkpointing = learner.checkpointing
     rollout = rollout_seconds(model, device, work, engines, tp)
     sync = sync_seconds(model, device, work, devices)
     busy = max(rollout, learner.seconds)
     if work.staleness == 0:
         busy = rollout + learner.seconds
     step = busy + sync + device.fixed_seconds
+    cost = devices * device.dollars * step / 3600
     return Estimate(
         engines=engines,
         tensor_parallel=tp,
@@ -272,13 +288,14 @@ def estimate(
         learn=learner.seconds,
         sync=sync,
         step=step,
-        dollars=devices * device.dollars * step / 3600 / (work.tokens / 1e6),
+        dollars=cost / (work.tokens / 1e6),
     )
 
 
 def fastest(model: Shape, device: Device, work: Work, devices: int) -> Estimate:
     """The split with the shortest step. Raises ConfigError if nothing fits."""
-    found = min(estimates(model, device, work, devices), key=lambda one: one.step, default=None)
+    splits = estimates(model, device, work, devices)
+    found = min(splits, key=lambda split: split.step, default=None)
     if found is None:
         raise ConfigError(
             f"{devices} device(s) of {device.memory / 1e9:.0f} GB cannot hold an engine and a "
@@ -293,11 +310,12 @@ def fastest(model: Shape, device: Device, work: Work, devices: int) -> Estimate:
 
 
 def known(name: str, table: Mapping[str, T], what: str) -> T:
-    if name.lower() not in table:
+    key = name.lower()
+    if key not in table:
         raise ConfigError(
             f"unknown {what} {name!r}{closest(name, table)}; known: {', '.join(table)}"
         )
-    return table[name.lower()]
+    return table[key]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -314,9 +332,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("staleness", 1, ""),
         ("lora", 0, "rank of adapters on every linear layer; 0: all weights train"),
     ):
-        parser.add_argument(
-            f"--{name}", type=int, default=value, help=f"{help} (default: %(default)s)"
-        )
+        help = f"{help} (default: %(default)s)"
+        parser.add_argument(f"--{name}", type=int, default=value, help=help)
     parser.add_argument("--dollars", type=float, help="per GPU and hour")
 
 
@@ -361,7 +378,7 @@ def read_work(args: argparse.Namespace) -> Work:
         args.response_tokens,
         args.micro_batch_tokens,
     )
-    if min(counts) < 1 or min(args.staleness, args.lora) < 0:
+    if min(counts) < 1 or args.staleness < 0 or args.lora < 0:
         raise ConfigError(
             "plan: counts and lengths must be at least 1, staleness and lora at least 0"
         )

@@ -39,13 +39,17 @@ class EngineActor:
             pin_cores(config.cluster.threads, index)
         # before the engine's libraries are imported, so that nothing of theirs reaches the terminal
         redirect_output(log_path(run_dir, index))
-        self.index, self.config, self.model_path, self.stale = index, config, model_path, stale
+        self.index = index
+        self.config = config
+        self.model_path = model_path
+        self.stale = stale
         self.in_update = False
         # takes the weights for a backend that is given named tensors
         self.receiver: Receiver | None = None
 
     async def start(self) -> None:
-        cls, seed = backend_class(self.config), self.config.run.seed + self.index
+        cls = backend_class(self.config)
+        seed = self.config.run.seed + self.index
         options = self.config.rollout.backend_options
         self.backend = await cls.start(self.model_path, self.config, seed, **options)
 
@@ -55,7 +59,8 @@ class EngineActor:
                 f"engine {self.index} was restarted and still has the weights of "
                 f"{self.model_path}; sync weights before it serves"
             )
-        return checked_answer(request, await self.backend.generate(request))
+        answer = await self.backend.generate(request)
+        return checked_answer(request, answer)
 
     async def logprobs(self, tokens: np.ndarray) -> np.ndarray:
         return await self.backend.logprobs(tokens)
@@ -75,8 +80,9 @@ class EngineActor:
             return
         if self.receiver is not None:
             self.receiver.close()
+        info = ChannelInfo(**init_info)
         # in a thread: with gloo it waits for the other engines
-        self.receiver = await asyncio.to_thread(Receiver, ChannelInfo(**init_info))
+        self.receiver = await asyncio.to_thread(Receiver, info)
 
     async def start_weight_update(self) -> None:
         self.in_update = True
@@ -86,13 +92,16 @@ class EngineActor:
         if self.receiver is None:
             await self.backend.update_weights(update_info)
             return
-        incoming = self.receiver.receive(Parameters(**update_info))
+        parameters = Parameters(**update_info)
+        incoming = self.receiver.receive(parameters)
         while named := await asyncio.to_thread(next, incoming, None):
             await self.backend.update_weights({"named": named})
 
     async def finish_weight_update(self, version: int) -> Installed:
-        installed = checked_installed(await self.backend.finish_weight_update(version))
-        self.stale = self.in_update = False
+        answer = await self.backend.finish_weight_update(version)
+        installed = checked_installed(answer)
+        self.stale = False
+        self.in_update = False
         return installed
 
     async def updating(self) -> bool:
@@ -113,8 +122,11 @@ class EngineActor:
         """The actor's process and its children, such as vLLM's."""
         import multiprocessing
 
-        children = [process.pid for process in multiprocessing.active_children()]
-        return [os.getpid(), *(pid for pid in children if pid is not None)]
+        pids = [os.getpid()]
+        for process in multiprocessing.active_children():
+            if process.pid is not None:
+                pids.append(process.pid)
+        return pids
 
 
 def log_path(run_dir: str | Path, index: int) -> Path:
@@ -125,4 +137,5 @@ def end_of(path: Path) -> str:
     """The last lines of a log."""
     if not path.exists():
         return "(on another machine)"
-    return "\n  ".join(path.read_text(errors="replace").splitlines()[-15:])
+    lines = path.read_text(errors="replace").splitlines()
+    return "\n  ".join(lines[-15:])

@@ -78,7 +78,8 @@ class Backend(ABC):
 
     async def generate_all(self, requests: Sequence[GenRequest]) -> Sequence[Sequence[Trajectory]]:
         """The samples of each request: how mode=inline asks, for all that wait at once."""
-        answers = await asyncio.gather(*map(self.generate, requests), return_exceptions=True)
+        jobs = [self.generate(request) for request in requests]
+        answers = await asyncio.gather(*jobs, return_exceptions=True)
         groups = []
         for answer in answers:
             if isinstance(answer, BaseException):
@@ -216,21 +217,26 @@ def check_options(name: str, cls: type[Backend], options: dict[str, Any]) -> Non
     annotated with, or that it needs and has not got.
     """
     factory = cls.start if overrides(cls, "start") else cls
-    parameters = dict(inspect.signature(factory).parameters)
-    any_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    known = [
-        p.name
-        for p in parameters.values()
-        if p.name not in GIVEN and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-    ]
+    parameters = inspect.signature(factory).parameters
+    any_name = False
+    known = []
+    needed = []
+    for parameter in parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            any_name = True
+        elif parameter.kind is not parameter.VAR_POSITIONAL and parameter.name not in GIVEN:
+            known.append(parameter.name)
+            if parameter.default is parameter.empty:
+                needed.append(parameter.name)
     for option in options:
-        if option in GIVEN or (option not in known and not any_name):
+        unknown = option not in known and not any_name
+        if unknown or option in GIVEN:
             raise ConfigError(
                 f"backend {name!r} has no option {option!r}{closest(option, known)}, set in "
                 f"rollout.backend_options; its options: {', '.join(known) or 'none'}"
             )
-    for option in known:
-        if parameters[option].default is inspect.Parameter.empty and option not in options:
+    for option in needed:
+        if option not in options:
             raise ConfigError(
                 f"backend {name!r} needs the option {option!r}: set rollout.backend_options: "
                 f"{{{option}: ...}}"
@@ -246,7 +252,8 @@ def check_types(factory: Any, options: dict[str, Any]) -> None:
     except Exception:
         return
     for option in options.keys() & hints.keys():
-        key, value = f"rollout.backend_options.{option}", options[option]
+        key = f"rollout.backend_options.{option}"
+        value = options[option]
         try:
             read = typed(hints[option], value, key)
         except ValueError as error:
@@ -260,5 +267,10 @@ def check_types(factory: Any, options: dict[str, Any]) -> None:
 
 def overrides(cls: type[Backend], name: str) -> bool:
     """Whether a backend has a call of its own and not the default."""
-    own, default = getattr(cls, name), getattr(Backend, name)
-    return getattr(own, "__func__", own) is not getattr(default, "__func__", default)
+    return function_of(cls, name) is not function_of(Backend, name)
+
+
+def function_of(cls: type[Backend], name: str) -> Any:
+    """The function behind a method, a classmethod's too."""
+    method = getattr(cls, name)
+    return getattr(method, "__func__", method)

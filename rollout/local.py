@@ -32,19 +32,21 @@ class LocalPool:
 
     def __init__(self, backend: Backend, loop: asyncio.AbstractEventLoop):
         """`loop`: on which the backend was started; it runs only while something is asked."""
-        self.backend, self.loop = backend, loop
+        self.backend = backend
+        self.loop = loop
         self.waiting: list[tuple[GenRequest, OnDemand]] = []
-        self.busy_seconds, self.generated_tokens = 0.0, 0
+        self.busy_seconds = 0.0
+        self.generated_tokens = 0
         self.died = False
 
     @classmethod
     def start(cls, config: Config, model_path: str) -> LocalPool:
         """Load the model or the record. Raises ConfigError."""
         loop = asyncio.new_event_loop()
-        starting = backend_class(config).start(
-            model_path, config, config.run.seed, **config.rollout.backend_options
-        )
-        return cls(loop.run_until_complete(starting), loop)
+        options = config.rollout.backend_options
+        starting = backend_class(config).start(model_path, config, config.run.seed, **options)
+        backend = loop.run_until_complete(starting)
+        return cls(backend, loop)
 
     def submit(self, request: GenRequest) -> Future[tuple[Trajectory, ...]]:
         """A future that computes when its result or exception is asked for; it must be asked in the
@@ -56,7 +58,8 @@ class LocalPool:
 
     def generate(self) -> None:
         """Serve everything that waits, as one batch. An error belongs to all of its requests."""
-        waiting, self.waiting = self.waiting, []
+        waiting = self.waiting
+        self.waiting = []
         if not waiting:
             return
         requests = [request for request, _ in waiting]
@@ -87,9 +90,11 @@ class LocalPool:
         async def update() -> Installed:
             await self.backend.start_weight_update()
             await self.backend.update_weights({"named": named})
-            return checked_installed(await self.backend.finish_weight_update(version))
+            answer = await self.backend.finish_weight_update(version)
+            return checked_installed(answer)
 
-        return [self.loop.run_until_complete(update())]
+        installed = self.loop.run_until_complete(update())
+        return [installed]
 
     def abort(self, request: GenRequest) -> None:
         """Requests end in the call that computes them."""

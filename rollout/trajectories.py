@@ -29,13 +29,14 @@ def trajectory(
     source = np.full(length, Source.POLICY, np.int8)
     source[: len(prompt)] = Source.PROMPT
     source[len(prompt) : given] = request.prefix_source
+    tokens = np.concatenate([prompt, prefix, sampled])
     behaviour_logp = np.full(length, np.nan, np.float32)
     behaviour_logp[given:] = logp
     versions = np.full(length, -1, np.int32)
     versions[given:] = version
     return Trajectory(
         prompt_id=request.prompt.id,
-        tokens=np.concatenate([prompt, prefix, sampled]).astype(np.int32),
+        tokens=tokens.astype(np.int32),
         source=source,
         finish=finish,
         behaviour_logp=behaviour_logp,
@@ -51,7 +52,8 @@ def prefixes_of(request: GenRequest) -> list[np.ndarray]:
     Raises ValueError if there are prefixes, and not one per sample.
     """
     if not request.prefixes:
-        return [np.zeros(0, np.int32) for _ in range(request.samples)]
+        none = np.zeros(0, np.int32)
+        return [none] * request.samples
     if len(request.prefixes) != request.samples:
         raise ValueError(
             f"group {request.group}: {len(request.prefixes)} prefixes for {request.samples} "
@@ -64,8 +66,9 @@ def checked_answer(request: GenRequest, answer: Any) -> tuple[Trajectory, ...]:
     """What a backend's `generate` returned. Raises ConfigError unless it is one Trajectory per
     sample.
     """
-    if not isinstance(answer, (list, tuple)) or len(answer) != request.samples:
-        found = f"{len(answer)} of them" if isinstance(answer, (list, tuple)) else repr(answer)
+    count = len(answer) if isinstance(answer, (list, tuple)) else None
+    if count != request.samples:
+        found = repr(answer) if count is None else f"{count} of them"
         raise ConfigError(
             f"rollout.backend: `generate` was asked for {request.samples} trajectories of prompt "
             f"{request.prompt.id!r} and returned {found}; one per sample is expected"
@@ -91,4 +94,8 @@ def checked_installed(answer: Any) -> Installed:
 
 def sampled(trajectories: Sequence[Trajectory]) -> int:
     """Tokens that were sampled, over all of a request's trajectories."""
-    return sum(int((t.source == Source.POLICY).sum()) for t in trajectories)
+    count = 0
+    for one in trajectories:
+        is_sampled = one.source == Source.POLICY
+        count += int(is_sampled.sum())
+    return count

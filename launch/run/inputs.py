@@ -27,28 +27,38 @@ class Sources:
     def named(self) -> dict[str, RowSource]:
         """Those that are read from datasets."""
         every = {**self.cursors(), "evaluation": self.evaluation}
-        return {name: source for name, source in every.items() if isinstance(source, RowSource)}
+        found = {}
+        for name, source in every.items():
+            if isinstance(source, RowSource):
+                found[name] = source
+        return found
 
     def cursors(self) -> dict[str, Any]:
         """Those of which a checkpoint says how far they are read."""
         every: dict[str, Any] = {"prompts": self.prompts}
         for name, source in self.experts.items():
-            every[source_key(name).removeprefix("data.")] = source
+            key = source_key(name).removeprefix("data.")
+            every[key] = source
         every["aligned"] = self.expert_prompts
         return {name: source for name, source in every.items() if source is not None}
 
     def codec(self) -> PromptCodec | None:
         """How the prompts of the run are written."""
-        for source in (self.prompts, self.expert_prompts, *self.experts.values()):
+        every = (self.prompts, self.expert_prompts, *self.experts.values())
+        for source in every:
             if isinstance(source, RowSource):
                 return PromptCodec(source.encoder)
         return None
 
     def by_key(self) -> dict[str, Any]:
         """What training reads, by the key of the config that names it."""
-        found = {"data.prompts": self.prompts, "data.experts": self.expert_prompts}
+        found = {
+            "data.prompts": self.prompts,
+            "data.experts": self.expert_prompts,
+        }
         for name, source in self.experts.items():
-            found[source_key(name)] = source
+            key = source_key(name)
+            found[key] = source
         return found
 
     def lengths(self) -> dict[str, int]:
@@ -75,7 +85,8 @@ def open_sources(config: Config, data: DataConfig, method: Method, tokenizer) ->
             return None
         return kind(dataset, data, tokenizer, config.model, config.run.seed)
 
-    prompts = expert_prompts = None
+    prompts = None
+    expert_prompts = None
     experts: dict[str, ExpertSource] = {}
     if method.uses_rollouts:
         prompts = opened(PromptSource, data.prompts)
@@ -92,8 +103,10 @@ def open_sources(config: Config, data: DataConfig, method: Method, tokenizer) ->
         expert_prompts = opened(PromptSource, replace(data.experts, response=response))
     if method.uses_experts:
         for name, dataset in data.demonstrations.items():
-            if name != DEFAULT_SOURCE or not method.prompts_from_experts:
-                experts[name] = opened(demonstration_source(dataset), dataset)
+            if name == DEFAULT_SOURCE and method.prompts_from_experts:
+                continue  # opened above
+            kind = demonstration_source(dataset)
+            experts[name] = opened(kind, dataset)
     evaluation = None
     if data.evaluation is not None:  # the same problems for all seeds
         evaluation = PromptSource(data.evaluation, data, tokenizer, config.model, 0, True)

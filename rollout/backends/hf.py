@@ -40,19 +40,23 @@ class HFBackend(Backend):
 
         section = replace(config.model, path=model_path)
         self.device = torch.device("cuda" if config.cluster.engine_gpus > 0 else "cpu")
-        self.model = load_policy(section).model.requires_grad_(False).to(self.device)
+        model = load_policy(section).model
+        model.requires_grad_(False)
+        self.model = model.to(self.device)
         follow_engines(self.model, engine_length(config))  # a debug run computes as a real one
         # a tied weight under each of its names
         self.parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        self.eos = torch.tensor(
-            sorted(stop_tokens(self.model, load_tokenizer(section))), device=self.device
-        )
+        tokenizer = load_tokenizer(section)
+        ids = sorted(stop_tokens(self.model, tokenizer))
+        self.eos = torch.tensor(ids, device=self.device)
         text_config = self.model.config.get_text_config()
-        self.longest = config.rollout.max_model_len or getattr(
-            text_config, "max_position_embeddings", None
-        )
-        self.max_sequences, self.seed = config.rollout.max_sequences, seed
-        self.version, self.calls, self.open = 0, 0, True
+        context = getattr(text_config, "max_position_embeddings", None)
+        self.longest = config.rollout.max_model_len or context
+        self.max_sequences = config.rollout.max_sequences
+        self.seed = seed
+        self.version = 0
+        self.calls = 0
+        self.open = True
         self.received: dict[str, str] | None = None  # during an update: {name: digest}
 
     # -- generation
@@ -72,15 +76,23 @@ class HFBackend(Backend):
             raise EngineDied(
                 "the hf backend is in the middle of a weight update that did not finish"
             )
-        groups = [self.rows(request) for request in requests]
-        waiting = [row for rows in groups for row in rows if row.max_new_tokens > 0]
+        groups = []
+        waiting = []
+        for request in requests:
+            rows = self.rows(request)
+            groups.append(rows)
+            for row in rows:
+                if row.max_new_tokens > 0:
+                    waiting.append(row)
         for start in range(0, len(waiting), self.max_sequences):
-            decode(self.model, waiting[start : start + self.max_sequences], self.eos)
-        return [self.answer(request, rows) for request, rows in zip(requests, groups, strict=True)]
+            end = start + self.max_sequences
+            decode(self.model, waiting[start:end], self.eos)
+        return list(map(self.answer, requests, groups))
 
     def rows(self, request: GenRequest) -> list[Sample]:
         """One Sample per sample of the request."""
-        prompt, sampling = request.prompt.tokens, request.sampling
+        prompt = request.prompt.tokens
+        sampling = request.sampling
         prefixes = prefixes_of(request)
         if len(prompt) == 0:
             raise ValueError(
@@ -98,26 +110,29 @@ class HFBackend(Backend):
         entropy = [self.seed, self.calls]
         if sampling.seed is not None:
             entropy = [sampling.seed, request.group]
-        uniforms = np.random.default_rng(entropy).random((request.samples, sampling.max_tokens))
-        return [
-            Sample(np.concatenate([prompt, prefix]).astype(np.int32), len(prefix), sampling, own)
-            for prefix, own in zip(prefixes, uniforms, strict=True)
-        ]
+        generator = np.random.default_rng(entropy)
+        uniforms = generator.random((request.samples, sampling.max_tokens))
+        rows = []
+        for prefix, own in zip(prefixes, uniforms, strict=True):
+            context = np.concatenate([prompt, prefix]).astype(np.int32)
+            rows.append(Sample(context, len(prefix), sampling, own))
+        return rows
 
     def answer(self, request: GenRequest, rows: Sequence[Sample]) -> tuple[Trajectory, ...]:
         """Raises RuntimeError for a model whose numbers are not finite."""
-        if not all(np.isfinite(row.logp).all() for row in rows):
-            raise RuntimeError(
-                f"prompt {request.prompt.id!r}: the model's output is not finite with "
-                f"weight version {self.version}"
-            )
         prompt = len(request.prompt.tokens)
-        return tuple(
-            trajectory(
-                request, row.context[prompt:], row.tokens, row.logp, self.version, row.finish
+        found = []
+        for row in rows:
+            if not np.isfinite(row.logp).all():
+                raise RuntimeError(
+                    f"prompt {request.prompt.id!r}: the model's output is not finite with "
+                    f"weight version {self.version}"
+                )
+            prefix = row.context[prompt:]
+            found.append(
+                trajectory(request, prefix, row.tokens, row.logp, self.version, row.finish)
             )
-            for row in rows
-        )
+        return tuple(found)
 
     # -- weights
 
@@ -149,15 +164,18 @@ class HFBackend(Backend):
         if self.received is None:
             raise SyncError("finish_weight_update before start_weight_update")
         arrived = {id(self.parameters[name]) for name in self.received}
-        missing = [
-            name for name, parameter in self.parameters.items() if id(parameter) not in arrived
-        ]
+        missing = []
+        for name, parameter in self.parameters.items():
+            if id(parameter) not in arrived:
+                missing.append(name)
         if missing:
             raise SyncError(
                 f"weights {version} are incomplete: {len(missing)} of {len(self.parameters)} "
                 f"parameters were not sent, {missing[0]!r} is the first"
             )
-        received, self.received, self.version = self.received, None, version
+        received = self.received
+        self.received = None
+        self.version = version
         return Installed(received, await self.weight_version(), await self.active_digest())
 
     async def weight_version(self) -> int:
@@ -174,7 +192,8 @@ class HFBackend(Backend):
 
     async def close(self) -> None:
         if self.open:
-            self.open, self.parameters = False, {}
+            self.open = False
+            self.parameters = {}
             del self.model
 
 

@@ -40,7 +40,8 @@ class Record:
         self.prompts: dict[int, Prompt] = {}
         for _, prompt, trajectory in read_rollouts(path):
             key = (trajectory.group, trajectory.wave)
-            self.groups.setdefault(key, []).append(trajectory)
+            group = self.groups.setdefault(key, [])
+            group.append(trajectory)
             self.prompts.setdefault(trajectory.group, prompt)
 
 
@@ -84,7 +85,9 @@ class RecordedPrompts:
 
     def __init__(self, path: str | Path):
         refuse_cut_columns(path)
-        self.prompts, self.position = list(Record(path).prompts.values()), 0
+        record = Record(path)
+        self.prompts = list(record.prompts.values())
+        self.position = 0
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -94,13 +97,15 @@ class RecordedPrompts:
 
         Raises ConfigError when there are no more: a record is not started over.
         """
-        if self.position + n > len(self.prompts):
+        end = self.position + n
+        if end > len(self.prompts):
             raise ConfigError(
                 f"rollout.record holds {len(self.prompts)} groups, and all of them were "
                 "used; lower run.steps or record more rollouts"
             )
-        self.position += n
-        return self.prompts[self.position - n : self.position]
+        taken = self.prompts[self.position : end]
+        self.position = end
+        return taken
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position}
@@ -145,8 +150,9 @@ class ReplayBackend(Backend):
                     "data.prompts, run.seed and rollout.prompts_per_step, no "
                     "data.evaluation, and no more steps than were recorded"
                 )
-            first = choice.index(request.group) if request.group in choice else 0
-            self.served[request.group] = choice.pop(first)
+            recorded = request.group if request.group in choice else choice[0]
+            choice.remove(recorded)
+            self.served[request.group] = recorded
         recorded = self.served[request.group]
         trajectories = self.record.groups.get((recorded, request.wave))
         if trajectories is None:
@@ -162,7 +168,8 @@ class ReplayBackend(Backend):
                 "set rollout.samples_per_prompt to that of the recorded run"
             )
         first = trajectories[0]
-        if not np.array_equal(first.tokens[first.source == Source.PROMPT], prompt.tokens):
+        is_prompt = first.source == Source.PROMPT
+        if not np.array_equal(first.tokens[is_prompt], prompt.tokens):
             raise ConfigError(
                 f"rollout.record {self.record.path}: prompt {prompt.id!r} has other token "
                 "ids there than in data.prompts; "
@@ -175,7 +182,8 @@ class ReplayBackend(Backend):
         self.received = {}
 
     async def update_weights(self, update_info: dict[str, Any]) -> None:
-        self.received.update({name: digest(tensor) for name, tensor in update_info["named"]})
+        for name, tensor in update_info["named"]:
+            self.received[name] = digest(tensor)
 
     async def finish_weight_update(self, version: int) -> Installed:
         self.version = version

@@ -19,8 +19,10 @@ RECEIVERS = {
 
 def engine_arguments(model_path: str, config: Config, seed: int) -> dict[str, Any]:
     """What AsyncLLM is started with."""
-    rollout, parallel = config.rollout, config.cluster.tensor_parallel
-    longest = config.data.max_prompt_tokens + max(rollout.max_tokens, config.eval.max_tokens or 0)
+    rollout = config.rollout
+    parallel = config.cluster.tensor_parallel
+    longest_response = max(rollout.max_tokens, config.eval.max_tokens or 0)
+    longest = config.data.max_prompt_tokens + longest_response
     arguments: dict[str, Any] = dict(
         model=model_path,
         tokenizer=config.model.tokenizer or model_path,
@@ -54,7 +56,10 @@ def set_environment(config: Config) -> None:
     """Variables that vLLM reads in this process and its children; the user's own values win, except
     for those that are needed.
     """
-    defaults = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    defaults = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
     needed = {}
     if transport(config) == "ipc":
         # IPC handles are pickled on their way to vLLM's worker

@@ -44,7 +44,8 @@ class VllmBackend(Backend):
     joins_transfer = True
 
     def __init__(self, llm: AsyncLLM, config: Config):
-        self.llm, self.config = llm, config
+        self.llm = llm
+        self.config = config
         self.version = 0
         self.updating = False
         # weights or KV cache are not in the GPU's memory: only a finished weight update ends it
@@ -52,7 +53,8 @@ class VllmBackend(Backend):
         self.broken: str | None = None  # why this engine can never serve again
         self.closed = False
         self.requests = 0
-        self.prompt_tokens = self.cached_tokens = 0
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
 
     @classmethod
     async def start(cls, model_path: str, config: Config, seed: int) -> VllmBackend:
@@ -82,15 +84,18 @@ class VllmBackend(Backend):
         """Raises EngineDied; the request may then be re-issued elsewhere."""
         await self.health()
         self.must_be_awake("generate")
-        prefixes, seed = prefixes_of(request), seed_of(request)
+        prefixes = prefixes_of(request)
+        seed = seed_of(request)
         greedy = request.sampling.temperature == 0  # vLLM refuses n > 1 for greedy samples
         if not request.prefixes and not greedy:
-            return tuple(await self.run(request, NOTHING, request.samples, seed))
+            samples = await self.run(request, NOTHING, request.samples, seed)
+            return tuple(samples)
         jobs = []
         for i, prefix in enumerate(prefixes):
             own_seed = None if seed is None else seed + i
             jobs.append(self.run(request, prefix, 1, own_seed))
-        return tuple(one for (one,) in await asyncio.gather(*jobs))
+        answers = await asyncio.gather(*jobs)
+        return tuple(sample for (sample,) in answers)
 
     async def run(
         self, request: GenRequest, prefix: np.ndarray, samples: int, seed: int | None
@@ -104,13 +109,14 @@ class VllmBackend(Backend):
         if most < 1:  # the prefix is the whole response
             whole = trajectory(request, prefix, NOTHING, np.zeros(0), 0, Finish.LENGTH)
             return [whole] * samples
+        least = max(0, sampling.min_tokens - len(prefix))
         params = SamplingParams(
             n=samples,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             max_tokens=most,
             seed=seed,
-            min_tokens=min(most, max(0, sampling.min_tokens - len(prefix))),
+            min_tokens=min(most, least),
             logprobs=0,
             flat_logprobs=True,
             detokenize=False,
@@ -150,7 +156,8 @@ class VllmBackend(Backend):
         final = await self.complete(tokens.tolist(), params, "score")
         scores = []
         # vLLM has none for the first token
-        for token, found in zip(tokens.tolist(), final.prompt_logprobs or (), strict=False):
+        by_token = final.prompt_logprobs or ()
+        for token, found in zip(tokens.tolist(), by_token, strict=False):
             if found is not None:
                 scores.append(found[token].logprob)
         return np.array(scores, np.float32)
@@ -183,7 +190,8 @@ class VllmBackend(Backend):
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         await self.health()
-        await self.ask(self.llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info)))
+        request = WeightTransferInitRequest(init_info)
+        await self.ask(self.llm.init_weight_transfer_engine(request))
 
     async def start_weight_update(self) -> None:
         await self.health()
@@ -203,7 +211,8 @@ class VllmBackend(Backend):
 
         await self.health()
         async with self.or_broken("receive"):
-            await self.ask(self.llm.update_weights(WeightTransferUpdateRequest(update_info)))
+            request = WeightTransferUpdateRequest(update_info)
+            await self.ask(self.llm.update_weights(request))
 
     async def finish_weight_update(self, version: int) -> Installed:
         await self.health()
@@ -225,7 +234,8 @@ class VllmBackend(Backend):
                 [],
                 f"with weights {version} the engine still computes with the old weights in",
             )
-            if not await self.ask(self.llm.reset_prefix_cache(reset_running_requests=True)):
+            reset = self.llm.reset_prefix_cache(reset_running_requests=True)
+            if not await self.ask(reset):
                 raise SyncError(
                     f"vLLM did not reset its prefix cache after weights {version}: it would "
                     "serve keys and values of older weights"
@@ -240,7 +250,8 @@ class VllmBackend(Backend):
                 await self.wake_kv_cache()
             active = await self.active_digest()
             await self.ask(self.llm.resume_generation())
-            self.version, self.updating = version, False
+            self.version = version
+            self.updating = False
         return Installed(received[0], int(stamp), active)
 
     def or_broken(self, phase: str) -> BrokenOnError:
@@ -248,7 +259,8 @@ class VllmBackend(Backend):
 
     async def weight_version(self) -> int:
         await self.health()
-        return int(await self.ask(self.llm.get_weight_version()))
+        stamp = await self.ask(self.llm.get_weight_version())
+        return int(stamp)
 
     async def active_digest(self) -> str:
         """Over the weights of all workers; on a CPU with the limits of
@@ -257,7 +269,8 @@ class VllmBackend(Backend):
         await self.health()
         self.must_be_awake("digest its weights")
         digests = {}
-        for rank, worker in enumerate(await self.ask_workers("tandem_digests")):
+        workers = await self.ask_workers("tandem_digests")
+        for rank, worker in enumerate(workers):
             for name, value in worker.items():
                 digests[f"{rank}:{name}"] = value
         return combine(digests)
@@ -286,7 +299,8 @@ class VllmBackend(Backend):
 
     async def wake_kv_cache(self) -> None:
         """The last of waking up. vLLM resumes its scheduler with it; it has no requests."""
-        if not await self.ask(self.llm.wake_up(tags=["kv_cache"])):
+        awake = await self.ask(self.llm.wake_up(tags=["kv_cache"]))
+        if not awake:
             raise SyncError(
                 "vLLM has not got all of its GPU memory back after wake_up of weights and kv_cache"
             )
@@ -340,7 +354,8 @@ class BrokenOnError:
     """
 
     def __init__(self, backend: VllmBackend, phase: str):
-        self.backend, self.phase = backend, phase
+        self.backend = backend
+        self.phase = phase
 
     async def __aenter__(self):
         pass
@@ -365,5 +380,7 @@ def seed_of(request: GenRequest) -> int | None:
     """Of the request's own samples, from the run's seed and the group; None without one."""
     if request.sampling.seed is None:
         return None
-    sequence = np.random.SeedSequence([request.sampling.seed, request.group])
-    return int(sequence.generate_state(1)[0] >> 1)
+    entropy = [request.sampling.seed, request.group]
+    sequence = np.random.SeedSequence(entropy)
+    state = sequence.generate_state(1)
+    return int(state[0] >> 1)

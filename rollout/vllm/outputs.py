@@ -25,7 +25,8 @@ def sampled(request: GenRequest, prefix: np.ndarray, output: CompletionOutput) -
     ids = list(output.token_ids)
     logprobs = output.logprobs
     if not ids:
-        logp, version = np.zeros(0), np.zeros(0, np.int32)
+        logp = np.zeros(0)
+        version = np.zeros(0, np.int32)
     elif (
         not isinstance(logprobs, FlatLogprobs)
         or logprobs.token_ids != ids
@@ -42,4 +43,5 @@ def sampled(request: GenRequest, prefix: np.ndarray, output: CompletionOutput) -
         for span in output.weight_versions:
             version[span.start : span.end] = int(span.version)
     finish = FINISH.get(output.finish_reason or "", Finish.ABORT)
-    return trajectory(request, prefix, np.array(ids, np.int32), logp, version, finish)
+    tokens = np.array(ids, np.int32)
+    return trajectory(request, prefix, tokens, logp, version, finish)

@@ -39,7 +39,8 @@ def digesting(model: Any, digests: dict[str, str]):
 
     def load_weights(weights):
         weights = list(weights)
-        digests.update((name, digest(tensor)) for name, tensor in weights)
+        for name, tensor in weights:
+            digests[name] = digest(tensor)
         return load(weights)
 
     model.load_weights = load_weights
@@ -52,14 +53,16 @@ def digesting(model: Any, digests: dict[str, str]):
 class CpuReceiver(WeightTransferEngine[CpuInitInfo, CpuUpdateInfo]):
     """Receives the learner's weights through a channel in a vLLM worker."""
 
-    init_info_cls, update_info_cls = CpuInitInfo, CpuUpdateInfo
+    init_info_cls = CpuInitInfo
+    update_info_cls = CpuUpdateInfo
     receiver: Receiver | None = None
     model: Any
 
     def init_transfer_engine(self, init_info: CpuInitInfo) -> None:
         self.shutdown()
-        p = self.parallel_config
-        self.receiver = Receiver(init_info, p.data_parallel_index * p.world_size + p.rank)
+        parallel = self.parallel_config
+        before = parallel.data_parallel_index * parallel.world_size
+        self.receiver = Receiver(init_info, before + parallel.rank)
 
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
@@ -72,16 +75,19 @@ class CpuReceiver(WeightTransferEngine[CpuInitInfo, CpuUpdateInfo]):
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         # the base class synchronises an accelerator here, which fails without one
-        self.receive_weights(self.parse_update_info(update_info))
+        parsed = self.parse_update_info(update_info)
+        self.receive_weights(parsed)
 
     def receive_weights(self, update_info: CpuUpdateInfo) -> None:
         assert self.receiver is not None
         for weights in self.receiver.receive(update_info):
             self.watch.lap("receive")
-            self.received.update((name, digest(tensor)) for name, tensor in weights)
+            for name, tensor in weights:
+                self.received[name] = digest(tensor)
             self.watch.lap("digest")
             self.model.load_weights(weights)
-            keep_unfinished(self.model, weights[0][1])
+            _, first = weights[0]
+            keep_unfinished(self.model, first)
             self.watch.lap("load and repack")
 
     def finish_weight_update(self) -> None:
@@ -106,12 +112,18 @@ def keep_unfinished(model: Any, received: Tensor) -> None:
     """
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-    buffer = received.untyped_storage().data_ptr()
+    buffer = storage(received)
     for layer in model.modules():
-        for _, bound in get_layerwise_info(layer).loaded_weights:
+        info = get_layerwise_info(layer)
+        for _, bound in info.loaded_weights:
             for key, value in bound.arguments.items():
-                if type(value) is Tensor and value.untyped_storage().data_ptr() == buffer:
+                if type(value) is Tensor and storage(value) == buffer:
                     bound.arguments[key] = value.clone()
+
+
+def storage(tensor: Tensor) -> int:
+    """The address of the memory that a tensor is a view of."""
+    return tensor.untyped_storage().data_ptr()
 
 
 class NcclReceiver(NCCLWeightTransferEngine):
@@ -146,18 +158,18 @@ def packed_linears(model: Any) -> Iterator[tuple[str, Any]]:
     """Modules that compute with a weight packed away by vLLM's CPU kernels, out of reach of
     named_parameters().
     """
-    return ((name, m) for name, m in model.named_modules() if hasattr(m, "cpu_linear"))
+    for name, module in model.named_modules():
+        if hasattr(module, "cpu_linear"):
+            yield name, module
 
 
 def heads(model: Any) -> Iterator[tuple[str, Any]]:
     """The packed linears that keep their weight readable: lm_head, tied or not."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-    return (
-        (name, m)
-        for name, m in packed_linears(model)
-        if isinstance(m, ParallelLMHead) and m.weight.numel()
-    )
+    for name, module in packed_linears(model):
+        if isinstance(module, ParallelLMHead) and module.weight.numel():
+            yield name, module
 
 
 def repack_tied_heads(model: Any) -> None:
@@ -172,16 +184,21 @@ def repack_tied_heads(model: Any) -> None:
 
 def probe(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """Fixed pseudo-random input, the same in every process."""
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+    generator = torch.Generator()
+    generator.manual_seed(0)
+    return torch.randn(rows, columns, generator=generator).to(dtype)
 
 
 def effect(layer: Any) -> str:
     """The digest of a packed layer's output on fixed inputs."""
-    if layer.weight.numel():
-        columns = layer.weight.shape[1]
+    weight = layer.weight
+    if weight.numel():
+        columns = weight.shape[1]
     else:
         columns = getattr(layer, "input_size_per_partition", None) or layer.input_size
-    return digest(layer.cpu_linear(probe(16, columns, layer.weight.dtype), layer.weight, None))
+    x = probe(16, columns, weight.dtype)
+    output = layer.cpu_linear(x, weight, None)
+    return digest(output)
 
 
 class WorkerExtension:
@@ -218,16 +235,18 @@ class WorkerExtension:
         missing = []
         model = self.model_runner.get_model()
         config = self.model_config.hf_text_config
+        tied = getattr(config, "tie_word_embeddings", False)
         for name, layer in model.named_modules():
             info = get_layerwise_info(layer)
             if not info.can_load() or is_deferred_attention_layer(layer):
                 continue  # loaded and processed, or holds no weights of a checkpoint
-            wanted = sum(get_tensor_load_numel(p) for p in layer.parameters(recurse=False))
-            if isinstance(layer, ParallelLMHead) and getattr(config, "tie_word_embeddings", False):
+            wanted = sum(map(get_tensor_load_numel, layer.parameters(recurse=False)))
+            if tied and isinstance(layer, ParallelLMHead):
                 wanted = 0  # the embedding is its weight
             elif isinstance(layer, VocabParallelEmbedding):
-                rows = layer.num_embeddings_per_partition - layer.shard_indices.num_org_elements
-                wanted -= rows * layer.embedding_dim  # padding
+                rows = layer.num_embeddings_per_partition
+                padding = rows - layer.shard_indices.num_org_elements
+                wanted -= padding * layer.embedding_dim
             if info.load_numel < wanted:
                 missing.append(f"{name} ({info.load_numel} of {wanted} elements)")
         return missing
@@ -235,12 +254,15 @@ class WorkerExtension:
     def tandem_stale_heads(self) -> list[str]:
         """Names of lm_heads whose packed weight is not the readable one."""
         stale = []
-        for name, head in heads(self.model_runner.get_model()):
-            x = probe(4, head.weight.shape[1], head.weight.dtype)
-            packed = head.cpu_linear(x, head.weight, None).float()
-            plain = torch.nn.functional.linear(x, head.weight).float()
-            exact = 1e-5 if head.weight.dtype == torch.float32 else 1e-2
-            if (packed - plain).abs().max() > exact * plain.abs().max():
+        model = self.model_runner.get_model()
+        for name, head in heads(model):
+            weight = head.weight
+            x = probe(4, weight.shape[1], weight.dtype)
+            packed = head.cpu_linear(x, weight, None).float()
+            plain = torch.nn.functional.linear(x, weight).float()
+            exact = 1e-5 if weight.dtype == torch.float32 else 1e-2
+            gap = (packed - plain).abs().max()
+            if gap > exact * plain.abs().max():
                 stale.append(name)
         return stale
 
@@ -253,7 +275,10 @@ class WorkerExtension:
         compared only if they run on the same kind of CPU with equally many threads.
         """
         model = self.model_runner.get_model()
-        found = {name: digest(p) for name, p in model.named_parameters() if p.numel()}
+        found = {}
+        for name, parameter in model.named_parameters():
+            if parameter.numel():
+                found[name] = digest(parameter)
         # one after the other: two threads in these kernels at once now and then get wrong numbers
         for name, layer in packed_linears(model):
             found[f"{name}.packed"] = effect(layer)
@@ -272,7 +297,8 @@ class WorkerExtension:
                     os._exit(1)
                 time.sleep(0.5)
 
-        threading.Thread(target=watch, name="die_with_parent", daemon=True).start()
+        thread = threading.Thread(target=watch, name="die_with_parent", daemon=True)
+        thread.start()
 
 
 WeightTransferEngineFactory.register_engine("tandem_cpu", CpuReceiver)
