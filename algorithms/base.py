@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from tandem.algorithms.parts.diagnostics import critic_diagnostics
 from tandem.algorithms.parts.objectives.correction import RolloutCorrection
 from tandem.algorithms.parts.reductions import Reduction
-from tandem.engine.config.names import DEFAULT_SOURCE
+from tandem.engine.config.names import DEFAULT_SOURCE, split_view
 from tandem.engine.core.types import (
     Codec,
     GenRequest,
@@ -41,8 +41,8 @@ class Term:
 
     `name` is the key into `Row.weights`. `needs` names the streams the objective cannot do without
     (entropy, value) or that the loop has to fill in before `Method.credit` (old_logp, ref_logp,
-    old_value), or that rows bring. `quantities` are what else the objective asks of the full
-    distribution at its tokens, by the names under which it reads them: see
+    old_value, logp_of(MODEL)), or that rows bring. `quantities` are what else the objective asks of
+    the full distribution at its tokens, by the names under which it reads them: see
     engine/model/quantities.py. Each is differentiable, and is made for all terms in one pass.
 
     `unit` is what the objective says one number of: "token", "row" or "group". For rows it is
@@ -76,6 +76,14 @@ def quantities_of(terms: Sequence[Term]) -> dict[str, Quantity]:
     return found
 
 
+def views_of(terms: Sequence[Term]) -> list[str]:
+    """The views that quantities of the terms look from."""
+    found = set()
+    for quantity in quantities_of(terms).values():
+        found |= {split_view(model)[1] for model in quantity.models}
+    return sorted(found - {""})
+
+
 @dataclass(frozen=True)
 class Budget:
     """What the config allows per step; a method may ask for less."""
@@ -90,6 +98,7 @@ class Budget:
     codec: Codec | None = None
     # rows, or pairs, in an epoch of each source of demonstrations, "experts" being data.experts
     sources: Mapping[str, int] = field(default_factory=dict)
+    models: tuple[str, ...] = ()  # names of those that terms may ask; (): not known
 
 
 @dataclass(frozen=True)
@@ -195,6 +204,11 @@ class Method:
     forward: ClassVar[Callable | None] = None
     # dimensions of the critic's hidden layer, 0: a linear critic
     embedding: ClassVar[int] = 0
+
+    @property
+    def compares_with(self) -> tuple[str, ...]:
+        """Names of the models that the config must have beside the policy, such as a teacher."""
+        return ()
 
     def demand(self, step: int, budget: Budget, signals: Mapping[str, float]) -> Demand:
         """What step `step` needs. `signals` are those of Batch.

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tandem.engine.config.config_file import read_tree
-from tandem.engine.config.names import source_key
+from tandem.engine.config.names import ALWAYS_THERE, source_key
 from tandem.engine.config.parse import checked
 from tandem.engine.config.paths import process_kept
 from tandem.engine.config.rules import gpus, require
 from tandem.engine.config.schema import Config
 from tandem.engine.core.errors import ConfigError
-from tandem.engine.core.text import brief
+from tandem.engine.core.text import brief, closest
 from tandem.rollout.backend import backend_class
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def check_method(config: Config) -> None:
     Raises ConfigError naming both values and what to change.
     """
     method = make(config.method)
+    check_models(config, method)
     if method.uses_experts:
         check_demonstrations(config, method)
     if method.uses_rollouts:
@@ -103,6 +104,17 @@ def make(block: Mapping[str, Any]) -> Method:
         raise ConfigError(
             f"method {block['name']!r} raised {type(error).__name__}: {error}"
         ) from error
+
+
+def check_models(config: Config, method: Method) -> None:
+    for name in method.compares_with:
+        require(
+            name in config.models or name in ALWAYS_THERE,
+            f"method {config.method['name']!r} compares the policy with the model {name!r}"
+            f"{closest(name, (*ALWAYS_THERE, *config.models))}, but models.{name} is not set; add "
+            f"models: {{{name}: {{path: FOLDER}}}}, or a moving average of the policy, "
+            f"{{{name}: {{kind: ema}}}}",
+        )
 
 
 def check_demonstrations(config: Config, method: Method) -> None:

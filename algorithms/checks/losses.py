@@ -24,6 +24,7 @@ from tandem.algorithms.parts.objectives.tokens import (
     Tokens,
 )
 from tandem.algorithms.parts.objectives.units import Groups, Units
+from tandem.engine.config.names import model_of
 from tandem.engine.core.errors import MethodError
 from tandem.engine.core.types import MicroBatch
 
@@ -34,7 +35,7 @@ READ_AS = {
     "group": "groups.rows['advantage'] or groups.of(ROLE).sum('advantage')",
 }
 # the same once another term asked for them: else rows bring their own
-HIDDEN_IF_ASKED = ("ref_logp", "old_value")
+HIDDEN_IF_ASKED = ("old_value",)  # and what other models give
 
 
 def visible_streams(term: Term, terms: Sequence[Term], tokens: Tokens) -> Tokens:
@@ -50,8 +51,12 @@ def visible_streams(term: Term, terms: Sequence[Term], tokens: Tokens) -> Tokens
                 f"term {term.name!r} needs {need!r}, which this step does not have "
                 "(see docs/methods.md on streams)"
             )
-    asked = [name for name in HIDDEN_IF_ASKED if any(name in other.needs for other in terms)]
-    hidden = {name for name in (*MODEL_STREAMS, *asked) if name not in term.needs}
+    hidden: set[str] = set(MODEL_STREAMS)
+    for other in terms:
+        for need in other.needs:
+            if need in HIDDEN_IF_ASKED or model_of(need) is not None:
+                hidden.add(need)
+    hidden -= term.needs
     hidden |= quantities_of(terms).keys() - term.quantities.keys()
     if hidden.isdisjoint(tokens.streams):
         return tokens
@@ -62,7 +67,8 @@ def visible_streams(term: Term, terms: Sequence[Term], tokens: Tokens) -> Tokens
 def check_vocabulary(micro: MicroBatch, size: int) -> None:
     """Raise MethodError for a token that the model does not have: on a GPU the lookup would end
     the process, and name nothing. Looked at on the host."""
-    largest = max(int(micro.tokens.max(initial=0)), int(micro.target.max(initial=0)))
+    arrays = [micro.tokens, micro.target, *(bins.tokens for bins in micro.views.values())]
+    largest = max(int(array.max(initial=0)) for array in arrays)
     if largest >= size:
         raise MethodError(
             f"a row has the token {largest}, expected ids below {size}, the model's vocabulary"

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from tandem.algorithms.base import Demand, Method, Term
+from tandem.algorithms.checks.models import check_models
 from tandem.algorithms.checks.units import check_unit
 from tandem.algorithms.parts.objectives.tokens import (
     MODEL_STREAMS,
@@ -30,7 +31,6 @@ from tandem.engine.config.names import source_key
 from tandem.engine.core.errors import MethodError
 from tandem.engine.core.text import closest
 from tandem.engine.core.types import GenRequest
-from tandem.engine.model.quantities import REFERENCE
 
 QUANTITY_PARTS = ("models", "data", "value", "slope")
 ENGINE_NAMES = (*TOKEN_FIELDS, *MODEL_STREAMS, *SCORED_STREAMS, *PARTIAL_STREAMS, "target")
@@ -186,14 +186,17 @@ def check_accept(method: Method, accepted: bool) -> bool:
 # -- terms
 
 
-def check_terms(method: Method, terms: Sequence[Term]) -> list[Term]:
-    """The terms as a list, if the learner can evaluate every one of them."""
+def check_terms(method: Method, terms: Sequence[Term], models: Collection[str] = ()) -> list[Term]:
+    """The terms as a list, if the learner can evaluate every one of them. models: names of those
+    that can be asked, () where they are not known.
+    """
     where = f"{title(method)}: terms()"
     check_list(where, terms, Term)
     seen = set()
     found = []
     for term in terms:
         check_term(f"{where}: term {term.name!r}", term, method)
+        check_models(f"{where}: term {term.name!r}", term, models)
         if term.name in seen:
             raise MethodError(
                 f"{where} returned two terms named {term.name!r}: each needs a name "
@@ -288,9 +291,6 @@ def check_quantities(where: str, term: Term) -> None:
                 f"{here} is {kind(quantity)}, expected a Quantity, e.g. "
                 "Divergence('reference', beta=0.0)"
             )
-        for model in quantity.models:
-            if model != REFERENCE:
-                raise MethodError(f"{here} reads the model {model!r}, expected {REFERENCE!r}")
 
 
 def check_same_quantities(where: str, terms: Sequence[Term]) -> None:

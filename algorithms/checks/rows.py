@@ -14,6 +14,7 @@ import numpy as np
 
 from tandem.algorithms.base import Batch, Method, Term, quantities_of
 from tandem.algorithms.checks.method import ENGINE_NAMES, check_list, kind, no_return, title
+from tandem.algorithms.checks.models import check_views
 from tandem.algorithms.checks.units import check_unit_rows
 from tandem.algorithms.parts.objectives.tokens import (
     MODEL_STREAMS,
@@ -161,6 +162,7 @@ def check_row(where: str, row: Row, terms: Sequence[Term]) -> None:
     if not isinstance(row.role, str):
         raise MethodError(f"{where}: role is {row.role!r}, expected a word, or '' for none")
     check_weights(where, row, terms)
+    check_views(where, row, terms)
     advantage = row.streams.get("advantage")
     if advantage is not None:
         check_numbers(

@@ -56,8 +56,13 @@ def resolve_paths(config):
     sources = {}
     for name, value in config.data.sources.items():
         sources[name] = dataset(value, f"data.sources.{name}")
+    models = {}
+    for name, value in config.models.items():
+        path = name_or_path(value.path, f"models.{name}.path")
+        models[name] = replace(value, path=path)
     return replace(
         config,
+        models=models,
         model=replace(
             model,
             path=name_or_path(model.path, "model.path"),

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic.json_schema import GenerateJsonSchema
 
 from tandem.engine.config.keys import keys_of, without_none
-from tandem.engine.config.schema import Config, DatasetConfig
+from tandem.engine.config.schema import Config, DatasetConfig, OtherModelConfig
 from tandem.engine.config.validation import BOUNDS, adapter
 from tandem.engine.config.words import describe
 
@@ -29,7 +29,11 @@ BASE = (
     "Another config, which this one is laid over: a file, relative to this one's folder, or "
     "tandem:NAME."
 )
-DATASETS = "data.prompts, data.experts, data.evaluation, data.sources.NAME"
+# {section: {keys: the class of what stands at each of them}}, told behind it
+NAMED = {
+    "model": {"models.NAME": OtherModelConfig},
+    "data": {"data.prompts, data.experts, data.evaluation, data.sources.NAME": DatasetConfig},
+}
 LIMITS = {  # of a JSON schema, by pydantic's names
     "ge": "minimum",
     "gt": "exclusiveMinimum",
@@ -63,10 +67,10 @@ def reference() -> str:
     for name, section in sections(Config):
         parts.append(heading(name, schema["$defs"][section.__name__]))
         parts.append(table(f"{name}.", section, schema["$defs"][section.__name__]))
-        if name == "data":
-            rows = schema["$defs"][DatasetConfig.__name__]
-            parts.append(heading(DATASETS, rows))
-            parts.append(table("", DatasetConfig, rows))
+        for names, named in NAMED.get(name, {}).items():
+            rows = schema["$defs"][named.__name__]
+            parts.append(heading(names, rows))
+            parts.append(table("", named, rows))
     return "\n".join(parts)
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import datetime
 
 from tandem.engine.config.keys import hint_of
-from tandem.engine.config.names import RESERVED, name_fault, source_fault
-from tandem.engine.config.schema import ClusterConfig, Config, DatasetConfig
+from tandem.engine.config.names import RESERVED, model_fault, name_fault, source_fault
+from tandem.engine.config.schema import ClusterConfig, Config, DatasetConfig, OtherModelConfig
 from tandem.engine.config.scope import ScopeConfig
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.core.text import brief, closest
@@ -42,6 +42,19 @@ def check_model(c: Config) -> None:
         bool(c.model.path),
         "model.path is not set: name a Hugging Face folder or model, or tandem:tiny",
     )
+    for name, other in c.models.items():
+        fault = model_fault(name)
+        require(not fault, f"models has {name!r}, which {fault}")
+        require(
+            (other.kind == "path") == bool(other.path),
+            f"models.{name}.kind is {other.kind} and models.{name}.path is {other.path!r}: kind "
+            "path needs a path, and no other kind has one",
+        )
+        require(
+            other.kind == "ema" or other.rate == OtherModelConfig.rate,
+            f"models.{name}.rate is {other.rate:g}, but only kind ema has a rate, and "
+            f"models.{name}.kind is {other.kind}",
+        )
 
 
 def check_data(c: Config) -> None:

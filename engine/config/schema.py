@@ -48,6 +48,21 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class OtherModelConfig:
+    """A model that the policy is compared with, such as a teacher. It is never trained."""
+
+    kind: Literal["path", "ema", "initial", "policy"] = "path"
+    """path: another model; ema: a moving average of the policy; initial: the weights that the run
+    starts from; policy: the present weights."""
+    path: str | None = None
+    """Of kind path: Hugging Face folder or name, with the tokenizer of the model that is
+    trained."""
+    rate: PositiveShare = 0.05
+    """Of kind ema: how far the average goes towards the policy after each optimizer step; 1 minus
+    the decay."""
+
+
+@dataclass(frozen=True)
 class DatasetConfig:
     """Where rows come from, and which columns are used."""
 
@@ -369,6 +384,8 @@ class Config:
     """cluster: engines and learner ranks in processes of their own; inline: all in this one, for
     debugging."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    models: dict[str, OtherModelConfig] = field(default_factory=dict)
+    """Models beside the one that is trained, {NAME: a model}, for methods that ask for them."""
     data: DataConfig = field(default_factory=DataConfig)
     method: Options = field(default_factory=dict)
     """`name` and the method's own options (docs/methods.md)."""

@@ -187,9 +187,14 @@ class Row:
         old_logp         log-prob of the present policy before the update; absent: that of the
                          update's own forward
         ref_logp         log-prob of the reference policy
+        logp:NAME        log-prob of the model NAME; logp:NAME@VIEW behind that other prompt
         old_value        the critic's value of the state in which the token was chosen, before the
                          update
         returns          what that value should have been
+
+    `views` are other prompts by name, in the place of the tokens that `source` calls PROMPT at the
+    row's beginning: a model can be asked for the response behind one of them. Its ids stay as they
+    are.
     """
 
     tokens: np.ndarray  # int32 [T]
@@ -200,6 +205,7 @@ class Row:
     group: int = -1
     prompt_id: str = ""
     role: str = ""  # what tells it apart in its group, for objectives on whole rows
+    views: Mapping[str, np.ndarray] = field(default_factory=dict)  # {name: int32 [T of a prompt]}
 
     def __post_init__(self):
         if not isinstance(self.streams, Mapping):
@@ -243,6 +249,40 @@ class Row:
             mask |= weight != 0
         return mask
 
+    @property
+    def response_start(self) -> int:
+        """The first token that is not of the prompt."""
+        outside = self.source != Source.PROMPT
+        return int(outside.argmax()) if outside.any() else len(self.source)
+
+    def at_view(self, name: str) -> Row:
+        """The response behind another prompt: the same tokens are trained, without streams.
+
+        Raises CarrierError if the row has no such view, or trains a token of its own prompt.
+        """
+        if name not in self.views:
+            known = ", ".join(self.views) or "none"
+            raise CarrierError(f"the row has no view {name!r}; its views: {known}")
+        start = self.response_start
+        if self.trained[:start].any():
+            raise CarrierError(
+                f"a token of the prompt is trained, which the view {name!r} does not have"
+            )
+        prompt = self.views[name]
+        source = np.full(len(prompt), Source.PROMPT, self.source.dtype)
+        untrained = np.zeros(len(prompt), np.float32)
+        weights = {}
+        for term, weight in self.weights.items():
+            weights[term] = np.concatenate([untrained, weight[start:]])
+        return Row(
+            tokens=np.concatenate([prompt, self.tokens[start:]]).astype(self.tokens.dtype),
+            source=np.concatenate([source, self.source[start:]]),
+            weights=weights,
+            group=self.group,
+            prompt_id=self.prompt_id,
+            role=self.role,
+        )
+
     def with_term(self, term: str, weight: np.ndarray) -> Row:
         """The row with `weight` (float32 [T]) in `term`, in the place of what it had there.
 
@@ -257,6 +297,17 @@ class Row:
         Raises CarrierError as any row does.
         """
         return replace(self, streams={**self.streams, **streams})
+
+
+@dataclass(frozen=True, eq=False)
+class Bins:
+    """The rows of a micro-batch behind other prompts, each alone, with the same n trained tokens
+    in the same order; fields as in MicroBatch.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    index: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,6 +339,8 @@ class MicroBatch:
     # int64 [2, B, L]: block of each token, and block of its prompt; None: no row shares its prompt
     prompt_blocks: np.ndarray | None = None
     roles: tuple[str, ...] = ()  # of each row, in the order of `rows`
+    # {view: the rows behind it} of views that quantities look from; a row without stands as it is
+    views: Mapping[str, Bins] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tandem.engine.config.names import POLICY
 from tandem.engine.config.schema import Config
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.core.process import keep_freed_memory
@@ -64,16 +65,16 @@ class InlineLearner:
         return cls(LearnerRank(config, model_path, spec, engine))
 
     def logprobs(
-        self, rows: Sequence[Row], temperature: float, reference: bool = False
+        self, rows: Sequence[Row], temperature: float, model: str = POLICY
     ) -> list[np.ndarray]:
         """The log-probs of `compute_streams`."""
-        return self.compute_streams(rows, temperature, reference)["logp"]
+        return self.compute_streams(rows, temperature, model)["logp"]
 
     def compute_streams(
-        self, rows: Sequence[Row], temperature: float, reference: bool = False
+        self, rows: Sequence[Row], temperature: float, model: str = POLICY
     ) -> dict[str, list[np.ndarray]]:
         """See LearnerRank.compute_streams."""
-        return merge_rank_streams([self.rank.compute_streams(rows, temperature, reference)])
+        return merge_rank_streams([self.rank.compute_streams(rows, temperature, model)])
 
     def connect(self, pool: Pool) -> None:
         self.pool = pool

@@ -26,6 +26,7 @@ from tandem.algorithms.base import Batch, Method, quantities_of
 from tandem.algorithms.checks.method import check_terms, naming
 from tandem.algorithms.checks.rows import ask_credit, ask_rows, ask_score, check_rows
 from tandem.algorithms.parts.objectives.tokens import MODEL_STREAMS
+from tandem.engine.config.names import REFERENCE, model_of
 from tandem.engine.core.types import (
     Finish,
     MicroBatch,
@@ -70,6 +71,7 @@ def inspect(
     entropy: PerRow | None = None,
     old: PerRow | None = None,
     reference: PerRow | None = None,
+    models: Mapping[str, PerRow] = NO_EXTRA,
     value: PerRow | None = None,
     old_value: PerRow | None = None,
     extra: Mapping[str, PerRow] = NO_EXTRA,
@@ -78,16 +80,17 @@ def inspect(
 ) -> Inspection:
     """Evaluate `method` on `batch`.
 
-    logp, entropy, old, reference, value and old_value map a row to float [T]; all but logp, entropy
-    and value become the row's streams. For a term that needs old log-probs or values and is given
-    none, the present ones are the old ones, as before a first update; the present value is 0 if not
-    given, as of a new critic. `extra` are the quantities that terms ask for, and the streams that a
-    custom forward would give, 0 if not given. Raises ValueError for input that does not fit.
+    logp, entropy, old, reference, value and old_value map a row to float [T], and so do `models`,
+    {NAME or NAME@VIEW: of that model}; all but logp, entropy and value become the row's streams.
+    For a term that needs old log-probs or values and is given none, the present ones are the old
+    ones, as before a first update; the present value is 0 if not given, as of a new critic. `extra`
+    are the quantities that terms ask for, and the streams that a custom forward would give, 0 if
+    not given. Raises ValueError for input that does not fit.
     """
     check(method, batch, micro_batch_tokens, ranks)
     batch = ask_score(method, batch)
     rows, terms = ask_rows(method, batch), method.terms(batch)
-    terms = check_terms(method, terms)
+    terms = check_terms(method, terms, batch.budget.models)
     rows = check_rows(method, rows, terms)
     needs = {need: term.name for term in terms for need in term.needs}
     if value is None and "value" in needs:
@@ -97,6 +100,17 @@ def inspect(
     rows = with_stream(rows, "old_logp", "old", old, logp, needs)
     rows = with_stream(rows, "old_value", "old_value", old_value, value, needs)
     rows = with_stream(rows, "ref_logp", "reference", reference, None, needs)
+    for need in sorted(needs):
+        model = model_of(need)
+        if model in (None, REFERENCE) or not rows:
+            continue
+        of_model = models.get(model)
+        if of_model is None:
+            raise ValueError(
+                f"term {needs[need]!r} needs {need!r}, which inspect was not given: pass "
+                f"models={{{model!r}: a function from a row to float [T]}}"
+            )
+        rows = with_stream(rows, need, f"models[{model!r}]", of_model, None, needs)
     rows = ask_credit(method, rows, batch, terms)
     with naming(method):
         z = denominators(terms, rows)

@@ -5,14 +5,14 @@ B bins of length L, n trained tokens, T tokens of a row. Names of arrays end in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 
 from tandem.algorithms.base import Term
-from tandem.engine.core.types import MicroBatch, Row, Source
+from tandem.engine.core.types import Bins, MicroBatch, Row, Source
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Family:
         return self.prompt + sum(tails)
 
 
-Bins: TypeAlias = Sequence[Sequence[Family]]  # the families of each bin
+BinFamilies: TypeAlias = Sequence[Sequence[Family]]  # the families of each bin
 
 
 @dataclass
@@ -55,10 +55,11 @@ def present_streams(rows: Sequence[Row]) -> list[str]:
 def build(
     rows: Sequence[Row],
     lengths: Sequence[int],
-    bins: Bins,
+    bins: BinFamilies,
     terms: Sequence[Term],
     streams: Sequence[str],
     version: int,
+    views: Collection[str] = (),
 ) -> MicroBatch:
     """Lay the first `lengths[i]` tokens of each row out in its bin and gather the streams of the
     trained tokens. No bins: an empty micro-batch.
@@ -91,10 +92,33 @@ def build(
         rows=tuple(order),
         real_tokens=real_tokens,
         roles=tuple(row.role for row in placed),
+        views={name: lay_out_view(rows, bins, name) for name in views},
     )
 
 
-def lay_out(rows: Sequence[Row], lengths: Sequence[int], bins: Bins) -> Layout:
+def lay_out_view(rows: Sequence[Row], bins: BinFamilies, name: str) -> Bins:
+    """The rows of `bins` behind their other prompt, in the same bins and the same order."""
+    seen = list(rows)
+    lengths = [0] * len(rows)
+    alone = []
+    for families in bins:
+        numbers = [i for family in families for i in family.rows]
+        for i in numbers:
+            if name in rows[i].views:
+                seen[i] = rows[i].at_view(name)
+            lengths[i] = tokens_to_run(seen[i])
+        alone.append([Family(0, (i,)) for i in numbers])
+    layout = lay_out(seen, lengths, alone)
+    return Bins(layout.tokens_BL, layout.positions_BL, layout.index_n)
+
+
+def tokens_to_run(row: Row) -> int:
+    """Tokens before the last trained one; 0 if none is trained."""
+    trained = row.trained.nonzero()[0]
+    return int(trained.max(initial=0))
+
+
+def lay_out(rows: Sequence[Row], lengths: Sequence[int], bins: BinFamilies) -> Layout:
     """Give every token of the families its position in a bin.
 
     The first row of a family brings the prompt with it, the others continue it. `prompt_blocks`

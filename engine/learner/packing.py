@@ -22,9 +22,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tandem.algorithms.base import Term
+from tandem.algorithms.base import Term, views_of
 from tandem.engine.core.types import MicroBatch, Row
-from tandem.engine.learner.micro_batches import Family, build, present_streams
+from tandem.engine.learner.micro_batches import Family, build, present_streams, tokens_to_run
 
 # The cost of a micro-batch in units of one token through everything but attention:
 # LAUNCH + B * L * (1 + L / SQUARE). Attention over a bin is dense [L, L] with SDPA. Measured on a
@@ -77,24 +77,19 @@ def pack(
         arranged.append(of_rank)
         steps = max(steps, len(of_rank))
     streams = present_streams(rows)
+    views = views_of(terms)
     packed = []
     for of_rank in arranged:
         built = []
         for bins in of_rank:
             families = [families_of(bin_) for bin_ in bins]
-            micro = build(rows, lengths, families, terms, streams, version)
+            micro = build(rows, lengths, families, terms, streams, version, views)
             built.append(micro)
         while len(built) < steps:
-            filler = build(rows, lengths, [], terms, streams, version)
+            filler = build(rows, lengths, [], terms, streams, version, views)
             built.append(filler)
         packed.append(tuple(built))
     return tuple(packed)
-
-
-def tokens_to_run(row: Row) -> int:
-    """Tokens before the last trained one; 0 if none is trained."""
-    trained = row.trained.nonzero()[0]
-    return int(trained.max(initial=0))
 
 
 def families_of(bin_: Bin) -> list[Family]:

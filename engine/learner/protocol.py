@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from tandem.engine.config.names import POLICY
 from tandem.engine.core.types import (
     Delivery,
     GenRequest,
@@ -92,13 +93,15 @@ class Learner(Protocol):
         ...
 
     def logprobs(
-        self, rows: Sequence[Row], temperature: float, reference: bool = False
+        self, rows: Sequence[Row], temperature: float, model: str = POLICY
     ) -> list[np.ndarray]:
-        """float32 [T] per row, NaN on tokens that are not trained."""
+        """float32 [T] per row, NaN on tokens that are not trained. `model` is another than the
+        policy by its name.
+        """
         ...
 
     def compute_streams(
-        self, rows: Sequence[Row], temperature: float, reference: bool = False
+        self, rows: Sequence[Row], temperature: float, model: str = POLICY
     ) -> dict[str, list[np.ndarray]]:
         """`logp` and, with a critic, `value`: as `logprobs`."""
         ...

@@ -10,8 +10,8 @@ is a group of them in Ray actors, with the same surface.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,33 +25,21 @@ from torch.autograd.graph import save_on_cpu
 from tandem.algorithms.base import Term
 from tandem.algorithms.checks.losses import check_vocabulary
 from tandem.algorithms.parts.objectives.nll import NLL
+from tandem.engine.config.names import POLICY, split_view
 from tandem.engine.config.schema import Config, ModelConfig
 from tandem.engine.core.types import NO_VERSION, MicroBatch, Row, StepPlan, StepReport
 from tandem.engine.learner.metrics import StepMetrics, gather, observe, step_report
+from tandem.engine.learner.models import OtherModels, load_like_engines, vocabulary
 from tandem.engine.learner.packing import pack
 from tandem.engine.learner.protocol import PolicySpec, TrainEngine
 from tandem.engine.learner.terms import make_tokens, micro_batch_loss
-from tandem.engine.model.adapters import switched_off, write_adapter
-from tandem.engine.model.context import engine_length
+from tandem.engine.model.adapters import write_adapter
 from tandem.engine.model.export import read_files, write_files, write_weights
-from tandem.engine.model.load import load_policy
 from tandem.engine.model.measured_head import HeadInputs
-from tandem.engine.model.policy import Policy, hf_parameters
-from tandem.engine.model.quantities import REFERENCE, Quantity
-from tandem.engine.model.rope import follow_engines
+from tandem.engine.model.policy import Policy
+from tandem.engine.model.quantities import Quantity
 from tandem.engine.model.scope import apply_scope
 from tandem.engine.model.view import View
-
-# in a checkpoint: the reference, where it is not the run's original model
-REFERENCE_FILE = "reference.safetensors"
-
-
-def load_like_engines(config: Config, model_path: str, spec: PolicySpec) -> Policy:
-    """The model as it is in the folder, computing as the engines of this run do."""
-    policy = load_policy(replace(config.model, path=model_path))
-    if spec.uses_rollouts:
-        follow_engines(policy.model, engine_length(config))
-    return policy
 
 
 def build_policy(config: Config, model_path: str, spec: PolicySpec) -> Policy:
@@ -99,13 +87,8 @@ def merge_rank_streams(
 
 
 class LearnerRank:
-    """One rank. `model_path` is the run's original model, also after a resume: the frozen reference
-    is loaded from it when first asked for.
-
-    With LoRA it is the policy itself with its adapters switched off, and no second model; only
-    quantities beside one need their own where ZeRO-3 splits the weights. `set_reference` makes the
-    present weights the reference instead; they are then a second model in any case, and part of
-    every checkpoint.
+    """One rank. `model_path` is the run's original model, also after a resume. `models` are those
+    beside the policy: the frozen reference, and teachers.
     """
 
     def __init__(
@@ -123,8 +106,8 @@ class LearnerRank:
         self.rank = rank
         self.ranks = ranks
         self.model: ModelConfig = replace(config.model, path=model_path)
-        self.reference: Policy | None = None
-        self.reference_replaced = False  # the reference is not the run's original model
+        self.models = OtherModels(config, model_path, spec, engine)
+        self.set_reference = self.models.set_reference
         self.files = read_files(self.model) if rank == 0 else {}
 
     def shares_prompts(self) -> bool:
@@ -167,6 +150,8 @@ class LearnerRank:
         totals = gather(metrics.on_host(), self.ranks)
         gradient = time.perf_counter()
         stepped = self.engine.step()
+        if stepped.applied:
+            self.models.follow_policy()
         done = time.perf_counter()
         report = {
             **step_report(plan, totals),
@@ -195,8 +180,7 @@ class LearnerRank:
         """Run a micro-batch through `forward`, that of a Policy, or through a method's own: float32
         [n] by name, as Policy.forward returns them.
         """
-        model: Any = self.engine.module.model  # transformers' own types say nothing of it
-        check_vocabulary(micro, model.get_input_embeddings().num_embeddings)
+        check_vocabulary(micro, vocabulary(self.engine.module))
         view = View(
             tokens=self.to_device(micro.tokens),
             positions=self.to_device(micro.positions),
@@ -225,20 +209,22 @@ class LearnerRank:
             view,
             quantities=quantities,
             data={name: self.to_device(stream) for name, stream in streams.items()},
-            others={name: self.inputs_beside(name, view) for name in sorted(models)},
+            others={name: self.beside(name, view, micro) for name in sorted(models)},
         )
 
-    def inputs_beside(self, name: str, view: View) -> HeadInputs:
-        """A frozen model that quantities compare the policy with, at the tokens of the view."""
-        assert name == REFERENCE  # see algorithms/checks/method.py
-        if self.policy_is_reference() and not self.engine.splits_weights:
-            with switched_off(self.engine.module):
-                return self.engine.module.beside(view)
-        return self._reference().beside(view)
-
-    def policy_is_reference(self) -> bool:
-        """Whether the policy without its adapters is the reference."""
-        return bool(self.engine.module.adapters) and not self.reference_replaced
+    def beside(self, model: str, view: View, micro: MicroBatch) -> HeadInputs:
+        """`NAME` or `NAME@VIEW` at the tokens of the micro-batch."""
+        name, other_prompt = split_view(model)
+        if other_prompt:
+            bins = micro.views[other_prompt]
+            view = replace(
+                view,
+                tokens=self.to_device(bins.tokens),
+                positions=self.to_device(bins.positions),
+                index=self.to_device(bins.index),
+                prompt_blocks=None,
+            )
+        return self.models.beside(name, view)
 
     def to_device(self, array: np.ndarray | None) -> Any:
         if array is None:
@@ -246,23 +232,23 @@ class LearnerRank:
         return torch.as_tensor(array, device=self.engine.device)
 
     def logprobs(
-        self, rows: Sequence[Row], temperature: float, reference: bool = False
+        self, rows: Sequence[Row], temperature: float, model: str = POLICY
     ) -> list[np.ndarray | None]:
         """The log-probs of `compute_streams`."""
-        return self.compute_streams(rows, temperature, reference)["logp"]
+        return self.compute_streams(rows, temperature, model)["logp"]
 
     @torch.no_grad()
     def compute_streams(
-        self, rows: Sequence[Row], temperature: float, reference: bool = False
+        self, rows: Sequence[Row], temperature: float, model: str = POLICY
     ) -> dict[str, list[np.ndarray | None]]:
         """`logp` and, if there is a critic, `value`: float32 [T] per row, in row order, NaN on
         tokens that are not trained.
 
-        logp is the present policy's (or the frozen reference's) log-prob of the token, value that
-        of the state in which it was chosen. Called with the same rows on all ranks; rows that
-        another rank computed are None here.
+        logp is the log-prob of the token under the present policy or the other `model`, value the
+        critic's of the state in which it was chosen. Called with the same rows on all ranks; rows
+        that another rank computed are None here.
         """
-        with_value = self.engine.module.critic is not None and not reference
+        with_value = self.engine.module.critic is not None and model == POLICY
         every_term = sorted({name for row in rows for name in row.weights})
         # only which tokens count is read of these terms, and no token's version
         micro_batches = pack(
@@ -273,7 +259,7 @@ class LearnerRank:
             version=NO_VERSION,
             share_prompts=self.shares_prompts(),
         )[self.rank]
-        with self.scored_by(reference) as forward:
+        with self.models.scored_by(model) as forward:
             outputs = [self.run_micro_batch(forward, micro, temperature) for micro in micro_batches]
         found = {"logp": self.empty_streams(rows)}
         if with_value:
@@ -291,58 +277,16 @@ class LearnerRank:
             no_number(row) if self.rank == 0 and not row.trained.any() else None for row in rows
         ]
 
-    @contextmanager
-    def scored_by(self, reference: bool) -> Iterator[Callable[..., Mapping[str, Tensor]]]:
-        """The forward of the present policy, or of the frozen reference."""
-        if not reference:
-            yield self.engine.forward
-        elif self.policy_is_reference():
-            with switched_off(self.engine.module):
-                yield self.engine.forward
-        else:
-            yield self._reference()
-
-    def _reference(self) -> Policy:
-        if self.reference is None:
-            self.reference = (
-                load_like_engines(self.config, self.model.path, self.spec)
-                .to(self.engine.device)
-                .requires_grad_(False)
-            )
-        return self.reference
-
-    @torch.no_grad()
-    def set_reference(self) -> None:
-        """Make the present weights the reference from now on. A collective."""
-        frozen = dict(hf_parameters(self._reference()))
-        for name, tensor in self.engine.full_parameters():
-            frozen[name].copy_(tensor)
-        self.reference_replaced = True
-
     # -- weights
 
     def save(self, folder: str | Path) -> None:
         self.engine.save(folder)
-        if self.reference_replaced and self.rank == 0:
-            from safetensors.torch import save_file
+        if self.rank == 0:
+            self.models.save(Path(folder))
 
-            save_file(
-                {name: p.detach().cpu() for name, p in hf_parameters(self._reference())},
-                Path(folder) / REFERENCE_FILE,
-            )
-
-    @torch.no_grad()
     def load(self, folder: str | Path) -> None:
         self.engine.load(folder)
-        self.reference_replaced = (Path(folder) / REFERENCE_FILE).is_file()
-        if self.reference_replaced:
-            from safetensors.torch import load_file
-
-            saved = load_file(Path(folder) / REFERENCE_FILE)
-            for name, parameter in hf_parameters(self._reference()):
-                parameter.copy_(saved[name])
-        else:
-            self.reference = None
+        self.models.load(Path(folder))
 
     def export(self, folder: str | Path) -> None:
         """A plain Hugging Face folder, complete with tokenizer, written by rank 0: see

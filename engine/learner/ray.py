@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from tandem.engine.config.names import POLICY
 from tandem.engine.config.schema import Config
 from tandem.engine.core import stop
 from tandem.engine.core.errors import ConfigError, EngineDied, SyncError
@@ -271,19 +272,19 @@ class RayLearner:
             raise
 
     def logprobs(
-        self, rows: Sequence[Row], temperature: float, reference: bool = False
+        self, rows: Sequence[Row], temperature: float, model: str = POLICY
     ) -> list[np.ndarray]:
         """The log-probs of `compute_streams`."""
-        return self.compute_streams(rows, temperature, reference)["logp"]
+        return self.compute_streams(rows, temperature, model)["logp"]
 
     def compute_streams(
-        self, rows: Sequence[Row], temperature: float, reference: bool = False
+        self, rows: Sequence[Row], temperature: float, model: str = POLICY
     ) -> dict[str, list[np.ndarray]]:
         """See LearnerRank.compute_streams; here complete."""
         import ray
 
         return merge_rank_streams(
-            self._all("compute_streams", ray.put(list(rows)), temperature, reference)
+            self._all("compute_streams", ray.put(list(rows)), temperature, model)
         )
 
     def set_reference(self) -> None:

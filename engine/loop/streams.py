@@ -8,6 +8,7 @@ import numpy as np
 
 from tandem.algorithms.base import Term
 from tandem.algorithms.checks.rows import has_tokens
+from tandem.engine.config.names import model_of, split_view
 from tandem.engine.core.types import Row
 from tandem.engine.learner.protocol import Learner
 
@@ -18,8 +19,8 @@ LEARNER_STREAMS = {"old_logp": "logp", "old_value": "value"}
 def with_streams(
     learner: Learner, rows: Sequence[Row], terms: Sequence[Term], temperature: float
 ) -> list[Row]:
-    """Add the learner's own log-probs and values, and the reference's log-probs, where terms need
-    them.
+    """Add the learner's own log-probs and values, and the log-probs of other models, where terms
+    need them.
 
     Only rows with a token of a term that needs a stream are scored; it stays absent in all
     others.
@@ -36,12 +37,44 @@ def with_streams(
         for name in wanted:
             values = found[LEARNER_STREAMS[name]]
             fill_in(rows, chosen, name, values)
-    chosen = needing(rows, terms, ["ref_logp"])
-    if chosen:
-        scored = [rows[i] for i in chosen]
-        logps = learner.logprobs(scored, temperature, reference=True)
-        fill_in(rows, chosen, "ref_logp", logps)
+    for name in sorted(needed):
+        model = model_of(name)
+        if model is not None:
+            chosen = needing(rows, terms, [name])
+            score_by(learner, rows, chosen, name, model, temperature)
     return rows
+
+
+def score_by(
+    learner: Learner,
+    rows: list[Row],
+    chosen: Sequence[int],
+    stream: str,
+    model: str,
+    temperature: float,
+) -> None:
+    """Give the rows numbered in `chosen` the log-probs of a model, `NAME` or `NAME@VIEW`."""
+    if not chosen:
+        return
+    name, view = split_view(model)
+    scored = [rows[i] for i in chosen]
+    if not view:
+        fill_in(rows, chosen, stream, learner.logprobs(scored, temperature, name))
+        return
+    seen = [row.at_view(view) for row in scored]
+    values = []
+    for row, other, logp in zip(
+        scored, seen, learner.logprobs(seen, temperature, name), strict=True
+    ):
+        values.append(moved_back(row, other, logp))
+    fill_in(rows, chosen, stream, values)
+
+
+def moved_back(row: Row, seen: Row, logp: np.ndarray) -> np.ndarray:
+    """Numbers [T] of a row at a view -> of the row itself: NaN on its prompt."""
+    found = np.full(len(row.tokens), np.nan, np.float32)
+    found[row.response_start :] = logp[seen.response_start :]
+    return found
 
 
 def with_old_logp(learner: Learner, rows: Sequence[Row], temperature: float) -> list[Row]:

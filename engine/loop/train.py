@@ -113,7 +113,7 @@ def train(components: Components, state: RunState) -> None:
         groups = batch.groups
         temperature = step_temperature(config, demand)
         rows = ask_rows(method, batch)
-        terms = check_terms(method, method.terms(batch))
+        terms = check_terms(method, method.terms(batch), batch.budget.models)
         rows = with_streams(learner, check_rows(method, rows, terms), terms, temperature)
         rows = ask_credit(method, rows, batch, terms)
         note_tokens(term_had_tokens, terms, rows)

@@ -41,7 +41,6 @@ from torch.nn.functional import pad
 from tandem.engine.core.errors import MethodError
 from tandem.engine.model.chunked_head import entropy_of
 
-REFERENCE = "reference"  # the frozen model of ref_logp, as a name in `Quantity.models`
 TAIL_FLOOR = 1e-7  # the least probability that the tail of a top-k is given, on both sides
 
 
@@ -70,7 +69,8 @@ class Quantity(Protocol):
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The other models whose log-probs it reads."""
+        """The other models whose log-probs it reads, `NAME` or, behind a row's other prompt,
+        `NAME@VIEW`."""
         ...
 
     @property

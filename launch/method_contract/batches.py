@@ -17,11 +17,35 @@ from tandem.engine.learner.inspect import Inspection, PerRow, group, inspect, tr
 from tandem.engine.loop.group_numbers import PAIRS
 
 NO_COLUMNS: Mapping[str, Any] = {}
+WORDS = "abcdefghijklmnop"  # of the tokens from 4 on
+LONGEST = 60  # tokens of a prompt
 # Two demonstrations of three and two tokens, ids 5 6 3 and 7 3.
 EXPERTS = (
     trajectory([1, 2], [5, 6, 3], expert=True, prompt_id="e0"),
     trajectory([1], [7, 3], expert=True, prompt_id="e1"),
 )
+
+
+class Letters:
+    """A Codec: a token for each character."""
+
+    def encode(self, content: Any) -> np.ndarray | None:
+        text = content
+        if not isinstance(content, str):
+            text = "".join(message["content"] for message in content)
+        if len(text) > LONGEST:
+            return None
+        return np.array([4 + ord(letter) % len(WORDS) for letter in text], np.int32)
+
+    def decode(self, response: np.ndarray) -> str:
+        return "".join(WORDS[int(token) % len(WORDS)] for token in response)
+
+
+class AnyModel(dict[str, PerRow]):
+    """A model of whatever name, at whatever view."""
+
+    def get(self, key: str, default: Any = None) -> PerRow:
+        return teacher_ids
 
 
 def rollouts(
@@ -155,6 +179,10 @@ def reference_ids(row: Row) -> np.ndarray:
     return ids(row) - 0.05
 
 
+def teacher_ids(row: Row) -> np.ndarray:
+    return ids(row) - 0.1
+
+
 def rising(row: Row) -> np.ndarray:
     """An entropy: 0, 0.1, ... by position."""
     return 0.1 * np.arange(len(row.tokens), dtype=np.float32)
@@ -173,6 +201,9 @@ def look(
     groups = tuple(described(one, columns) for one in b.groups)
     experts = tuple(with_columns(one, columns) for one in answers(method, b.experts))
     b = replace(b, groups=groups, experts=experts)
+    if b.budget.codec is None:
+        b = replace(b, budget=replace(b.budget, codec=Letters()))
+    more.setdefault("models", AnyModel())
     return inspect(method, b, logp, entropy=entropy, reference=reference, **more)
 
 

@@ -29,29 +29,10 @@ from tandem.engine.core.types import (
     Source,
     Trajectory,
 )
-from tandem.engine.learner.inspect import trajectory
+from tandem.engine.learner.inspect import Inspection, trajectory
 from tandem.engine.loop.reporter import latest_signals
 from tandem.engine.loop.waves import joined, next_wave
-from tandem.launch.method_contract.batches import NO_COLUMNS, described, ids, look
-
-WORDS = "abcdefghijklmnop"  # of the tokens from 4 on
-LONGEST = 60  # tokens of a prompt
-
-
-class Letters:
-    """A Codec: a token for each character."""
-
-    def encode(self, content: Any) -> np.ndarray | None:
-        text = content
-        if not isinstance(content, str):
-            text = "".join(message["content"] for message in content)
-        if len(text) > LONGEST:
-            return None
-        return np.array([4 + ord(letter) % len(WORDS) for letter in text], np.int32)
-
-    def decode(self, response: np.ndarray) -> str:
-        return "".join(WORDS[int(token) % len(WORDS)] for token in response)
-
+from tandem.launch.method_contract.batches import NO_COLUMNS, Letters, described, ids, look
 
 BUDGET = Budget(
     prompts=4,
@@ -130,7 +111,7 @@ def drive(
         )
         out = look(method, made, ids, columns=columns)
         metrics = {
-            "grad_norm": math.sqrt(sum(float((g**2).sum()) for g in out.gradients)),
+            "grad_norm": math.sqrt(sum(float((g**2).sum()) for g in every_gradient(out))),
             "entropy": 0.3 + 0.01 * step,
         }
         for name, value in out.terms.items():
@@ -143,6 +124,14 @@ def drive(
         signals = latest_signals(signals, metrics)
         record.append(Driven(demand, out.rows, out.loss, out.gradients, metrics))
     return record, Carried(signals, tickets)
+
+
+def every_gradient(out: Inspection) -> list[np.ndarray]:
+    """Those of quantities too."""
+    found = list(out.gradients)
+    for gradients in out.extra_gradients.values():
+        found.extend(gradients)
+    return found
 
 
 def first_wave(

@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tandem.engine.config.paths import OBJECT_IN_FILE
 from tandem.engine.config.schema import Config, DatasetConfig
 from tandem.engine.data.tasks import UNLIMITED
+from tandem.engine.model.resolve import resolve_model
 
 WHOLE_FILES = (".jsonl", ".parquet")
 MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py")
@@ -29,6 +31,10 @@ def contents(config: Config, sources: dict[str, Any], model_path: str) -> dict[s
     where the method needs none}.
     """
     found = {"model.path": model_digest(model_path)}
+    for name, other in config.models.items():
+        if other.path:
+            folder = resolve_model(replace(config.model, path=other.path))
+            found[f"models.{name}.path"] = model_digest(folder)
     if config.model.tokenizer:
         found["model.tokenizer"] = model_digest(config.model.tokenizer)
     if config.rollout.record:

@@ -15,6 +15,7 @@ import numpy as np
 from tandem.algorithms.base import Budget, Method
 from tandem.algorithms.checks.method import check_demand
 from tandem.algorithms.registry import configured
+from tandem.engine.config.names import ALWAYS_THERE
 from tandem.engine.config.schema import Config, DataConfig
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.core.types import Finish, Prompt
@@ -25,6 +26,7 @@ from tandem.engine.loop.checkpoint import Checkpoints, Found
 from tandem.engine.loop.disk import check_room
 from tandem.engine.loop.state import read_state
 from tandem.engine.model.resolve import load_tokenizer, resolve_model
+from tandem.engine.model.same_tokens import check_other_models
 from tandem.engine.model.scope import check_scope
 from tandem.engine.report.display import Display
 from tandem.launch.machine import check_model, generates, parameter_count
@@ -77,6 +79,7 @@ def prepare(config: Config, folder: RunFolder, display: Display, stack: ExitStac
     model_path = resolve_model(config.model)
     tokenizer = load_tokenizer(config.model)
     check_model(config, model_path)
+    check_other_models(config, tokenizer)
     trained = check_scope(config, model_path)
     parameters = parameter_count(Path(model_path))
     check_room(config, parameters, folder.path, display.message, trained)
@@ -93,6 +96,7 @@ def prepare(config: Config, folder: RunFolder, display: Display, stack: ExitStac
         model=model_path,
         codec=sources.codec(),
         sources=sources.lengths(),
+        models=(*ALWAYS_THERE, *config.models),
     )
     check_demand(method, method.demand(0, budget, {}), budget.sources)
     facts = resume.facts_of(config, contents(config, sources.by_key(), model_path))

@@ -103,7 +103,7 @@ def read_keys(key: str) -> tuple[str, ...]:
 
 
 def is_path(key: str) -> bool:
-    return key in PATHS or (key.startswith("data.") and key.endswith(".path"))
+    return key in PATHS or (key.startswith(("data.", "models.")) and key.endswith(".path"))
 
 
 @dataclass

@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from tandem.algorithms.registry import make_method
     from tandem.algorithms.rl_method import RLMethod
     from tandem.algorithms.rows import expert_row, policy_row
+    from tandem.engine.config.names import logp_of
     from tandem.engine.config.schema import Config
     from tandem.engine.core.errors import ConfigError
     from tandem.engine.core.types import Row
     from tandem.engine.learner.inspect import group, inspect, pair, trajectory
+    from tandem.engine.model.quantities import Divergence
     from tandem.launch.check_config import load
     from tandem.launch.run.run import train
 
@@ -40,6 +42,7 @@ __all__ = [
     "ConfigError",
     "Demand",
     "DemoLoss",
+    "Divergence",
     "Groups",
     "Method",
     "PPOClip",
@@ -55,6 +58,7 @@ __all__ = [
     "group",
     "inspect",
     "load",
+    "logp_of",
     "make_method",
     "pair",
     "policy_row",
@@ -70,6 +74,7 @@ _HOMES = {
     "ConfigError": "tandem.engine.core.errors:ConfigError",
     "Demand": "tandem.algorithms.base:Demand",
     "DemoLoss": "tandem.algorithms.parts.demos:DemoLoss",
+    "Divergence": "tandem.engine.model.quantities:Divergence",
     "Groups": "tandem.algorithms.parts.objectives.units:Groups",
     "Method": "tandem.algorithms.base:Method",
     "PPOClip": "tandem.algorithms.parts.objectives.policy:PPOClip",
@@ -85,6 +90,7 @@ _HOMES = {
     "group": "tandem.engine.learner.inspect:group",
     "inspect": "tandem.engine.learner.inspect:inspect",
     "load": "tandem.launch.check_config:load",
+    "logp_of": "tandem.engine.config.names:logp_of",
     "make_method": "tandem.algorithms.registry:make_method",
     "pair": "tandem.engine.learner.inspect:pair",
     "policy_row": "tandem.algorithms.rows:policy_row",

@@ -49,7 +49,7 @@ def main(rank, ranks, port, stage, model, folder):
         learner.save(folder / f"{name}_checkpoint")
         out["norms"] += train(learner, (2, 3))
         out["weights"] = weights(learner)
-        out["reference"] = learner.logprobs(make_rows(5), 0.8, reference=True)
+        out["reference"] = learner.logprobs(make_rows(5), 0.8, model="reference")
         learner.export(folder / f"{name}_model")
         if rank == 0:
             out["exported"] = load_file(folder / f"{name}_model" / "model.safetensors")

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tandem.algorithms.registry import METHODS, method_class
+from tandem.algorithms.registry import METHODS, make_method, method_class
+from tandem.engine.model.tiny import make_tiny
 from tandem.launch.check_config import load
 from tandem.launch.run.run import train
 
@@ -60,13 +61,30 @@ PAIRS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """Another model than the one that is trained."""
+    return make_tiny(tmp_path_factory.mktemp("teacher") / "teacher", seed=1)
+
+
+def needed(name, teacher) -> list[str]:
+    """What a method asks for that the others do not."""
+    found = []
+    if "teacher" in make_method(name, {}).compares_with:
+        found.append(f"models.teacher.path={teacher}")
+    if name == "sdft":
+        found.append("data.max_prompt_tokens=128")  # for the demonstration in it
+    return found
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_two_steps_in_one_process(tmp_path, name):
+def test_two_steps_in_one_process(tmp_path, name, teacher):
     """Real sampling, prefixes and demonstrations included; the gate between sampler and learner
     holds for forced tokens as well.
     """
     config = tmp_path / "config.yaml"
     overrides = [f"run.dir={tmp_path}"]
+    overrides += needed(name, teacher)
     if name in ("relift", "hpt"):
         # which the untrained model never gets: both turn to the demonstrations
         overrides.append("reward.functions=[exact]")
@@ -115,7 +133,7 @@ def test_every_shipped_config_is_valid(path):
 @pytest.mark.nightly
 @pytest.mark.stack
 @pytest.mark.parametrize("name", shipped())
-def test_two_steps_on_the_real_stack(tmp_path, name):
+def test_two_steps_on_the_real_stack(tmp_path, name, teacher):
     small = [
         "run.steps=2",
         "rollout.prompts_per_step=8",
@@ -133,6 +151,7 @@ def test_two_steps_on_the_real_stack(tmp_path, name):
     method = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["method"]["name"]
     # so that two steps show both stages
     small += [f"method.{key}={value}" for key, value in OPTIONS.get(method, {}).items()]
+    small += needed(method, teacher)
     result = subprocess.run(
         [sys.executable, "-m", "tandem.launch.cli", "train", str(CONFIGS / f"{name}.yaml"), *small],
         capture_output=True,

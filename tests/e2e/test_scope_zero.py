@@ -77,7 +77,7 @@ def test_every_scope_trains_as_in_one_process(stage, model_path, tmp_path):
             for step in range(4)
         ]
         after = weights(one)
-        reference = one.logprobs(make_rows(5), 0.8, reference=True)
+        reference = one.logprobs(make_rows(5), 0.8, model="reference")
         outs = results[name]
         for out in outs:
             assert out["resumed exactly"], name

@@ -81,7 +81,8 @@ def test_a_config_line_with_more_than_a_method_is_a_config(tmp_path):
     longer = [block for block in BLOCKS if len(block) > 1]
     assert longer
     for block in longer:
-        based = {"base": str(ROOT / "configs" / "methods" / "sft.yaml"), **block}
+        shipped = ROOT / "configs" / "methods" / f"{block['method']['name']}.yaml"
+        based = {"base": str(shipped), **block}
         (tmp_path / "c.yaml").write_text(yaml.safe_dump(based))
         assert load(tmp_path / "c.yaml").method["name"] == block["method"]["name"]
 

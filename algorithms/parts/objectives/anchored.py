@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from tandem.algorithms.parts.objectives.nll import NLL
 from tandem.algorithms.parts.objectives.tokens import Tokens
+from tandem.engine.config.names import REFERENCE
 from tandem.engine.core.text import closest
-from tandem.engine.model.quantities import REFERENCE, Divergence, Quantity
+from tandem.engine.model.quantities import Divergence, Quantity
 
 WEIGHTS = ("p", "one")
 KL = "kl_from_reference"

@@ -63,7 +63,7 @@ def by_autograd(rank):
     policy = rank.engine.module
     policy.zero_grad(set_to_none=True)
     with torch.no_grad():
-        reference = sums(rank._reference().model)
+        reference = sums(rank.models.weights_of("reference").model)
     gain = sums(policy.model) - reference
     loss = -logsigmoid(0.5 * (gain[0::2] - gain[1::2])).mean()
     loss.backward()

@@ -308,7 +308,7 @@ def test_a_new_critic_says_zero(model_path):
 
 def test_reference_set_to_the_present_weights_survives_a_resume(model_path, tmp_path):
     rank, rows = make_rank(model_path), make_rows()
-    original = rank.logprobs(rows, 1.0, reference=True)
+    original = rank.logprobs(rows, 1.0, model="reference")
     rank.step(make_plan(rows))
     expected = rank.logprobs(rows, 1.0)
     rank.set_reference()
@@ -318,15 +318,15 @@ def test_reference_set_to_the_present_weights_survives_a_resume(model_path, tmp_
     def same(a, b):
         return all(np.array_equal(x, y, equal_nan=True) for x, y in zip(a, b, strict=True))
 
-    assert same(rank.logprobs(rows, 1.0, reference=True), expected) and not same(
+    assert same(rank.logprobs(rows, 1.0, model="reference"), expected) and not same(
         rank.logprobs(rows, 1.0), expected
     )
     resumed = make_rank(model_path)
     resumed.load(tmp_path / "ck")
-    assert same(resumed.logprobs(rows, 1.0, reference=True), expected)
+    assert same(resumed.logprobs(rows, 1.0, model="reference"), expected)
     make_rank(model_path).save(tmp_path / "before")
     resumed.load(tmp_path / "before")
-    assert same(resumed.logprobs(rows, 1.0, reference=True), original), (
+    assert same(resumed.logprobs(rows, 1.0, model="reference"), original), (
         "a checkpoint from before has the original model as its reference"
     )
 
@@ -335,7 +335,7 @@ def test_reference_is_the_original_model_also_after_steps(model_path):
     rank, rows = make_rank(model_path), make_rows()
     before = rank.logprobs(rows, 1.0)
     rank.step(make_plan(rows))
-    reference, now = rank.logprobs(rows, 1.0, reference=True), rank.logprobs(rows, 1.0)
+    reference, now = rank.logprobs(rows, 1.0, model="reference"), rank.logprobs(rows, 1.0)
     assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(before, reference, strict=True))
     assert not np.array_equal(before[0], now[0], equal_nan=True)
 

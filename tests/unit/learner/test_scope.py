@@ -75,7 +75,7 @@ def test_adapters_change_nothing_at_the_start_and_the_base_never(model_path, dty
         if "lora_" not in name
     }
     assert all(torch.equal(frozen[name], p) for name, p in base.engine.full_parameters())
-    assert same(rank.logprobs(ROWS, 0.8, reference=True), right) and rank.reference is None
+    assert same(rank.logprobs(ROWS, 0.8, model="reference"), right) and rank.models.loaded == {}
     assert not near(rank.logprobs(ROWS, 0.8), right, 1e-3)
     assert all(p.requires_grad for n, p in rank.engine.module.named_parameters() if "lora_" in n)
 
@@ -88,11 +88,13 @@ def test_a_reference_that_was_set_is_the_merged_model_and_part_of_a_checkpoint(
     rank.set_reference()
     rank.save(tmp_path)
     train(rank, range(2, 4))
-    assert near(rank.logprobs(ROWS, 0.8, reference=True), present, 1e-5)
+    assert near(rank.logprobs(ROWS, 0.8, model="reference"), present, 1e-5)
     assert not near(rank.logprobs(ROWS, 0.8), present, 1e-3)
     again = inline(model_path, LORA)
     again.load(tmp_path)
-    assert same(again.logprobs(ROWS, 0.8, reference=True), rank.logprobs(ROWS, 0.8, reference=True))
+    assert same(
+        again.logprobs(ROWS, 0.8, model="reference"), rank.logprobs(ROWS, 0.8, model="reference")
+    )
 
 
 def test_quantities_beside_the_reference_need_no_second_model(model_path):

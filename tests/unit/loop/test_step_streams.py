@@ -32,15 +32,14 @@ class Recorder:
         self.asked, self.plans = [], []
 
     def compute_streams(self, rows, temperature):
-        self.asked.append(("own", [row.prompt_id for row in rows], temperature))
+        self.asked.append(("policy", [row.prompt_id for row in rows], temperature))
         return {
             "logp": [np.full(len(row.tokens), -1.0, np.float32) for row in rows],
             "value": [np.full(len(row.tokens), 0.5, np.float32) for row in rows],
         }
 
-    def logprobs(self, rows, temperature, reference=False):
-        kind = "reference" if reference else "own"
-        self.asked.append((kind, [row.prompt_id for row in rows], temperature))
+    def logprobs(self, rows, temperature, model="policy"):
+        self.asked.append((model, [row.prompt_id for row in rows], temperature))
         return [np.full(len(row.tokens), -1.0, np.float32) for row in rows]
 
     def step(self, plan):
@@ -80,7 +79,7 @@ def test_only_rows_of_the_term_are_asked_about():
     rows, learner = stepped(
         make_method("chord_mu", {"policy": {"preset": "ppo", "critic": {"kl": 0.1}}}), batch()
     )
-    assert learner.asked == [("own", ["p", "p"], 0.7), ("reference", ["p", "p"], 0.7)]
+    assert learner.asked == [("policy", ["p", "p"], 0.7), ("reference", ["p", "p"], 0.7)]
     assert ["old_value" not in row.streams for row in rows] == [False, False, True, True]
     assert ["returns" not in row.streams for row in rows] == [False, False, True, True]
 
@@ -96,7 +95,7 @@ def test_several_updates_score_only_what_is_not_known_yet():
     """The critic's step scored the rollouts already; an old log-prob of the method's is kept."""
     method = make_method("chord_mu", {"policy": {"preset": "ppo", "critic": {"kl": 0.1}}})
     _, learner = stepped(method, batch(), updates_per_batch=2)
-    assert learner.asked[2:] == [("own", ["e0", "e1"], 0.7)]
+    assert learner.asked[2:] == [("policy", ["e0", "e1"], 0.7)]
     method.rows = lambda b: [
         expert_row(t, "expert").with_streams(old_logp=np.zeros(len(t.tokens), np.float32))
         for t in EXPERTS

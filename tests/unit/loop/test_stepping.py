@@ -24,7 +24,7 @@ class Recorder:
     def __init__(self):
         self.plans = []
 
-    def logprobs(self, rows, temperature, reference=False):
+    def logprobs(self, rows, temperature, model="policy"):
         return [np.full(len(row.tokens), -1.0, np.float32) for row in rows]
 
     def step(self, plan):

@@ -1,0 +1,63 @@
+"""Checks of the models that terms ask, and of the views behind which they ask them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from tandem.algorithms.base import Term
+from tandem.engine.config.names import model_of, split_view
+from tandem.engine.core.errors import CarrierError, MethodError
+from tandem.engine.core.text import closest
+from tandem.engine.core.types import Row
+
+
+def asked_models(term: Term) -> list[str]:
+    """The models, `NAME` or `NAME@VIEW`, that a term's streams and quantities are of."""
+    found: set[str] = set()
+    for need in term.needs:
+        model = model_of(need)
+        if model is not None:
+            found.add(model)
+    for quantity in term.quantities.values():
+        found.update(quantity.models)
+    return sorted(found)
+
+
+def check_models(where: str, term: Term, models: Collection[str]) -> None:
+    """Every model is there. models: names of all there are; none are known where a budget was made
+    by hand.
+    """
+    for model in asked_models(term):
+        name, _ = split_view(model)
+        if models and name not in models:
+            raise MethodError(
+                f"{where} asks for the model {name!r}{closest(name, models)}, but models.{name} is "
+                f"not set; the run has {', '.join(models)}; add to the config "
+                f"models: {{{name}: {{path: FOLDER}}}}"
+            )
+
+
+def check_views(where: str, row: Row, terms: Sequence[Term]) -> None:
+    """Every view that is looked from behind the row's tokens is there, and is a prompt."""
+    for name, prompt in row.views.items():
+        here = f"{where}: views[{name!r}]"
+        if not isinstance(prompt, np.ndarray) or prompt.dtype.kind not in "iu" or prompt.ndim != 1:
+            raise MethodError(f"{here} is {prompt!r}, expected the ids of a prompt, int32 [T]")
+        if len(prompt) == 0 or prompt.min() < 0:
+            raise MethodError(f"{here} must have at least one token, and ids of the vocabulary")
+    for term in terms:
+        weight = row.weights.get(term.name)
+        if weight is None or not weight.any():
+            continue
+        for model in asked_models(term):
+            _, view = split_view(model)
+            if not view:
+                continue
+            try:
+                row.at_view(view)
+            except CarrierError as error:
+                raise MethodError(
+                    f"{where}: term {term.name!r} asks for {model!r}: {error}"
+                ) from error
