@@ -26,6 +26,7 @@ CHECKED_ROWS = 1_000_000
 SHOWN = 3  # rows named in an error
 PROSE_WORDS = 5
 WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
+MARKS = ("$", "\\boxed", "\\fbox", "\\(", "\\[", "\\text")  # of LaTeX
 
 
 def expected_texts(value: Any) -> tuple[str, ...]:
@@ -64,8 +65,9 @@ def mathematical_text(value: Any) -> str:
             f"the expected answer is a solution and not an answer: found {describe(text)}; "
             "keep only what follows the last ####"
         )
-    prose = len(WORD.findall(text)) >= PROSE_WORDS and re.search(r"\d", text)
-    marked = any(mark in text for mark in ("$", "\\boxed", "\\fbox", "\\(", "\\[", "\\text"))
+    words = WORD.findall(text)
+    prose = len(words) >= PROSE_WORDS and re.search(r"\d", text)
+    marked = any(mark in text for mark in MARKS)
     if prose and not marked:
         raise ValueError(
             f"the expected answer is prose with numbers in it: found {describe(text)}; give "

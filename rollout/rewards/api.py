@@ -82,7 +82,8 @@ class Signature:
     def missing(self, columns: Mapping[str, Any]) -> str:
         """What is wrong with a dataset row for this function, or ''."""
         for name in self.columns:
-            found, wanted = columns, f"the dataset column {name!r}"
+            found = columns
+            wanted = f"the dataset column {name!r}"
             if name == "ground_truth" and self.kind != "trl":
                 found = ground_truth(columns)
                 wanted = (
@@ -112,7 +113,8 @@ class RewardFunction:
         """Score a call. `passes`: what is not taken for a failure of the reward, but raised."""
         start = time.perf_counter()
         samples = len(call.texts)
-        returned, trace = "", ""
+        returned = ""
+        trace = ""
         try:
             result = self.function(**self.arguments(call))
             if inspect.iscoroutine(result):
@@ -125,13 +127,15 @@ class RewardFunction:
             raise
         except BaseException as error:  # a SystemExit in a reward must not end the run either
             trace = message(traceback.format_exc(), TRACEBACK_CHARACTERS)
-            found = (values.Failure("exception", message(values.one_line(error))),) * samples
+            words = message(values.one_line(error))
+            found = (values.Failure("exception", words),) * samples
         entries = []
         for entry in found:
             if isinstance(entry, values.Failure):
                 entry = RewardError(entry.kind, entry.message, self.signature.name)
             entries.append(entry)
-        return Reply(tuple(entries), returned, time.perf_counter() - start, trace)
+        seconds = time.perf_counter() - start
+        return Reply(tuple(entries), returned, seconds, trace)
 
     def values(self, result: Any, samples: int) -> tuple[float | values.Failure | None, ...]:
         """The function's result as one checked entry per text."""
@@ -148,24 +152,22 @@ class RewardFunction:
         missing = self.signature.missing(call.columns)
         if missing:
             raise LookupError(missing)
-        give = {"tandem": self.given, "trl": given_trl, "verl": given_verl}
-        given = give[self.signature.kind](call)
+        if self.signature.kind == "trl":
+            given = given_trl(call)
+        elif self.signature.kind == "verl":
+            given = given_verl(call)
+        else:
+            given = self.given(call)
         if not takes_any(self.parameters):
-            given = {name: value for name, value in given.items() if name in self.parameters}
+            given = {name: given[name] for name in given if name in self.parameters}
         return {**given, **self.options}
 
     def given(self, call: Call) -> dict[str, Any]:
         """For Tandem's own signature. A column is never given for an option (after `*`)."""
-        options = {
-            name
-            for name, parameter in self.parameters.items()
-            if parameter.kind is parameter.KEYWORD_ONLY
-        }
-        columns = {
-            name: value
-            for name, value in call.columns.items()
-            if name not in NOT_COLUMNS and name not in options
-        }
+        columns = own_columns(call)
+        for name, parameter in self.parameters.items():
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                columns.pop(name, None)
         return {
             **columns,
             **ground_truth(call.columns),
@@ -178,6 +180,11 @@ class RewardFunction:
         }
 
 
+def own_columns(call: Call) -> dict[str, Any]:
+    """The row without columns that have the name of something else that a function is given."""
+    return {name: value for name, value in call.columns.items() if name not in NOT_COLUMNS}
+
+
 def given_trl(call: Call) -> dict[str, Any]:
     """Lists with an entry per sample of the group."""
     samples = len(call.texts)
@@ -185,9 +192,7 @@ def given_trl(call: Call) -> dict[str, Any]:
     if not isinstance(call.prompt, str):
         completions = [[{"role": "assistant", "content": text}] for text in call.texts]
     ids = [one.tolist() for one in call.completion_ids]
-    columns = {
-        name: [value] * samples for name, value in call.columns.items() if name not in NOT_COLUMNS
-    }
+    columns = {name: [value] * samples for name, value in own_columns(call).items()}
     return {
         **columns,
         "prompts": [call.prompt] * samples,
@@ -215,11 +220,9 @@ def ground_truth(columns: Mapping[str, Any]) -> dict[str, Any]:
     column ground_truth or answer; {} without any.
     """
     model = columns.get("reward_model")
-    for place, name in (
-        (model if isinstance(model, Mapping) else {}, "ground_truth"),
-        (columns, "ground_truth"),
-        (columns, "answer"),
-    ):
-        if name in place:
-            return {"ground_truth": place[name]}
+    if isinstance(model, Mapping) and "ground_truth" in model:
+        return {"ground_truth": model["ground_truth"]}
+    for name in ("ground_truth", "answer"):
+        if name in columns:
+            return {"ground_truth": columns[name]}
     return {}

@@ -44,17 +44,21 @@ def check(
                 raise ConfigError(
                     f"data: row {i} has no column {prompt!r}; it has {', '.join(row)}"
                 )
-            right = row[response] if response else str(ground_truth(row).get("ground_truth", ""))
+            right = str(ground_truth(row).get("ground_truth", ""))
+            if response:
+                right = row[response]
             lines.append(f"row {i}: {shorten(right)!r} and an empty completion")
+            texts = (right, "")
             for number, signature in enumerate(runner.signatures):
-                replies = [
-                    runner.call(number, call).result()
-                    for call in calls(f"row {i}", row[prompt], row, (right, ""), signature)
-                ]
+                replies = []
+                for call in calls(f"row {i}", row[prompt], row, texts, signature):
+                    reply = runner.call(number, call)
+                    replies.append(reply.result())
                 errors = errors_of(replies)
                 failures += len(errors)
                 lines.append(f"  {signature.name} ({signature.kind}): {shown(replies)}")
-                lines += [f"    {error.kind}: {error.message}" for error in dict.fromkeys(errors)]
+                for error in dict.fromkeys(errors):
+                    lines.append(f"    {error.kind}: {error.message}")
     finally:
         runner.close()
     report = "\n".join(lines)
@@ -70,21 +74,25 @@ def calls(
     ids = tuple(bytes_of(text) for text in texts)
     if signature.per_group:
         return [Call(row_id, prompt, row, texts, ids)]
-    return [
-        Call(row_id, prompt, row, (text,), (ids[number],), number)
-        for number, text in enumerate(texts)
-    ]
+    found = []
+    for number, text in enumerate(texts):
+        own_ids = ids[number]
+        found.append(Call(row_id, prompt, row, (text,), (own_ids,), number))
+    return found
 
 
 def bytes_of(text: str) -> np.ndarray:
     """int32: the text's bytes in the place of its token ids."""
-    return np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8).astype(np.int32)
+    encoded = text.encode("utf-8", "surrogatepass")
+    return np.frombuffer(encoded, np.uint8).astype(np.int32)
 
 
 def errors_of(replies: Sequence[Reply]) -> list[RewardError]:
     found = []
     for reply in replies:
-        found += [value for value in reply.values if isinstance(value, RewardError)]
+        for value in reply.values:
+            if isinstance(value, RewardError):
+                found.append(value)
     return found
 
 

@@ -87,15 +87,18 @@ def worker_environment(named: Sequence[str]) -> dict[str, str]:
                 f"reward.environment names {name!r}, but no environment variable of that "
                 "name is set where the run was started; set it, or remove the name"
             )
-    environment = {
-        name: value for name, value in os.environ.items() if name in named or allowed(name)
-    }
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    environment = {}
+    for name, value in os.environ.items():
+        if name in named or allowed(name):
+            environment[name] = value
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     return environment
 
 
 def allowed(name: str) -> bool:
-    return name in NAMES or (name.startswith(PREFIXES) and not SECRET.search(name))
+    if name in NAMES:
+        return True
+    return name.startswith(PREFIXES) and not SECRET.search(name)
 
 
 def hint(text: str, environment: Mapping[str, str]) -> str:
@@ -103,7 +106,8 @@ def hint(text: str, environment: Mapping[str, str]) -> str:
     `environment`; '' adds nothing.
     """
     words = set(re.findall(r"[A-Za-z_][A-Za-z0-9_]{3,}", text))
-    missing = sorted(name for name in words & set(os.environ) if name not in environment)
+    mentioned = words.intersection(os.environ)
+    missing = sorted(mentioned.difference(environment))
     if not missing:
         return text
     return (

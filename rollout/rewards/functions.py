@@ -66,9 +66,11 @@ def load_functions(config: RewardConfig, seed: int) -> tuple[RewardFunction, ...
             f"reward.functions names a function twice: {', '.join(config.functions)}; give "
             "it one larger weight instead"
         )
-    return tuple(
-        load_function(name, config.options.get(name) or {}, seed) for name in config.functions
-    )
+    functions = []
+    for name in config.functions:
+        options = config.options.get(name) or {}
+        functions.append(load_function(name, options, seed))
+    return tuple(functions)
 
 
 def load_function(name: str, options: Mapping[str, Any], seed: int) -> RewardFunction:
@@ -91,9 +93,11 @@ def load_function(name: str, options: Mapping[str, Any], seed: int) -> RewardFun
     check_options(name, options, free, kind, takes_any(parameters))
     if name in BUILTIN:
         options = typed_options(name, function, options)
-    needed = [p for p in free if required(parameters[p]) and p not in options]
-    for p in needed:
-        check_column(name, kind, parameters[p])
+    needed = []
+    for p in free:
+        if required(parameters[p]) and p not in options:
+            check_column(name, kind, parameters[p])
+            needed.append(p)
     answer = parameters.get("ground_truth")
     if kind != "trl" and answer is not None and required(answer):
         needed.append("ground_truth")
@@ -106,7 +110,8 @@ def check_options(
 ) -> None:
     """Raise ConfigError for an option that the function does not take; `free`: those it names."""
     for option in options:
-        if option in GIVEN[kind] or (option not in free and not any_name):
+        unknown = option not in free and not any_name
+        if unknown or option in GIVEN[kind]:
             raise ConfigError(
                 f"reward {name!r} has no option {option!r}{closest(option, free)}, set in "
                 f"reward.options; its options: {', '.join(free) or 'none'}"
@@ -118,8 +123,9 @@ def typed_options(name: str, function: Any, options: Mapping[str, Any]) -> dict[
     hints = typing.get_type_hints(function)
     found = {}
     for option, value in options.items():
+        key = f"reward.options.{name}.{option}"
         try:
-            found[option] = typed(hints[option], value, f"reward.options.{name}.{option}")
+            found[option] = typed(hints[option], value, key)
         except ValueError as error:
             raise ConfigError(f"{error}, set in reward.options") from error
     return found
@@ -154,7 +160,11 @@ def parameters_of(name: str, function: Any) -> Mapping[str, inspect.Parameter]:
 
 def named(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
     """All but *args and **kwargs."""
-    return [p.name for p in parameters.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    names = []
+    for p in parameters.values():
+        if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL):
+            names.append(p.name)
+    return names
 
 
 def required(parameter: inspect.Parameter) -> bool:
@@ -163,11 +173,13 @@ def required(parameter: inspect.Parameter) -> bool:
 
 def kind_of(name: str, parameters: Mapping[str, inspect.Parameter]) -> str:
     """tandem | trl | verl, or a ConfigError that lists all three."""
-    by_name = {
-        p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    }
+    by_name = set()
+    for p in parameters.values():
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
+            by_name.add(p.name)
     kinds = [kind for kind, telltale in TELLTALE.items() if by_name & telltale]
-    if kinds == ["tandem", "trl"] and by_name & TELLTALE["trl"] == {"completion_ids"}:
+    told_trl = by_name & TELLTALE["trl"]
+    if kinds == ["tandem", "trl"] and told_trl == {"completion_ids"}:
         kinds = ["tandem"]  # completion_ids beside completion: those of the one sample
     if len(kinds) != 1:
         fault = "fit no known signature"

@@ -11,6 +11,7 @@ import resource
 import signal
 import sys
 
+STREAMS = (0, 1, 2)  # descriptors of the standard streams
 TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
 OUT_OF_REACH = 512  # copies of descriptors lie here, above what code closes that closes "all"
 LOST_CONNECTION = 70  # exit code
@@ -26,10 +27,12 @@ class Guard:
         self.connection = connection
         self.folder = os.getcwd()
         self.recursion_limit = sys.getrecursionlimit()
-        self.files = {fd: identity(fd) for fd in (0, 1, 2, connection)}
+        self.files = {fd: identity(fd) for fd in (*STREAMS, connection)}
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         lowest = min(OUT_OF_REACH, max(soft - 16, 3))
-        self.copies = {fd: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, lowest) for fd in (0, 1, 2)}
+        self.copies = {}
+        for fd in STREAMS:
+            self.copies[fd] = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, lowest)
 
     def restore(self) -> None:
         """Put back the current folder, timers, the recursion limit and the standard streams.
@@ -66,4 +69,5 @@ def identity(fd: int) -> tuple[int, int] | None:
 
 
 def usable(stream) -> bool:
-    return callable(getattr(stream, "write", None)) and not getattr(stream, "closed", False)
+    writes = callable(getattr(stream, "write", None))
+    return writes and not getattr(stream, "closed", False)

@@ -29,12 +29,17 @@ def score(
     white space around it aside), last_integer, or whole.
     """
     found = answer_in(completion, extract)
+    if found is not None:
+        found = found.strip()
+    if isinstance(metadata, str):
+        metadata = json.loads(metadata)
     entry = {
         "question": question,
         "answer": answer,
-        "metadata": json.loads(metadata) if isinstance(metadata, str) else metadata,
+        "metadata": metadata,
     }
-    return verifier(source_dataset)(None if found is None else found.strip(), entry)
+    verify = verifier(source_dataset)
+    return verify(found, entry)
 
 
 def answer_in(completion: str, extract: str) -> str | None:

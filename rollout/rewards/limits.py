@@ -25,7 +25,8 @@ def memory_limit(gib: float | None) -> int:
         return int(gib * 2**30)
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with contextlib.suppress(OSError, ValueError):  # no such limit, or the word "max"
-        machine = min(machine, int(CGROUP_LIMIT.read_text()))
+        limit = int(CGROUP_LIMIT.read_text())
+        machine = min(machine, limit)
     return machine // 2
 
 
@@ -52,12 +53,14 @@ def family(pid: int) -> list[int]:
     """A process and its children, and theirs."""
     found = [pid]
     for process in found:
+        children = []
         try:
-            tasks = list(Path(f"/proc/{process}/task").iterdir())
-            children = " ".join((task / "children").read_text() for task in tasks).split()
+            for task in Path(f"/proc/{process}/task").iterdir():
+                text = (task / "children").read_text()
+                children += text.split()
         except OSError:
             continue
-        found.extend(int(child) for child in children)
+        found.extend(map(int, children))
     return found
 
 

@@ -15,12 +15,14 @@ class BoundedLog:
     """A file that several processes print to, each through a pipe of its own. Thread-safe."""
 
     def __init__(self, path: Path, limit: int = LOG_BYTES):
-        self.path, self.limit = path, limit
+        self.path = path
+        self.limit = limit
         self.lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and path.stat().st_size > limit // 2:
-            os.replace(path, path.with_name(path.name + ".1"))
         self.size = path.stat().st_size if path.exists() else 0
+        if self.size > limit // 2:
+            os.replace(path, path.with_name(path.name + ".1"))
+            self.size = 0
         self.full = False
 
     def pipe(self) -> tuple[int, threading.Thread]:
@@ -46,13 +48,8 @@ class BoundedLog:
                 return
             room = self.limit - self.size
             if len(data) > room:
-                data = (
-                    data[:room]
-                    + (
-                        f"\n[the log has reached {self.limit} bytes; nothing more is written to "
-                        "it]\n"
-                    ).encode()
-                )
+                end = f"\n[the log has reached {self.limit} bytes; nothing more is written to it]\n"
+                data = data[:room] + end.encode()
                 self.full = True
             self.size += len(data)
             try:

@@ -33,20 +33,22 @@ def equal(completion: str, ground_truth) -> float:
     box = last_box(answer)
     word = literal(answer if box is None else box)
     given = said(completion)
+    words = [literal(text) for text in given]
     if word is not None:
-        if word in [literal(text) for text in given]:
+        if word in words:
             return 1.0
         if not could_be_product(word):
             return 0.0
-    if any(literal(text) is not None for text in given) and (
-        word is not None or any(map(is_date, given))
-    ):
+    says_word = any(other is not None for other in words)
+    if says_word and (word is not None or any(map(is_date, given))):
         return 0.0  # another word; or a date, which no number equals
     from math_verify import parse, verify
 
     box = last_box(completion)
-    found = parse(completion if box is None else boxed(box), parsing_timeout=NO_ALARM)
-    return float(verify(list(expected(answer)), found, timeout_seconds=NO_ALARM))
+    text = completion if box is None else boxed(box)
+    found = parse(text, parsing_timeout=NO_ALARM)
+    wanted = list(expected(answer))
+    return float(verify(wanted, found, timeout_seconds=NO_ALARM))
 
 
 @functools.lru_cache(maxsize=4096)

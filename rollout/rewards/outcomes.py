@@ -44,15 +44,18 @@ def judge(sample: str, parts: Sequence[Part], functions: str) -> Judged:
             found[part.name] = value
             weighted.append((part.weight, value))
     if errors:
-        return Judged(RewardOutcome(None, found, errors[0]), tuple(complaints))
+        outcome = RewardOutcome(None, found, errors[0])
+        return Judged(outcome, tuple(complaints))
     if not found:
         words = "every function returned None, so no reward applies to this sample"
         error = RewardError("not_finite", words, functions)
-        return Judged(RewardOutcome(None, found, error), (f"{sample}: {words}",))
+        outcome = RewardOutcome(None, found, error)
+        return Judged(outcome, (f"{sample}: {words}",))
     total = weighted_sum(weighted)
     if isinstance(total, Failure):
         error = RewardError(total.kind, total.message, functions)
         weights = [part.weight for part in parts]
         words = f"{total.message}; the parts: {found}, reward.weights {weights}"
-        return Judged(RewardOutcome(None, found, error), (f"{sample}: {words}",))
+        outcome = RewardOutcome(None, found, error)
+        return Judged(outcome, (f"{sample}: {words}",))
     return Judged(RewardOutcome(total, found))

@@ -59,7 +59,8 @@ class RewardRunner:
         self.weights = config.weights or (1.0,) * len(config.functions)
         # as parts and metrics call them
         self.names = [shown_code(name) for name in config.functions]
-        self.scored = self.failed = 0
+        self.scored = 0
+        self.failed = 0
         self.failure: RewardFailure | None = None
         self.first_failures: list[str] = []
         self.lock = threading.Lock()
@@ -90,7 +91,8 @@ class RewardRunner:
         self.workers = [Worker(shared) for _ in range(self.config.workers)]
         atexit.register(self.close)
         ready = []
-        for answer in [worker.ready.get() for worker in self.workers]:
+        answers = [worker.ready.get() for worker in self.workers]
+        for answer in answers:
             if isinstance(answer, str):
                 self.close()
                 raise ConfigError(answer)
@@ -151,11 +153,16 @@ class RewardRunner:
         for number, signature in enumerate(self.signatures):
             step = len(texts) if signature.per_group else 1
             for first in range(0, len(texts), step):
-                some, ids = texts[first : first + step], completion_ids[first : first + step]
-                yield (
-                    number,
-                    Call(prompt.id, prompt.content, prompt.columns, tuple(some), tuple(ids), first),
+                end = first + step
+                call = Call(
+                    prompt_id=prompt.id,
+                    prompt=prompt.content,
+                    columns=prompt.columns,
+                    texts=tuple(texts[first:end]),
+                    completion_ids=tuple(completion_ids[first:end]),
+                    first=first,
                 )
+                yield number, call
 
     def call(self, number: int, call: Call) -> Future[Reply]:
         """One call of one function."""
@@ -189,10 +196,11 @@ class RewardRunner:
                 result.set_exception(error)
                 return
         functions = ", ".join(self.config.functions)
-        judged = [
-            judge(f"prompt {prompt.id!r}, sample {i}", self.parts(i, replies), functions)
-            for i in range(samples)
-        ]
+        judged = []
+        for i in range(samples):
+            sample = f"prompt {prompt.id!r}, sample {i}"
+            parts = self.parts(i, replies)
+            judged.append(judge(sample, parts, functions))
         self.count(judged)
         if self.failure:
             result.set_exception(self.failure)
@@ -206,7 +214,9 @@ class RewardRunner:
             first = 0 if signature.per_group else sample
             reply = replies[number, first].result()
             value = reply.values[sample - first]
-            parts.append(Part(self.names[number], self.weights[number], value, reply.traceback))
+            name = self.names[number]
+            weight = self.weights[number]
+            parts.append(Part(name, weight, value, reply.traceback))
         return parts
 
     def count(self, judged: Sequence[Judged]) -> None:
@@ -217,7 +227,8 @@ class RewardRunner:
                 self.first_failures += one.complaints
             del self.first_failures[FIRST_FAILURES:]
             bound = self.config.max_error_rate
-            if self.failure or self.scored < MIN_SAMPLES or self.error_rate <= bound:
+            too_early = self.scored < MIN_SAMPLES
+            if self.failure or too_early or self.error_rate <= bound:
                 return
             self.failure = RewardFailure(
                 f"{self.failed} of {self.scored} samples could not be scored, more than "

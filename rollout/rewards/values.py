@@ -7,6 +7,7 @@ is no reward.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import numbers
@@ -32,19 +33,24 @@ def of_group(result: Any, samples: int) -> tuple[float | Failure | None, ...]:
 
     None: does not apply.
     """
-    wanted = f"expected a list of {samples} numbers, one per completion"
-    if isinstance(result, (str, bytes, Mapping, Set)):
-        return (Failure("arity", f"returned {describe(result)}, {wanted}"),) * samples
-    try:
-        entries = iter(result)
-    except TypeError:
-        return (Failure("arity", f"returned {describe(result)}, {wanted}"),) * samples
+    entries = None
+    if not isinstance(result, (str, bytes, Mapping, Set)):
+        with contextlib.suppress(TypeError):
+            entries = iter(result)
+    if entries is None:
+        wanted = f"expected a list of {samples} numbers, one per completion"
+        failure = Failure("arity", f"returned {describe(result)}, {wanted}")
+        return (failure,) * samples
     # one more than wanted is enough to see that a generator has no end
     entries = list(itertools.islice(entries, samples + 1))
     if len(entries) != samples:
         count = f"more than {samples}" if len(entries) > samples else str(len(entries))
-        return (Failure("arity", f"returned {count} rewards for {samples} completions"),) * samples
-    return tuple(None if entry is None else of_sample(entry) for entry in entries)
+        failure = Failure("arity", f"returned {count} rewards for {samples} completions")
+        return (failure,) * samples
+    found = []
+    for entry in entries:
+        found.append(None if entry is None else of_sample(entry))
+    return tuple(found)
 
 
 async def collect(result: AsyncIterator, samples: int) -> list[Any]:
@@ -118,9 +124,8 @@ def finite(number: float, what: str) -> float | Failure:
 
 def weighted_sum(parts: list[tuple[float, float]]) -> float | Failure:
     """The sum of weight * value over (weight, value)."""
-    return finite(
-        sum(weight * value for weight, value in parts), "the weighted sum of the rewards is"
-    )
+    total = sum(weight * value for weight, value in parts)
+    return finite(total, "the weighted sum of the rewards is")
 
 
 def describe(value: Any) -> str:
@@ -139,4 +144,5 @@ def short(value: Any) -> str:
 
 def one_line(error: BaseException) -> str:
     """Type and text of an exception, as the last line of its traceback has it."""
-    return " ".join(traceback.format_exception_only(error)[-1].split())
+    last = traceback.format_exception_only(error)[-1]
+    return " ".join(last.split())

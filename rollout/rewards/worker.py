@@ -29,7 +29,9 @@ PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    connection, parent = Connection(int(sys.argv[1])), int(sys.argv[2])
+    descriptor = int(sys.argv[1])
+    parent = int(sys.argv[2])
+    connection = Connection(descriptor)
     # elsewhere an idle worker ends when its connection closes, a busy one after its call
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -40,7 +42,8 @@ def main() -> None:
         assert isinstance(stream, io.TextIOWrapper)
         # a print of any text works
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-    pid, folder = os.getpid(), os.getcwd()
+    pid = os.getpid()
+    folder = os.getcwd()
     dumps = pickle.dumps  # kept: user code may put something else in its place
     try:
         config, seed, code = connection.recv()
@@ -54,7 +57,8 @@ def main() -> None:
         )
     os.chdir(folder)  # whatever the import did
     guard = Guard(connection.fileno())
-    connection.send(([f.signature for f in functions], user_code()))
+    signatures = [function.signature for function in functions]
+    connection.send((signatures, user_code()))
     while True:
         try:
             request = connection.recv_bytes()

@@ -38,7 +38,8 @@ class WorkerProcess:
         closing: threading.Event,
     ):
         """`timeout`: seconds of a call; `memory`: bytes that a process of it may use."""
-        self.memory, self.closing = memory, closing
+        self.memory = memory
+        self.closing = closing
         self.connection, theirs = Pipe()
         bound_waits(self.connection.fileno(), timeout)
         self.printing: threading.Thread | None = None  # reads what the process prints
@@ -46,13 +47,14 @@ class WorkerProcess:
         if output is not None:
             descriptor, self.printing = output.pipe()
         program = [sys.executable, "-m", "tandem.rollout.rewards.worker"]
+        number = theirs.fileno()
         self.process = subprocess.Popen(
-            [*program, str(theirs.fileno()), str(os.getpid())],
+            [*program, str(number), str(os.getpid())],
             stdin=subprocess.DEVNULL,
             stdout=descriptor,
             stderr=descriptor,
             env=environment,
-            pass_fds=(theirs.fileno(),),
+            pass_fds=(number,),
             # a session of its own: killed with all it started
             start_new_session=True,
         )
@@ -76,8 +78,13 @@ class WorkerProcess:
         The connection alone does not tell of a death: a child that the reward forked holds it open.
         """
         deadline = time.monotonic() + seconds
-        while not self.connection.poll(max(0.0, min(LOOK_SECONDS, deadline - time.monotonic()))):
-            if self.closing.is_set() or (not self.alive and not self.connection.poll()):
+        while True:
+            left = deadline - time.monotonic()
+            if self.connection.poll(max(0.0, min(LOOK_SECONDS, left))):
+                return self.connection.recv()
+            if self.closing.is_set():
+                raise EOFError
+            if not self.alive and not self.connection.poll():
                 raise EOFError
             used = largest(self.pid)
             if used > self.memory:
@@ -87,7 +94,6 @@ class WorkerProcess:
                 )
             if time.monotonic() >= deadline:
                 raise TimeoutError
-        return self.connection.recv()
 
     def how_it_ended(self) -> str:
         """For a process that gave up its connection; it is cleared away."""
@@ -126,7 +132,8 @@ def bound_waits(descriptor: int, seconds: float) -> None:
     """No single read or write on the connection blocks longer: a process that was stopped neither
     takes a long message nor ends one.
     """
-    duration = struct.pack("ll", max(1, math.ceil(seconds)), 0)
+    whole_seconds = max(1, math.ceil(seconds))
+    duration = struct.pack("ll", whole_seconds, 0)
     with socket.socket(fileno=os.dup(descriptor)) as end:
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, duration)
         end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, duration)

@@ -34,6 +34,10 @@ NO_ANSWER = (
 )  # raised where a message is read that is no answer
 
 
+# what a process that imported the functions says of them
+Started = tuple[list[Signature], UserCode]
+
+
 @dataclass(frozen=True)
 class Task:
     """One call of one function, and where its reply goes."""
@@ -72,7 +76,7 @@ class Worker(threading.Thread):
         super().__init__(name="reward-worker", daemon=True)
         self.shared = shared
         # what the first start_process returned
-        self.ready: queue.SimpleQueue[tuple[list[Signature], UserCode] | str] = queue.SimpleQueue()
+        self.ready: queue.SimpleQueue[Started | str] = queue.SimpleQueue()
         self.process: WorkerProcess | None = None
         self.wear = Wear()
         self.start()
@@ -101,10 +105,12 @@ class Worker(threading.Thread):
     def score(self, number: int, call: Call) -> Reply:
         """One call, its deadline included. Raises ConfigError for a row that cannot be sent."""
         message = packed(number, call)
-        name, timeout = self.shared.config.functions[number], self.shared.config.timeout
+        name = self.shared.config.functions[number]
+        timeout = self.shared.config.timeout
 
         def failed(kind: str, text: str) -> Reply:
-            return Reply((RewardError(kind, text, name),) * len(call.texts))
+            error = RewardError(kind, text, name)
+            return Reply((error,) * len(call.texts))
 
         if self.process is None or not self.process.alive:
             self.kill()
@@ -148,7 +154,8 @@ class Worker(threading.Thread):
         entries = []
         for entry in answer.values:
             if isinstance(entry, RewardError):
-                entry = replace(entry, message=hint(entry.message, self.shared.environment))
+                words = hint(entry.message, self.shared.environment)
+                entry = replace(entry, message=words)
             entries.append(entry)
         return replace(answer, values=tuple(entries))
 
@@ -156,16 +163,22 @@ class Worker(threading.Thread):
         if self.shared.output:
             self.shared.output.write(f"[{text}]\n".encode())
 
-    def start_process(self) -> tuple[list[Signature], UserCode] | str:
+    def start_process(self) -> Started | str:
         """Start a process and let it import the functions.
 
         Returns their signatures and source, or why it cannot serve.
         """
-        shared, functions = self.shared, self.shared.functions()
+        shared = self.shared
+        functions = shared.functions()
         self.wear = Wear()
-        process = self.process = WorkerProcess(
-            shared.environment, shared.config.timeout, shared.memory, shared.output, shared.closing
+        process = WorkerProcess(
+            environment=shared.environment,
+            timeout=shared.config.timeout,
+            memory=shared.memory,
+            output=shared.output,
+            closing=shared.closing,
         )
+        self.process = process
         try:
             process.connection.send((shared.config, shared.seed, shared.code))
             answer = process.receive(START_SECONDS)
