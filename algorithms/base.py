@@ -270,6 +270,13 @@ class Method:
         """Whether the learner gets a value head."""
         return self.policy is not None and self.policy.advantage == "gae"
 
+    def probes(self, batch: Batch) -> Mapping[str, Quantity]:
+        """What `credit` wants to know of the present policy at the trained tokens of all rows,
+        before the update: quantities by the names of the streams that they become. In one forward
+        without gradient, with `old_logp` where a term needs that.
+        """
+        return {}
+
     def credit(self, rows: Sequence[Row], batch: Batch) -> Sequence[Row]:
         """From rewards to advantages, where that takes more than rewards: called with the rows of
         `rows`, after the loop has filled in the streams that terms need: old_logp and old_value

@@ -1,40 +1,25 @@
-"""Checks of what a method hands over: demand, terms, metrics, state. A wrong method stops the run
-in its first step; it never trains wrongly without a word.
+"""Checks of what a method hands over: demand, requests, metrics, state. A wrong method stops the
+run in its first step; it never trains wrongly without a word.
 
-Every check raises MethodError, which names the method and, where there is one, the term. Rows are
-checked in algorithms/checks/rows.py, what an objective returns where it is called, in
-engine/learner/terms.py.
+Every check raises MethodError, which names the method and, where there is one, the term. Terms are
+checked in algorithms/checks/terms.py, rows in rows.py, what an objective returns where it is
+called, in engine/learner/terms.py.
 """
 
 from __future__ import annotations
 
 import pickle
 import reprlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from numbers import Integral
-from typing import Any
 
-import numpy as np
-
-from tandem.algorithms.base import Demand, Method, Term
-from tandem.algorithms.checks.models import check_models
-from tandem.algorithms.checks.units import check_unit
-from tandem.algorithms.parts.objectives.tokens import (
-    MODEL_STREAMS,
-    PARTIAL_STREAMS,
-    SCORED_STREAMS,
-    TOKEN_FIELDS,
-)
+from tandem.algorithms.base import Demand, Method
 from tandem.engine.config.names import source_key
 from tandem.engine.core.errors import MethodError
 from tandem.engine.core.text import closest
 from tandem.engine.core.types import GenRequest
 
-QUANTITY_PARTS = ("models", "data", "value", "slope")
-ENGINE_NAMES = (*TOKEN_FIELDS, *MODEL_STREAMS, *SCORED_STREAMS, *PARTIAL_STREAMS, "target")
-CRITIC_STREAMS = ("value", "old_value")
 MOST_WAVES = 16  # of one group
 LINE_KEYS = ("step", "seconds")  # of every line of metrics.jsonl
 
@@ -181,128 +166,6 @@ def check_accept(method: Method, accepted: bool) -> bool:
             f"{where} returned {kind(accepted)} of several values, expected True or False: "
             "write .any() or .all() behind it"
         ) from None
-
-
-# -- terms
-
-
-def check_terms(method: Method, terms: Sequence[Term], models: Collection[str] = ()) -> list[Term]:
-    """The terms as a list, if the learner can evaluate every one of them. models: names of those
-    that can be asked, () where they are not known.
-    """
-    where = f"{title(method)}: terms()"
-    check_list(where, terms, Term)
-    seen = set()
-    found = []
-    for term in terms:
-        check_term(f"{where}: term {term.name!r}", term, method)
-        check_models(f"{where}: term {term.name!r}", term, models)
-        if term.name in seen:
-            raise MethodError(
-                f"{where} returned two terms named {term.name!r}: each needs a name "
-                "of its own, since it is the key into Row.weights"
-            )
-        seen.add(term.name)
-        found.append(replace(term, coefficient=real(term.coefficient)))
-    check_same_quantities(where, found)
-    return found
-
-
-def check_term(where: str, term: Term, method: Method) -> None:
-    if not isinstance(term.name, str) or not term.name:
-        raise MethodError(f"{where}: its name must be a word, the key into Row.weights")
-    for name in ("objective", "correction"):
-        part = getattr(term, name)
-        if isinstance(part, type):
-            raise MethodError(
-                f"{where}: its {name} is the class {part.__name__}, expected an "
-                f"object of it: write {part.__name__}(), with brackets"
-            )
-        if not callable(part) and (name == "objective" or part is not None):
-            raise MethodError(f"{where}: its {name} is {kind(part)}, expected something callable")
-    for name in ("row_scale", "denominator"):
-        if isinstance(term.reduction, type) or not hasattr(term.reduction, name):
-            raise MethodError(
-                f"{where}: its reduction is {term.reduction!r}, expected a Reduction, "
-                "e.g. Reduction('token_mean')"
-            )
-    check_unit(where, term)
-    check_coefficient(where, term.coefficient)
-    check_needs(where, term, method)
-    check_quantities(where, term)
-
-
-def check_coefficient(where: str, coefficient: float) -> None:
-    number = real(coefficient)
-    if number is None:
-        raise MethodError(
-            f"{where}: its coefficient is {short(coefficient)}, expected a number; a "
-            "Schedule becomes one with schedule(batch.step, batch.signals)"
-        )
-    if not np.isfinite(number):
-        raise MethodError(f"{where}: its coefficient is {number}, expected a finite number")
-    if getattr(coefficient, "requires_grad", False):
-        raise MethodError(
-            f"{where}: its coefficient is a tensor with a gradient, which no optimizer follows; "
-            "write coefficient.item() for its present value"
-        )
-
-
-def check_needs(where: str, term: Term, method: Method) -> None:
-    """Streams that this run can have. That rows bring their own is checked after `credit`."""
-    if isinstance(term.needs, str):
-        raise MethodError(
-            f"{where}: its needs is the text {term.needs!r}, expected a set of "
-            f"names: frozenset({{{term.needs!r}}})"
-        )
-    if not isinstance(term.needs, Collection):
-        raise MethodError(
-            f"{where}: its needs is {kind(term.needs)}, expected a set of names; frozenset() "
-            "for none"
-        )
-    for need in term.needs:
-        if not isinstance(need, str) or need in (*TOKEN_FIELDS, "old"):
-            raise MethodError(
-                f"{where}: it needs {need!r}, expected the name of a stream; "
-                f"{', '.join(TOKEN_FIELDS)} and old are always there"
-            )
-        own_value = need == "value" and method.forward is not None
-        if need in CRITIC_STREAMS and not method.critic and not own_value:
-            raise MethodError(
-                f"{where}: it needs {need!r}, which a critic gives, but the method "
-                "has none; set method.policy.advantage=gae (preset ppo), or give "
-                "the class `critic = True`"
-            )
-
-
-def check_quantities(where: str, term: Term) -> None:
-    if not isinstance(term.quantities, Mapping):
-        raise MethodError(
-            f"{where}: its quantities are {kind(term.quantities)}, expected a mapping "
-            "{name: Quantity}"
-        )
-    for name, quantity in term.quantities.items():
-        here = f"{where}: its quantity {name!r}"
-        if not isinstance(name, str) or name in ENGINE_NAMES:
-            raise MethodError(f"{here}: tokens have something else of that name; choose another")
-        lacking = [part for part in QUANTITY_PARTS if not hasattr(quantity, part)]
-        if isinstance(quantity, type) or lacking:
-            raise MethodError(
-                f"{here} is {kind(quantity)}, expected a Quantity, e.g. "
-                "Divergence('reference', beta=0.0)"
-            )
-
-
-def check_same_quantities(where: str, terms: Sequence[Term]) -> None:
-    """Each is computed once, so a name has one meaning in a step."""
-    seen: dict[str, Any] = {}
-    for term in terms:
-        for name, quantity in term.quantities.items():
-            if seen.setdefault(name, quantity) != quantity:
-                raise MethodError(
-                    f"{where}: term {term.name!r} asks for {name!r} = {quantity}, another term for "
-                    f"{seen[name]} by the same name; give them two names"
-                )
 
 
 # -- after the update

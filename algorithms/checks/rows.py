@@ -13,8 +13,9 @@ from numbers import Integral
 import numpy as np
 
 from tandem.algorithms.base import Batch, Method, Term, quantities_of
-from tandem.algorithms.checks.method import ENGINE_NAMES, check_list, kind, no_return, title
+from tandem.algorithms.checks.method import check_list, kind, no_return, title
 from tandem.algorithms.checks.models import check_views
+from tandem.algorithms.checks.terms import ENGINE_NAMES
 from tandem.algorithms.checks.units import check_unit_rows
 from tandem.algorithms.parts.objectives.tokens import (
     MODEL_STREAMS,

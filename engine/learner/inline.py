@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from tandem.engine.core.types import Delivery, Row
 from tandem.engine.learner.local_engine import LocalEngine
 from tandem.engine.learner.protocol import PolicySpec, Pool
 from tandem.engine.learner.rank import LearnerRank, build_policy, merge_rank_streams
+from tandem.engine.model.quantities import Quantity
 from tandem.engine.weights.digest import digest
 from tandem.engine.weights.verify import Synced
 
@@ -71,10 +72,15 @@ class InlineLearner:
         return self.compute_streams(rows, temperature, model)["logp"]
 
     def compute_streams(
-        self, rows: Sequence[Row], temperature: float, model: str = POLICY
+        self,
+        rows: Sequence[Row],
+        temperature: float,
+        model: str = POLICY,
+        quantities: Mapping[str, Quantity] | None = None,
     ) -> dict[str, list[np.ndarray]]:
         """See LearnerRank.compute_streams."""
-        return merge_rank_streams([self.rank.compute_streams(rows, temperature, model)])
+        found = self.rank.compute_streams(rows, temperature, model, quantities)
+        return merge_rank_streams([found])
 
     def connect(self, pool: Pool) -> None:
         self.pool = pool

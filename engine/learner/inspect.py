@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from tandem.algorithms.base import Batch, Method, quantities_of
-from tandem.algorithms.checks.method import check_terms, naming
+from tandem.algorithms.checks.method import naming
 from tandem.algorithms.checks.rows import ask_credit, ask_rows, ask_score, check_rows
+from tandem.algorithms.checks.terms import ask_probes, check_terms
 from tandem.algorithms.parts.objectives.tokens import MODEL_STREAMS
 from tandem.engine.config.names import REFERENCE, model_of
 from tandem.engine.core.types import (
@@ -84,8 +85,8 @@ def inspect(
     {NAME or NAME@VIEW: of that model}; all but logp, entropy and value become the row's streams.
     For a term that needs old log-probs or values and is given none, the present ones are the old
     ones, as before a first update; the present value is 0 if not given, as of a new critic. `extra`
-    are the quantities that terms ask for, and the streams that a custom forward would give, 0 if
-    not given. Raises ValueError for input that does not fit.
+    are the quantities that terms and probes ask for, and the streams that a custom forward would
+    give, 0 if not given. Raises ValueError for input that does not fit.
     """
     check(method, batch, micro_batch_tokens, ranks)
     batch = ask_score(method, batch)
@@ -111,6 +112,10 @@ def inspect(
                 f"models={{{model!r}: a function from a row to float [T]}}"
             )
         rows = with_stream(rows, need, f"models[{model!r}]", of_model, None, needs)
+    probes = ask_probes(method, batch)
+    for name in probes:
+        rows = with_stream(rows, name, f"extra[{name!r}]", extra.get(name, zeros), None, needs)
+    extra = {name: per_row for name, per_row in extra.items() if name not in probes}
     rows = ask_credit(method, rows, batch, terms)
     with naming(method):
         z = denominators(terms, rows)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from tandem.engine.model.policy import Policy
+    from tandem.engine.model.quantities import Quantity
     from tandem.engine.model.view import View
 
 
@@ -101,7 +102,11 @@ class Learner(Protocol):
         ...
 
     def compute_streams(
-        self, rows: Sequence[Row], temperature: float, model: str = POLICY
+        self,
+        rows: Sequence[Row],
+        temperature: float,
+        model: str = POLICY,
+        quantities: Mapping[str, Quantity] | None = None,
     ) -> dict[str, list[np.ndarray]]:
         """`logp` and, with a critic, `value`: as `logprobs`."""
         ...

@@ -239,10 +239,14 @@ class LearnerRank:
 
     @torch.no_grad()
     def compute_streams(
-        self, rows: Sequence[Row], temperature: float, model: str = POLICY
+        self,
+        rows: Sequence[Row],
+        temperature: float,
+        model: str = POLICY,
+        quantities: Mapping[str, Quantity] | None = None,
     ) -> dict[str, list[np.ndarray | None]]:
-        """`logp` and, if there is a critic, `value`: float32 [T] per row, in row order, NaN on
-        tokens that are not trained.
+        """`logp`, the `quantities`, and `value` if there is a critic: float32 [T] per row, in row
+        order, NaN on tokens that are not trained.
 
         logp is the log-prob of the token under the present policy or the other `model`, value the
         critic's of the state in which it was chosen. Called with the same rows on all ranks; rows
@@ -260,8 +264,13 @@ class LearnerRank:
             share_prompts=self.shares_prompts(),
         )[self.rank]
         with self.models.scored_by(model) as forward:
-            outputs = [self.run_micro_batch(forward, micro, temperature) for micro in micro_batches]
+            outputs = []
+            for micro in micro_batches:
+                output = self.run_micro_batch(forward, micro, temperature, quantities=quantities)
+                outputs.append(output)
         found = {"logp": self.empty_streams(rows)}
+        for name in quantities or ():
+            found[name] = self.empty_streams(rows)
         if with_value:
             found["value"] = self.empty_streams(rows)
         for micro, out in zip(micro_batches, outputs, strict=True):

@@ -28,6 +28,7 @@ from tandem.engine.learner.inline import deliver
 from tandem.engine.learner.protocol import PolicySpec, Pool
 from tandem.engine.learner.rank import merge_rank_streams
 from tandem.engine.model.checkpoint_form import CheckpointForm
+from tandem.engine.model.quantities import Quantity
 from tandem.engine.weights.transport import transport
 from tandem.engine.weights.verify import Synced
 
@@ -278,13 +279,17 @@ class RayLearner:
         return self.compute_streams(rows, temperature, model)["logp"]
 
     def compute_streams(
-        self, rows: Sequence[Row], temperature: float, model: str = POLICY
+        self,
+        rows: Sequence[Row],
+        temperature: float,
+        model: str = POLICY,
+        quantities: Mapping[str, Quantity] | None = None,
     ) -> dict[str, list[np.ndarray]]:
         """See LearnerRank.compute_streams; here complete."""
         import ray
 
         return merge_rank_streams(
-            self._all("compute_streams", ray.put(list(rows)), temperature, model)
+            self._all("compute_streams", ray.put(list(rows)), temperature, model, quantities)
         )
 
     def set_reference(self) -> None:

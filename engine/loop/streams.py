@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -11,16 +11,21 @@ from tandem.algorithms.checks.rows import has_tokens
 from tandem.engine.config.names import model_of, split_view
 from tandem.engine.core.types import Row
 from tandem.engine.learner.protocol import Learner
+from tandem.engine.model.quantities import Quantity
 
 # {stream of a Row: its name in Learner.compute_streams}
 LEARNER_STREAMS = {"old_logp": "logp", "old_value": "value"}
 
 
 def with_streams(
-    learner: Learner, rows: Sequence[Row], terms: Sequence[Term], temperature: float
+    learner: Learner,
+    rows: Sequence[Row],
+    terms: Sequence[Term],
+    temperature: float,
+    probes: Mapping[str, Quantity] | None = None,
 ) -> list[Row]:
     """Add the learner's own log-probs and values, and the log-probs of other models, where terms
-    need them.
+    need them, and the method's `probes` to all rows that are trained.
 
     Only rows with a token of a term that needs a stream are scored; it stays absent in all
     others.
@@ -31,12 +36,16 @@ def with_streams(
         needed.update(term.needs)
     wanted = [name for name in LEARNER_STREAMS if name in needed]
     chosen = needing(rows, terms, wanted)
+    if probes:
+        chosen = [i for i, row in enumerate(rows) if row.trained.any()]
     if chosen:
         scored = [rows[i] for i in chosen]
-        found = learner.compute_streams(scored, temperature)
+        found = learner.compute_streams(scored, temperature, quantities=probes)
         for name in wanted:
             values = found[LEARNER_STREAMS[name]]
             fill_in(rows, chosen, name, values)
+        for name in probes or ():
+            fill_in(rows, chosen, name, found[name])
     for name in sorted(needed):
         model = model_of(name)
         if model is not None:

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tandem.algorithms.base import Batch, Method, Term
-from tandem.algorithms.checks.method import check_metrics, check_state, check_terms
+from tandem.algorithms.checks.method import check_metrics, check_state
 from tandem.algorithms.checks.rows import ask_credit, ask_rows, ask_score, check_rows, has_tokens
+from tandem.algorithms.checks.terms import ask_probes, check_terms
 from tandem.engine.config.schema import Config
 from tandem.engine.core import stop
 from tandem.engine.core.errors import NotFinite, SyncError
@@ -114,7 +115,9 @@ def train(components: Components, state: RunState) -> None:
         temperature = step_temperature(config, demand)
         rows = ask_rows(method, batch)
         terms = check_terms(method, method.terms(batch), batch.budget.models)
-        rows = with_streams(learner, check_rows(method, rows, terms), terms, temperature)
+        rows = check_rows(method, rows, terms)
+        probes = ask_probes(method, batch)
+        rows = with_streams(learner, rows, terms, temperature, probes)
         rows = ask_credit(method, rows, batch, terms)
         note_tokens(term_had_tokens, terms, rows)
         check_staleness(step, groups, config)

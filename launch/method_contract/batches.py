@@ -183,6 +183,10 @@ def teacher_ids(row: Row) -> np.ndarray:
     return ids(row) - 0.1
 
 
+def probe_ids(row: Row) -> np.ndarray:
+    return 1.0 - ids(row)
+
+
 def rising(row: Row) -> np.ndarray:
     """An entropy: 0, 0.1, ... by position."""
     return 0.1 * np.arange(len(row.tokens), dtype=np.float32)
@@ -204,6 +208,8 @@ def look(
     if b.budget.codec is None:
         b = replace(b, budget=replace(b.budget, codec=Letters()))
     more.setdefault("models", AnyModel())
+    probed = dict.fromkeys(method.probes(b), probe_ids)
+    more["extra"] = {**probed, **more.get("extra", {})}
     return inspect(method, b, logp, entropy=entropy, reference=reference, **more)
 
 

@@ -15,6 +15,7 @@ from tandem.launch.method_contract.checks import CHECKS, Subject
 LIVELY = {
     "sft": {"demos": {"objective": "talr", "entropy_bonus": 0.01}},
     "sft_rl": {"sft_steps": 7},
+    "q_tuning": {"keep_rows": 0.7},
     "dmt": {"special_steps": 7, "share": 0.2, "demos": "proximal"},
     "mupas": {"demos": {"reduction": "seq_mean_token_mean", "entropy_bonus": 0.01}},
     "alternating": {"every": 3},

@@ -10,8 +10,8 @@ import torch
 from method_cases import A, batch, constant, forced, ids, look, ramp, rollouts
 
 from tandem.algorithms.base import Budget, Term
-from tandem.algorithms.checks.method import check_terms
 from tandem.algorithms.checks.rows import check_rows
+from tandem.algorithms.checks.terms import check_terms
 from tandem.algorithms.distillation.sdft import VIEW
 from tandem.algorithms.parts.objectives.nll import NLL
 from tandem.algorithms.parts.teachers import less_distance

@@ -31,6 +31,7 @@ from tandem.engine.core.errors import ConfigError
 from tandem.engine.learner.local_engine import LocalEngine
 from tandem.engine.learner.protocol import PolicySpec
 from tandem.engine.learner.rank import LearnerRank
+from tandem.engine.model.quantities import Entropy
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +219,19 @@ def test_compile_without_a_compiler_is_an_error_that_says_so(model_path, monkeyp
 
     with pytest.raises(ConfigError, match=r"learner.compile is true.*C.. compiler"):
         build_policy(config, model_path, SPEC)
+
+
+def test_probes_do_not_depend_on_the_packing(model_path):
+    """Entropies before the update: those that the update itself measures, row by row too."""
+    rank, rows = make_rank(model_path), make_rows(count=9)
+    found = rank.compute_streams(rows, 0.8, quantities={"h": Entropy()})
+    alone = [rank.compute_streams([row], 0.8, quantities={"h": Entropy()}) for row in rows]
+    plain = rank.logprobs(rows, 0.8)
+    for i, row in enumerate(rows):
+        assert np.isnan(found["h"][i][~row.trained]).all()
+        assert (found["h"][i][row.trained] > 3.0).all(), "nearly uniform over 100 tokens"
+        np.testing.assert_allclose(found["h"][i], alone[i]["h"][0], rtol=1e-5)
+        np.testing.assert_allclose(found["logp"][i], plain[i], rtol=1e-5)
 
 
 def test_gap_is_measured_on_fresh_sampled_tokens(model_path):

@@ -31,7 +31,7 @@ class Recorder:
     def __init__(self):
         self.asked, self.plans = [], []
 
-    def compute_streams(self, rows, temperature):
+    def compute_streams(self, rows, temperature, quantities=None):
         self.asked.append(("policy", [row.prompt_id for row in rows], temperature))
         return {
             "logp": [np.full(len(row.tokens), -1.0, np.float32) for row in rows],
