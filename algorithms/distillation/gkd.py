@@ -14,7 +14,7 @@ micro-batch, by each process; here once per row of the step, `data.experts_per_s
 the run's seed and the step. TRL's temperature .9 is for sampling alone; here it divides the logits
 of both too, and the gradient shrinks with its square. UNVERIFIED: the paper's reduction. The paper
 draws one set of x for both: let data.prompts and data.experts name the same rows. Not here:
-sequence-level samples of the teacher.
+sequence-level samples of the teacher. No `demos`: the divergence is what trains them.
 """
 
 from __future__ import annotations

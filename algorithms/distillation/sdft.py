@@ -15,7 +15,7 @@ is the same with the reference solution as c, `template` for its instruction and
 as teacher. UNVERIFIED: both papers' text, the wording of `template` (ours). Not here: OPSD's clip
 of each summand (a pseudo-loss, whose step may increase the KL), the teacher's own rationale. A row
 whose c(x) is longer than data.max_prompt_tokens, or without a demonstration, trains nothing;
-`teacher/rows` is the share of the others.
+`teacher/rows` is the share of the others. No `demos`: demonstrations are shown, not trained.
 """
 
 from __future__ import annotations

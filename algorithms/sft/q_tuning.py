@@ -98,7 +98,7 @@ class QTuning(Method):
         level = np.minimum(level_q2, level_q4)
         count = max(1, round(self.keep_rows * len(level)))
         kept = np.zeros(len(level), bool)
-        order = np.lexsort((prompt_ids, level))
+        order = np.lexsort((np.array(prompt_ids), level))
         kept[order[:count]] = True
         return kept, level_q2 <= level_q4
 
