@@ -12,7 +12,8 @@ import numpy as np
 from tandem.engine.config.schema import Config
 from tandem.engine.core.errors import SyncError
 from tandem.engine.core.loading import UserCode
-from tandem.engine.core.types import GenRequest, Installed, Trajectory
+from tandem.engine.core.outcomes import Installed
+from tandem.engine.core.types import GenRequest, Trajectory
 from tandem.engine.weights.receiver import ChannelInfo, Parameters, Receiver
 from tandem.rollout.backend import Backend, CacheCounts, backend_class
 from tandem.rollout.trajectories import checked_answer, checked_installed

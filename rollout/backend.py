@@ -22,8 +22,9 @@ from tandem.engine.config.schema import Config
 from tandem.engine.config.words import describe
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.core.loading import load_object
+from tandem.engine.core.outcomes import Installed
 from tandem.engine.core.text import brief, closest
-from tandem.engine.core.types import GenRequest, Installed, Trajectory
+from tandem.engine.core.types import GenRequest, Trajectory
 
 BUILTIN: dict[str, str] = {
     "vllm": "tandem.rollout.vllm.backend:VllmBackend",

@@ -19,7 +19,8 @@ from torch import Tensor
 from tandem.engine.config.schema import Config
 from tandem.engine.core import stop
 from tandem.engine.core.errors import EngineDied, RolloutPoolExhausted
-from tandem.engine.core.types import GenRequest, Installed, Trajectory
+from tandem.engine.core.outcomes import Installed
+from tandem.engine.core.types import GenRequest, Trajectory
 from tandem.rollout.backend import Backend, backend_class
 from tandem.rollout.trajectories import checked_answer, checked_installed, sampled
 

@@ -7,7 +7,8 @@ from concurrent.futures import Future
 
 import numpy as np
 
-from tandem.engine.core.types import GenRequest, Installed, Trajectory
+from tandem.engine.core.outcomes import Installed
+from tandem.engine.core.types import GenRequest, Trajectory
 
 
 class NoEngines:

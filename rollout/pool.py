@@ -23,7 +23,8 @@ from tandem.engine.config.schema import Config
 from tandem.engine.core import stop
 from tandem.engine.core.errors import EngineDied, RolloutPoolExhausted
 from tandem.engine.core.loading import user_code
-from tandem.engine.core.types import GenRequest, Installed, Trajectory
+from tandem.engine.core.outcomes import Installed
+from tandem.engine.core.types import GenRequest, Trajectory
 from tandem.rollout.actor import EngineActor, end_of, log_path
 from tandem.rollout.backend import backend_class, overrides
 from tandem.rollout.ray_errors import cause_of, is_death, why_died

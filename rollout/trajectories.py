@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from tandem.engine.core.errors import ConfigError
-from tandem.engine.core.types import Finish, GenRequest, Installed, Source, Trajectory
+from tandem.engine.core.outcomes import Installed
+from tandem.engine.core.types import Finish, GenRequest, Source, Trajectory
 
 
 def trajectory(

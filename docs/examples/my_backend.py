@@ -16,7 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tandem.engine.core.errors import EngineDied, SyncError
-from tandem.engine.core.types import Finish, Installed
+from tandem.engine.core.outcomes import Installed
+from tandem.engine.core.types import Finish
 from tandem.engine.weights.digest import combine, digest
 from tandem.rollout.backend import Backend
 from tandem.rollout.trajectories import prefixes_of, trajectory

@@ -397,5 +397,4 @@ def gpus(cluster: ClusterConfig) -> str:
 
 
 def written(value: bool) -> str:
-    """As YAML has it."""
     return str(value).lower()

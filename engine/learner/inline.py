@@ -11,8 +11,9 @@ from torch import Tensor
 from tandem.engine.config.names import POLICY
 from tandem.engine.config.schema import Config
 from tandem.engine.core.errors import ConfigError
+from tandem.engine.core.outcomes import Delivery
 from tandem.engine.core.process import keep_freed_memory
-from tandem.engine.core.types import Delivery, Row
+from tandem.engine.core.types import Row
 from tandem.engine.learner.local_engine import LocalEngine
 from tandem.engine.learner.protocol import PolicySpec, Pool
 from tandem.engine.learner.rank import LearnerRank, build_policy, merge_rank_streams

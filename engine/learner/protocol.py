@@ -13,15 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from tandem.engine.config.names import POLICY
-from tandem.engine.core.types import (
-    Delivery,
-    GenRequest,
-    Installed,
-    Row,
-    StepPlan,
-    StepReport,
-    Trajectory,
-)
+from tandem.engine.core.outcomes import Delivery, Installed
+from tandem.engine.core.types import GenRequest, Row, StepPlan, StepReport, Trajectory
 
 if TYPE_CHECKING:
     import numpy as np

@@ -23,7 +23,8 @@ from tandem.engine.config.schema import Config
 from tandem.engine.core import stop
 from tandem.engine.core.errors import ConfigError, EngineDied, SyncError
 from tandem.engine.core.loading import UserCode, user_code
-from tandem.engine.core.types import Delivery, Row, StepPlan, StepReport
+from tandem.engine.core.outcomes import Delivery
+from tandem.engine.core.types import Row, StepPlan, StepReport
 from tandem.engine.learner.inline import deliver
 from tandem.engine.learner.protocol import PolicySpec, Pool
 from tandem.engine.learner.rank import merge_rank_streams

@@ -26,15 +26,8 @@ import numpy as np
 from tandem.engine.config.schema import Config
 from tandem.engine.core import stop
 from tandem.engine.core.errors import EngineDied
-from tandem.engine.core.types import (
-    EvalResult,
-    Finish,
-    GenRequest,
-    Prompt,
-    RewardOutcome,
-    Sampling,
-    Trajectory,
-)
+from tandem.engine.core.outcomes import EvalResult
+from tandem.engine.core.types import Finish, GenRequest, Prompt, RewardOutcome, Sampling, Trajectory
 from tandem.engine.learner.protocol import Pool
 from tandem.engine.loop import group_numbers
 from tandem.engine.loop.state import RunState

@@ -31,7 +31,7 @@ from vllm.distributed.weight_transfer.base import (
 
 from tandem.engine.config.schema import SyncConfig
 from tandem.engine.core.errors import EngineDied, SyncError
-from tandem.engine.core.types import Delivery
+from tandem.engine.core.outcomes import Delivery
 from tandem.engine.weights.background import Call, on_this_gpu
 from tandem.engine.weights.buckets import largest
 from tandem.engine.weights.client import PoolClient

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tandem.engine.core.errors import SyncError
-from tandem.engine.core.types import SyncReport
+from tandem.engine.core.outcomes import SyncReport
 from tandem.engine.weights.digest import combine
 
 SHOWN = 5  # parameters that an error names

@@ -13,7 +13,8 @@ import numpy as np
 
 from tandem.algorithms.base import Batch, Method
 from tandem.engine.core.types import Finish, Prompt, Row, ScoredGroup, Source, Trajectory
-from tandem.engine.learner.inspect import Inspection, PerRow, group, inspect, trajectory
+from tandem.engine.learner.by_hand import group, trajectory
+from tandem.engine.learner.inspect import Inspection, PerRow, inspect
 from tandem.engine.loop.group_numbers import PAIRS
 
 NO_COLUMNS: Mapping[str, Any] = {}

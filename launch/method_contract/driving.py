@@ -29,7 +29,8 @@ from tandem.engine.core.types import (
     Source,
     Trajectory,
 )
-from tandem.engine.learner.inspect import Inspection, trajectory
+from tandem.engine.learner.by_hand import trajectory
+from tandem.engine.learner.inspect import Inspection
 from tandem.engine.loop.reporter import latest_signals
 from tandem.engine.loop.waves import joined, next_wave
 from tandem.launch.method_contract.batches import NO_COLUMNS, Letters, described, ids, look

@@ -14,8 +14,8 @@ from tandem.algorithms.registry import give
 from tandem.engine.config.paths import shown
 from tandem.engine.config.schema import Config
 from tandem.engine.core import stop
+from tandem.engine.core.outcomes import EvalResult
 from tandem.engine.core.text import brief
-from tandem.engine.core.types import EvalResult
 from tandem.engine.data.sources import RowError
 from tandem.engine.loop import train as loop
 from tandem.engine.loop.reporter import Clock, rollout_metrics

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from tandem.engine.config.schema import Config
     from tandem.engine.core.errors import ConfigError
     from tandem.engine.core.types import Row
-    from tandem.engine.learner.inspect import group, inspect, pair, trajectory
+    from tandem.engine.learner.by_hand import group, pair, trajectory
+    from tandem.engine.learner.inspect import inspect
     from tandem.engine.model.quantities import Divergence
     from tandem.launch.check_config import load
     from tandem.launch.run.run import train
@@ -87,15 +88,15 @@ _HOMES = {
     "Units": "tandem.algorithms.parts.objectives.units:Units",
     "advantages": "tandem.algorithms.parts.advantages",
     "expert_row": "tandem.algorithms.rows:expert_row",
-    "group": "tandem.engine.learner.inspect:group",
+    "group": "tandem.engine.learner.by_hand:group",
     "inspect": "tandem.engine.learner.inspect:inspect",
     "load": "tandem.launch.check_config:load",
     "logp_of": "tandem.engine.config.names:logp_of",
     "make_method": "tandem.algorithms.registry:make_method",
-    "pair": "tandem.engine.learner.inspect:pair",
+    "pair": "tandem.engine.learner.by_hand:pair",
     "policy_row": "tandem.algorithms.rows:policy_row",
     "train": "tandem.launch.run.run:train",
-    "trajectory": "tandem.engine.learner.inspect:trajectory",
+    "trajectory": "tandem.engine.learner.by_hand:trajectory",
 }
 
 

@@ -21,7 +21,8 @@ import torch
 
 from tandem.engine.config.schema import Config
 from tandem.engine.core.errors import EngineDied, SyncError
-from tandem.engine.core.types import GenRequest, Installed, Trajectory
+from tandem.engine.core.outcomes import Installed
+from tandem.engine.core.types import GenRequest, Trajectory
 from tandem.engine.weights.digest import combine, digest
 from tandem.rollout.backend import Backend
 from tandem.rollout.backends.hf_decoding import Sample, decode

@@ -22,7 +22,8 @@ import numpy as np
 
 from tandem.engine.config.schema import Config
 from tandem.engine.core.errors import ConfigError
-from tandem.engine.core.types import GenRequest, Installed, Prompt, Source, Trajectory
+from tandem.engine.core.outcomes import Installed
+from tandem.engine.core.types import GenRequest, Prompt, Source, Trajectory
 from tandem.engine.report.rollouts import read_rollouts
 from tandem.engine.weights.digest import combine, digest
 from tandem.rollout.backend import Backend

@@ -23,7 +23,8 @@ import numpy as np
 
 from tandem.engine.config.schema import Config
 from tandem.engine.core.errors import EngineDied, SyncError
-from tandem.engine.core.types import Finish, GenRequest, Installed, Trajectory
+from tandem.engine.core.outcomes import Installed
+from tandem.engine.core.types import Finish, GenRequest, Trajectory
 from tandem.engine.weights.digest import combine
 from tandem.rollout.backend import Backend, CacheCounts
 from tandem.rollout.trajectories import prefixes_of, trajectory

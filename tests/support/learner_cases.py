@@ -16,7 +16,7 @@ from tandem.algorithms.parts.objectives.preference import SimplePreference
 from tandem.algorithms.parts.reductions import Reduction
 from tandem.algorithms.registry import make_method
 from tandem.engine.core.types import Row, Source, StepPlan
-from tandem.engine.learner.inspect import group, trajectory
+from tandem.engine.learner.by_hand import group, trajectory
 from tandem.engine.learner.packing import pack
 from tandem.engine.learner.protocol import PolicySpec
 from tandem.engine.learner.rank import build_policy

@@ -7,7 +7,7 @@ import numpy as np
 
 from tandem.algorithms.base import Budget, Demand, Method
 from tandem.engine.core.types import Finish, Prompt, RewardOutcome, Sampling
-from tandem.engine.learner.inspect import trajectory
+from tandem.engine.learner.by_hand import trajectory
 from tandem.engine.loop.producer import Producer
 from tandem.engine.loop.scoring import Scorer
 

@@ -11,7 +11,8 @@ from method_cases import as_expert, batch, constant, look, rollouts
 from tandem.algorithms.parts.policy import PolicyLoss
 from tandem.algorithms.registry import make_method
 from tandem.engine.core.types import Finish, Source
-from tandem.engine.learner.inspect import group, inspect, trajectory
+from tandem.engine.learner.by_hand import group, trajectory
+from tandem.engine.learner.inspect import inspect
 
 LIMIT = 10  # the response limit that the policy sum is divided by
 DEMO = [5, 6, 3]  # three tokens

@@ -28,7 +28,7 @@ from method_cases import (
 from tandem.algorithms.base import Batch
 from tandem.algorithms.registry import METHODS, make_method
 from tandem.engine.core.types import Prompt, Sampling, Source
-from tandem.engine.learner.inspect import group, trajectory
+from tandem.engine.learner.by_hand import group, trajectory
 
 GROUPS = tuple(
     group(

@@ -13,7 +13,8 @@ from tandem.algorithms.parts.critic import Critic, gae
 from tandem.algorithms.parts.diagnostics import critic_diagnostics
 from tandem.algorithms.registry import make_method
 from tandem.engine.core.types import Finish
-from tandem.engine.learner.inspect import group, inspect, trajectory
+from tandem.engine.learner.by_hand import group, trajectory
+from tandem.engine.learner.inspect import inspect
 
 LOGP = -0.5
 

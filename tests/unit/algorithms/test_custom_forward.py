@@ -14,7 +14,8 @@ from tandem.algorithms.registry import configured, make_method
 from tandem.algorithms.sft.ift import MixedForward
 from tandem.engine.config.schema import Config, LearnerConfig, ModelConfig
 from tandem.engine.core.types import Source, StepPlan
-from tandem.engine.learner.inspect import group, inspect, trajectory
+from tandem.engine.learner.by_hand import group, trajectory
+from tandem.engine.learner.inspect import inspect
 from tandem.engine.learner.local_engine import LocalEngine
 from tandem.engine.learner.packing import pack
 from tandem.engine.learner.rank import LearnerRank, build_policy

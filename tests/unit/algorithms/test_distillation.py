@@ -19,7 +19,7 @@ from tandem.algorithms.registry import make_method
 from tandem.algorithms.rows import policy_row
 from tandem.engine.core.errors import CarrierError, MethodError
 from tandem.engine.core.types import Sampling
-from tandem.engine.learner.inspect import group, trajectory
+from tandem.engine.learner.by_hand import group, trajectory
 from tandem.engine.model.quantities import Chunk, Divergence
 
 TOKENS = 4  # of `rollouts()`, three and one

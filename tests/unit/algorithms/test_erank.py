@@ -12,7 +12,8 @@ from tandem.algorithms.checks.rows import ask_score
 from tandem.algorithms.registry import make_method
 from tandem.algorithms.rl.erank import written
 from tandem.engine.core.errors import MethodError
-from tandem.engine.learner.inspect import group, inspect, trajectory
+from tandem.engine.learner.by_hand import group, trajectory
+from tandem.engine.learner.inspect import inspect
 
 
 def document(number, texts, positive=False, score=5, query="q"):

@@ -9,7 +9,8 @@ from method_cases import EXPERTS, batch, constant, look, rollouts
 
 from tandem.algorithms.base import Batch
 from tandem.algorithms.registry import make_method
-from tandem.engine.learner.inspect import group, inspect, trajectory
+from tandem.engine.learner.by_hand import group, trajectory
+from tandem.engine.learner.inspect import inspect
 
 RIGHT, WRONG = trajectory([1], [5, 6, 7], [-1, -1, -1]), trajectory([1], [8], [-1])
 FLAT = constant(-0.5)

@@ -5,7 +5,7 @@ import pytest
 from method_cases import batch, ids, look, ramp
 
 from tandem.algorithms.registry import make_method
-from tandem.engine.learner.inspect import group, trajectory
+from tandem.engine.learner.by_hand import group, trajectory
 
 
 def four(*rewards):

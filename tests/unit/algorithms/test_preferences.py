@@ -14,7 +14,8 @@ from tandem.algorithms.base import Demand
 from tandem.algorithms.registry import make_method
 from tandem.engine.core.errors import ConfigError, MethodError
 from tandem.engine.core.types import Prompt, Sampling, Source
-from tandem.engine.learner.inspect import group, inspect, trajectory
+from tandem.engine.learner.by_hand import group, trajectory
+from tandem.engine.learner.inspect import inspect
 
 SPLITS = [(1 << 20, 1), (12, 1), (1, 1), (12, 2)]
 

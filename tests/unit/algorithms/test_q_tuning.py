@@ -13,7 +13,7 @@ from tandem.algorithms.base import Batch
 from tandem.algorithms.checks.terms import ask_probes
 from tandem.algorithms.registry import make_method
 from tandem.engine.core.errors import MethodError
-from tandem.engine.learner.inspect import trajectory
+from tandem.engine.learner.by_hand import trajectory
 from tandem.engine.model.quantities import Entropy
 
 # nll and entropy of every token of four demonstrations: both high, Q2, both low, Q4

@@ -16,7 +16,7 @@ from tandem.algorithms.parts.objectives.one_token import REWARD, OneTokenRollout
 from tandem.algorithms.registry import configured, make_method
 from tandem.engine.config.schema import Config, LearnerConfig, ModelConfig
 from tandem.engine.core.errors import MethodError
-from tandem.engine.learner.inspect import trajectory
+from tandem.engine.learner.by_hand import trajectory
 from tandem.engine.learner.local_engine import LocalEngine
 from tandem.engine.learner.packing import pack
 from tandem.engine.learner.rank import LearnerRank, build_policy

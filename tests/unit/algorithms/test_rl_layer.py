@@ -22,7 +22,8 @@ from tandem.algorithms.parts.policy import PRESETS, PolicyLoss
 from tandem.algorithms.parts.schedules import Schedule
 from tandem.algorithms.registry import make_method
 from tandem.engine.core.types import Finish
-from tandem.engine.learner.inspect import group, inspect, trajectory
+from tandem.engine.learner.by_hand import group, trajectory
+from tandem.engine.learner.inspect import inspect
 
 
 def grpo(**policy):

@@ -14,7 +14,8 @@ from tandem.algorithms.parts.objectives.nll import NLL
 from tandem.algorithms.parts.reductions import Reduction
 from tandem.algorithms.rows import expert_row
 from tandem.engine.core.errors import MethodError
-from tandem.engine.learner.inspect import inspect, trajectory
+from tandem.engine.learner.by_hand import trajectory
+from tandem.engine.learner.inspect import inspect
 from tandem.engine.learner.packing import pack
 
 # five rows of three groups: two pairs, and three of one prompt; lengths 3, 1, 2, 5 and 1, 2

@@ -80,7 +80,7 @@ def test_rewards_are_asked_for_where_they_are_used(in_tmp):
 
 
 def test_without_functions_every_rollout_has_reward_0():
-    from tandem.engine.learner.inspect import trajectory
+    from tandem.engine.learner.by_hand import trajectory
 
     scorer = Scorer(None, lambda ids, finish: "", "drop")
     prompt = Prompt("p", np.array([1], np.int32), {})

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from tandem.engine.core.errors import EngineDied
-from tandem.engine.core.types import EvalResult, Prompt, RewardError, RewardOutcome, Sampling
-from tandem.engine.learner.inspect import trajectory
+from tandem.engine.core.outcomes import EvalResult
+from tandem.engine.core.types import Prompt, RewardError, RewardOutcome, Sampling
+from tandem.engine.learner.by_hand import trajectory
 from tandem.engine.loop.evaluation import evaluate, standard_error
 
 

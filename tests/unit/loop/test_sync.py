@@ -9,7 +9,7 @@ import pytest
 
 from tandem.engine.config.schema import Config, RolloutConfig
 from tandem.engine.core.errors import EngineDied
-from tandem.engine.core.types import Delivery, Installed
+from tandem.engine.core.outcomes import Delivery, Installed
 from tandem.engine.loop.state import RunState
 from tandem.engine.loop.sync import Sync
 

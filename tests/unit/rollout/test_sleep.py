@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from tandem.algorithms.base import Demand
+from tandem.algorithms.base import Budget, Demand
 from tandem.engine.config.schema import (
     ClusterConfig,
     Config,
@@ -22,7 +22,8 @@ from tandem.engine.config.schema import (
     SyncConfig,
 )
 from tandem.engine.core.errors import EngineDied, SyncError
-from tandem.engine.core.types import Delivery, GenRequest, Installed, Prompt, Sampling, StepReport
+from tandem.engine.core.outcomes import Delivery, Installed
+from tandem.engine.core.types import GenRequest, Prompt, Sampling, StepReport
 from tandem.engine.loop import train as loop
 from tandem.engine.loop.producer import StepRollouts
 from tandem.engine.loop.state import RunState
@@ -201,7 +202,7 @@ class Scripted:
             ),
         )
 
-    budget = None
+    budget = Budget(0, 0, 0, 0)
 
     def missing(self, state):
         return True

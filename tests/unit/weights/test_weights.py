@@ -15,7 +15,8 @@ from tandem.engine.config.schema import (
     RolloutConfig,
 )
 from tandem.engine.core.errors import SyncError
-from tandem.engine.core.types import GenRequest, Installed, Prompt, Row, Sampling, Source
+from tandem.engine.core.outcomes import Installed
+from tandem.engine.core.types import GenRequest, Prompt, Row, Sampling, Source
 from tandem.engine.learner.inline import InlineLearner
 from tandem.engine.weights import verify as weights
 from tandem.rollout.backends.hf import HFBackend
