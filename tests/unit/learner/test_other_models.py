@@ -8,39 +8,20 @@ import numpy as np
 import pytest
 import torch
 from learner_cases import make_plan
+from model_cases import ROWS, SFT, SPEC, config_of, measured
 
-from tandem.algorithms.base import Term, quantities_of
-from tandem.algorithms.parts.objectives.nll import NLL
-from tandem.algorithms.parts.teachers import DIVERGENCE, Measured
+from tandem.algorithms.base import quantities_of
 from tandem.engine.config.names import logp_of
-from tandem.engine.config.schema import Config, LearnerConfig, ModelConfig, OtherModelConfig
+from tandem.engine.config.schema import OtherModelConfig
 from tandem.engine.core.errors import ConfigError
-from tandem.engine.core.types import Row, Source
 from tandem.engine.learner.inline import InlineLearner
 from tandem.engine.learner.local_engine import LocalEngine
 from tandem.engine.learner.packing import pack
-from tandem.engine.learner.protocol import PolicySpec
 from tandem.engine.learner.rank import LearnerRank, build_policy
 from tandem.engine.learner.terms import denominators, make_tokens, micro_batch_loss
 from tandem.engine.loop.streams import with_streams
 from tandem.engine.model.policy import hf_parameters
-from tandem.engine.model.quantities import Divergence
 from tandem.engine.model.tiny import make_tiny
-
-SFT = Term("sft", NLL())
-VIEWS = {4: [1, 9, 30, 31, 32], 6: [1, 40], 3: [1, 9, 33]}  # by tokens of the response
-
-
-def make_row(n, **changes) -> Row:
-    prompt, response = [1, 9, 11], list(range(20, 20 + n))
-    tokens = np.array(prompt + response, np.int32)
-    mask = (np.arange(len(tokens)) >= 3).astype(np.float32)
-    source = np.where(mask > 0, Source.POLICY, Source.PROMPT).astype(np.int8)
-    views = {"informed": np.array(VIEWS[n], np.int32)}
-    return Row(tokens, source, {"sft": mask}, group=n, prompt_id=f"p{n}", views=views, **changes)
-
-
-ROWS = [make_row(n) for n in VIEWS]
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +33,9 @@ def paths(tmp_path_factory):
 
 
 def make_rank(paths, **models) -> LearnerRank:
-    config = Config(
-        model=ModelConfig(path=paths["start"]),
-        models=models,
-        learner=LearnerConfig(head_chunk=4, micro_batch_tokens=24),
-    )
-    spec = PolicySpec(uses_rollouts=True)
-    policy = build_policy(config, paths["start"], spec)
-    return LearnerRank(config, paths["start"], spec, LocalEngine(policy, config.learner))
+    config = config_of(paths["start"], models)
+    policy = build_policy(config, paths["start"], SPEC)
+    return LearnerRank(config, paths["start"], SPEC, LocalEngine(policy, config.learner))
 
 
 def path(folder):
@@ -149,10 +125,6 @@ def test_two_teachers_that_change_places_change_their_rows_alone(paths):
 
 
 # -- the whole distribution
-
-
-def measured(model, beta):
-    return Term("sft", Measured(), quantities={DIVERGENCE: Divergence(model, beta)})
 
 
 def gradient(rank, term, rows=ROWS, budget=10_000, ranks=1, share=False):
