@@ -290,6 +290,7 @@ def of_config(config: Config) -> Iterator[Check]:
         path = resolve_model(config.model)
         tokenizer = load_tokenizer(config.model)
         machine.check_model(config, path)
+        machine.check_models_beside(config, tokenizer)
         parameters = machine.parameter_count(Path(path))
         trained = check_scope(config, path)
     except ConfigError as error:

@@ -10,13 +10,15 @@ import os
 import shutil
 import socket
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tandem.engine.config.schema import Config
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.model.context import engine_length, rollout_context
-from tandem.engine.model.resolve import read_config
+from tandem.engine.model.resolve import read_config, resolve_model
+from tandem.engine.model.same_tokens import check_other_models
 from tandem.engine.model.weight_files import tensor_shapes
 
 GIB = 1 << 30
@@ -117,7 +119,8 @@ def memory_need(config: Config, model_path: str | Path) -> MemoryNeed | None:
 
     A learner rank holds the weights, their gradients, and in float32 the two Adam moments, plus
     master weights if the model itself is bfloat16; ZeRO 1 splits the optimizer's part over the
-    ranks, 2 also the gradients, 3 also the weights. What does not train (`scope`) has weights only.
+    ranks, 2 also the gradients, 3 also the weights. What does not train (`scope`, `models`) has
+    weights only.
     What lives on a GPU is not host memory.
     """
     parameters = parameter_count(Path(model_path))
@@ -169,10 +172,27 @@ def rank_memory(config: Config, parameters: int, trained: int) -> float:
     need = LEARNER_RUNTIME
     if not on_gpu:
         need += parameters * size * split(3)  # weights
+        need += other_models_memory(config, parameters)
         need += trained * size * split(2)  # gradients
     if not on_gpu or config.learner.offload_optimizer:
         need += trained * (8 if size == 4 else 12) * split(1)
     return need
+
+
+def other_models_memory(config: Config, parameters: int) -> int:
+    """Of the models beside the policy: each rank has a whole copy, and averages in float32."""
+    size = number_bytes(config)
+    total = 0
+    for other in config.models.values():
+        if other.kind == "policy":
+            continue
+        count = parameters
+        if other.path:
+            count = parameter_count(Path(other.path)) or parameters
+        total += count * size
+        if other.kind == "ema" and size < 4:
+            total += count * 4
+    return total
 
 
 def parameter_count(folder: Path) -> int | None:
@@ -217,6 +237,15 @@ def check_model(config: Config, path: str) -> None:
             f"{context} (max_position_embeddings of its config.json, or what it calls that); "
             "lower them"
         )
+
+
+def check_models_beside(config: Config, tokenizer: Any) -> None:
+    """The same for the models that the policy is compared with, and that they read its ids."""
+    check_other_models(config, tokenizer)
+    for other in config.models.values():
+        if other.path:
+            model = replace(config.model, path=other.path)
+            check_model(replace(config, model=model), resolve_model(model))
 
 
 def engine_count(config: Config) -> int:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from tandem.algorithms.base import Term
-from tandem.engine.config.names import model_of, split_view
+from tandem.engine.config.names import logp_of, model_of, split_view
 from tandem.engine.core.errors import CarrierError, MethodError
 from tandem.engine.core.text import closest
 from tandem.engine.core.types import Row
+from tandem.engine.model.quantities import Quantity
 
 
 def asked_models(term: Term) -> list[str]:
@@ -25,11 +26,11 @@ def asked_models(term: Term) -> list[str]:
     return sorted(found)
 
 
-def check_models(where: str, term: Term, models: Collection[str]) -> None:
+def check_models(where: str, asked: Iterable[str], models: Collection[str]) -> None:
     """Every model is there. models: names of all there are; none are known where a budget was made
     by hand.
     """
-    for model in asked_models(term):
+    for model in asked:
         name, _ = split_view(model)
         if models and name not in models:
             raise MethodError(
@@ -37,6 +38,20 @@ def check_models(where: str, term: Term, models: Collection[str]) -> None:
                 f"not set; the run has {', '.join(models)}; add to the config "
                 f"models: {{{name}: {{path: FOLDER}}}}"
             )
+
+
+def check_probed_models(
+    where: str, probes: Mapping[str, Quantity], models: Collection[str]
+) -> None:
+    """As check_models; and probes look from no view, which only some rows may have."""
+    for name, quantity in probes.items():
+        check_models(f"{where} {name!r}", quantity.models, models)
+        for model in quantity.models:
+            if split_view(model)[1]:
+                raise MethodError(
+                    f"{where} {name!r} reads {model!r}, a model behind a view, which only a term "
+                    f"can ask for: needs={{'{logp_of(model)}'}}, or a quantity of its own"
+                )
 
 
 def check_views(where: str, row: Row, terms: Sequence[Term]) -> None:

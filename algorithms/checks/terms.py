@@ -10,7 +10,7 @@ import numpy as np
 
 from tandem.algorithms.base import Batch, Method, Term
 from tandem.algorithms.checks.method import check_list, kind, no_return, real, short, title
-from tandem.algorithms.checks.models import check_models
+from tandem.algorithms.checks.models import asked_models, check_models, check_probed_models
 from tandem.algorithms.checks.units import check_unit
 from tandem.algorithms.parts.objectives.tokens import (
     MODEL_STREAMS,
@@ -36,7 +36,7 @@ def check_terms(method: Method, terms: Sequence[Term], models: Collection[str] =
     found = []
     for term in terms:
         check_term(f"{where}: term {term.name!r}", term, method)
-        check_models(f"{where}: term {term.name!r}", term, models)
+        check_models(f"{where}: term {term.name!r}", asked_models(term), models)
         if term.name in seen:
             raise MethodError(
                 f"{where} returned two terms named {term.name!r}: each needs a name "
@@ -147,6 +147,7 @@ def ask_probes(method: Method, batch: Batch) -> Mapping[str, Quantity]:
             f"{no_return(probes)}"
         )
     check_each_quantity(f"{where}:", probes)
+    check_probed_models(f"{where}:", probes, batch.budget.models)
     return probes
 
 

@@ -18,6 +18,7 @@ GIB = 1 << 30
 PROBE_BYTES = 1 * MIB
 FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 MASTER_BYTES = 12  # per trained parameter: float32 weights and the two moments of Adam
+AVERAGE_BYTES = 4  # per parameter of a moving average of the policy
 
 
 class DiskError(OSError):
@@ -30,7 +31,9 @@ def checkpoint_bytes(config: Config, parameters: int, trained: int | None = None
     """
     if trained is None:
         trained = parameters
-    return trained * MASTER_BYTES + model_bytes(config, parameters, trained)
+    averages = [other for other in config.models.values() if other.kind == "ema"]
+    state = trained * MASTER_BYTES + len(averages) * parameters * AVERAGE_BYTES
+    return state + model_bytes(config, parameters, trained)
 
 
 def model_bytes(config: Config, parameters: int, trained: int) -> int:

@@ -26,10 +26,9 @@ from tandem.engine.loop.checkpoint import Checkpoints, Found
 from tandem.engine.loop.disk import check_room
 from tandem.engine.loop.state import read_state
 from tandem.engine.model.resolve import load_tokenizer, resolve_model
-from tandem.engine.model.same_tokens import check_other_models
 from tandem.engine.model.scope import check_scope
 from tandem.engine.report.display import Display
-from tandem.launch.machine import check_model, generates, parameter_count
+from tandem.launch.machine import check_model, check_models_beside, generates, parameter_count
 from tandem.launch.reservation import preflight
 from tandem.launch.run import resume
 from tandem.launch.run.content import contents
@@ -79,7 +78,7 @@ def prepare(config: Config, folder: RunFolder, display: Display, stack: ExitStac
     model_path = resolve_model(config.model)
     tokenizer = load_tokenizer(config.model)
     check_model(config, model_path)
-    check_other_models(config, tokenizer)
+    check_models_beside(config, tokenizer)
     trained = check_scope(config, model_path)
     parameters = parameter_count(Path(model_path))
     check_room(config, parameters, folder.path, display.message, trained)

@@ -61,11 +61,23 @@ METHODS = [
 ]
 
 
+SLOW_TEACHER = {"name": "sdft", "teacher": "slow", "form": "sampled", "template": "{hint}"}
+
+
 @pytest.mark.parametrize(
-    "method, staleness", [(METHODS[0], 0), (METHODS[0], 1), (METHODS[2], 0), (METHODS[3], 0)]
+    "method, staleness",
+    [
+        (METHODS[0], 0),
+        (METHODS[0], 1),
+        (METHODS[2], 0),
+        (METHODS[3], 0),
+        pytest.param(SLOW_TEACHER, 1, marks=pytest.mark.nightly),
+    ],
 )
 def test_four_steps_equal_two_resumed_for_two_more_to_the_bit(tmp_path, method, staleness):
     overrides = [f"rollout.staleness={staleness}", "run.checkpoint_every=2", SHORT]
+    if method == SLOW_TEACHER:
+        overrides += ["models.slow.kind=ema", "data.max_prompt_tokens=64"]
     assert train(config(tmp_path / "a", method, *overrides)) == 0
     whole = tmp_path / "a" / "run"
 

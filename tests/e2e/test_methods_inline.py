@@ -152,6 +152,8 @@ def test_two_steps_on_the_real_stack(tmp_path, name, teacher):
     # so that two steps show both stages
     small += [f"method.{key}={value}" for key, value in OPTIONS.get(method, {}).items()]
     small += needed(method, teacher)
+    if method == "opd":
+        small.append("cluster.learner_ranks=2")  # each has the teacher
     result = subprocess.run(
         [sys.executable, "-m", "tandem.launch.cli", "train", str(CONFIGS / f"{name}.yaml"), *small],
         capture_output=True,

@@ -55,7 +55,8 @@ def models_of(folder):
 
 
 def train(learner, steps, model="teacher@informed"):
-    plan = make_plan(ROWS, learner.ranks, 9, [measured(model, 0.5)])
+    term = measured(model, 0.5)
+    plan = make_plan(ROWS, learner.ranks, 9, [term], quantities=term.quantities)
     return [learner.step(plan_of_rank(plan, learner.rank)).metrics["loss"] for _ in range(steps)]
 
 

@@ -11,7 +11,7 @@ from method_cases import A, batch, constant, forced, ids, look, ramp, rollouts
 
 from tandem.algorithms.base import Budget, Term
 from tandem.algorithms.checks.rows import check_rows
-from tandem.algorithms.checks.terms import check_terms
+from tandem.algorithms.checks.terms import ask_probes, check_terms
 from tandem.algorithms.distillation.sdft import VIEW
 from tandem.algorithms.parts.objectives.nll import NLL
 from tandem.algorithms.parts.teachers import less_distance
@@ -273,6 +273,15 @@ def test_a_model_that_is_not_there_is_named():
     with pytest.raises(MethodError, match=r"'policy' asks for the model 'teachr' \(did you mean"):
         check_terms(method, terms, ("reference", "policy", "teacher"))
     assert check_terms(method, terms), "a budget made by hand knows no names"
+
+
+def test_a_probe_looks_from_no_view():
+    method = make_method("gkd", {})
+    for model, words in (("teacher@x", "only a term"), ("other", "models.other is not set")):
+        method.probes = lambda batch, model=model: {"far": Divergence(model, 0.0)}
+        known = Budget(1, 1, 1, 1, models=("reference", "teacher"))
+        with pytest.raises(MethodError, match=rf"probes\(\): 'far' .*{words}"):
+            ask_probes(method, batch(budget=known))
 
 
 def test_a_row_without_the_view_that_its_term_asks_for():
