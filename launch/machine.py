@@ -32,7 +32,8 @@ def cpu_count() -> int:
     count = len(os.sched_getaffinity(0))
     quota = read_words("/sys/fs/cgroup/cpu.max")
     if len(quota) == 2 and quota[0] != "max":
-        count = min(count, max(1, int(quota[0]) // int(quota[1])))
+        whole = int(quota[0]) // int(quota[1])
+        count = min(count, max(1, whole))
     return count
 
 
@@ -40,12 +41,15 @@ def available_memory() -> int:
     """Bytes that new processes can take: free memory and cache of the machine, within the
     container's limit.
     """
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(fields["MemAvailable"].split()[0]) * 1024
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    fields = dict(line.split(":") for line in lines)
+    kib, _ = fields["MemAvailable"].split()
+    available = int(kib) * 1024
     limit = read_words("/sys/fs/cgroup/memory.max")
     used = read_words("/sys/fs/cgroup/memory.current")
     if limit and used and limit[0] != "max":
-        available = min(available, int(limit[0]) - int(used[0]))
+        left = int(limit[0]) - int(used[0])
+        available = min(available, left)
     return available
 
 
@@ -61,12 +65,19 @@ def gpu_names() -> list[str]:
     )
     if listed.returncode != 0:
         return []
-    names = [line.strip() for line in listed.stdout.splitlines() if line.strip()]
+    names = []
+    for line in listed.stdout.splitlines():
+        name = line.strip()
+        if name:
+            names.append(name)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return names
-    chosen = [number for number in visible.split(",") if number.strip() not in ("", "-1")]
-    return names[: len(chosen)]
+    chosen = 0
+    for number in visible.split(","):
+        if number.strip() not in ("", "-1"):
+            chosen += 1
+    return names[:chosen]
 
 
 def gpu_count() -> int:
@@ -84,7 +95,10 @@ def port_is_free(port: int) -> bool:
 
 
 def read_words(path: str) -> list[str]:
-    return Path(path).read_text().split() if Path(path).is_file() else []
+    file = Path(path)
+    if not file.is_file():
+        return []
+    return file.read_text().split()
 
 
 @dataclass(frozen=True)
@@ -102,7 +116,9 @@ class MemoryNeed:
 
     @property
     def total(self) -> float:
-        return self.engine * self.engines + self.rank * self.ranks + self.shared
+        engines = self.engine * self.engines
+        ranks = self.rank * self.ranks
+        return engines + ranks + self.shared
 
     def describe(self) -> str:
         return (
@@ -167,7 +183,9 @@ def rank_memory(config: Config, parameters: int, trained: int) -> float:
 
     def split(since: int) -> float:
         """Share of a rank in what ZeRO splits from this stage on."""
-        return 1.0 / config.cluster.learner_ranks if config.learner.zero_stage >= since else 1.0
+        if config.learner.zero_stage < since:
+            return 1.0
+        return 1.0 / config.cluster.learner_ranks
 
     need = LEARNER_RUNTIME
     if not on_gpu:
@@ -175,7 +193,8 @@ def rank_memory(config: Config, parameters: int, trained: int) -> float:
         need += other_models_memory(config, parameters)
         need += trained * size * split(2)  # gradients
     if not on_gpu or config.learner.offload_optimizer:
-        need += trained * (8 if size == 4 else 12) * split(1)
+        states = 8 if size == 4 else 12
+        need += trained * states * split(1)
     return need
 
 
@@ -200,7 +219,8 @@ def parameter_count(folder: Path) -> int | None:
     none. Raises ConfigError for a file that is damaged.
     """
     shapes = tensor_shapes(folder) if folder.is_dir() else {}
-    return sum(math.prod(shape) for shape in shapes.values()) or None
+    count = sum(map(math.prod, shapes.values()))
+    return count or None
 
 
 def check_weights(path: str) -> None:

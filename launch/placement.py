@@ -92,9 +92,13 @@ def start(config: Config, run_dir: str | Path, say: Callable[[str], None] = prin
     except BaseException:
         ray.shutdown()
         raise
-    say(f"placement: got {', '.join(places(group, wanted))}")
+    got = ", ".join(places(group, wanted))
+    say(f"placement: got {got}")
     return Placement(
-        group, wanted, worker_env(config, c.engine_gpus), worker_env(config, c.learner_gpus)
+        group=group,
+        reservation=wanted,
+        engine_env=worker_env(config, c.engine_gpus),
+        learner_env=worker_env(config, c.learner_gpus),
     )
 
 
@@ -102,10 +106,14 @@ def places(group: Any, wanted: Reservation) -> list[str]:
     """Which process got a place on which node."""
     import ray
 
-    nodes = ray.util.placement_group_table(group)["bundles_to_node_id"]
+    table = ray.util.placement_group_table(group)
+    nodes = table["bundles_to_node_id"]
     names = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
-    bundles = {f"engine {i}": wanted.engine_bundle(i) for i in range(wanted.engines)}
-    bundles |= {f"learner rank {r}": wanted.learner_bundle(r) for r in range(wanted.ranks)}
+    bundles = {}
+    for engine in range(wanted.engines):
+        bundles[f"engine {engine}"] = wanted.engine_bundle(engine)
+    for rank in range(wanted.ranks):
+        bundles[f"learner rank {rank}"] = wanted.learner_bundle(rank)
     found = []
     for who, index in bundles.items():
         node = nodes[index]
@@ -129,7 +137,8 @@ def attach(address: str) -> None:
                     "head (port 6379 unless chosen otherwise) or auto; "
                     "ray:// addresses are not supported: start tandem on a node of the cluster"
                 )
-            socket.create_connection((host, int(port)), timeout=10).close()
+            connection = socket.create_connection((host, int(port)), timeout=10)
+            connection.close()
         with stop.keeping():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except OSError as error:  # ConnectionError, what Ray raises for auto, is one too
@@ -150,7 +159,8 @@ def reserve(wanted: Reservation, deadline: float, say: Callable[[str], None]) ->
 
     group = placement_group(list(wanted.bundles), strategy=wanted.strategy)
     end = time.monotonic() + deadline
-    while not group.wait(max(0.1, min(10.0, end - time.monotonic()))):
+    left = deadline
+    while not group.wait(max(0.1, min(10.0, left))):
         left = end - time.monotonic()
         if left <= 0:
             free = show(ray.available_resources())
@@ -184,11 +194,12 @@ def link_logs(run_dir: Path) -> None:
     """
     import ray
 
-    session = Path(ray.get_runtime_context().worker.node.get_session_dir_path())
+    worker = ray.get_runtime_context().worker
+    session = worker.node.get_session_dir_path()
     link = run_dir / "ray_session"
     run_dir.mkdir(parents=True, exist_ok=True)
     link.unlink(missing_ok=True)
-    link.symlink_to(session)
+    link.symlink_to(Path(session))
 
 
 def worker_env(config: Config, gpus: float) -> dict[str, str]:
@@ -207,7 +218,9 @@ def worker_env(config: Config, gpus: float) -> dict[str, str]:
         # OpenMP's own 300,000 starve other processes on the same cores; none at all (PASSIVE) cost
         # an engine a tenth
         defaults = {"GOMP_SPINCOUNT": 10_000, **MALLOC}
-        env |= {key: str(value) for key, value in defaults.items() if key not in os.environ}
+        for key, value in defaults.items():
+            if key not in os.environ:
+                env[key] = str(value)
     if config.cluster.address is None and "GLOO_SOCKET_IFNAME" not in os.environ:
         # one machine: gloo need not find out which address its host name stands for
         env["GLOO_SOCKET_IFNAME"] = "lo"

@@ -86,7 +86,9 @@ def reservation(config: Config) -> Reservation:
     engines = engine_count(config)
     ranks = 0 if config.run.rollout_only else c.learner_ranks
     if c.colocate:
-        pair = bundle(c.engine_cpus + c.learner_cpus, c.engine_gpus + c.learner_gpus)
+        cpus = c.engine_cpus + c.learner_cpus
+        gpus = c.engine_gpus + c.learner_gpus
+        pair = bundle(cpus, gpus)
         bundles = (pair,) * max(engines, ranks)
     else:
         engine = bundle(c.engine_cpus, c.engine_gpus)
@@ -97,7 +99,10 @@ def reservation(config: Config) -> Reservation:
 
 def bundle(cpus: float, gpus: float) -> dict[str, float]:
     """Rounded: 0.6 + 0.3 is 0.8999 to Ray, in which both would not fit."""
-    asked = {"CPU": round(float(cpus), 4), "GPU": round(float(gpus), 4)}
+    asked = {
+        "CPU": round(float(cpus), 4),
+        "GPU": round(float(gpus), 4),
+    }
     return {name: amount for name, amount in asked.items() if amount}
 
 
@@ -128,10 +133,13 @@ def preflight(config: Config, model_path: str | Path | None = None) -> None:
             f"{len(wanted.bundles)} bundles on a node of its own, but without "
             "cluster.address there is one node; use SPREAD or PACK, or set cluster.address"
         )
-    memory = memory_need(config, model_path) if model_path is not None else None
-    if memory is not None and memory.total > available_memory():
+    if model_path is None:
+        return
+    memory = memory_need(config, model_path)
+    available = available_memory()
+    if memory is not None and memory.total > available:
         raise ConfigError(
-            f"not enough memory: {memory.describe()}; {available_memory() / GIB:.1f} GiB are "
+            f"not enough memory: {memory.describe()}; {available / GIB:.1f} GiB are "
             "available here. Lower rollout.kv_cache_gib or cluster.engines, use "
             "model.dtype=bfloat16 or a smaller model, or raise learner.zero_stage with more "
             "machines"
@@ -144,7 +152,10 @@ def refuse_missing_packages(wanted: Reservation) -> None:
         needed.append("vllm")
     if wanted.ranks:
         needed.append("deepspeed")
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    missing = []
+    for name in needed:
+        if importlib.util.find_spec(name) is None:
+            missing.append(name)
     if missing:
         raise ConfigError(
             f"mode=cluster needs {', '.join(missing)}, not installed for {sys.executable}; run "
@@ -168,7 +179,8 @@ def refuse_empty_bundles(config: Config, wanted: Reservation) -> None:
 def refuse_too_many(config: Config, wanted: Reservation) -> None:
     """Raise ConfigError if more GPUs or CPUs are asked for than this machine has."""
     c = config.cluster
-    gpus, cpus = wanted.total("GPU"), wanted.total("CPU")
+    gpus = wanted.total("GPU")
+    cpus = wanted.total("CPU")
     if gpus > gpu_count():
         raise ConfigError(
             f"the cluster section asks for {gpus:g} GPU(s) "
@@ -200,5 +212,9 @@ def refuse_too_few_cores(config: Config, wanted: Reservation) -> None:
 
 def show(resources: Mapping[str, float]) -> str:
     """{CPU 4, GPU 0.5}; Ray's other resources are left out."""
-    amounts = [f"{name} {resources[name]:g}" for name in ("CPU", "GPU") if resources.get(name)]
+    amounts = []
+    for name in ("CPU", "GPU"):
+        amount = resources.get(name)
+        if amount:
+            amounts.append(f"{name} {amount:g}")
     return f"{{{', '.join(amounts)}}}"

@@ -84,7 +84,8 @@ def opened(config: Config) -> Iterator[RunFolder]:
         resumes = decide(path, config)
         if is_used(path) and not resumes:
             start_over(path, notes.append)
-        yield RunFolder(path, identify(path, resumes, notes.append), lock, resumes, tuple(notes))
+        run_id = identify(path, resumes, notes.append)
+        yield RunFolder(path, run_id, lock, resumes, tuple(notes))
 
 
 def check_before(path: Path, config: Config) -> None:
@@ -100,9 +101,10 @@ def check_before(path: Path, config: Config) -> None:
         present = sorted(os.listdir(path)) if path.exists() else []
     except OSError as error:
         raise ConfigError(f"run folder {path} (run.dir/run.name) cannot be read: {error}") from None
-    foreign = [name for name in present if name != LOCK and not name.startswith(".")]
-    if is_run(path):
-        foreign = []
+    foreign = []
+    if not is_run(path):
+        others = [name for name in present if name != LOCK]
+        foreign = [name for name in others if not name.startswith(".")]
     clash = [name for name in foreign if name in OURS]
     if clash or (foreign and not config.run.beside_files):
         shown = ", ".join((clash or foreign)[:5])
@@ -157,28 +159,27 @@ def is_run(path: Path) -> bool:
     """Whether Tandem made this folder: by its mark, or by what versions without one left."""
     if (path / MARK).exists():
         return True
-    return any((step / MANIFEST).exists() for step in checkpoints(path)) or all(
-        (path / name).exists() for name in WRITTEN_AT_START
-    )
+    for step in checkpoints(path):
+        if (step / MANIFEST).exists():
+            return True
+    return all((path / name).exists() for name in WRITTEN_AT_START)
 
 
 def is_used(path: Path) -> bool:
     """Whether the run got so far that something would be lost if another began here."""
-    written = any(
-        (path / name).exists() and (path / name).stat().st_size
-        for name in ("metrics.jsonl", "rollouts.jsonl")
-    )
-    return written or bool(checkpoints(path)) or (path / "model").exists()
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        file = path / name
+        if file.exists() and file.stat().st_size:
+            return True
+    return bool(checkpoints(path)) or (path / "model").exists()
 
 
 def checkpoints(path: Path) -> list[Path]:
     """The folders of its checkpoints, damaged ones too, in no order."""
     folder = path / "checkpoints"
-    return (
-        [step for step in folder.iterdir() if CHECKPOINT.fullmatch(step.name)]
-        if folder.is_dir()
-        else []
-    )
+    if not folder.is_dir():
+        return []
+    return [step for step in folder.iterdir() if CHECKPOINT.fullmatch(step.name)]
 
 
 def identify(path: Path, resumes: bool, say: Callable[[str], None]) -> str:
@@ -243,8 +244,9 @@ def start_over(path: Path, say: Callable[[str], None]) -> None:
     for name in OURS:
         if name != "checkpoints" and os.path.lexists(path / name):
             (path / name).rename(aside / name)
-    if (path / MARK).exists():
-        (path / MARK).rename(aside / MARK)
+    mark = path / MARK
+    if mark.exists():
+        mark.rename(aside / MARK)
     say(
         f"{path} holds a run that ended before its first checkpoint: started over, its files "
         f"are in {aside.name}/"
@@ -314,16 +316,18 @@ def new_folder(parent: str | Path, name: str) -> str:
 
     Raises ConfigError.
     """
-    number, found = 1, name
+    number = 1
+    found = name
     while True:
+        folder = Path(parent, found)
         try:
             Path(parent).mkdir(parents=True, exist_ok=True)
-            Path(parent, found).mkdir()
+            folder.mkdir()
             return found
         except FileExistsError:
             number += 1
             found = f"{name}-{number}"
         except OSError as error:
             raise ConfigError(
-                f"run folder {Path(parent, found)} (run.dir/run.name) cannot be made: {error}"
+                f"run folder {folder} (run.dir/run.name) cannot be made: {error}"
             ) from None
