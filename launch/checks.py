@@ -34,8 +34,10 @@ def in_own_folder(config: Config, **changes) -> Config:
     """The config with a run folder of its own, so that evaluations and checks neither meet a run
     nor overwrite each other.
     """
-    name = new_folder(config.run.dir, f"{config.run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    return replace(config, run=replace(config.run, name=name, resume=False, **changes))
+    now = time.strftime("%Y%m%d-%H%M%S")
+    name = new_folder(config.run.dir, f"{config.run.name}-{now}")
+    run = replace(config.run, name=name, resume=False, **changes)
+    return replace(config, run=run)
 
 
 def check_logprobs(config: Config) -> int:
@@ -66,16 +68,19 @@ def check_logprobs(config: Config) -> int:
 
 def sampled_rows(components: Components, version: int) -> list[Row]:
     """One batch of prompts, sampled with the weights the engines have."""
-    rollout, producer = components.config.rollout, components.producer
+    rollout = components.config.rollout
+    producer = components.producer
     assert producer.prompts is not None, "checked by check_logprobs"
     budget = Budget(1, rollout.samples_per_prompt, 0, 1)
+    prompts = producer.prompts.take(rollout.prompts_per_step)
     futures = []
-    for i, prompt in enumerate(producer.prompts.take(rollout.prompts_per_step)):
+    for i, prompt in enumerate(prompts):
         sampling = Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, seed=i)
         number = i + version * group_numbers.CHECK_STRIDE
         request = components.method.request(number, prompt, sampling, 0, budget)
         futures.append(producer.pool.submit(request))
     rows = []
     for future in futures:
-        rows.extend(policy_row(t, 0.0, "policy") for t in future.result())
+        for trajectory in future.result():
+            rows.append(policy_row(trajectory, 0.0, "policy"))
     return rows

@@ -25,7 +25,8 @@ def export(source: str | Path, out: str | Path) -> Path:
 
     Raises ConfigError.
     """
-    source, out = Path(source), Path(out)
+    source = Path(source)
+    out = Path(out)
     check_target(out)
     model = saved_model(source)
     if not tensor_shapes(model):
@@ -38,7 +39,9 @@ def export(source: str | Path, out: str | Path) -> Path:
 
 
 def check_target(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not out.exists():
+        return
+    if not out.is_dir() or any(out.iterdir()):
         raise ConfigError(f"{out} exists and is not empty; name a new folder")
 
 
@@ -52,10 +55,12 @@ def saved_model(source: Path) -> Path:
 
     Raises ConfigError if there is none, or it is damaged.
     """
-    if (source / "config.yaml").is_file() or (source / "checkpoints").is_dir():
-        if holds_model(source / "model"):
-            return source / "model"
-        found = Checkpoints(source / "checkpoints", keep=1).latest()
+    checkpoints = source / "checkpoints"
+    if (source / "config.yaml").is_file() or checkpoints.is_dir():
+        model = source / "model"
+        if holds_model(model):
+            return model
+        found = Checkpoints(checkpoints, keep=1).latest()
         if found is None:
             raise ConfigError(
                 f"run folder {source} holds neither a saved model nor a complete checkpoint"
@@ -72,10 +77,11 @@ def saved_model(source: Path) -> Path:
             f"{source} is neither a run folder (config.yaml, checkpoints/) nor a checkpoint "
             "(learner/)"
         )
-    if not holds_model(checkpoint / "model"):
+    model = checkpoint / "model"
+    if not holds_model(model):
         raise ConfigError(
             f"checkpoint {checkpoint} has no model/ folder: an older version of Tandem wrote "
             "it. Resume the run from it "
             "(run.resume=true with run.steps one higher): the checkpoint at its end has one"
         )
-    return checkpoint / "model"
+    return model

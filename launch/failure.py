@@ -80,8 +80,8 @@ def brief(error: BaseException) -> str:
     the file.
     """
     text = str(getattr(error, "cause", error))
-    lines = [line for line in text.strip().splitlines() if line.strip()]
-    return "\n".join(lines[:LINES]) if lines else "no message"
+    lines = list(filter(str.strip, text.strip().splitlines()))
+    return "\n".join(lines[:LINES]) or "no message"
 
 
 def raised(error: BaseException) -> str:
@@ -95,8 +95,10 @@ def place(error: BaseException) -> str:
     """The last line of this project or the user's that ran."""
     frames = traceback.extract_tb(error.__traceback__)
     found = frames[-1]
+    installed = f"{os.sep}lib{os.sep}python"
     for frame in frames:
-        if os.path.isfile(frame.filename) and f"{os.sep}lib{os.sep}python" not in frame.filename:
+        file = frame.filename
+        if os.path.isfile(file) and installed not in file:
             found = frame
     return f"{found.filename}:{found.lineno}, in {found.name}"
 

@@ -83,7 +83,11 @@ def draw_training(ax, reward: Series, mu: Series) -> None:
         twin.spines["right"].set_visible(True)
         twin.grid(False)
     ax.legend(
-        handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False
+        handles=handles,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=2,
+        frameon=False,
     )
 
 
@@ -280,7 +284,8 @@ def minutes_axis(ax, steps: Sequence[Mapping], evaluations: Sequence[Mapping]) -
         return np.interp(minute, minutes, x)
 
     top = ax.secondary_xaxis("top", functions=(to_minutes, to_steps))
-    first, last = minutes[0], minutes[-1]
+    first = minutes[0]
+    last = minutes[-1]
     ticks = ticker.MaxNLocator(6).tick_values(first, last)
     top.set_xticks([tick for tick in ticks if first <= tick <= last])
     top.set_xlabel("minutes since the start")

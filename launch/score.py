@@ -112,7 +112,10 @@ def score(config: Config, args: argparse.Namespace) -> str:
             score_rows(config, reader, what, device, found)
     finally:
         templates.WORKER.stop()
-    lines = [json.dumps({"id": ids[i], **scores}) + "\n" for i, scores in enumerate(found)]
+    lines = []
+    for own_id, scores in zip(ids, found, strict=True):
+        line = json.dumps({"id": own_id, **scores})
+        lines.append(f"{line}\n")
     write_atomic(out, "".join(lines))
     return f"{', '.join(found[0])} of {len(lines)} rows written to {shown(out)}"
 
@@ -194,7 +197,8 @@ def open_readers(config: Config, dataset: DatasetConfig, args: argparse.Namespac
         # the scores that are to be made need not be there
         plain = replace(dataset, scores=None)
         kind = demonstration_source(plain)
-        source = kind(plain, config.data, load_tokenizer(model), model, config.run.seed)
+        tokenizer = load_tokenizer(model)
+        source = kind(plain, config.data, tokenizer, model, config.run.seed)
         if source.dropped:
             first = source.first_dropped.partition(";")[0]  # without advice
             raise ConfigError(
@@ -245,7 +249,9 @@ def score_rows(
 ) -> None:
     """Add the scores of one model to those of each row."""
     torch.set_num_threads(config.cluster.threads)
-    policy = load_policy(reader.model).requires_grad_(False).to(device)
+    policy = load_policy(reader.model)
+    policy.requires_grad_(False)
+    policy.to(device)
     if configured(config.method).uses_rollouts:
         follow_engines(policy.model, engine_length(config))
     scorer = Scorer(
@@ -257,10 +263,10 @@ def score_rows(
     )
     progress = Progress(shown(reader.model.path), len(found))
     for first in range(0, len(found), AT_ONCE):
-        numbers = range(first, min(first + AT_ONCE, len(found)))
+        end = min(first + AT_ONCE, len(found))
         owners: list[tuple[int, Trajectory]] = []
         rows: list[Row] = []
-        for number in numbers:
+        for number in range(first, end):
             for answer in reader.answers(number):
                 owners.append((number, answer))
                 rows.append(expert_row(answer, TERM))
@@ -274,7 +280,8 @@ def score_rows(
                         "finite number; is the model whole, and made for this dtype (model.dtype)?"
                     )
                 found[number][reader.name(answer, name)] = value
-        progress.tell(numbers.stop, sum(len(row.tokens) for row in rows))
+        total = sum(len(row.tokens) for row in rows)
+        progress.tell(end, total)
 
 
 class Progress:
@@ -284,7 +291,8 @@ class Progress:
         self.name = name
         self.total = total
         self.tokens = 0
-        self.started = self.told = time.monotonic()
+        self.started = time.monotonic()
+        self.told = self.started
 
     def tell(self, rows: int, more: int) -> None:
         """rows: so far; more: tokens since the last time."""
@@ -293,7 +301,8 @@ class Progress:
         if rows < self.total and now - self.told < SECONDS:
             return
         self.told = now
-        rate = self.tokens / max(now - self.started, 1e-9)
+        seconds = max(now - self.started, 1e-9)
+        rate = self.tokens / seconds
         print(
             f"{self.name}: {rows} of {self.total} rows, {rate:,.0f} tokens/s",
             file=sys.stderr,

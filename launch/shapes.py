@@ -74,7 +74,8 @@ class Shape:
         mlp = (self.parameters - embeddings) / self.layers - attention
         wide = mlp / 3 / self.hidden
         around_attention = 2 * (self.hidden + self.hidden) + 2 * (self.hidden + self.kv)
-        return rank * self.layers * (around_attention + 3 * (self.hidden + wide))
+        around_mlp = 3 * (self.hidden + wide)
+        return rank * self.layers * (around_attention + around_mlp)
 
 
 MODELS = {
@@ -105,10 +106,13 @@ class Work:
     @property
     def tokens(self) -> float:
         """That the learner runs through, prompts included."""
-        return self.prompts * self.samples * (self.prompt + self.response)
+        row = self.prompt + self.response
+        return self.prompts * self.samples * row
 
     def alive(self, t: float) -> float:
         """Share of responses longer than t: 1 - t/longest to the power that gives the right mean
         (all equally long: 1 up to the end).
         """
-        return (1.0 - t / self.longest) ** (self.longest / self.response - 1.0)
+        left = 1.0 - t / self.longest
+        power = self.longest / self.response - 1.0
+        return left**power

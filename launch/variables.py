@@ -57,7 +57,11 @@ def foreign(config: Config | None) -> list[str]:
     if config is None or config.cluster.address is None:
         names += ADDRESSES
         prefixes += ADDRESS_PREFIXES
-    return sorted(name for name in os.environ if name in names or name.startswith(prefixes))
+    found = []
+    for name in os.environ:
+        if name in names or name.startswith(prefixes):
+            found.append(name)
+    return sorted(found)
 
 
 def forget_foreign(config: Config) -> str | None:
@@ -77,11 +81,13 @@ def short_folder(inside: str) -> str:
     Raises ConfigError if none of them is short enough and can be written.
     """
     tried = []
-    for folder in (os.environ.get("RAY_TMPDIR"), os.environ.get("TMPDIR"), "/tmp", "/dev/shm"):
+    ray_tmpdir = os.environ.get("RAY_TMPDIR")
+    tmpdir = os.environ.get("TMPDIR")
+    for folder in (ray_tmpdir, tmpdir, "/tmp", "/dev/shm"):
         if not folder:
             continue
         folder = os.path.abspath(folder)
-        if len(os.fsencode(folder + inside)) > SOCKET_PATH:
+        if too_long(folder + inside):
             tried.append(f"{folder} is too long for a socket ({SOCKET_PATH} bytes with {inside})")
         elif not can_write(folder):
             tried.append(f"{folder} cannot be written")
@@ -103,9 +109,15 @@ def socket_env() -> dict[str, str]:
     env = {}
     if os.environ.get("TMPDIR"):
         env["TMPDIR"] = os.path.abspath(os.environ["TMPDIR"])
-    if len(os.fsencode(os.path.abspath(tempfile.gettempdir()) + VLLM_SOCKET)) > SOCKET_PATH:
+    folder = os.path.abspath(tempfile.gettempdir())
+    if too_long(folder + VLLM_SOCKET):
         env["VLLM_RPC_BASE_PATH"] = short_folder(VLLM_SOCKET)
     return env
+
+
+def too_long(path: str) -> bool:
+    """Whether Linux would refuse the path for a Unix socket."""
+    return len(os.fsencode(path)) > SOCKET_PATH
 
 
 def can_write(folder: str) -> bool:

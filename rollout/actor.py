@@ -27,7 +27,13 @@ class EngineActor:
     backend: Backend
 
     def __init__(
-        self, index: int, config: Config, model_path: str, run_dir: str, stale: bool, code: UserCode
+        self,
+        index: int,
+        config: Config,
+        model_path: str,
+        run_dir: str,
+        stale: bool,
+        code: UserCode,
     ):
         """`stale`: the run has newer weights than the model folder, so that none of its tokens may
         be sampled before an update.

@@ -166,7 +166,11 @@ class Episode:
 
 
 def gae(
-    rewards: np.ndarray, values: np.ndarray, last: float, gamma: float, lam: float
+    rewards: np.ndarray,
+    values: np.ndarray,
+    last: float,
+    gamma: float,
+    lam: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(advantages, returns), float64 [n], of one episode; `last` is the value of the state after
     its last step.

@@ -155,7 +155,13 @@ def entropy_of(log_p: Tensor) -> Tensor:
 
 
 def final_logits(
-    hidden, weight, bias, temperature: float, dtype: torch.dtype, scale: float, cap: float | None
+    hidden,
+    weight,
+    bias,
+    temperature: float,
+    dtype: torch.dtype,
+    scale: float,
+    cap: float | None,
 ) -> Tensor:
     """[chunk, V] in dtype `dtype`, a fresh tensor that the caller may overwrite."""
     if hidden.is_cuda and hidden.dtype != dtype:
@@ -172,7 +178,11 @@ def final_logits(
 
 
 def logit_slope(
-    log_p: Tensor, lse: Tensor, temperature: float, scale: float, cap: float | None
+    log_p: Tensor,
+    lse: Tensor,
+    temperature: float,
+    scale: float,
+    cap: float | None,
 ) -> Tensor | float:
     """dz / dx at the logits z that gave `log_p` [chunk, V]; lse [chunk, 1].
 

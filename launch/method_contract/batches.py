@@ -60,15 +60,9 @@ def rollouts(
     """Two rollouts of prompt [1], of three tokens and of one, and the prompt's demonstration if
     there is one.
     """
-    made = group(
-        [
-            trajectory([1], [5, 6, 7], [behaviour] * 3, finish=finish),
-            trajectory([1], [8], [behaviour], finish=finish),
-        ],
-        rewards,
-        demo,
-        number,
-    )
+    long = trajectory([1], [5, 6, 7], [behaviour] * 3, finish=finish)
+    short = trajectory([1], [8], [behaviour], finish=finish)
+    made = group([long, short], rewards, demo, number)
     return replace(made, demonstration_reward=demo_reward)
 
 
@@ -81,15 +75,15 @@ def aligned(
     """Four rollouts of 1 to 4 tokens and a demonstration 9 8 7 3; with `prefix` the last one was
     made to start from 9 8.
     """
-    made = group(
-        [trajectory([1], range(5, 6 + k), [-1.0] * (k + 1)) for k in range(4)],
-        rewards,
-        demonstration=[9, 8, 7, 3],
-        number=number,
-    )
+    sampled = []
+    for tokens in range(1, 5):
+        response = range(5, 5 + tokens)
+        sampled.append(trajectory([1], response, [-1.0] * tokens))
+    made = group(sampled, rewards, demonstration=[9, 8, 7, 3], number=number)
     if prefix:
         *others, last = made.trajectories
-        made = replace(made, trajectories=(*others, forced(last, [9, 8], [5, 6])))
+        hybrid = forced(last, [9, 8], [5, 6])
+        made = replace(made, trajectories=(*others, hybrid))
     return replace(made, demonstration_reward=demonstration_reward)
 
 
@@ -100,13 +94,21 @@ def forced(
     source: Source = Source.PREFIX,
 ) -> Trajectory:
     """Prompt [1], then `given` expert tokens, then a continuation by the policy."""
-    n, m = len(given), len(continuation)
+    start = 1 + len(given)
+    tokens = np.array([1, *given, *continuation], np.int32)
+    sources = np.full(len(tokens), Source.POLICY, np.int8)
+    sources[0] = Source.PROMPT
+    sources[1:start] = source
+    behaviour_logp = np.full(len(tokens), -1.0, np.float32)
+    behaviour_logp[:start] = np.nan
+    version = np.zeros(len(tokens), np.int32)
+    version[:start] = -1
     return replace(
         t,
-        tokens=np.array([1, *given, *continuation], np.int32),
-        source=np.array([0] + [source] * n + [Source.POLICY] * m, np.int8),
-        behaviour_logp=np.array([np.nan] * (1 + n) + [-1.0] * m, np.float32),
-        version=np.array([-1] * (1 + n) + [0] * m, np.int32),
+        tokens=tokens,
+        source=sources,
+        behaviour_logp=behaviour_logp,
+        version=version,
     )
 
 
@@ -115,14 +117,18 @@ def hinted(rewards: Sequence[float], number: int = 0) -> ScoredGroup:
     made = rollouts(rewards, demo=[9, 8, 4, 3], demo_reward=1.0, number=number)
     given = []
     for i, t in enumerate(made.trajectories):
-        given.append(forced(t, [9, 8], [5 + i], Source.HINT))
+        continuation = [5 + i]
+        given.append(forced(t, [9, 8], continuation, Source.HINT))
     return replace(made, trajectories=tuple(given))
 
 
 def without_rollouts(demo: Sequence[int], reward: float, number: int = 0) -> ScoredGroup:
     """A group that holds nothing but its prompt's demonstration."""
-    prompt = Prompt("p", np.array([1], np.int32), "", {}, np.array(demo, np.int32))
-    return ScoredGroup(number, prompt, (), np.zeros(0, np.float32), demonstration_reward=reward)
+    tokens = np.array([1], np.int32)
+    demonstration = np.array(demo, np.int32)
+    prompt = Prompt("p", tokens, "", {}, demonstration)
+    rewards = np.zeros(0, np.float32)
+    return ScoredGroup(number, prompt, (), rewards, demonstration_reward=reward)
 
 
 def alone(demonstrated: bool = False) -> ScoredGroup:
@@ -139,41 +145,51 @@ def batch(
     step: int = 0,
     **more: Any,
 ) -> Batch:
-    return Batch(step, (rollouts(),) if groups is None else tuple(groups), tuple(experts), **more)
+    if groups is None:
+        groups = [rollouts()]
+    return Batch(step, tuple(groups), tuple(experts), **more)
 
 
 def degenerate() -> dict[str, Batch]:
     """What a step may hold, but seldom does, by its name."""
     demo: dict[str, Any] = {"demo": [5, 6, 3], "demo_reward": 1.0}
     wrong_demo: dict[str, Any] = {"demo": [5, 6, 3], "demo_reward": 0.0}
-    prefixed = aligned([0, 0, 0, 1], 1.0, prefix=True)
-    return {
+    groups = {
+        "all right": rollouts((1, 1), **demo),
+        "all wrong": rollouts((0, 0), **demo),
+        "demonstration wrong as well": rollouts((0, 0), **wrong_demo),
+        "group of one": alone(),
+        "group of one and a demonstration": alone(demonstrated=True),
+        "only a demonstration": without_rollouts([7, 3], 1.0),
+        "demonstration without a reward": rollouts((0, 1), demo=[5, 6, 3]),
+        "hints": hinted((0, 1)),
+        "truncated": rollouts((0, 1), finish=Finish.LENGTH, **demo),
+    }
+    found = {
         "no demonstrations": batch(experts=()),
         "no rollouts": batch(groups=()),
         "nothing": batch(groups=(), experts=()),
-        "all right": batch([rollouts((1, 1), **demo)]),
-        "all wrong": batch([rollouts((0, 0), **demo)]),
-        "demonstration wrong as well": batch([rollouts((0, 0), **wrong_demo)]),
-        "group of one": batch([alone()]),
-        "group of one and a demonstration": batch([alone(demonstrated=True)]),
-        "only a demonstration": batch([without_rollouts([7, 3], 1.0)]),
-        "demonstration without a reward": batch([rollouts((0, 1), demo=[5, 6, 3])]),
-        "hints": batch([hinted((0, 1))]),
-        "truncated": batch([rollouts((0, 1), finish=Finish.LENGTH, **demo)]),
-        "prefix": batch([prefixed, aligned([1, 1, 1, 1], None, number=1)]),
     }
+    for name, only in groups.items():
+        found[name] = batch([only])
+    prefixed = aligned([0, 0, 0, 1], 1.0, prefix=True)
+    all_right = aligned([1, 1, 1, 1], None, number=1)
+    found["prefix"] = batch([prefixed, all_right])
+    return found
 
 
 def ramp(row: Row) -> np.ndarray:
     """log p = -0.1, -0.2, ... by position."""
-    return -0.1 * (1.0 + np.arange(len(row.tokens), dtype=np.float32))
+    place = np.arange(len(row.tokens), dtype=np.float32)
+    return -0.1 * (1.0 + place)
 
 
 def ids(row: Row) -> np.ndarray:
     """A log-prob for every token that depends on the token and its place alone, whatever the row is
     called.
     """
-    return -0.05 * (1 + row.tokens % 7) - 0.01 * np.arange(len(row.tokens), dtype=np.float32)
+    place = np.arange(len(row.tokens), dtype=np.float32)
+    return -0.05 * (1 + row.tokens % 7) - 0.01 * place
 
 
 def reference_ids(row: Row) -> np.ndarray:
@@ -190,7 +206,8 @@ def probe_ids(row: Row) -> np.ndarray:
 
 def rising(row: Row) -> np.ndarray:
     """An entropy: 0, 0.1, ... by position."""
-    return 0.1 * np.arange(len(row.tokens), dtype=np.float32)
+    place = np.arange(len(row.tokens), dtype=np.float32)
+    return 0.1 * place
 
 
 def look(
@@ -203,11 +220,14 @@ def look(
     **more: Any,
 ) -> Inspection:
     """inspect, with the streams, columns and texts that any method may ask for."""
-    groups = tuple(described(one, columns) for one in b.groups)
-    experts = tuple(with_columns(one, columns) for one in answers(method, b.experts))
-    b = replace(b, groups=groups, experts=experts)
+    groups = [described(one, columns) for one in b.groups]
+    experts = []
+    for expert in answers(method, b.experts):
+        experts.append(with_columns(expert, columns))
+    b = replace(b, groups=tuple(groups), experts=tuple(experts))
     if b.budget.codec is None:
-        b = replace(b, budget=replace(b.budget, codec=Letters()))
+        budget = replace(b.budget, codec=Letters())
+        b = replace(b, budget=budget)
     more.setdefault("models", AnyModel())
     probed = dict.fromkeys(method.probes(b), probe_ids)
     more["extra"] = {**probed, **more.get("extra", {})}
@@ -216,14 +236,20 @@ def look(
 
 def described(g: ScoredGroup, columns: Mapping[str, Any] = NO_COLUMNS) -> ScoredGroup:
     """A document of a query for rerankers; the texts are numbers from 0 to 10."""
-    found = {"query": "q", "positive": g.group % 2 == 0, "score": 3, **columns}
-    texts = tuple(str(int(t.tokens.sum()) % 11) for t in g.trajectories)
-    return replace(g, prompt=replace(g.prompt, columns=found), texts=texts)
+    positive = g.group % 2 == 0
+    found = {"query": "q", "positive": positive, "score": 3, **columns}
+    prompt = replace(g.prompt, columns=found)
+    texts = []
+    for t in g.trajectories:
+        number = int(t.tokens.sum()) % 11
+        texts.append(str(number))
+    return replace(g, prompt=prompt, texts=tuple(texts))
 
 
 def with_columns(expert: Trajectory, columns: Mapping[str, Any]) -> Trajectory:
     """With what a sidecar of scores says, and the columns asked for."""
-    return replace(expert, columns={"mean_logp": -0.4, **expert.columns, **columns})
+    found = {"mean_logp": -0.4, **expert.columns, **columns}
+    return replace(expert, columns=found)
 
 
 def answers(method: Method, experts: Sequence[Trajectory]) -> tuple[Trajectory, ...]:
@@ -235,7 +261,8 @@ def answers(method: Method, experts: Sequence[Trajectory]) -> tuple[Trajectory, 
         if expert.role:
             found.append(expert)
             continue
-        other = expert.tokens + (expert.source == Source.EXPERT)
+        is_answer = expert.source == Source.EXPERT
+        other = expert.tokens + is_answer
         number = PAIRS + crc32(expert.prompt_id.encode())
         found.append(replace(expert, role="chosen", group=number))
         found.append(replace(expert, role="rejected", group=number, tokens=other))

@@ -50,7 +50,11 @@ class Subject:
         return look(self.make(), made, logp, columns=self.columns, **more)
 
     def drive(
-        self, method: Method, steps: range, carried: Carried | None = None, **more: Any
+        self,
+        method: Method,
+        steps: range,
+        carried: Carried | None = None,
+        **more: Any,
     ) -> tuple[list[Driven], Carried]:
         return drive(method, steps, carried, self.budget, columns=self.columns, **more)
 
@@ -129,13 +133,16 @@ def empty_step(subject: Subject) -> Finding | None:
 
 
 def trained_look(subject: Subject) -> Inspection:
-    return subject.look(batch(groups=[aligned([0, 1, 0, 0], 1.0, prefix=True), hinted((0, 1), 1)]))
+    prefixed = aligned([0, 1, 0, 0], 1.0, prefix=True)
+    given_hints = hinted((0, 1), 1)
+    return subject.look(batch([prefixed, given_hints]))
 
 
 def only_trained_tokens(subject: Subject) -> Finding | None:
     out = trained_look(subject)
     for row, gradient in zip(out.rows, out.gradients, strict=True):
-        if gradient[row.source == Source.PROMPT].any() or gradient[~row.trained].any():
+        untrained = (row.source == Source.PROMPT) | ~row.trained
+        if gradient[untrained].any():
             return Finding(
                 f"the gradient of {describe(row)} by log-prob is {gradient.tolist()}, of source "
                 f"{row.source.tolist()}",
@@ -165,22 +172,28 @@ def three_groups() -> Batch:
         made = aligned(rewards, 1.0, number=number, prefix=number == 2)
         own = []
         for t in made.trajectories:
-            own.append(replace(t, tokens=t.tokens + 20 * number * (t.source == Source.POLICY)))
+            is_sampled = t.source == Source.POLICY
+            tokens = t.tokens + 20 * number * is_sampled
+            own.append(replace(t, tokens=tokens))
         groups.append(replace(made, trajectories=tuple(own)))
-    return batch(groups=groups)
+    return batch(groups)
 
 
 def turned(made: Batch) -> Batch:
     """Groups, the rollouts within each, and demonstrations the other way round."""
     groups = []
     for g in made.groups[::-1]:
-        groups.append(replace(g, trajectories=g.trajectories[::-1], rewards=g.rewards[::-1]))
+        trajectories = g.trajectories[::-1]
+        rewards = g.rewards[::-1]
+        groups.append(replace(g, trajectories=trajectories, rewards=rewards))
     return replace(made, groups=tuple(groups), experts=EXPERTS[::-1])
 
 
 def any_order(subject: Subject) -> Finding | None:
     made = three_groups()
-    found = of_looks(subject.look(made, ids), subject.look(turned(made), ids))
+    one = subject.look(made, ids)
+    other = subject.look(turned(made), ids)
+    found = of_looks(one, other)
     if not found:
         return None
     return Finding(
@@ -193,8 +206,9 @@ def any_order(subject: Subject) -> Finding | None:
 
 def any_packing(subject: Subject) -> Finding | None:
     made = turned(three_groups())
+    whole = subject.look(made, ids)
     split = subject.look(made, ids, micro_batch_tokens=SMALL, ranks=2)
-    found = of_looks(subject.look(made, ids), split)
+    found = of_looks(whole, split)
     if not found:
         return None
     return Finding(
@@ -229,20 +243,22 @@ def resumes(subject: Subject, staleness: int) -> Finding | None:
     metrics, to the bit.
     """
     whole, _ = subject.drive(subject.make(), range(14), staleness=staleness)
-    first, second = subject.make(), subject.make()
+    first = subject.make()
+    second = subject.make()
     before, carried = subject.drive(first, range(7), staleness=staleness)
-    state, carried = pickle.loads(pickle.dumps((check_state(first), carried)))
+    kept = pickle.dumps((check_state(first), carried))
+    state, carried = pickle.loads(kept)
     second.load_state_dict(state)
     lost = lost_attributes(first, second)
     after, _ = subject.drive(second, range(7, 14), carried, staleness=staleness)
     found = of_runs(whole, before + after)
     if not found:
         return None
-    kept = f"state_dict() held {', '.join(state) or 'nothing'}"
+    held = f"state_dict() held {', '.join(state) or 'nothing'}"
     if lost:
-        kept += f"; a new object differs in {', '.join(lost)} after load_state_dict()"
+        held += f"; a new object differs in {', '.join(lost)} after load_state_dict()"
     return Finding(
-        f"without a resume, then with one behind step 6: {found}. {kept}",
+        f"without a resume, then with one behind step 6: {found}. {held}",
         "the same steps",
         "return from state_dict() all that later steps go by, and set it in load_state_dict()",
     )
@@ -252,8 +268,9 @@ def lost_attributes(first: Method, second: Method) -> list[str]:
     """Names of what the second has otherwise than the first, as far as it can be compared."""
     found = []
     for name, value in vars(first).items():
+        other = vars(second).get(name)
         try:
-            differs = pickle.dumps(value) != pickle.dumps(vars(second).get(name))
+            differs = pickle.dumps(value) != pickle.dumps(other)
         except Exception:  # nothing that a checkpoint could hold
             continue
         if differs:

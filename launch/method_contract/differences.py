@@ -48,7 +48,8 @@ def of_steps(a: Driven, b: Driven) -> str:
 
 def of_demands(a: Demand, b: Demand) -> str:
     for field in dataclasses.fields(Demand):
-        one, other = getattr(a, field.name), getattr(b, field.name)
+        one = getattr(a, field.name)
+        other = getattr(b, field.name)
         if one != other:
             return f"demand() asks for {field.name}={one!r}, then {other!r}"
     return ""
@@ -60,16 +61,16 @@ def of_rows(row: Row, other: Row) -> str:
     if row.weights.keys() != other.weights.keys():
         return f"it has weights for {sorted(row.weights)}, then for {sorted(other.weights)}"
     for name, weight in row.weights.items():
-        if not np.array_equal(weight, other.weights[name]):
-            return (
-                f"its weights for {name!r} are {shown(weight)}, then {shown(other.weights[name])}"
-            )
+        other_weight = other.weights[name]
+        if not np.array_equal(weight, other_weight):
+            return f"its weights for {name!r} are {shown(weight)}, then {shown(other_weight)}"
     return ""
 
 
 def of_numbers(a: Mapping[str, float], b: Mapping[str, float]) -> str:
     for name in sorted(a.keys() | b.keys()):
-        one, other = a.get(name), b.get(name)
+        one = a.get(name)
+        other = b.get(name)
         if one is None or other is None or not same(one, other):
             return f"metric {name!r} is {one}, then {other}"
     return ""
@@ -88,19 +89,22 @@ def of_looks(whole: Inspection, other: Inspection) -> str:
     if whole.terms.keys() != other.terms.keys():
         return f"the terms are {sorted(whole.terms)}, then {sorted(other.terms)}"
     for name, value in whole.terms.items():
-        if not near(value, other.terms[name]):
-            return f"term {name!r} is {value:.7g}, then {other.terms[name]:.7g}"
+        other_value = other.terms[name]
+        if not near(value, other_value):
+            return f"term {name!r} is {value:.7g}, then {other_value:.7g}"
     if len(whole.rows) != len(other.rows):
         return f"{len(whole.rows)} rows, then {len(other.rows)}"
-    ours, theirs = by_row(whole), by_row(other)
+    ours = by_row(whole)
+    theirs = by_row(other)
     for row in whole.rows:
         key = key_of(row)
         if key not in theirs:
             return f"{describe(row)} of group {row.group} is missing"
-        if not np.allclose(theirs[key], ours[key], rtol=1e-4, atol=1e-7):
-            return (
-                f"the gradient of {describe(row)} is {shown(ours[key])}, then {shown(theirs[key])}"
-            )
+        our_gradient = ours[key]
+        their_gradient = theirs[key]
+        if not np.allclose(their_gradient, our_gradient, rtol=1e-4, atol=1e-7):
+            change = f"{shown(our_gradient)}, then {shown(their_gradient)}"
+            return f"the gradient of {describe(row)} is {change}"
     return ""
 
 
@@ -113,7 +117,8 @@ def by_row(out: Inspection) -> dict[Key, np.ndarray]:
     found: dict[Key, np.ndarray] = {}
     for row, gradient in zip(out.rows, out.gradients, strict=True):
         key = key_of(row)
-        found[key] = found.get(key, np.zeros_like(gradient)) + gradient
+        so_far = found.get(key, np.zeros_like(gradient))
+        found[key] = so_far + gradient
     return found
 
 
@@ -122,4 +127,5 @@ def key_of(row: Row) -> Key:
 
 
 def shown(values: np.ndarray) -> str:
-    return "[" + ", ".join(f"{value:.4g}" for value in values.tolist()) + "]"
+    numbers = [f"{value:.4g}" for value in values.tolist()]
+    return f"[{', '.join(numbers)}]"

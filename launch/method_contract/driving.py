@@ -26,7 +26,6 @@ from tandem.engine.core.types import (
     Row,
     Sampling,
     ScoredGroup,
-    Source,
     Trajectory,
 )
 from tandem.engine.learner.by_hand import trajectory
@@ -34,6 +33,7 @@ from tandem.engine.learner.inspect import Inspection
 from tandem.engine.loop.reporter import latest_signals
 from tandem.engine.loop.waves import joined, next_wave
 from tandem.launch.method_contract.batches import NO_COLUMNS, Letters, described, ids, look
+from tandem.rollout import trajectories
 
 BUDGET = Budget(
     prompts=4,
@@ -87,39 +87,52 @@ def drive(
     a second wave of every group.
     """
     carried = carried or Carried()
-    signals, tickets, record = dict(carried.signals), dict(carried.tickets), []
+    signals = dict(carried.signals)
+    tickets = dict(carried.tickets)
+    record = []
     for step in steps:
         for distance in probes:
-            method.demand(max(0, step + distance), budget, {"reward/mean": 0.9, "entropy": 2.0})
-        for ahead in range(step, min(step + staleness, budget.steps - 1) + 1):
-            if ahead not in tickets:
-                demand = check_demand(method, method.demand(ahead, budget, signals), budget.sources)
-                method.commit(ahead, demand, signals)
-                tickets[ahead] = (demand, first_wave(method, demand, ahead, budget, columns))
+            probed = max(0, step + distance)
+            method.demand(probed, budget, {"reward/mean": 0.9, "entropy": 2.0})
+        last_ahead = min(step + staleness, budget.steps - 1)
+        for ahead in range(step, last_ahead + 1):
+            if ahead in tickets:
+                continue
+            demand = method.demand(ahead, budget, signals)
+            demand = check_demand(method, demand, budget.sources)
+            method.commit(ahead, demand, signals)
+            asked = first_wave(method, demand, ahead, budget, columns)
+            tickets[ahead] = (demand, asked)
         demand, asked = tickets.pop(step)
         groups = []
         for answered in asked:
             if probes:
                 method.again(answered.group, 1, answered.request, budget)
             groups.append(after_waves(method, answered, step, budget, columns))
+        accepted = []
+        for g in groups:
+            if check_accept(method, method.accept(g)):
+                accepted.append(g)
         made = Batch(
             step,
-            tuple(g for g in groups if check_accept(method, method.accept(g))),
+            tuple(accepted),
             demonstrations_of(method, demand, step),
             signals,
             off_policy=staleness > 0,
             budget=budget,
         )
         out = look(method, made, ids, columns=columns)
+        squares = [float((gradient**2).sum()) for gradient in every_gradient(out)]
         metrics = {
-            "grad_norm": math.sqrt(sum(float((g**2).sum()) for g in every_gradient(out))),
+            "grad_norm": math.sqrt(sum(squares)),
             "entropy": 0.3 + 0.01 * step,
         }
         for name, value in out.terms.items():
             if any(name in row.weights for row in out.rows):
                 metrics[f"loss/{name}"] = value
         if groups:
-            metrics["reward/mean"] = float(np.mean([g.rewards.mean() for g in groups]))
+            means = [g.rewards.mean() for g in groups]
+            metrics["reward/mean"] = float(np.mean(means))
         method.observe(step, metrics)
         metrics |= check_metrics(method, method.metrics(step))
         signals = latest_signals(signals, metrics)
@@ -136,72 +149,80 @@ def every_gradient(out: Inspection) -> list[np.ndarray]:
 
 
 def first_wave(
-    method: Method, demand: Demand, step: int, budget: Budget, columns: Mapping[str, Any]
+    method: Method,
+    demand: Demand,
+    step: int,
+    budget: Budget,
+    columns: Mapping[str, Any],
 ) -> list[Answered]:
     """The groups of a step as they are first sampled."""
-    demonstrated = demand.by_source.get(DEFAULT_SOURCE, 0) if method.prompts_from_experts else 0
+    demonstrated = 0
+    if method.prompts_from_experts:
+        demonstrated = demand.by_source.get(DEFAULT_SOURCE, 0)
+    tokens = np.array([1, 2], np.int32)
     found = []
     for i in range(demand.prompts):
         number = step * 100 + i
-        rng = np.random.default_rng([1, number])
-        response = np.append(rng.integers(4, 20, rng.integers(3, 8)), 3).astype(np.int32)
-        prompt = Prompt(
-            f"p{number}",
-            np.array([1, 2], np.int32),
-            "ab",
-            columns,
-            response if i < demonstrated else None,
-        )
-        request = method.request(number, prompt, Sampling(8, seed=number), step, budget)
+        demonstration = drawn_response(number) if i < demonstrated else None
+        prompt = Prompt(f"p{number}", tokens, "ab", columns, demonstration)
+        sampling = Sampling(8, seed=number)
+        request = method.request(number, prompt, sampling, step, budget)
         check_request(method, request)
-        found.append(Answered(request, answer(method, request, step, columns)))
+        group = answer(method, request, step, columns)
+        found.append(Answered(request, group))
     return found
 
 
+def drawn_response(seed: int) -> np.ndarray:
+    """int32: three to seven tokens and the end."""
+    rng = np.random.default_rng([1, seed])
+    length = rng.integers(3, 8)
+    tokens = rng.integers(4, 20, length)
+    return np.append(tokens, 3).astype(np.int32)
+
+
 def after_waves(
-    method: Method, answered: Answered, step: int, budget: Budget, columns: Mapping[str, Any]
+    method: Method,
+    answered: Answered,
+    step: int,
+    budget: Budget,
+    columns: Mapping[str, Any],
 ) -> ScoredGroup:
     """The group once the method does not ask again."""
     request, group = answered
     while (asked := next_wave(method, group, request, budget)) is not None:
         request = asked
-        group = joined(group, answer(method, request, step, columns), method.waves_join)
+        wave = answer(method, request, step, columns)
+        group = joined(group, wave, method.waves_join)
     return group
 
 
 def answer(
-    method: Method, request: GenRequest, step: int, columns: Mapping[str, Any]
+    method: Method,
+    request: GenRequest,
+    step: int,
+    columns: Mapping[str, Any],
 ) -> ScoredGroup:
     prompt = request.prompt
     rng = np.random.default_rng([1, request.group, 1 + request.wave])
     found = []
-    for prefix in request.prefixes or [()] * request.samples:
-        new = rng.integers(4, 20, rng.integers(1, 6))
-        source = np.repeat(
-            np.array([Source.PROMPT, request.prefix_source, Source.POLICY], np.int8),
-            [len(prompt.tokens), len(prefix), len(new)],
-        )
-        sampled = source == Source.POLICY
-        found.append(
-            Trajectory(
-                prompt.id,
-                np.concatenate([prompt.tokens, prefix, new]).astype(np.int32),
-                source,
-                Finish.STOP,
-                np.where(sampled, -0.2, np.nan).astype(np.float32),
-                np.where(sampled, step, -1).astype(np.int32),
-                request.group,
-                request.wave,
-            )
-        )
-    rewards = (rng.random(len(found)) < 0.3).astype(np.float32) * (rng.random() < 0.6)
-    scored = prompt.demonstration is not None and method.scores_demonstrations
+    for prefix in trajectories.prefixes_of(request):
+        length = rng.integers(1, 6)
+        new = rng.integers(4, 20, length).astype(np.int32)
+        logp = np.full(length, -0.2, np.float32)
+        found.append(trajectories.trajectory(request, prefix, new, logp, step, Finish.STOP))
+    right = rng.random(len(found)) < 0.3
+    any_right = rng.random() < 0.6
+    rewards = right.astype(np.float32) * any_right
+    demonstration_reward = None
+    if prompt.demonstration is not None and method.scores_demonstrations:
+        demonstration_reward = 1.0
     made = ScoredGroup(
         request.group,
         prompt,
         tuple(found),
         rewards,
-        demonstration_reward=1.0 if scored else None,
+        demonstration_reward=demonstration_reward,
     )
     return described(made, columns)
 
@@ -220,5 +241,6 @@ def demonstrations_of(method: Method, demand: Demand, step: int) -> tuple[Trajec
 
 def demonstration_of(step: int, i: int) -> Trajectory:
     rng = np.random.default_rng([2, step, i])
-    response = [*rng.integers(4, 20, rng.integers(2, 7)), 3]
+    length = rng.integers(2, 7)
+    response = [*rng.integers(4, 20, length), 3]
     return trajectory([1, 2], response, expert=True, prompt_id=f"d{step}.{i}")

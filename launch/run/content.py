@@ -42,9 +42,11 @@ def contents(config: Config, sources: dict[str, Any], model_path: str) -> dict[s
     for key, source in sources.items():
         # recorded prompts have none, and their file is rollout.record
         if source is not None and hasattr(source, "rows"):
-            found[key] = data_digest(source.dataset, source.rows, len(source))
-            if source.dataset.scores is not None:
-                found[key] += f", scores {file_digest(source.dataset.scores)}"
+            digest = data_digest(source.dataset, source.rows, len(source))
+            scores = source.dataset.scores
+            if scores is not None:
+                digest += f", scores {file_digest(scores)}"
+            found[key] = digest
     return {key: digest for key, digest in found.items() if digest}
 
 
@@ -53,14 +55,18 @@ def data_digest(dataset: DatasetConfig, rows: Any, length: int) -> str:
     if dataset.path.endswith(WHOLE_FILES) and Path(dataset.path).is_file():
         return f"{file_digest(dataset.path)} {length} rows"
     if length == UNLIMITED:
-        return f"{rows_digest(rows, range(UNLIMITED_ROWS))} rows without end"
-    return f"{rows_digest(rows, range(0, length, -(-length // ROWS)))} {length} rows"
+        digest = rows_digest(rows, range(UNLIMITED_ROWS))
+        return f"{digest} rows without end"
+    distance = -(-length // ROWS)  # rounded up
+    digest = rows_digest(rows, range(0, length, distance))
+    return f"{digest} {length} rows"
 
 
 def rows_digest(rows: Any, numbers: Iterable[int]) -> str:
-    text = hashlib.blake2b(digest_size=16)
+    text = blake2b()
     for number in numbers:
-        text.update(json.dumps(rows[number], default=kind, skipkeys=True).encode())
+        row = json.dumps(rows[number], default=kind, skipkeys=True)
+        text.update(row.encode())
     return text.hexdigest()
 
 
@@ -89,8 +95,10 @@ def model_digest(folder: str) -> str:
         size = path.stat().st_size
         text.update(f"{path.name} {size}\n".encode())
         with open(path, "rb") as file:
-            text.update(file.read(size if size <= LARGE else END))
-            if size > LARGE:
+            if size <= LARGE:
+                text.update(file.read(size))
+            else:
+                text.update(file.read(END))
                 file.seek(size - END)
                 text.update(file.read())
     return text.hexdigest()
@@ -105,7 +113,12 @@ def code_digests(value: Any) -> dict[str, str]:
         for entry in value:
             found.update(code_digests(entry))
         return found
-    match = OBJECT_IN_FILE.fullmatch(value) if isinstance(value, str) else None
-    if match is None or not Path(match["file"]).is_file():
+    if not isinstance(value, str):
         return {}
-    return {value: file_digest(match["file"])}
+    match = OBJECT_IN_FILE.fullmatch(value)
+    if match is None:
+        return {}
+    file = Path(match["file"])
+    if not file.is_file():
+        return {}
+    return {value: file_digest(file)}

@@ -24,11 +24,13 @@ def check_group_size(config: Config) -> str | None:
     LUFFY's and ViSurf's groups hold the demonstration too, so one rollout is enough there.
     """
     method = configured(config.method)
-    policy, samples = method.policy, config.rollout.samples_per_prompt
+    policy = method.policy
     trains = (
         method.uses_rollouts and not config.run.rollout_only and config.rollout.backend != "replay"
     )
-    if not trains or samples > 1 or not isinstance(policy, PolicyLoss) or asks_by_itself(method):
+    if not trains or config.rollout.samples_per_prompt > 1:
+        return None
+    if not isinstance(policy, PolicyLoss) or asks_by_itself(method):
         return None
     if method.prompts_from_experts and method.scores_demonstrations:
         return None

@@ -98,7 +98,8 @@ def prepare(config: Config, folder: RunFolder, display: Display, stack: ExitStac
         models=(*ALWAYS_THERE, *config.models),
     )
     check_demand(method, method.demand(0, budget, {}), budget.sources)
-    facts = resume.facts_of(config, contents(config, sources.by_key(), model_path))
+    content = contents(config, sources.by_key(), model_path)
+    facts = resume.facts_of(config, content)
     checkpoints.facts = {"id": folder.run_id, **asdict(facts)}
     if before is not None:
         for text in resume.check_changes(config, before, facts):
@@ -106,7 +107,8 @@ def prepare(config: Config, folder: RunFolder, display: Display, stack: ExitStac
     held_out = []
     if sources.evaluation is not None:
         rows = len(sources.evaluation)
-        held_out = sources.evaluation.take(min(rows, config.eval.limit or rows))
+        limit = config.eval.limit or rows
+        held_out = sources.evaluation.take(min(rows, limit))
     for line in sources.describe():
         display.message(line)
 

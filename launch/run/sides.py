@@ -26,7 +26,8 @@ def start_placement(prepared: Prepared, stack: ExitStack) -> Placement | None:
     """Where the processes of mode=cluster will run; None for mode=inline."""
     if prepared.config.mode == "inline":
         return None
-    place = placement.start(prepared.config, prepared.folder.path, prepared.display.message)
+    folder = prepared.folder.path
+    place = placement.start(prepared.config, folder, prepared.display.message)
     stack.callback(place.close)
     return place
 
@@ -34,18 +35,18 @@ def start_placement(prepared: Prepared, stack: ExitStack) -> Placement | None:
 def make_pool(prepared: Prepared, place: Placement | None) -> Pool:
     if not prepared.generates:
         return NoEngines()
-    if place is None or prepared.config.rollout.backend == "replay":
-        return LocalPool.start(prepared.config, prepared.model_path)
-    return EnginePool.start(prepared.config, prepared.model_path, place, prepared.folder.path)
+    config = prepared.config
+    if place is None or config.rollout.backend == "replay":
+        return LocalPool.start(config, prepared.model_path)
+    return EnginePool.start(config, prepared.model_path, place, prepared.folder.path)
 
 
 def make_learner(prepared: Prepared, place: Placement | None) -> Learner:
-    if place is None:
-        return InlineLearner.start(
-            prepared.config, prepared.model_path, policy_spec(prepared.method)
-        )
+    config = prepared.config
     spec = policy_spec(prepared.method)
-    return RayLearner.start(prepared.config, prepared.model_path, spec, place, prepared.folder.path)
+    if place is None:
+        return InlineLearner.start(config, prepared.model_path, spec)
+    return RayLearner.start(config, prepared.model_path, spec, place, prepared.folder.path)
 
 
 def policy_spec(method: Method) -> PolicySpec:
@@ -61,8 +62,9 @@ def start_sides(prepared: Prepared, makers: Sequence[Maker], stack: ExitStack) -
     if in_turn(prepared.config):
         made = []
         for make in makers:
-            made.append(make(prepared, place))
-            stack.callback(made[-1].close)
+            side = make(prepared, place)
+            stack.callback(side.close)
+            made.append(side)
     else:
         made = side_by_side(prepared, place, makers, stack)
     if place is None:
@@ -77,11 +79,16 @@ def in_turn(config: Config) -> bool:
     """Whether one side waits for the other: transformers cannot load two models in one process at
     once, and a vLLM engine measures its GPU while nobody else takes memory of it.
     """
-    return config.mode == "inline" or (config.cluster.colocate and config.cluster.engine_gpus > 0)
+    if config.mode == "inline":
+        return True
+    return config.cluster.colocate and config.cluster.engine_gpus > 0
 
 
 def side_by_side(
-    prepared: Prepared, place: Placement | None, makers: Sequence[Maker], stack: ExitStack
+    prepared: Prepared,
+    place: Placement | None,
+    makers: Sequence[Maker],
+    stack: ExitStack,
 ) -> list[Any]:
     """Each in a thread.
 

@@ -72,7 +72,8 @@ def generation_run(config: Config) -> Iterator[Generation]:
     with prepared_run(config) as (prepared, stack):
         began = time.perf_counter()
         generation = start_generation(prepared, stack)
-        prepared.display.message(f"engines up after {time.perf_counter() - began:.0f} s")
+        seconds = time.perf_counter() - began
+        prepared.display.message(f"engines up after {seconds:.0f} s")
         yield generation
 
 
@@ -184,8 +185,10 @@ def start_training(prepared: Prepared, stack: ExitStack) -> Training:
     sync.publish(state.step)
     producer.resubmit_pending()
     evaluator.restore_history()
-    prepared.display.done = prepared.display.first_step = state.step
-    prepared.display.start()
+    display = prepared.display
+    display.done = state.step
+    display.first_step = state.step
+    display.start()
     return Training(components=components, state=state, folder=prepared.folder)
 
 
@@ -226,7 +229,9 @@ def start_telemetry(prepared: Prepared, stack: ExitStack) -> Telemetry:
 
 
 def make_producer(prepared: Prepared, pool: Pool, restart_and_sync: Callable[[], None]) -> Producer:
-    config, rollout = prepared.config, prepared.config.rollout
+    config = prepared.config
+    rollout = config.rollout
+    sampling = Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p)
     scorer = Scorer(
         prepared.rewards,
         prepared.decode,
@@ -240,7 +245,7 @@ def make_producer(prepared: Prepared, pool: Pool, restart_and_sync: Callable[[],
         pool=pool,
         scorer=scorer,
         budget=prepared.budget,
-        sampling=Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p),
+        sampling=sampling,
         staleness=rollout.staleness,
         over_sample=rollout.over_sample,
         seed=config.run.seed,
@@ -249,7 +254,10 @@ def make_producer(prepared: Prepared, pool: Pool, restart_and_sync: Callable[[],
 
 
 def make_evaluator(
-    prepared: Prepared, pool: Pool, telemetry: Telemetry, restart_and_sync: Callable[[], None]
+    prepared: Prepared,
+    pool: Pool,
+    telemetry: Telemetry,
+    restart_and_sync: Callable[[], None],
 ) -> Evaluator:
     functions = prepared.config.reward.functions
     return Evaluator(
@@ -266,7 +274,10 @@ def make_evaluator(
 
 
 def make_reporter(
-    prepared: Prepared, pool: Pool, producer: Producer, telemetry: Telemetry
+    prepared: Prepared,
+    pool: Pool,
+    producer: Producer,
+    telemetry: Telemetry,
 ) -> Reporter:
     return Reporter(
         pool=pool,

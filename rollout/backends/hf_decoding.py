@@ -228,7 +228,10 @@ class Decoding:
 
 
 def draw(
-    logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor
+    logits: Tensor,
+    temperature: Tensor,
+    top_p: Tensor,
+    uniform: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """One token per row and its log-prob under the distribution it was drawn from, which is the
     scaled and truncated one.

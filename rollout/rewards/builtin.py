@@ -12,7 +12,11 @@ from tandem.rollout.rewards.answers import expected_texts
 
 
 def exact(
-    completion: str, ground_truth, *, tag: str | None = None, marker: str | None = None
+    completion: str,
+    ground_truth,
+    *,
+    tag: str | None = None,
+    marker: str | None = None,
 ) -> float:
     """1 if the answer is the expected one, white space around both aside, else 0.
 
@@ -37,7 +41,11 @@ def matches_format(
 
 
 def length(
-    completion: str, completion_ids: list[int], *, max_tokens: int, buffer_tokens: int
+    completion: str,
+    completion_ids: list[int],
+    *,
+    max_tokens: int,
+    buffer_tokens: int,
 ) -> float:
     """DAPO's soft overlong punishment, arXiv 2503.14476 eq. 13: 0 up to max_tokens - buffer_tokens,
     then falling linearly to -1 at max_tokens and beyond.

@@ -68,7 +68,11 @@ def check(
 
 
 def calls(
-    row_id: str, prompt: Any, row: Mapping[str, Any], texts: tuple[str, ...], signature: Signature
+    row_id: str,
+    prompt: Any,
+    row: Mapping[str, Any],
+    texts: tuple[str, ...],
+    signature: Signature,
 ) -> list[Call]:
     """One call for all texts, or one for each."""
     ids = tuple(bytes_of(text) for text in texts)

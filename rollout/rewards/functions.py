@@ -106,7 +106,11 @@ def load_function(name: str, options: Mapping[str, Any], seed: int) -> RewardFun
 
 
 def check_options(
-    name: str, options: Mapping[str, Any], free: list[str], kind: str, any_name: bool
+    name: str,
+    options: Mapping[str, Any],
+    free: list[str],
+    kind: str,
+    any_name: bool,
 ) -> None:
     """Raise ConfigError for an option that the function does not take; `free`: those it names."""
     for option in options:

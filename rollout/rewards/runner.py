@@ -53,7 +53,12 @@ class RewardRunner:
     """
 
     def __init__(
-        self, config: RewardConfig, seed: int = 0, *, inline: bool = False, log: Path | None = None
+        self,
+        config: RewardConfig,
+        seed: int = 0,
+        *,
+        inline: bool = False,
+        log: Path | None = None,
     ):
         self.config = config
         self.weights = config.weights or (1.0,) * len(config.functions)
@@ -112,7 +117,10 @@ class RewardRunner:
                 raise ConfigError(missing)
 
     def submit(
-        self, prompt: Prompt, texts: Sequence[str], completion_ids: Sequence[np.ndarray]
+        self,
+        prompt: Prompt,
+        texts: Sequence[str],
+        completion_ids: Sequence[np.ndarray],
     ) -> Future[tuple[RewardOutcome, ...]]:
         """Score all samples of one prompt; returns at once. The future has one outcome per text.
 
@@ -147,7 +155,10 @@ class RewardRunner:
         return result
 
     def calls(
-        self, prompt: Prompt, texts: Sequence[str], completion_ids: Sequence[np.ndarray]
+        self,
+        prompt: Prompt,
+        texts: Sequence[str],
+        completion_ids: Sequence[np.ndarray],
     ) -> Iterator[tuple[int, Call]]:
         """(number of the function, call): one per sample, or one per group where it takes that."""
         for number, signature in enumerate(self.signatures):

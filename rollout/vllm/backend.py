@@ -99,7 +99,11 @@ class VllmBackend(Backend):
         return tuple(sample for (sample,) in answers)
 
     async def run(
-        self, request: GenRequest, prefix: np.ndarray, samples: int, seed: int | None
+        self,
+        request: GenRequest,
+        prefix: np.ndarray,
+        samples: int,
+        seed: int | None,
     ) -> list[Trajectory]:
         """`samples` continuations of prompt + prefix; they share the prompt's keys and values."""
         from vllm import SamplingParams
