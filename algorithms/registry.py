@@ -6,7 +6,6 @@ inherits Method. Other packages bring methods by entry points of the group `tand
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import importlib
 from collections.abc import Mapping
@@ -17,16 +16,15 @@ from typing import Any
 
 from tandem.algorithms.base import Method
 from tandem.algorithms.checks.classes import check_class
+from tandem.algorithms.given import is_given, taken
 from tandem.algorithms.parts.policy import PolicyLoss
 from tandem.algorithms.rl_method import RLMethod
-from tandem.engine.config.options import PLAIN, build
+from tandem.engine.config.options import build
 from tandem.engine.core.loading import load_object
-from tandem.engine.core.text import brief, closest
+from tandem.engine.core.text import closest
 
 GROUP = "tandem.methods"
 NOT_FAMILIES = ("checks", "parts")
-OBJECT = " (object)"  # ends the name of a method that was made in Python
-GIVEN: dict[str, Method] = {}  # {name: object}, see `give`
 
 
 def shipped() -> dict[str, str]:
@@ -58,8 +56,6 @@ def method_class(name: str) -> type[Method]:
 
     Raises ValueError for anything else, and where several have the name.
     """
-    if name.endswith(OBJECT):
-        return type(given(name))
     if ":" in name:
         return check_class(load_object(name, "method"), f"method {name!r}")
     points = installed().get(name, [])
@@ -123,6 +119,8 @@ def distribution(point: EntryPoint) -> str:
 
 def configured(block: Mapping[str, Any]) -> Method:
     """The method of a config's `method:` block, `name` and options."""
+    if is_given(block["name"]):
+        return taken(block)
     return make_method(block["name"], {key: value for key, value in block.items() if key != "name"})
 
 
@@ -130,8 +128,6 @@ def make_method(name: str, options: Mapping[str, Any]) -> Method:
     """Build a method from the config's `method:` block; unknown options and values of the wrong
     type are a ValueError that names the key.
     """
-    if name.endswith(OBJECT):
-        return copy.deepcopy(given(name))  # its state is that of a new run
     cls = method_class(name)
     if "demos" in options and not is_option(cls, "demos"):
         raise ValueError(no_demos(name, cls))
@@ -142,36 +138,6 @@ def make_method(name: str, options: Mapping[str, Any]) -> Method:
             f"{cls.__name__}.__post_init__; begin that with super().__post_init__()"
         )
     return method
-
-
-def give(method: Method) -> dict[str, Any]:
-    """The `method:` block of a config for a method that was made in Python: from now on its name
-    stands for it in this process. The options are there to be read and compared.
-
-    Raises ValueError for a class that cannot be a method, TypeError for what is no method.
-    """
-    if isinstance(method, type) or not isinstance(method, Method):
-        advice = ""
-        if isinstance(method, type) and issubclass(method, Method):
-            advice = f": write {method.__name__}(), with brackets"
-        raise TypeError(f"method is {brief(method)}, expected an object of a Method{advice}")
-    check_class(type(method), "method")
-    name = type(method).__name__ + OBJECT
-    GIVEN[name] = method
-    options = {}
-    for field in dataclasses.fields(method):
-        value = getattr(method, field.name)
-        options[field.name] = value if isinstance(value, PLAIN) else repr(value)
-    return {"name": name, **options}
-
-
-def given(name: str) -> Method:
-    if name not in GIVEN:
-        raise ValueError(
-            f"method {name!r} was made in Python, and is not there in this process; go on with "
-            "tandem.train(config, method=...)"
-        )
-    return GIVEN[name]
 
 
 def is_option(cls: type[Method], name: str) -> bool:

@@ -7,6 +7,7 @@ asked what it needs, before anything heavy starts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,18 +46,33 @@ def load(
         raise TypeError(f"tandem.load takes the path of a config, not {brief(path)}")
     if isinstance(overrides, str):
         raise TypeError(f"overrides are a list of key=value texts, e.g. [{overrides!r}]")
+    overrides = list(overrides)
     tree = read_tree(path, overrides)
+    block = None
     if method is not None:
-        from tandem.algorithms.registry import give
+        from tandem.algorithms.given import give
 
-        tree.values["method"] = give(method)
+        refuse_options(overrides)
+        block = give(method)
+        tree.values["method"] = {"name": block["name"]}
     config = checked(tree, redacted)
+    if block is not None:
+        config = replace(config, method=block)
     with tree.told_where("method"), process_kept():
         check_method(config)
     with tree.told_where("rollout"), process_kept():
         if ":" in config.rollout.backend or config.rollout.backend_options:
             backend_class(config)
     return config
+
+
+def refuse_options(overrides: Iterable[str]) -> None:
+    for text in overrides:
+        if text.partition("=")[0].partition(".")[0] == "method":
+            raise ConfigError(
+                f"{text!r} sets an option of the config's method, whose place an object takes: set "
+                "it on the object"
+            )
 
 
 def check_method(config: Config) -> None:

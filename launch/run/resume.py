@@ -23,7 +23,8 @@ from typing import Any
 
 import yaml
 
-from tandem.algorithms.registry import OBJECT, configured
+from tandem.algorithms.given import is_given
+from tandem.algorithms.registry import configured
 from tandem.engine.config.options import key_of, option_fields
 from tandem.engine.config.parse import to_dict
 from tandem.engine.config.paths import OBJECT_IN_FILE
@@ -260,8 +261,8 @@ def method_options(block: dict[str, Any]) -> dict[str, Any]:
     """The options with their defaults, as far as they are plain; as they stand if the method cannot
     be made any more, or was made in Python.
     """
-    if str(block["name"]).endswith(OBJECT):
-        return dict(block)
+    if is_given(block["name"]):
+        return {key: value for key, value in block.items() if key != "object"}
     try:
         return {"name": block["name"], **plain(configured(block))}
     except Exception:  # code of a user's that has gone, or another version's options

@@ -10,10 +10,12 @@ from dataclasses import replace
 
 from tandem.algorithms.base import Method
 from tandem.algorithms.checks.method import check_metrics
-from tandem.algorithms.registry import give
+from tandem.algorithms.given import Absent, give
+from tandem.algorithms.registry import configured
 from tandem.engine.config.paths import shown
 from tandem.engine.config.schema import Config
 from tandem.engine.core import stop
+from tandem.engine.core.errors import ConfigError
 from tandem.engine.core.outcomes import EvalResult
 from tandem.engine.core.text import brief
 from tandem.engine.data.sources import RowError
@@ -43,6 +45,7 @@ def train(config: Config, method: Method | None = None) -> int:
     if method is not None:
         config = replace(config, method=give(method))
         check_method(config)
+    refuse_absent(config)
     warning = check_group_size(config)
     if config.run.rollout_only:
         return generate(config, warning)
@@ -75,6 +78,15 @@ def train(config: Config, method: Method | None = None) -> int:
                 components.learner.export(folder)
         summary(training)
     return 0
+
+
+def refuse_absent(config: Config) -> None:
+    """Raise ConfigError for a config whose method was made in another process."""
+    if isinstance(configured(config.method), Absent):
+        raise ConfigError(
+            f"method {config.method['name']!r} was made in Python, and is not there in this "
+            "process; go on with tandem.train(config, method=...)"
+        )
 
 
 def save_newest(training: Training) -> None:
