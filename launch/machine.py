@@ -190,8 +190,9 @@ def rank_memory(config: Config, parameters: int, trained: int) -> float:
     need = LEARNER_RUNTIME
     if not on_gpu:
         need += parameters * size * split(3)  # weights
-        need += other_models_memory(config, parameters)
         need += trained * size * split(2)  # gradients
+    if not on_gpu or config.learner.offload_models:
+        need += other_models_memory(config, parameters)
     if not on_gpu or config.learner.offload_optimizer:
         states = 8 if size == 4 else 12
         need += trained * states * split(1)

@@ -254,6 +254,7 @@ def check_learner(c: Config) -> None:
     for_gpus = {
         "learner.liger": learner.liger,
         "learner.offload_activations": learner.offload_activations,
+        "learner.offload_models": learner.offload_models,
     }
     for key, is_set in for_gpus.items():
         require(

@@ -247,6 +247,9 @@ class LearnerConfig:
     """Compute activations again in the backward pass: less memory, slower steps."""
     offload_activations: Flag = False
     """What the forward pass keeps for the backward pass waits in CPU memory (learners on GPUs)."""
+    offload_models: Flag = False
+    """The reference and other models beside the policy wait in CPU memory while nobody asks them
+    (learners on GPUs)."""
     liger: Flag = False
     """Liger's kernels for norms, rotary embeddings and MLPs (learners on GPUs; pip install
     liger-kernel)."""

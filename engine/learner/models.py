@@ -45,6 +45,22 @@ def vocabulary(policy: Policy) -> int:
     return model.get_input_embeddings().num_embeddings
 
 
+@contextmanager
+def on_device(policy: Policy, device: torch.device) -> Iterator[None]:
+    """A frozen model that may wait in CPU memory is on the device; what is copied there goes when
+    nobody reads it any more. Not run on a GPU.
+    """
+    tensors = [*policy.parameters(), *policy.buffers()]
+    waiting = [tensor.data for tensor in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.to(device)
+        yield
+    finally:
+        for tensor, data in zip(tensors, waiting, strict=True):
+            tensor.data = data
+
+
 class OtherModels:
     """By name: `reference` and `policy`, which are always there, and those of the config.
 
@@ -88,7 +104,9 @@ class OtherModels:
             with switched_off(self.engine.module):
                 yield self.engine.forward
         else:
-            yield self.weights_of(name)
+            policy = self.weights_of(name)
+            with on_device(policy, self.engine.device):
+                yield policy
 
     def beside(self, name: str, view: View) -> HeadInputs:
         """A model at the tokens of the view, for quantities that compare the policy with it."""
@@ -109,7 +127,11 @@ class OtherModels:
         common = None
         if sizes[0] != sizes[1]:
             common = min(sizes)  # what is beyond pads an embedding: engine/model/same_tokens.py
-        return replace(other.beside(view), common=common)
+        with on_device(other, self.engine.device):
+            found = other.beside(view)
+            # of their own: they are read until backward has run, wherever the model is then
+            bias = None if found.bias is None else found.bias.detach()
+            return replace(found, weight=found.weight.detach(), bias=bias, common=common)
 
     def is_policy_without_adapters(self, name: str) -> bool:
         return bool(self.engine.module.adapters) and self.key_of(name) == ORIGINAL
@@ -124,7 +146,9 @@ class OtherModels:
         if key not in self.loaded:
             path = self.sources[name].path or self.model_path
             policy = load_like_engines(self.config, path, self.spec)
-            self.loaded[key] = policy.to(self.engine.device).requires_grad_(False)
+            if not self.config.learner.offload_models:
+                policy = policy.to(self.engine.device)
+            self.loaded[key] = policy.requires_grad_(False)
         return self.loaded[key]
 
     # -- as the policy changes
@@ -151,7 +175,8 @@ class OtherModels:
             return
         for key, tensor in self.engine.full_parameters():
             for name, average in self.averages.items():
-                average[key].lerp_(tensor.float(), self.sources[name].rate)
+                mine = average[key]
+                mine.lerp_(tensor.to(mine), self.sources[name].rate)
         self.refresh()
 
     @torch.no_grad()

@@ -85,6 +85,7 @@ FREE = (
     "learner.max_skipped_steps",
     "learner.gradient_checkpointing",
     "learner.offload_activations",
+    "learner.offload_models",
     "scope.export",
 )
 PATHS = (

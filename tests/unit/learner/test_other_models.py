@@ -16,6 +16,7 @@ from tandem.engine.config.schema import OtherModelConfig
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.learner.inline import InlineLearner
 from tandem.engine.learner.local_engine import LocalEngine
+from tandem.engine.learner.models import on_device
 from tandem.engine.learner.packing import pack
 from tandem.engine.learner.rank import LearnerRank, build_policy
 from tandem.engine.learner.terms import denominators, make_tokens, micro_batch_loss
@@ -250,6 +251,26 @@ def test_a_skipped_step_moves_no_average(paths):
     report = rank.step(make_plan(infinite, terms=[SFT]))
     assert report.skipped
     assert all(torch.equal(value, moved[key]) for key, value in average_of(rank).items())
+
+
+def test_a_model_that_waits_in_cpu_memory_is_on_the_device_while_it_is_asked(paths, monkeypatch):
+    """A copy stands for the GPU. Where the device is the CPU nothing is copied."""
+    rank = make_rank(paths, teacher=path(paths["teacher"]))
+    policy = rank.models.weights_of("teacher")
+    cpu = torch.device("cpu")
+
+    def places():
+        return [p.data_ptr() for p in policy.parameters()]
+
+    waiting, head = places(), policy.head.weight.clone()
+    with on_device(policy, cpu):
+        assert places() == waiting
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *device: tensor.clone())
+    with on_device(policy, cpu):
+        assert set(places()).isdisjoint(waiting)
+        kept = policy.head.weight.detach()
+    assert places() == waiting and kept.data_ptr() not in waiting
+    assert torch.equal(kept, head), "what backward reads stays"
 
 
 def test_models_that_nobody_names_cost_nothing(paths):
