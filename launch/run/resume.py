@@ -105,7 +105,9 @@ def read_keys(key: str) -> tuple[str, ...]:
 
 
 def is_path(key: str) -> bool:
-    return key in PATHS or (key.startswith(("data.", "models.")) and key.endswith(".path"))
+    if key in PATHS:
+        return True
+    return key.startswith(("data.", "models.")) and key.endswith(".path")
 
 
 @dataclass
@@ -130,7 +132,9 @@ def facts_before(checkpoint: Path, run_folder: Path) -> Facts:
     """
     found = manifest_facts(checkpoint)
     if found is not None and isinstance(found.get("config"), dict):
-        return Facts(found["config"], found.get("content") or {}, found.get("code") or {})
+        content = found.get("content") or {}
+        code = found.get("code") or {}
+        return Facts(found["config"], content, code)
     path = run_folder / "config.yaml"
     try:
         tree = yaml.safe_load(path.read_bytes())
@@ -158,20 +162,22 @@ class Comparison:
 
     @classmethod
     def of(cls, before: Facts, now: Facts) -> Comparison:
+        old = completed(before.config, to_dict(Config()))
         moved = moved_code(before.code, now.code)
-        return cls(
-            old=spelled(completed(before.config, to_dict(Config()))),
-            new=spelled(renamed(now.config, moved)),
-        )
+        new = renamed(now.config, moved)
+        return cls(spelled(old), spelled(new))
 
     def every_key(self) -> list[str]:
         return sorted(self.old.keys() | self.new.keys())
 
     def differs(self, key: str) -> bool:
-        return differs(self.old.get(key, ABSENT), self.new.get(key, ABSENT))
+        old = self.old.get(key, ABSENT)
+        new = self.new.get(key, ABSENT)
+        return differs(old, new)
 
     def line(self, key: str) -> str:
-        old, new = self.old.get(key, ABSENT), self.new.get(key, ABSENT)
+        old = self.old.get(key, ABSENT)
+        new = self.new.get(key, ABSENT)
         return f"  {key}: {value_text(old)} -> {value_text(new)}"
 
     def drop(self, keys: Iterable[str]) -> None:
@@ -231,7 +237,8 @@ def warnings(config: Config, before: Facts, now: Facts, both: Comparison) -> lis
     """About what is allowed, and may surprise."""
     found = []
     former_steps = both.old.get("run.steps")
-    if config.learner.schedule != "constant" and former_steps != both.new.get("run.steps"):
+    other_steps = former_steps != both.new.get("run.steps")
+    if other_steps and config.learner.schedule != "constant":
         found.append(
             f"warning: learner.schedule is {config.learner.schedule}, so the learning rate "
             "of the steps to come is that of a run "
@@ -293,8 +300,10 @@ def completed(tree: Any, default: Any) -> Any:
         if key in found:
             found[key] = dataset_completed(found[key])
     if isinstance(found.get("sources"), dict):
-        sources = found["sources"].items()
-        found["sources"] = {name: dataset_completed(source) for name, source in sources}
+        sources = {}
+        for name, source in found["sources"].items():
+            sources[name] = dataset_completed(source)
+        found["sources"] = sources
     return found
 
 
