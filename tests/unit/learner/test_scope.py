@@ -7,17 +7,19 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from learner_cases import equal, hook_plan, make_plan, make_rows, weights
+from learner_cases import SPEC, equal, hook_plan, make_plan, make_rows, weights
 from safetensors.torch import load_file
-from scope_cases import SCOPES, config_of, inline
+from scope_cases import SCOPES, config_of, inline, scoped_policy
 
-from tandem.engine.config.schema import Config, ModelConfig
+from tandem.engine.config.schema import Config, ModelConfig, OtherModelConfig
 from tandem.engine.config.scope import ScopeConfig
 from tandem.engine.core.errors import ConfigError
+from tandem.engine.learner.local_engine import LocalEngine
+from tandem.engine.learner.rank import LearnerRank
 from tandem.engine.model.adapters import add_adapters, hf_tensors
 from tandem.engine.model.halves import ALWAYS, Halves
 from tandem.engine.model.load import load_policy
-from tandem.engine.model.policy import Policy
+from tandem.engine.model.policy import Policy, hf_parameters
 from tandem.engine.model.resolve import resolve_model
 from tandem.engine.model.scope import check_scope, skeleton, target_layers
 from tandem.launch.export import export
@@ -107,6 +109,21 @@ def test_quantities_beside_the_reference_need_no_second_model(model_path):
         found.append((metrics["loss/sft"], metrics["grad_norm"]))
         assert bool(rank.models.loaded) == splits_weights
     assert found[0] == found[1] and found[0][1] > 0
+
+
+def test_an_average_follows_the_merged_weights(model_path):
+    config = replace(
+        config_of(model_path, LORA), models={"slow": OtherModelConfig("ema", rate=0.25)}
+    )
+    rank = LearnerRank(config, model_path, SPEC, LocalEngine(scoped_policy(config), config.learner))
+    parameters = hf_parameters(rank.models.weights_of("slow"))
+    expected = {name: tensor.clone() for name, tensor in parameters}
+    for step in range(2):
+        train(rank, [step])
+        for name, tensor in rank.engine.full_parameters():
+            expected[name] = 0.75 * expected[name] + 0.25 * tensor
+    for name, tensor in hf_parameters(rank.models.weights_of("slow")):
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-7)
 
 
 def test_the_merged_export_computes_as_the_learner(model_path, tmp_path):
