@@ -208,7 +208,7 @@ class Method:
     @property
     def compares_with(self) -> tuple[str, ...]:
         """Names of the models that the config must have beside the policy, such as a teacher."""
-        return ()
+        return () if self.demos is None else self.demos.compares_with
 
     def demand(self, step: int, budget: Budget, signals: Mapping[str, float]) -> Demand:
         """What step `step` needs. `signals` are those of Batch.

@@ -19,11 +19,13 @@ cleaned        Token Cleaning       -log p, of each row the tokens that improved
 proximal       arXiv 2508.17784     -min(r, clip(r)), r = pi/pi_old, for several updates per batch
 entropy_nll    arXiv 2506.19767     -sg[scale exp(sign H)] log p (SRFT)
 anchored       Anchored SFT         -sg[p] log p + coefficient KL(pi_ref || pi), full vocabulary
+distilled      arXiv 2306.13649     a divergence to a teacher - nll log p, full vocabulary
 one_token      One-Token Rollout    a policy gradient over tokens drawn at every position
 
 What an objective costs beyond a forward and backward pass: iw_sft a forward of the frozen
 reference, thresholded and talr one of the present policy before the update, cleaned both, anchored
-the reference's logits beside the policy's, one_token what it takes to draw from these.
+and distilled the logits of the reference or a teacher beside the policy's, one_token what it takes
+to draw from these.
 
 An objective of the list is as in algorithms/parts/objectives/tokens.py, with four additions:
 `needs` and `quantities` are those of its term, `brings(tokens, rng)` makes streams of the rows, by
@@ -44,6 +46,7 @@ from tandem.algorithms.base import Batch, Term
 from tandem.algorithms.checks.rows import has_tokens
 from tandem.algorithms.parts.objectives.anchored import Anchored
 from tandem.algorithms.parts.objectives.cleaned import Cleaned
+from tandem.algorithms.parts.objectives.distilled import Distilled
 from tandem.algorithms.parts.objectives.entropy import EntropyBonus
 from tandem.algorithms.parts.objectives.importance import ImportanceWeighted
 from tandem.algorithms.parts.objectives.likelihood import DFT, Power, Thresholded
@@ -55,6 +58,7 @@ from tandem.algorithms.parts.objectives.tokens import Before
 from tandem.algorithms.parts.reductions import NAMES, Reduction
 from tandem.algorithms.parts.schedules import Schedule
 from tandem.algorithms.rows import expert_row
+from tandem.engine.config.names import split_view
 from tandem.engine.config.options import build
 from tandem.engine.core.text import closest
 from tandem.engine.core.types import Row, Trajectory
@@ -70,6 +74,7 @@ OBJECTIVES = {
     "proximal": ClippedRatio,
     "entropy_nll": EntropyWeightedNLL,
     "anchored": Anchored,
+    "distilled": Distilled,
     "one_token": OneTokenRollout,
 }
 NONE = Schedule()
@@ -98,6 +103,14 @@ class DemoLoss:
             )
         self.token_objective()  # these fail here, not in step 1
         self.reduce(Reduction())
+
+    @property
+    def compares_with(self) -> tuple[str, ...]:
+        """Names of the models that the objective's quantities read."""
+        found: set[str] = set()
+        for quantity in getattr(self.token_objective(), "quantities", {}).values():
+            found |= {split_view(model)[0] for model in quantity.models}
+        return tuple(sorted(found))
 
     @classmethod
     def parse(cls, value: Any, key: str = "method.demos") -> DemoLoss:

@@ -13,6 +13,7 @@ from tandem.algorithms.base import Budget, Term
 from tandem.algorithms.checks.rows import check_rows
 from tandem.algorithms.checks.terms import ask_probes, check_terms
 from tandem.algorithms.distillation.sdft import VIEW
+from tandem.algorithms.parts.objectives.distilled import TO_TEACHER
 from tandem.algorithms.parts.objectives.nll import NLL
 from tandem.algorithms.parts.teachers import less_distance
 from tandem.algorithms.registry import make_method
@@ -196,6 +197,17 @@ def test_a_teacher_that_is_certain_of_the_demonstration_is_sft():
     slope = Divergence("teacher", 0.0).slope(chunk, value, torch.ones(3))
     one_hot = torch.nn.functional.one_hot(target, 6)
     torch.testing.assert_close(slope, log_p.exp() - one_hot)
+
+
+def test_the_sft_half_of_any_method_may_follow_a_teacher():
+    option = {"demos": {"objective": "distilled", "options": {"nll": 0.5}}}
+    method = make_method("chord_mu", {"mu": 0.25, **option})
+    assert method.compares_with == ("teacher",)
+    out = look(method, batch(), constant(-2.0), extra={TO_TEACHER: constant(3.0)})
+    assert out.terms["expert"] == pytest.approx(3.0 + 0.5 * 2.0)
+    assert make_method("chord_mu", {}).compares_with == ()
+    with pytest.raises(ValueError, match=r"objective distilled: beta is 2\.0"):
+        make_method("sft", {"demos": {"objective": "distilled", "options": {"beta": 2.0}}})
 
 
 # -- sdft
