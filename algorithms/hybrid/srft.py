@@ -4,7 +4,8 @@
     L_SFT^demo = sg[0.5 exp(-H)] E_demo[ -log pi(y*) ]
     L_RL^demo  = - E_demo[ p_t A ],    A over rollouts and demonstration;
                  behaviour probability 1, no clip
-    L_RL^self  = sg[0.1 exp(+H)] E_{right}[ -log pi(y) ] + E_{wrong}[ +log pi(y) ]
+    L_RL^self  = sg[0.1 exp(+H)] E_{right}[ -log pi(y) ] + E_{wrong}[ +log pi(y) ],
+                 corrected as grpo's where rollouts may be older than the learner
 
 Source: arXiv 2506.19767. Rollouts ignore their advantage: right ones are pushed up with weight 0.1
 e^H, wrong ones down with weight 1, without a bound. Both halves of the self term share one mean
@@ -29,6 +30,7 @@ import numpy as np
 
 from tandem.algorithms.base import Batch, Method, Term
 from tandem.algorithms.parts.advantages import grpo
+from tandem.algorithms.parts.objectives.correction import token_correction
 from tandem.algorithms.parts.objectives.entropy import EntropyBonus
 from tandem.algorithms.parts.objectives.nll import EntropyWeightedNLL, ExpertRatio, SelfReinforce
 from tandem.algorithms.parts.reductions import Reduction
@@ -81,10 +83,11 @@ class SRFT(Method):
         reduction = Reduction(self.reduction)
         self_scale = self.self_scale(batch.step, batch.signals)
         sft_scale = self.sft_scale(batch.step, batch.signals)
+        correction = token_correction(batch.off_policy)
         own = SelfReinforce(self_scale, self.entropy_level)
         sft = EntropyWeightedNLL(sft_scale, self.sign, self.entropy_level)
         terms = [
-            Term("self", own, reduction, needs=ENTROPY),
+            Term("self", own, reduction, correction=correction, needs=ENTROPY),
             Term("demo_sft", sft, reduction, needs=ENTROPY),
             Term("demo_rl", ExpertRatio(self.gamma), reduction),
         ]

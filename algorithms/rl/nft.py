@@ -10,6 +10,11 @@ Source: arXiv 2505.18116 and the authors' code. The max is straight-through ther
 value is clamped, its gradient is not. At R = 1 with normalize std the weights on grad log pi are
 GRPO's advantages (population std). Groups that are all right or all wrong are left out.
 
+pi_old is the policy that sampled. With `rollout.staleness: 0` that is the policy before the step's
+updates, scored by the learner, so R = 1 in the first. Where samples may be older (staleness, a
+replay) it is the log-prob that the rollout engine gave, with its rounding, and R tells from the
+first update on how far the policy has moved since.
+
 Paper and code: the code sums tokens / 1000 over a micro-batch's rows, here the step's token mean.
 UNVERIFIED: the paper's own constants; negative_weight 1 and floor 0.05 are ours.
 """
@@ -71,8 +76,10 @@ class NFT(Method):
             success = float(np.clip(right.mean(), LEAST, 1.0 - LEAST))
             for trajectory, is_right in zip(group.trajectories, right, strict=True):
                 row = policy_row(trajectory, 0.0, TERM)
-                streams = {"success": success, "scale": self.scale(success)}
-                rows.append(row.with_streams(right=float(is_right), advantage=None, **streams))
+                row = row.with_streams(success=success, scale=self.scale(success), advantage=None)
+                if batch.off_policy:
+                    row = row.with_streams(old_logp=trajectory.behaviour_logp)
+                rows.append(row.with_streams(right=float(is_right)))
         return rows
 
     def scale(self, success: float) -> float:

@@ -8,6 +8,9 @@ Source: rejection-sampling fine-tuning; section 7 of the dossier on distillation
 differ by the step's acceptance rate, which is a learning-rate schedule in disguise: it falls as the
 model gets better. RAFT++ (a ratio and a clip on top): UNVERIFIED, not here; grpo with `advantage:
 raw` is near it.
+
+Samples that may be older than the learner (`rollout.staleness`, a replay) are corrected by
+truncated importance sampling, as those of grpo.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from tandem.algorithms.base import Batch, Method, Term
+from tandem.algorithms.parts.objectives.correction import token_correction
 from tandem.algorithms.parts.objectives.policy import Reinforce
 from tandem.algorithms.rows import policy_row
 
@@ -44,4 +48,5 @@ class RAFT(Method):
         return rows
 
     def terms(self, batch: Batch):
-        return [Term(TERM, Reinforce())]
+        correction = token_correction(batch.off_policy)
+        return [Term(TERM, Reinforce(), correction=correction)]

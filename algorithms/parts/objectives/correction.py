@@ -40,3 +40,8 @@ class RolloutCorrection:
             floor = 1.0 / self.cap if self.floor is None else self.floor
             w = torch.where((w >= floor) & (w <= self.cap), w, torch.zeros_like(w))
         return torch.where(sampled, w, torch.ones_like(w))
+
+
+def token_correction(off_policy: bool) -> RolloutCorrection | None:
+    """Token TIS of a term on own samples, where these may be older than the learner."""
+    return RolloutCorrection() if off_policy else None

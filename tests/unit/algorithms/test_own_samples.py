@@ -1,17 +1,17 @@
-"""RAFT and NFT, section 7 of the dossier on distillation and hints."""
+"""RAFT and NFT, section 7 of the dossier on distillation and hints; samples of older weights."""
 
 import numpy as np
 import pytest
-from method_cases import batch, ids, look, ramp
+from method_cases import batch, constant, ids, look, ramp
 
 from tandem.algorithms.registry import make_method
 from tandem.engine.learner.by_hand import group, trajectory
 
 
-def four(*rewards):
+def four(*rewards, **more):
     """One group of samples of 1, 2, 3 and 4 tokens."""
     rollouts = [trajectory([1], range(5, 6 + k), [-1.0] * (k + 1)) for k in range(4)]
-    return batch(groups=[group(rollouts, rewards)], experts=())
+    return batch(groups=[group(rollouts, rewards)], experts=(), **more)
 
 
 def weights(out):
@@ -71,3 +71,24 @@ def test_below_the_floor_the_value_is_clamped_and_the_gradient_is_not():
 def test_nft_leaves_out_groups_that_tell_nothing():
     for rewards in ((0, 0, 0, 0), (1, 1, 1, 1)):
         assert not look(make_method("nft", {}), four(*rewards), ids).rows
+
+
+def test_nft_compares_with_the_policy_that_sampled():
+    """Samples at log p = -1 of older weights, now at R = 2, as in the test by hand."""
+    method = make_method("nft", {"normalize": "none"})
+    now = constant(-1.0 + np.log(2.0))
+    stale = look(method, four(0, 0, 1, 0, off_policy=True), now)
+    assert stale.metrics["policy/ratio"] == pytest.approx(2.0)
+    assert stale.loss == pytest.approx((3 * -np.log(2.0) + 7 * -np.log(2 / 3)) / 10, rel=1e-5)
+    assert look(method, four(0, 0, 1, 0), now).metrics["policy/ratio"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["raft", "srft"])
+def test_older_samples_weigh_by_their_ratio(name):
+    """At log p = -1 when sampled: a token weighs min(2, p / e^-1) of what it would."""
+    method = make_method(name, {})
+    fresh = look(method, four(0, 1, 1, 0), ramp)
+    stale = look(method, four(0, 1, 1, 0, off_policy=True), ramp)
+    for row, before, now in zip(stale.rows, fresh.gradients, stale.gradients, strict=True):
+        weight = np.minimum(2.0, np.exp(ramp(row) + 1.0))
+        np.testing.assert_allclose(now, before * weight, rtol=1e-5)
