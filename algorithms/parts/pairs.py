@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tandem.engine.core.errors import ConfigError, MethodError
+from tandem.engine.core.errors import MethodError
 from tandem.engine.core.types import Row, ScoredGroup, Source, Trajectory
 
 CHOSEN, REJECTED = "chosen", "rejected"  # roles of their trajectories and rows
@@ -83,24 +83,17 @@ def answer_row(trajectory: Trajectory, term: str, role: str, group: int = -1) ->
 def judged_demonstrations(experts: Sequence[Trajectory]) -> list[Trajectory]:
     """Those with a role of a pair, alone or not. Raises MethodError for any other."""
     for expert in experts:
-        if expert.role not in ROLES:
-            raise MethodError(
-                f"the demonstration of prompt {expert.prompt_id!r} has the role {expert.role!r}, "
-                f"expected {' or '.join(ROLES)}; set `chosen` and `rejected` of its dataset, or "
-                "`role` to a column with these words"
-            )
+        check_role(expert)
     return list(experts)
 
 
-def column_number(answer: Trajectory, column: str, low: float, high: float) -> float:
-    """The number in a column of a demonstration's dataset row."""
-    found = answer.columns.get(column)
-    if isinstance(found, bool) or not isinstance(found, (int, float)) or not low <= found <= high:
-        raise ConfigError(
-            f"{answer.prompt_id}: column {column!r} is {found!r}, expected a number from {low:g} "
-            f"to {high:g}"
+def check_role(expert: Trajectory) -> None:
+    if expert.role not in ROLES:
+        raise MethodError(
+            f"the demonstration of prompt {expert.prompt_id!r} has the role {expert.role!r}, "
+            f"expected {' or '.join(ROLES)}; set `chosen` and `rejected` of its dataset, or "
+            "`role` to a column with these words"
         )
-    return float(found)
 
 
 def judged_rollouts(groups: Sequence[ScoredGroup], good: float) -> list[Trajectory]:

@@ -15,12 +15,14 @@ the data, per token of model j's own: `models` are the columns that hold them, e
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from tandem.algorithms.base import Batch, Method, Term
+from tandem.algorithms.parts.columns import column_number
 from tandem.algorithms.parts.objectives.preference import AboveOthers
-from tandem.algorithms.parts.pairs import answer_row, column_number
+from tandem.algorithms.parts.pairs import answer_row
 
 
 @dataclass
@@ -39,7 +41,10 @@ class PoFT(Method):
     def rows(self, batch: Batch):
         rows = []
         for expert in batch.experts:
-            known = [column_number(expert, name, -float("inf"), 0.0) for name in self.models]
+            columns, prompt_id = expert.columns, expert.prompt_id
+            known = []
+            for name in self.models:
+                known.append(column_number(columns, name, prompt_id, -math.inf, 0.0))
             row = answer_row(expert, "sft", expert.role)
             rows.append(row.with_streams(aligned=sum(known) / len(known)))
         return rows

@@ -8,7 +8,7 @@ The opponent is the reference: the weights that a round starts from. A round is 
 and the run ends after `rounds` of them. As published, a round samples one answer for each of its
 prompts, then trains on all: that is `round_steps: 1`, with `updates` optimizer steps on the step's
 `data.experts_per_step` prompts. With longer rounds the answers are the present model's, not the
-opponent's.
+opponent's. Answers of weights from before the opponent's are refused: `rollout.staleness` is 0.
 
 Source: arXiv 2401.01335 and the authors' code, from memory where row 68 of the catalogue says so:
 beta 0.1 (5 in the last round), learning rate 5e-7 (then 1e-7), RMSprop, 2 to 6 epochs a round. Not
@@ -27,6 +27,8 @@ from tandem.algorithms.parts.objectives.preference import DirectPreference
 from tandem.algorithms.parts.pairs import Pair, by_length
 from tandem.algorithms.parts.schedules import Schedule
 from tandem.algorithms.rows import demonstration
+from tandem.engine.core.errors import MethodError
+from tandem.engine.core.types import Source, Trajectory
 
 
 @dataclass
@@ -66,9 +68,11 @@ class SPIN(Method):
 
     def rows(self, batch: Batch):
         rows = []
+        began = batch.step - batch.step % self.round_steps
         for group in batch.groups:
             if group.prompt.demonstration is not None and group.trajectories:
                 answer = min(group.trajectories, key=by_length)  # the only one, as asked for
+                check_age(answer, began)
                 pair = Pair(demonstration(group), answer, group.group)
                 rows += pair.rows("spin")
         return rows
@@ -80,3 +84,19 @@ class SPIN(Method):
 
     def metrics(self, step: int):
         return {"round": float(step // self.round_steps)}
+
+
+def check_age(answer: Trajectory, began: int) -> None:
+    """Raise MethodError for an answer that is older than its round's opponent, the weights of step
+    `began`.
+    """
+    sampled = answer.source == Source.POLICY
+    if answer.version is None or not sampled.any():
+        return
+    oldest = int(answer.version[sampled].min())
+    if oldest < began:
+        raise MethodError(
+            f"method SPIN: the answer to prompt {answer.prompt_id!r} was sampled with the weights "
+            f"of step {oldest}, expected those of step {began}, with which its round begins, or "
+            "later ones: the opponent gives the answers. Set rollout.staleness to 0"
+        )

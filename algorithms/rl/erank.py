@@ -1,8 +1,9 @@
 """ERank: a reranker that thinks, then writes a score; its reward is what that score does to the
 ranking of all documents of the query.
 
-    s     the last whole number of a response, 0 .. 10;  phi = 1 + samples of the query that score
-          more (of the N documents times G samples that are in the step)
+    s     the last whole number of a response, 0 .. 10 (8.5 is none)
+    phi   1 + samples of the query that score more (of the N documents times G samples that are in
+          the step)
     R     a positive document    1 / phi
           a negative one         -1 if s is above the score of any sample of a positive, else
                                  1 - ((s - t) / 10)^2,  t the score of the SFT model
@@ -24,8 +25,10 @@ from typing import ClassVar
 import numpy as np
 
 from tandem.algorithms.base import Batch
+from tandem.algorithms.parts.columns import column, column_number
 from tandem.algorithms.rl_method import RLMethod
-from tandem.engine.core.errors import MethodError
+from tandem.engine.core.errors import ConfigError
+from tandem.engine.core.text import brief
 from tandem.engine.core.types import ScoredGroup
 
 HIGHEST = 10
@@ -41,7 +44,8 @@ class ERank(RLMethod):
     def score(self, batch: Batch):
         queries: dict[str, list[ScoredGroup]] = {}
         for group in batch.groups:
-            queries.setdefault(str(column(group, "query")), []).append(group)
+            query = column(group.prompt.columns, "query", group.prompt.id)
+            queries.setdefault(str(query), []).append(group)
         rewards = {}
         for groups in queries.values():
             rewards.update(self.rewards(groups))
@@ -54,7 +58,7 @@ class ERank(RLMethod):
             group.group: np.array([written(text) for text in group.texts]) for group in groups
         }
         of_all = np.concatenate(list(scores.values()))
-        positives = [scores[group.group] for group in groups if column(group, "positive")]
+        positives = [scores[group.group] for group in groups if positive(group)]
         of_positives = np.concatenate([np.array([np.nan]), *positives])
         found = {}
         for group in groups:
@@ -67,11 +71,13 @@ class ERank(RLMethod):
     def reward(self, score, group: ScoredGroup, of_all: np.ndarray, of_positives: np.ndarray):
         if np.isnan(score):
             return self.penalty
-        if column(group, "positive"):
+        if positive(group):
             return 1.0 / (1 + np.count_nonzero(of_all > score))
         if (of_positives < score).any():
             return self.penalty
-        return 1.0 - ((score - column(group, "score")) / HIGHEST) ** 2
+        prompt = group.prompt
+        expected = column_number(prompt.columns, "score", prompt.id, 0, HIGHEST)
+        return 1.0 - ((score - expected) / HIGHEST) ** 2
 
     def rows(self, batch: Batch):
         return self.policy.rows(batch.groups)
@@ -81,18 +87,19 @@ class ERank(RLMethod):
 
 
 def written(text: str) -> float:
-    """The last whole number of a response; NaN where it is none from 0 to 10."""
-    numbers = re.findall(r"\d+", text)
-    if not numbers or int(numbers[-1]) > HIGHEST:
+    """The last whole number of a response, decimals left out; NaN where it is none from 0 to 10."""
+    numbers = re.findall(r"\d+(?:\.\d+)*", text)
+    whole = [float(number) for number in numbers if "." not in number]
+    if not whole or whole[-1] > HIGHEST:
         return float("nan")
-    return float(numbers[-1])
+    return whole[-1]
 
 
-def column(group: ScoredGroup, name: str):
-    columns = group.prompt.columns
-    if name not in columns:
-        raise MethodError(
-            f"method ERank: the row of prompt {group.prompt.id!r} has no column {name!r}; its "
-            f"columns: {', '.join(columns) or 'none'}"
+def positive(group: ScoredGroup) -> bool:
+    prompt = group.prompt
+    found = column(prompt.columns, "positive", prompt.id)
+    if found not in (True, False):
+        raise ConfigError(
+            f"{prompt.id}: column 'positive' is {brief(found)}, expected true or false"
         )
-    return columns[name]
+    return bool(found)

@@ -5,7 +5,8 @@
 A dialogue is a chat: the scene as system message, every utterance a turn of the assistant that
 begins with the speaker's name ("ANN: hello"), so that who speaks next is learned as ordinary
 tokens; `train_on: all`. Each role makes a copy of the dialogue in which only its own utterances are
-trained. The column `speakers` names who says each turn; a row without it is of one role (`role:`).
+trained. The column `speakers` names who says each turn; a row without it is of one role (`role:`),
+and a row with neither is an error, as is a first step without a word of `roles`.
 
 With all roles and the token mean this is SFT on every utterance. Copies matter for some `roles`,
 and where rows weigh alike: with `demos: {reduction: seq_mean_token_mean}` all roles do.
@@ -25,6 +26,7 @@ from tandem.algorithms.base import Batch
 from tandem.algorithms.rows import expert_row, turn_of_token
 from tandem.algorithms.sft.sft import SFT
 from tandem.engine.core.errors import ConfigError
+from tandem.engine.core.text import brief
 from tandem.engine.core.types import Trajectory
 
 
@@ -38,23 +40,47 @@ class MuPaS(SFT):
 
     def rows(self, batch: Batch):
         rows = []
+        heard: set[str] = set()
         for dialogue in batch.experts:
-            for role, mask in role_masks(dialogue, self.speakers).items():
+            masks = role_masks(dialogue, self.speakers)
+            heard.update(masks)
+            for role, mask in masks.items():
                 if not self.roles or role in self.roles:
                     row = expert_row(dialogue, "sft").with_term("sft", mask)
                     rows.append(self.demos.with_bonus(row, "sft"))
+        if heard and not rows and batch.step == 0:
+            raise ConfigError(
+                f"method.roles is {', '.join(self.roles)}, but none of them says anything in the "
+                f"{len(batch.experts)} dialogues of the first step; the roles there: "
+                f"{', '.join(sorted(heard))}"
+            )
         return rows
 
 
 def role_masks(dialogue: Trajectory, column: str) -> dict[str, np.ndarray]:
     """{role: float32 [T], 1 on the tokens of its utterances}."""
     turns = turn_of_token(dialogue)
-    count = turns.max() + 1
-    names = dialogue.columns.get(column) or [dialogue.role] * count
-    if len(names) != count:
-        raise ConfigError(
-            f"{dialogue.prompt_id}: column {column!r} names {len(names)} speakers, expected one "
-            f"for each of the {count} trained turns of the assistant; is `train_on: all` set?"
-        )
+    names = speakers_of(dialogue, column, turns.max() + 1)
     said = {role: [i for i, name in enumerate(names) if name == role] for role in names}
     return {role: np.isin(turns, numbers).astype(np.float32) for role, numbers in said.items()}
+
+
+def speakers_of(dialogue: Trajectory, column: str, turns: int) -> list[str]:
+    """Who says each turn. Raises ConfigError for a row that does not tell."""
+    found, row = dialogue.columns.get(column), dialogue.prompt_id
+    if not found and dialogue.role:
+        return [dialogue.role] * turns
+    if not found:
+        raise ConfigError(
+            f"{row}: no column {column!r} says who speaks, and the row has no role; its columns: "
+            f"{', '.join(dialogue.columns) or 'none'}. Set method.speakers to the right one, or "
+            "`role` of the dataset"
+        )
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise ConfigError(f"{row}: column {column!r} is {brief(found)}, expected a list of names")
+    if len(found) != turns:
+        raise ConfigError(
+            f"{row}: column {column!r} names {len(found)} speakers, expected one for each of the "
+            f"{turns} trained turns of the assistant; is `train_on: all` set?"
+        )
+    return found

@@ -8,13 +8,13 @@ is its column `id`, or FILE:LINE where it has none.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tandem.engine.config.paths import shown
 from tandem.engine.core.errors import ConfigError
+from tandem.engine.core.numbers import finite_number
 from tandem.engine.core.text import brief, closest
 from tandem.engine.data.json_rows import json_lines
 from tandem.engine.data.row_ids import row_id
@@ -112,8 +112,6 @@ def fault_of(row: dict[str, Any], columns: set[str]) -> str:
     if columns and names != columns:
         return f"the scores are {', '.join(sorted(names))}, elsewhere {', '.join(sorted(columns))}"
     for name in names:
-        value = row[name]
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not math.isfinite(value):
-            return f"score {name!r} is {brief(value)}, expected a finite number"
+        if finite_number(row[name]) is None:
+            return f"score {name!r} is {brief(row[name])}, expected a finite number"
     return ""

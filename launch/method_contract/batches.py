@@ -247,8 +247,8 @@ def described(g: ScoredGroup, columns: Mapping[str, Any] = NO_COLUMNS) -> Scored
 
 
 def with_columns(expert: Trajectory, columns: Mapping[str, Any]) -> Trajectory:
-    """With what a sidecar of scores says, and the columns asked for."""
-    found = {"mean_logp": -0.4, **expert.columns, **columns}
+    """With what a sidecar of scores says, who speaks, and the columns asked for."""
+    found = {"mean_logp": -0.4, "speakers": ["Ann"], **expert.columns, **columns}
     return replace(expert, columns=found)
 
 

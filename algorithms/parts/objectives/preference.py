@@ -36,9 +36,11 @@ def gain(units: Units, per_token: bool = False) -> Tensor:
 
 
 def compared(better: Tensor, worse: Tensor) -> dict[str, Tensor]:
-    """What is reported of pairs: both sides, and how often the chosen one is ahead."""
+    """What is reported of pairs: both sides, and how often the chosen one is ahead; a tie
+    counts half."""
     better, worse = better.detach(), worse.detach()
-    accuracy = (better > worse).float()
+    tie = (better == worse).float()
+    accuracy = (better > worse).float() + 0.5 * tie
     return {"chosen": better, "rejected": worse, "margin": better - worse, "accuracy": accuracy}
 
 
@@ -135,7 +137,7 @@ class ProspectValue:
 
 @dataclass(frozen=True)
 class ImplicitReward:
-    """Rows have a stream `target` from 0 to 1."""
+    """Rows have a stream `target_reward` from 0 to 1."""
 
     needs: ClassVar[frozenset[str]] = REFERENCE | {"target_reward"}
 

@@ -11,7 +11,7 @@ from tandem.algorithms.base import Batch
 from tandem.algorithms.checks.rows import ask_score
 from tandem.algorithms.registry import make_method
 from tandem.algorithms.rl.erank import written
-from tandem.engine.core.errors import MethodError
+from tandem.engine.core.errors import ConfigError, MethodError
 from tandem.engine.learner.by_hand import group, trajectory
 from tandem.engine.learner.inspect import inspect
 
@@ -49,8 +49,9 @@ def test_ties_have_the_smallest_rank():
 
 def test_malformed_text_is_penalised():
     """Row 32, third test."""
-    found = rewards(document(0, ["none", "10"], positive=True), document(1, ["11", "-"]))
+    found = rewards(document(0, ["none", "10"], positive=True), document(1, ["11", "8.5"]))
     assert found == [[-1.0, 1.0], [-1.0, -1.0]]
+    assert rewards(document(0, ["9" * 5000, "-"], positive=True)) == [[-1.0, -1.0]]
 
 
 def test_queries_do_not_see_each_other():
@@ -60,7 +61,8 @@ def test_queries_do_not_see_each_other():
 
 
 @pytest.mark.parametrize(
-    "text, number", [("<think>3 of 4</think> 7", 7), ("score: 10.", 10), ("007", 7)]
+    "text, number",
+    [("<think>3 of 4</think> 7", 7), ("score: 10.", 10), ("007", 7), ("7, not 8.5", 7)],
 )
 def test_the_last_number_is_the_score(text, number):
     assert written(text) == number
@@ -68,8 +70,21 @@ def test_the_last_number_is_the_score(text, number):
 
 def test_a_missing_column_is_named():
     bare = group([trajectory([1], [5])], [0.0])
-    with pytest.raises(MethodError, match="prompt 'p' has no column 'query'; its columns: none"):
+    with pytest.raises(ConfigError, match="prompt 'p' has no column 'query'; its columns: none"):
         ask_score(make_method("erank", {}), Batch(0, (bare,), ()))
+
+
+@pytest.mark.parametrize(
+    "columns, words",
+    [
+        ({"positive": "false"}, "column 'positive' is 'false', expected true or false"),
+        ({"score": "5"}, "column 'score' is '5', expected a number from 0 to 10"),
+        ({"score": 10**400}, "column 'score' is 1000.*expected a number from 0 to 10"),
+    ],
+)
+def test_columns_that_cannot_be(columns, words):
+    with pytest.raises(ConfigError, match=words):
+        rewards(document(0, ["5"], **columns))
 
 
 def test_rows_are_made_with_the_methods_own_rewards():

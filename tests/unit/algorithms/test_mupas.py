@@ -2,6 +2,8 @@
 are all utterances.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from method_cases import EXPERTS, batch, ids, look
@@ -79,3 +81,21 @@ def test_some_roles_alone_and_micro_batches():
 def test_a_speaker_too_few_is_told_with_the_row():
     with pytest.raises(ConfigError, match=r"d: column 'speakers' names 2 .* 3 trained turns"):
         make_method("mupas", {}).rows(batch((), (dialogue(("Ann", "Bob")),)))
+
+
+@pytest.mark.parametrize(
+    "options, column, words",
+    [
+        ({"speakers": "who"}, ["Ann", "Bob", "Ann"], "column 'who' .*its columns: speakers"),
+        ({}, "Ann", "column 'speakers' is 'Ann', expected a list of names"),
+        ({"roles": ["Cy"]}, ["Ann", "Bob", "Ann"], "is Cy, but none .* 1 dialogues .*: Ann, Bob"),
+    ],
+)
+def test_dialogues_of_nobody(options, column, words):
+    one = replace(dialogue(), columns={"speakers": column})
+    with pytest.raises(ConfigError, match=words):
+        make_method("mupas", options).rows(batch((), (one,)))
+
+
+def test_a_later_step_may_be_without_a_role():
+    assert not make_method("mupas", {"roles": ["Cy"]}).rows(batch((), (dialogue(),), step=1))

@@ -118,6 +118,7 @@ def test_what_is_reported_of_pairs():
     assert out.metrics["preference/margin"] == pytest.approx(0.5 * h.mean(), rel=1e-5)
     assert out.metrics["preference/accuracy"] == pytest.approx((h > 0).mean())
     assert out.metrics["preference/chosen"] == pytest.approx(0.5 * GAINS[CHOSEN].mean(), rel=1e-5)
+    assert look("dpo", ref=ids).metrics["preference/accuracy"] == 0.5, "ties"
 
 
 @pytest.mark.parametrize(
@@ -224,6 +225,36 @@ def test_the_implicit_reward_is_drawn_to_the_score():
         look("implicit_reward", experts=(replace(scored[1], columns={"score": "good"}),))
 
 
+def targets(options, *answers):
+    rows = make_method("implicit_reward", options).rows(batch(groups=(), experts=answers))
+    return [float(row.streams["target_reward"][0]) for row in rows]
+
+
+def test_roles_go_before_a_column_that_nobody_named():
+    pair = [replace(one, columns={"score": 0.3}) for one in PAIRS[:2]]
+    assert targets({}, *pair) == [1.0, 0.0]
+    judged = answer([4], [5, 3], "rejected")
+    assert targets({"column": "s"}, replace(judged, columns={"s": 0.25})) == [0.25]
+
+
+@pytest.mark.parametrize(
+    "options, one, words",
+    [
+        (
+            {"column": "scroe"},
+            {"columns": {"score": 1.0}},
+            "'scroe' .did you mean 'score'.*: score",
+        ),
+        ({"column": "s"}, {"columns": {"s": 10**400}}, "column 's' is 1000.*expected a number"),
+        ({"column": "s"}, {"columns": {"s": 1.0}, "group": 9}, "'s', but .* is half of a pair"),
+        ({}, {"role": "good"}, "the role 'good', expected chosen or rejected"),
+    ],
+)
+def test_answers_that_do_not_say_their_score(options, one, words):
+    with pytest.raises(ConfigError, match=words):
+        targets(options, replace(trajectory([4], [8, 3], expert=True), **one))
+
+
 def test_poft_learns_less_of_what_aligned_models_find_unlikely():
     """Row 20: level with them the loss is log 2 and the weight 1/2; with low g it goes to 0."""
 
@@ -315,6 +346,17 @@ def test_spin_against_the_demonstration_itself_has_no_gradient():
     out = spin(response=(9, 8, 3), reference=reference)
     np.testing.assert_array_equal(out.gradients[0] + out.gradients[1], np.zeros(4))
     assert out.loss == pytest.approx(log(2), rel=1e-6)
+
+
+def test_spin_refuses_answers_from_before_the_opponent():
+    method = make_method("spin", {"round_steps": 2})
+    answers = [trajectory([1], [5, 6], version=3)]
+    one = group(answers, [0.0], demonstration=(9, 3), number=7)
+    assert len(method.rows(batch(groups=[one], experts=(), step=3))) == 2
+    with pytest.raises(
+        MethodError, match=r"weights of step 3, expected those of step 4.*staleness"
+    ):
+        method.rows(batch(groups=[one], experts=(), step=4, off_policy=True))
 
 
 def test_spin_goes_in_rounds():

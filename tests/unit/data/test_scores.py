@@ -71,6 +71,7 @@ def changed(line: int, **more) -> list[dict]:
         ([*SCORES, *SCORES[:2]], ["scores.jsonl:4: id 'a'", "in line 1", "(2 of 5 lines"]),
         (changed(3, loss="high"), ["scores.jsonl:3: score 'loss' is 'high'", "finite number"]),
         (changed(3, loss=True), ["scores.jsonl:3: score 'loss' is True"]),
+        (changed(3, loss=10**400), ["scores.jsonl:3: score 'loss' is 1000", "finite number"]),
         (changed(3, loss=None), ["scores.jsonl:3: score 'loss' is None"]),
         (changed(3, loss=float("nan")), ["scores.jsonl:3: score 'loss' is nan"]),
         (changed(2, more=1), ["scores.jsonl:2: the scores are length, loss, more, elsewhere"]),
