@@ -9,6 +9,7 @@ import numpy as np
 
 from tandem.algorithms.base import Demand, Method, Term, quantities_of
 from tandem.algorithms.checks.method import naming
+from tandem.algorithms.checks.rows import has_tokens
 from tandem.engine.config.schema import Config
 from tandem.engine.core.types import NO_VERSION, Row, StepPlan, StepReport
 from tandem.engine.learner.packing import pack
@@ -95,6 +96,8 @@ def make_plan(
         share_prompts=learner.shares_prompts and method.forward is None,
     )
     needs_entropy = any("entropy" in term.needs for term in work.terms)
+    # not of a term without a token here: no row may have what they read
+    trained = [term for term in work.terms if any(has_tokens(row, term.name) for row in rows)]
     return StepPlan(
         terms=tuple(work.terms),
         denominators=z,
@@ -105,7 +108,7 @@ def make_plan(
         forward=method.forward,
         step=work.step,
         entropy=config.learner.entropy or needs_entropy,
-        quantities=quantities_of(work.terms),
+        quantities=quantities_of(trained),
     )
 
 

@@ -49,7 +49,7 @@ class ExpectedReward:
 @dataclass(frozen=True)
 class DrawnReward:
     """`samples` draws with replacement, from the stream `draws`: float32 [n], whole numbers in
-    [0, 2^24).
+    [0, 2^24); NaN, on tokens of rows without, counts as 0.
     """
 
     beta: float
@@ -105,7 +105,8 @@ def uniform(seeds: Tensor, count: int) -> Tensor:
     device and in any micro-batch, which a generator's stream is not.
     """
     draw = torch.arange(count, device=seeds.device)
-    seed = seeds.to(torch.int64)
+    seed = seeds.nan_to_num(nan=0.0)
+    seed = seed.to(torch.int64)
     seed = seed[:, None]
     mixed = seed * 0x9E3779B1 + draw * 0x85EBCA6B
     mixed &= MASK32

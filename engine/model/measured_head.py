@@ -17,7 +17,13 @@ from torch import Tensor
 
 from tandem.engine.core.errors import MethodError
 from tandem.engine.model.chunked_head import Gradients, final_logits, logit_slope, parts
-from tandem.engine.model.quantities import Chunk, Quantity
+from tandem.engine.model.quantities import (
+    Chunk,
+    LogProbs,
+    Quantity,
+    TopKDivergence,
+    whole_ids,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +83,9 @@ def measure(
     """
     data = dict(data or {})
     others = dict(others or {})
+    for quantity in quantities:
+        if isinstance(quantity, (LogProbs, TopKDivergence)) and quantity.ids in data:
+            data[quantity.ids] = whole_ids(quantity.ids, data[quantity.ids], len(weight))
     check_inputs(len(hidden), len(weight), quantities, data, others)
     return MeasuredHead.apply(
         hidden, weight, bias, tuple(quantities), data, others, temperature, chunk, scale, cap
@@ -93,6 +102,8 @@ def check_inputs(
     for quantity in quantities:
         check_given(quantity, "model", quantity.models, others)
         check_given(quantity, "data", quantity.data, data)
+        if isinstance(quantity, TopKDivergence):
+            check_top(quantity, data)
     lengths = {name: len(tensor) for name, tensor in data.items()}
     lengths |= {name: len(model.hidden) for name, model in others.items()}
     for name, length in lengths.items():
@@ -123,6 +134,17 @@ def check_vocabulary(name: str, model: HeadInputs, vocabulary: int) -> None:
         raise MethodError(
             f"model {name!r} has common={model.common}, expected 1 to {most}: it has {size} ids, "
             f"the policy {vocabulary}"
+        )
+
+
+def check_top(quantity: TopKDivergence, data: Mapping[str, Tensor]) -> None:
+    ids = data[quantity.ids]
+    logp = data[quantity.logp]
+    if ids.dim() != 2 or ids.shape != logp.shape:
+        raise MethodError(
+            f"{quantity}: {quantity.ids!r} has shape {list(ids.shape)} and {quantity.logp!r} "
+            f"{list(logp.shape)}, expected [tokens, k] of both; streams of rows, one number per "
+            "token, cannot be that"
         )
 
 

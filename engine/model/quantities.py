@@ -17,6 +17,9 @@ z the policy and q another model or teacher, which gets no gradient:
 JSD_beta itself is 0; as in those codes 0 stands for the forward and 1 for the reverse KL. They are
 the limits of JSD_beta / beta and of JSD_beta / (1 - beta), so that the loss jumps there.
 
+Ids: rows bring them as floating-point streams of whole numbers, exact below 2^24; `whole_ids` makes
+them integers. Rows bring one number per token, so top-k is for callers that hand over [n, k].
+
 Top-k with a tail: the teacher is known at k ids only; the rest of the vocabulary is one more event
 on both sides. That is the exact divergence of k + 1 events: never negative, at most that of the
 whole vocabulary, and with the teacher as a stationary point, which truncated sums do not have.
@@ -92,7 +95,8 @@ class Quantity(Protocol):
 
 @dataclass(frozen=True)
 class LogProbs:
-    """log p at given ids: `ids` names an int64 tensor [n] or [n, k], the result has its shape.
+    """log p at given ids: `ids` names an int64 tensor [n] or [n, k], the result has its shape. A
+    stream of a row may be one: see `whole_ids`.
 
     Ids may repeat within a row; on a GPU their gradients are then added in no fixed order.
     """
@@ -210,6 +214,24 @@ class TopKDivergence:
         slope.mul_(of_events[:, -1:])
         slope.scatter_(-1, chunk.data[self.ids], of_events[:, :-1])
         return slope
+
+
+def whole_ids(name: str, ids: Tensor, vocabulary: int) -> Tensor:
+    """Floating-point ids as int64, 0 where they are NaN: on tokens of rows that bring none, whose
+    result nobody reads. Integers as they are.
+
+    Raises MethodError for other numbers than those of the vocabulary.
+    """
+    if not ids.is_floating_point():
+        return ids
+    ids = torch.where(ids.isnan(), 0.0, ids)
+    wrong = (ids < 0) | (ids >= vocabulary) | (ids != ids.floor())
+    if bool(wrong.any()):
+        raise MethodError(
+            f"{name!r} is {ids[wrong][0].item()} at a token, expected token ids: whole numbers "
+            f"from 0 to {vocabulary - 1}"
+        )
+    return ids.to(torch.int64)
 
 
 def columns(tensor: Tensor) -> Tensor:

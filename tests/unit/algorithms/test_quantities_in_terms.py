@@ -22,7 +22,8 @@ from tandem.engine.learner.packing import pack
 from tandem.engine.learner.rank import LearnerRank, build_policy
 from tandem.engine.learner.terms import denominators, make_tokens, micro_batch_loss
 from tandem.engine.model.drawn import DrawnReward, uniform
-from tandem.engine.model.quantities import Chunk, Divergence
+from tandem.engine.model.measured_head import measure
+from tandem.engine.model.quantities import Chunk, Divergence, LogProbs, TopKDivergence
 from tandem.launch.run.sides import policy_spec
 
 EXPERTS = tuple(
@@ -213,6 +214,39 @@ def test_slopes_are_those_of_autograd():
     found = drawn.slope(here, None, grad)
     torch.testing.assert_close(found.detach(), logits.grad)
     assert weights.sum(-1).max() <= 1.0 and (weights[:, 5] == 0).any()
+
+
+def test_tokens_without_a_seed_draw_as_from_0():
+    seeds = torch.tensor([0.0, float("nan")])
+    numbers = uniform(seeds, 5)
+    assert torch.equal(numbers[0], numbers[1])
+
+
+def at_ids(ids, quantity=None):
+    """LogProbs at the ids of a stream, of a policy with 6 ids."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, 3), torch.randn(6, 3)
+    data = {"ids": ids, "logp": torch.zeros(2)}
+    (found,) = measure(hidden, weight, None, [quantity or LogProbs("ids")], data)
+    return found
+
+
+def test_log_probs_at_the_ids_of_a_stream():
+    expected = at_ids(torch.tensor([5, 0]))
+    assert torch.equal(at_ids(torch.tensor([5.0, 0.0])), expected)
+    assert torch.equal(at_ids(torch.tensor([5.0, float("nan")])), expected), "of no row's: id 0"
+    assert at_ids(torch.tensor([[5.0, 1.0], [2.0, 0.0]])).shape == (2, 2)
+
+
+@pytest.mark.parametrize("wrong", [6.0, -1.0, 1.5, float("inf")])
+def test_streams_that_are_no_ids(wrong):
+    with pytest.raises(MethodError, match=r"'ids' is .* expected token ids: .* from 0 to 5"):
+        at_ids(torch.tensor([5.0, wrong]))
+
+
+def test_a_top_k_of_a_stream_of_rows():
+    with pytest.raises(MethodError, match=r"has shape \[2\].*expected \[tokens, k\]"):
+        at_ids(torch.tensor([5.0, 1.0]), TopKDivergence("ids", "logp", 0.0))
 
 
 AGAIN = Term("again", NLL())
