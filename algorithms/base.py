@@ -280,8 +280,8 @@ class Method:
     def credit(self, rows: Sequence[Row], batch: Batch) -> Sequence[Row]:
         """From rewards to advantages, where that takes more than rewards: called with the rows of
         `rows`, after the loop has filled in the streams that terms need: old_logp and old_value
-        (one forward of the learner, before the update), ref_logp (of the reference). Returns rows
-        in the same order.
+        (one forward of the learner, before the update), ref_logp (of the reference), each in the
+        rows that do not bring it. Returns rows in the same order.
         """
         if self.demos is not None:
             rows = self.demos.credit(rows, self.demos_term, batch)

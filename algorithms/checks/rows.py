@@ -22,6 +22,7 @@ from tandem.algorithms.parts.objectives.tokens import (
     SCORED_STREAMS,
     TOKEN_FIELDS,
 )
+from tandem.engine.config.names import model_of
 from tandem.engine.core.errors import CarrierError, MethodError
 from tandem.engine.core.text import closest
 from tandem.engine.core.types import Row, ScoredGroup
@@ -31,9 +32,15 @@ INTEGERS = "iu"
 REAL_NUMBERS = "fiub"
 KIND_NAMES = {INTEGERS: "integers", REAL_NUMBERS: "real numbers"}
 
+# what `score` leaves as it is, beside the trajectories
+SCORE_KEEPS = ("step", "experts", "signals", "off_policy", "budget")
+SCORE_KEEPS_OF_GROUPS = ("group", "prompt", "outcomes", "texts", "earlier")
+
 
 def ask_score(method: Method, batch: Batch) -> Batch:
-    """What the method's `score` returns, if nothing but rewards changed."""
+    """What the method's `score` returns, if nothing but rewards changed: those of the samples, and
+    of the prompt's demonstration.
+    """
     where = f"{title(method)}: score()"
     found = method.score(batch)
     if not isinstance(found, Batch):
@@ -44,16 +51,30 @@ def ask_score(method: Method, batch: Batch) -> Batch:
             "same ones in the same order, with other rewards"
         )
     for before, group in zip(batch.groups, found.groups, strict=True):
-        check_rewards(f"{where}: group {group.group}", before, group)
+        check_rewards(f"{where}: group {before.group}", before, group)
+    for name in SCORE_KEEPS:
+        if getattr(found, name) != getattr(batch, name):
+            raise MethodError(
+                f"{where} changed the batch's {name}; expected the same batch with other rewards: "
+                "dataclasses.replace(batch, groups=...)"
+            )
     return found
 
 
 def check_rewards(where: str, before: ScoredGroup, group: ScoredGroup) -> None:
+    if not isinstance(group, ScoredGroup):
+        raise MethodError(f"{where} became {kind(group)}, expected a ScoredGroup")
     if group.trajectories is not before.trajectories:
         raise MethodError(
             f"{where}: its trajectories are others than before; expected the same ones: "
             "dataclasses.replace(group, rewards=...)"
         )
+    for name in SCORE_KEEPS_OF_GROUPS:
+        if getattr(group, name) != getattr(before, name):
+            raise MethodError(
+                f"{where}: its {name} changed; expected the same group with other rewards: "
+                "dataclasses.replace(group, rewards=...)"
+            )
     check_array(f"{where}: rewards", group.rewards, len(group.trajectories), REAL_NUMBERS, "sample")
     check_numbers(f"{where}: rewards", group.rewards, "expected finite numbers", "sample")
 
@@ -108,7 +129,25 @@ def check_rows(method: Method, rows: Sequence[Row], terms: Sequence[Term]) -> li
             f"trained; give them Row.weights {{term: one number per token}}, terms: {names}"
         )
     check_unit_rows(where, rows, terms)
+    for term in terms:
+        for need in sorted(term.needs):
+            if need in SCORED_STREAMS or model_of(need) is not None:
+                check_own_scores(where, rows, term, need)
     return list(rows)
+
+
+def check_own_scores(where: str, rows: Sequence[Row], term: Term, need: str) -> None:
+    """Rows may bring what a model would say of them, of all tokens of the term."""
+    for number, row in enumerate(rows):
+        if need not in row.streams or term.name not in row.weights:
+            continue
+        unknown = np.isnan(row.streams[need]) & (row.weights[term.name] != 0)
+        if unknown.any():
+            raise MethodError(
+                f"{label(where, number, row)}: streams[{need!r}] is NaN at token "
+                f"{unknown.argmax()}, but term {term.name!r} needs it there; give a number at all "
+                "of the term's tokens, or leave the stream out: the model is then asked"
+            )
 
 
 def check_credit(
@@ -153,6 +192,7 @@ def check_row(where: str, row: Row, terms: Sequence[Term]) -> None:
     for name, stream in row.streams.items():
         check_stream_name(where, name)
         check_array(f"{where}: streams[{name!r}]", stream, length, REAL_NUMBERS)
+        check_range(f"{where}: streams[{name!r}]", stream, row.trained)
     if (row.tokens < 0).any():
         raise MethodError(f"{where}: a token is {row.tokens.min()}, expected ids of the vocabulary")
     if not isinstance(row.group, Integral):
@@ -191,6 +231,7 @@ def check_weights(where: str, row: Row, terms: Sequence[Term]) -> None:
         check_numbers(
             here, weight, "expected finite numbers (0: the token is not part of the term)"
         )
+        check_vanished(here, weight)
         if weight[0] != 0:
             raise MethodError(
                 f"{here} is {weight[0]} at token 0, expected 0: the first token has no log-prob, "
@@ -229,6 +270,33 @@ def check_numbers(where: str, values: np.ndarray, expected: str, unit="token") -
     if np.isfinite(values[first]):
         found += ", more than float32 holds"
     raise MethodError(f"{where} is {found}, {expected}")
+
+
+def check_range(where: str, stream: np.ndarray, trained: np.ndarray) -> None:
+    """No trained token's number becomes infinite in float32; NaN and inf stay what they are."""
+    if stream.dtype.kind != "f" or stream.itemsize <= 4:
+        return
+    with np.errstate(over="ignore"):
+        beyond = trained & np.isfinite(stream) & np.isinf(stream.astype(np.float32))
+    if beyond.any():
+        first = int(beyond.argmax())
+        raise MethodError(
+            f"{where} is {stream[first]} at token {first}, more than float32 holds, which is what "
+            "the learner gets"
+        )
+
+
+def check_vanished(where: str, weight: np.ndarray) -> None:
+    """A weight that is 0 in float32 only would be counted in Z and train nothing."""
+    if weight.dtype.kind != "f" or weight.itemsize <= 4:
+        return
+    vanished = (weight != 0) & (weight.astype(np.float32) == 0)
+    if vanished.any():
+        first = int(vanished.argmax())
+        raise MethodError(
+            f"{where} is {weight[first]} at token {first}, which is 0 in float32, what the learner "
+            "gets; set it to 0, for a token that is not part of the term, or to a larger number"
+        )
 
 
 def check_given(method: Method, rows: Sequence[Row], term: Term, need: str) -> None:

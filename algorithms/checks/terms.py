@@ -19,6 +19,7 @@ from tandem.algorithms.parts.objectives.tokens import (
     TOKEN_FIELDS,
 )
 from tandem.engine.core.errors import MethodError
+from tandem.engine.core.types import Row
 from tandem.engine.model.quantities import Quantity
 
 QUANTITY_PARTS = ("models", "data", "value", "slope")
@@ -137,8 +138,8 @@ def check_each_quantity(where: str, quantities: Mapping[str, Any]) -> None:
             )
 
 
-def ask_probes(method: Method, batch: Batch) -> Mapping[str, Quantity]:
-    """What the method's `probes` returns, if it can be asked."""
+def ask_probes(method: Method, batch: Batch, rows: Sequence[Row] = ()) -> Mapping[str, Quantity]:
+    """What the method's `probes` returns, if it can be asked of these rows."""
     where = f"{title(method)}: probes()"
     probes = method.probes(batch)
     if not isinstance(probes, Mapping):
@@ -148,6 +149,12 @@ def ask_probes(method: Method, batch: Batch) -> Mapping[str, Quantity]:
         )
     check_each_quantity(f"{where}:", probes)
     check_probed_models(f"{where}:", probes, batch.budget.models)
+    for row in rows:
+        for name in probes.keys() & row.streams.keys():
+            raise MethodError(
+                f"{where}: {name!r} is the name of a stream that a row of prompt "
+                f"{row.prompt_id!r} brings; choose another"
+            )
     return probes
 
 

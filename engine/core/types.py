@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from tandem.engine.core.arrays import at_every_token, check_lengths, length
 from tandem.engine.core.errors import CarrierError
 
 NO_VERSION = -2  # a weight version that no token has; -1 stands at tokens that no engine sampled
@@ -222,7 +223,7 @@ class Row:
         streams = {}
         for name, stream in self.streams.items():
             if isinstance(stream, Real):
-                stream = np.broadcast_to(np.asarray(stream), size)
+                stream = at_every_token(f"Row.streams[{name!r}]", stream, size)
             if stream is not None:
                 streams[name] = stream
         object.__setattr__(self, "streams", streams)  # the dataclass is frozen
@@ -370,27 +371,3 @@ class StepReport:
     metrics: Mapping[str, float]
     skipped: bool = False  # non-finite gradient: the weights were left alone
     seconds: float = 0.0
-
-
-def check_lengths(owner: str, expected: int, **streams) -> None:
-    """Raise CarrierError naming the stream whose length is not the expected one; streams that are
-    None are absent and fine.
-    """
-    for name, stream in streams.items():
-        if stream is None:
-            continue
-        found = length(f"{owner}.{name}", stream)
-        if found != expected:
-            raise CarrierError(
-                f"{owner}.{name} has {found} entries, expected {expected} (one per entry of "
-                "the sequence)"
-            )
-
-
-def length(name: str, stream) -> int:
-    try:
-        return len(stream)
-    except TypeError:  # a number, or an array of no dimension
-        raise CarrierError(
-            f"{name} is {stream!r}, expected an array with one entry per entry of the sequence"
-        ) from None

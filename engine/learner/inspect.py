@@ -80,7 +80,8 @@ def inspect(
     """Evaluate `method` on `batch`.
 
     logp, entropy, old, reference, value and old_value map a row to float [T], and so do `models`,
-    {NAME or NAME@VIEW: of that model}; all but logp, entropy and value become the row's streams.
+    {NAME or NAME@VIEW: of that model}; all but logp, entropy and value become the row's streams,
+    unless the method's rows bring these themselves.
     For a term that needs old log-probs or values and is given none, the present ones are the old
     ones, as before a first update; the present value is 0 if not given, as of a new critic. `extra`
     are the quantities that terms and probes ask for, and the streams that a custom forward would
@@ -101,7 +102,8 @@ def inspect(
     rows = with_stream(rows, "ref_logp", "reference", reference, None, needs)
     for need in sorted(needs):
         model = model_of(need)
-        if model in (None, REFERENCE) or not rows:
+        lacking = any(need not in row.streams for row in rows)
+        if model in (None, REFERENCE) or not lacking:
             continue
         of_model = models.get(model)
         if of_model is None:
@@ -110,7 +112,7 @@ def inspect(
                 f"models={{{model!r}: a function from a row to float [T]}}"
             )
         rows = with_stream(rows, need, f"models[{model!r}]", of_model, None, needs)
-    probes = ask_probes(method, batch)
+    probes = ask_probes(method, batch, rows)
     for name in probes:
         rows = with_stream(rows, name, f"extra[{name!r}]", extra.get(name, zeros), None, needs)
     extra = {name: per_row for name, per_row in extra.items() if name not in probes}
@@ -168,18 +170,21 @@ def with_stream(
     present: PerRow | None,
     needs: Mapping[str, str],
 ) -> list[Row]:
-    """The rows with the stream `name`: as given, or, where a term needs it, the present numbers."""
+    """The rows with the stream `name`: their own, or as given, or, where a term needs it, the
+    present numbers.
+    """
     per_row = given
     if per_row is None and name in needs:
         per_row = present
-        if per_row is None and rows:
-            raise not_given(name, argument, needs)
-    if per_row is None:
-        return list(rows)
     found = []
     for row in rows:
-        stream = numbers(argument, per_row, row, absent=True)
-        found.append(row.with_streams(**{name: stream}))
+        if name not in row.streams:
+            if per_row is not None:
+                stream = numbers(argument, per_row, row, absent=True)
+                row = row.with_streams(**{name: stream})
+            elif name in needs:
+                raise not_given(name, argument, needs)
+        found.append(row)
     return found
 
 

@@ -28,7 +28,7 @@ def with_streams(
     need them, and the method's `probes` to all rows that are trained.
 
     Only rows with a token of a term that needs a stream are scored; it stays absent in all
-    others.
+    others. A row that brings the stream keeps its own, and is not scored for it.
     """
     rows = list(rows)
     needed: set[str] = set()
@@ -103,14 +103,12 @@ def with_old_logp(learner: Learner, rows: Sequence[Row], temperature: float) -> 
 
 
 def needing(rows: Sequence[Row], terms: Sequence[Term], streams: Sequence[str]) -> list[int]:
-    """Numbers of the rows that have a token of a term that needs one of `streams`."""
-    names = []
-    for term in terms:
-        if not term.needs.isdisjoint(streams):
-            names.append(term.name)
+    """Numbers of the rows that lack one of `streams` and have a token of a term that needs it."""
     found = []
     for i, row in enumerate(rows):
-        if any(has_tokens(row, name) for name in names):
+        lacking = set(streams) - row.streams.keys()
+        asking = [term.name for term in terms if not term.needs.isdisjoint(lacking)]
+        if any(has_tokens(row, name) for name in asking):
             found.append(i)
     return found
 
@@ -118,6 +116,9 @@ def needing(rows: Sequence[Row], terms: Sequence[Term], streams: Sequence[str]) 
 def fill_in(
     rows: list[Row], chosen: Sequence[int], name: str, values: Sequence[np.ndarray]
 ) -> None:
-    """Give the rows numbered in `chosen` the stream `name`: one float32 [T] for each."""
+    """Give the rows numbered in `chosen` the stream `name`, one float32 [T] for each, unless they
+    bring it themselves.
+    """
     for i, value in zip(chosen, values, strict=True):
-        rows[i] = rows[i].with_streams(**{name: value})
+        if name not in rows[i].streams:
+            rows[i] = rows[i].with_streams(**{name: value})

@@ -123,6 +123,12 @@ def of_group(**changes):
             lambda batch: replace(batch, groups=(document(0, ["1", "2"]),)),
             "group 0: its trajectories are others than before",
         ),
+        (of_group(group=4), "group 0: its group changed; expected the same group"),
+        (of_group(texts=("1", "2")), "group 0: its texts changed"),
+        (lambda batch: replace(batch, groups=(None,)), "group 0 became None, expected a Scored"),
+        (lambda batch: replace(batch, step=7), "changed the batch's step; expected the same"),
+        (lambda batch: replace(batch, experts=(3,)), "changed the batch's experts"),
+        (lambda batch: replace(batch, off_policy=True), "changed the batch's off_policy"),
     ],
 )
 def test_scores_that_cannot_be(returns, words):

@@ -21,6 +21,7 @@ def whole(row, value=1.0, dtype=np.float32):
             lambda r: r.with_streams(advantage=np.ones(2)),
             r"\['advantage'\] has 2 entries, expected 5",
         ),
+        (lambda r: r.with_streams(x=10**400), r"\['x'\] is a whole number too large"),
         (lambda r: r.with_streams(advantage="high"), r"\['advantage'\] has 4 entries, expected 5"),
         (lambda r: replace(r, streams=[1.0]), "Row.streams is .*expected a mapping"),
         (lambda r: r.with_streams(advantage=np.array(1.0)), r"\['advantage'\] is array"),
@@ -52,6 +53,9 @@ def test_a_row_that_cannot_be_made(change, words):
             lambda r: r.with_streams(advantage=np.full(5, -1e300)),
             r"\['advantage'\] is -1e.300 at token 2, more than float32 holds",
         ),
+        (lambda r: r.with_streams(x=1e39), r"\['x'\] is 1e.39 at token 2, more than float32"),
+        (lambda r: r.with_streams(x=-(10**60)), r"\['x'\] is -1e.60 at token 2, more than"),
+        (lambda r: whole(r, 1e-60, np.float64), "1e-60 at token 2, which is 0 in float32"),
     ],
 )
 def test_a_row_that_cannot_be_trained(change, words):
@@ -83,6 +87,18 @@ def in_place(change):
 def test_what_credit_breaks_in_place(change, words):
     with pytest.raises(MethodError, match=rf"method Wrong: credit\(\): row 0.*{words}"):
         look(in_place(change))
+
+
+@pytest.mark.parametrize("number", [2, 2.0, np.float32(2)])
+def test_a_number_at_every_token_may_be_changed_in_place(number):
+    first = look(with_row(lambda r: r.with_streams(x=number))).rows[0]
+    first.streams["x"][1:] *= 0.25
+    assert first.streams["x"].tolist() == [2.0, 0.5, 0.5, 0.5, 0.5]
+
+
+def test_unknown_and_unlimited_numbers_of_a_stream_stay():
+    for number in (np.nan, np.inf):
+        look(with_row(lambda r, number=number: r.with_streams(x=number)))
 
 
 def test_what_credit_may_change_in_place():

@@ -10,12 +10,14 @@ import pytest
 from method_cases import EXPERTS, batch, rollouts
 
 from tandem.algorithms.base import Demand, Method, Term
+from tandem.algorithms.checks.rows import check_rows
 from tandem.algorithms.parts.objectives.entropy import KLToReference
 from tandem.algorithms.parts.objectives.nll import NLL
 from tandem.algorithms.parts.objectives.policy import PPOClip
 from tandem.algorithms.registry import make_method
 from tandem.algorithms.rows import expert_row
 from tandem.engine.config.schema import Config, LearnerConfig, RolloutConfig
+from tandem.engine.core.errors import MethodError
 from tandem.engine.core.types import StepReport
 from tandem.engine.loop.streams import with_streams
 from tandem.engine.loop.update import Work, step_temperature, update
@@ -102,6 +104,51 @@ def test_several_updates_score_only_what_is_not_known_yet():
     ]
     _, learner = stepped(method, batch(), updates_per_batch=2)
     assert learner.asked == []
+
+
+def own_scores(stream, value):
+    """Rows and terms of CHORD's with a KL and a clip, the first row with a stream of its own."""
+    method = make_method("chord_mu", {"policy": {"preset": "ppo", "critic": {"kl": 0.1}}})
+    b = batch()
+    first, *others = method.rows(b)
+    rows = [first.with_streams(**{stream: value}), *others]
+    return method, rows, method.terms(b)
+
+
+@pytest.mark.parametrize("stream", ["ref_logp", "old_logp", "old_value"])
+def test_a_row_that_brings_its_own_scores_keeps_them(stream):
+    method, rows, terms = own_scores(stream, -3.5)
+    learner = Recorder()
+    found = with_streams(learner, check_rows(method, rows, terms), terms, 0.7)
+    assert (found[0].streams[stream] == -3.5).all()
+    assert (found[1].streams[stream] != -3.5).all()
+    asked = {model: names for model, names, _ in learner.asked}
+    assert len(asked["reference"]) == 2 - (stream == "ref_logp")
+    assert set(found[0].streams) == set(found[1].streams)
+
+
+def test_a_model_that_all_rows_bring_the_scores_of_is_not_asked():
+    terms = [Term("sft", NLL(), needs=frozenset({"logp:teacher"}))]
+    rows = [expert_row(t, "sft").with_streams(**{"logp:teacher": -2.0}) for t in EXPERTS]
+    learner = Recorder()
+    assert with_streams(learner, rows, terms, 1.0) == rows and learner.asked == []
+
+
+def test_own_scores_with_a_gap_are_refused():
+    method, rows, terms = own_scores("ref_logp", np.nan)
+    with pytest.raises(MethodError, match=r"row 0 .*\['ref_logp'\] is NaN at token"):
+        check_rows(method, rows, terms)
+
+
+def test_a_quantity_is_asked_for_where_a_term_that_wants_it_has_a_token():
+    """Demonstrations that draw: an update without one has no draws to make anything of."""
+    method = make_method("rl_with_sft", {"demos": "one_token"})
+    for experts, expected in (((), False), (EXPERTS, True)):
+        _, learner = stepped(method, batch(experts=experts))
+        assert [bool(plan.quantities) for plan in learner.plans] == [expected]
+    b = batch(groups=[rollouts(), rollouts(number=1)], experts=EXPERTS[:1])
+    _, learner = stepped(method, b, updates_per_batch=2)
+    assert sorted(bool(plan.quantities) for plan in learner.plans) == [False, True]
 
 
 @dataclass
