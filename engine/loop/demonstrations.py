@@ -12,6 +12,16 @@ from tandem.engine.data.sources import ExpertSource
 from tandem.engine.loop.group_numbers import PAIRS, PAIRS_STRIDE
 
 
+def never_asked(method: Method, sources: Mapping[str, ExpertSource]) -> list[str]:
+    """Names of the sources that nothing was drawn from in the whole run, before a resume too."""
+    found = []
+    for name, source in sources.items():
+        with_prompts = name == DEFAULT_SOURCE and method.prompts_from_experts
+        if source.cursor.drawn == 0 and not with_prompts:
+            found.append(name)
+    return found
+
+
 def draw_demonstrations(
     method: Method, demand: Demand, sources: Mapping[str, ExpertSource]
 ) -> tuple[Trajectory, ...]:

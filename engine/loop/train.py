@@ -23,6 +23,7 @@ from tandem.algorithms.base import Batch, Method, Term
 from tandem.algorithms.checks.method import check_metrics, check_state
 from tandem.algorithms.checks.rows import ask_credit, ask_rows, ask_score, check_rows, has_tokens
 from tandem.algorithms.checks.terms import ask_probes, check_terms
+from tandem.engine.config.names import source_key
 from tandem.engine.config.schema import Config
 from tandem.engine.core import stop
 from tandem.engine.core.errors import NotFinite, SyncError
@@ -30,7 +31,7 @@ from tandem.engine.core.types import Row, ScoredGroup
 from tandem.engine.data.sources import ExpertSource
 from tandem.engine.learner.learning_rate import learning_rate
 from tandem.engine.learner.protocol import Learner
-from tandem.engine.loop.demonstrations import draw_demonstrations
+from tandem.engine.loop.demonstrations import draw_demonstrations, never_asked
 from tandem.engine.loop.evaluation import Evaluator
 from tandem.engine.loop.producer import Producer, oldest_version
 from tandem.engine.loop.reporter import Clock, Reporter, latest_signals, rollout_metrics
@@ -116,7 +117,7 @@ def train(components: Components, state: RunState) -> None:
         rows = ask_rows(method, batch)
         terms = check_terms(method, method.terms(batch), batch.budget.models)
         rows = check_rows(method, rows, terms)
-        probes = ask_probes(method, batch)
+        probes = ask_probes(method, batch, rows)
         rows = with_streams(learner, rows, terms, temperature, probes)
         rows = ask_credit(method, rows, batch, terms)
         note_tokens(term_had_tokens, terms, rows)
@@ -169,6 +170,11 @@ def train(components: Components, state: RunState) -> None:
         components.display.message(
             f"no row ever had a token of the method's term(s) {', '.join(idle)}: they "
             "trained nothing"
+        )
+    for name in never_asked(method, components.experts):
+        components.display.message(
+            f"{source_key(name)} was read, but no step asked for any of it; leave it out, or make "
+            "the method ask for it (Demand.experts)"
         )
 
 

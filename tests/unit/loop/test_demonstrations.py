@@ -1,6 +1,7 @@
 """Demonstrations by name: which sources a step draws from, and what is told of a wrong demand."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from method_cases import EXPERTS
@@ -8,7 +9,7 @@ from method_cases import EXPERTS
 from tandem.algorithms.base import Demand, Method
 from tandem.algorithms.checks.method import check_demand
 from tandem.engine.core.errors import MethodError
-from tandem.engine.loop.demonstrations import draw_demonstrations
+from tandem.engine.loop.demonstrations import draw_demonstrations, never_asked
 from tandem.engine.loop.group_numbers import PAIRS, PROBE
 
 
@@ -103,3 +104,14 @@ def test_a_demand_that_cannot_be_met_is_told(experts, words):
 def test_demonstrations_without_uses_experts():
     with pytest.raises(MethodError, match="asks for 3 demonstrations, but"):
         check_demand(Method(), Demand(experts={"old": 1, "math": 2}), ("old", "math"))
+
+
+def test_sources_that_no_step_asked_for_are_told():
+    def source(drawn):
+        return SimpleNamespace(cursor=SimpleNamespace(drawn=drawn))
+
+    sources = {"experts": source(0), "old": source(3), "math": source(0)}
+    assert never_asked(Takes(), sources) == ["experts", "math"]
+    method = Takes()
+    method.prompts_from_experts = True
+    assert never_asked(method, sources) == ["math"]
