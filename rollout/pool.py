@@ -13,7 +13,6 @@ import queue
 import threading
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,36 +26,11 @@ from tandem.engine.core.outcomes import Installed
 from tandem.engine.core.types import GenRequest, Trajectory
 from tandem.rollout.actor import EngineActor, end_of, log_path
 from tandem.rollout.backend import backend_class, overrides
+from tandem.rollout.engine_slots import EngineSlot, Pending
 from tandem.rollout.ray_errors import cause_of, is_death, why_died
 from tandem.rollout.trajectories import sampled
 
 CLOSE_SECONDS = 20.0  # for an engine to end by itself
-
-
-@dataclass(eq=False)
-class Pending:
-    """A request that an engine is working on."""
-
-    request: GenRequest
-    result: Future
-
-
-@dataclass(eq=False)
-class EngineSlot:
-    """One engine of the pool: its actor, which a restart replaces, and what it works on."""
-
-    index: int
-    handle: Any
-    alive: bool = True
-    error: str = ""
-    pending: dict[Any, Pending] = field(default_factory=dict)
-    busy_seconds: float = 0.0
-    busy_since: float | None = None
-    last_answer: float = 0.0  # when it last answered, or began to work after a pause
-
-    @property
-    def load(self) -> int:
-        return sum(p.request.samples for p in self.pending.values())
 
 
 class EnginePool:

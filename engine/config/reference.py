@@ -13,7 +13,8 @@ from typing import Any
 from pydantic.json_schema import GenerateJsonSchema
 
 from tandem.engine.config.keys import keys_of, without_none
-from tandem.engine.config.schema import Config, DatasetConfig, OtherModelConfig
+from tandem.engine.config.other_models import OtherModelConfig
+from tandem.engine.config.schema import Config, DatasetConfig
 from tandem.engine.config.validation import BOUNDS, adapter
 from tandem.engine.config.words import describe
 

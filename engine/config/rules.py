@@ -10,8 +10,10 @@ import datetime
 
 from tandem.engine.config.keys import hint_of
 from tandem.engine.config.names import RESERVED, model_fault, name_fault, source_fault
-from tandem.engine.config.schema import ClusterConfig, Config, DatasetConfig, OtherModelConfig
+from tandem.engine.config.other_models import OtherModelConfig
+from tandem.engine.config.schema import ClusterConfig, Config, DatasetConfig
 from tandem.engine.config.scope import ScopeConfig
+from tandem.engine.config.words import written
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.core.text import brief, closest
 
@@ -395,7 +397,3 @@ def gpus(cluster: ClusterConfig) -> str:
         f"cluster.engine_gpus is {cluster.engine_gpus:g} and cluster.learner_gpus is "
         f"{cluster.learner_gpus:g}"
     )
-
-
-def written(value: bool) -> str:
-    return str(value).lower()

@@ -26,6 +26,7 @@ from tandem.engine.config.kinds import (
     Stage,
 )
 from tandem.engine.config.names import DEFAULT_SOURCE
+from tandem.engine.config.other_models import OtherModelConfig
 from tandem.engine.config.scope import ScopeConfig
 
 
@@ -45,21 +46,6 @@ class ModelConfig:
     """Run Python code that comes with the model."""
     system_prompt: str | None = None
     """Put before every chat prompt; null: the chat template's own default."""
-
-
-@dataclass(frozen=True)
-class OtherModelConfig:
-    """A model that the policy is compared with, such as a teacher. It is never trained."""
-
-    kind: Literal["path", "ema", "initial", "policy"] = "path"
-    """path: another model; ema: a moving average of the policy; initial: the weights that the run
-    starts from; policy: the present weights."""
-    path: str | None = None
-    """Of kind path: Hugging Face folder or name, with the tokenizer of the model that is
-    trained."""
-    rate: PositiveShare = 0.05
-    """Of kind ema: how far the average goes towards the policy after each optimizer step; 1 minus
-    the decay."""
 
 
 @dataclass(frozen=True)

@@ -34,3 +34,8 @@ def describe(hint: Any) -> str:
 def literal(value: Any) -> str:
     """As YAML has it."""
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def written(value: bool) -> str:
+    """As YAML has it."""
+    return str(value).lower()

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tandem.engine.config.names import POLICY, REFERENCE
-from tandem.engine.config.schema import Config, OtherModelConfig
+from tandem.engine.config.other_models import OtherModelConfig
+from tandem.engine.config.schema import Config
 from tandem.engine.core.errors import ConfigError, MethodError
 from tandem.engine.learner.protocol import PolicySpec, TrainEngine
 from tandem.engine.model.adapters import switched_off

@@ -6,7 +6,8 @@ from learner_cases import make_plan
 from tandem.algorithms.base import Term
 from tandem.algorithms.parts.objectives.nll import NLL
 from tandem.algorithms.parts.teachers import DIVERGENCE, Measured
-from tandem.engine.config.schema import Config, LearnerConfig, ModelConfig, OtherModelConfig
+from tandem.engine.config.other_models import OtherModelConfig
+from tandem.engine.config.schema import Config, LearnerConfig, ModelConfig
 from tandem.engine.core.types import Row, Source
 from tandem.engine.learner.protocol import PolicySpec
 from tandem.engine.learner.ray import plan_of_rank

@@ -8,7 +8,8 @@ import shutil
 import pytest
 import yaml
 
-from tandem.engine.config.schema import Config, ModelConfig, OtherModelConfig
+from tandem.engine.config.other_models import OtherModelConfig
+from tandem.engine.config.schema import Config, ModelConfig
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.model.resolve import load_tokenizer
 from tandem.engine.model.same_tokens import check_other_models

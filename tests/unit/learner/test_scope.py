@@ -11,7 +11,8 @@ from learner_cases import SPEC, equal, hook_plan, make_plan, make_rows, weights
 from safetensors.torch import load_file
 from scope_cases import SCOPES, config_of, inline, scoped_policy
 
-from tandem.engine.config.schema import Config, ModelConfig, OtherModelConfig
+from tandem.engine.config.other_models import OtherModelConfig
+from tandem.engine.config.schema import Config, ModelConfig
 from tandem.engine.config.scope import ScopeConfig
 from tandem.engine.core.errors import ConfigError
 from tandem.engine.learner.local_engine import LocalEngine

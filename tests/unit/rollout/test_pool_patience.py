@@ -12,7 +12,8 @@ import numpy as np
 
 from tandem.engine.config.schema import Config, RolloutConfig
 from tandem.engine.core.types import GenRequest, Prompt, Sampling
-from tandem.rollout.pool import EnginePool, EngineSlot
+from tandem.rollout.engine_slots import EngineSlot
+from tandem.rollout.pool import EnginePool
 
 
 class OneAtATime:
