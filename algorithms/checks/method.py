@@ -20,7 +20,7 @@ from tandem.engine.core.errors import MethodError
 from tandem.engine.core.text import closest
 from tandem.engine.core.types import GenRequest
 
-MOST_WAVES = 16  # of one group
+MOST_WAVES = 16  # of one group, after the first
 LINE_KEYS = ("step", "seconds")  # of every line of metrics.jsonl
 
 
@@ -128,10 +128,10 @@ def check_again(method: Method, again: GenRequest | None, request: GenRequest) -
             f"{request.prompt.id!r}: start from the request it is given, "
             "dataclasses.replace(request, ...)"
         )
-    if request.wave + 1 >= MOST_WAVES:
+    if request.wave >= MOST_WAVES:
         raise MethodError(
-            f"{where} asked {MOST_WAVES} times for prompt {request.prompt.id!r}; expected None "
-            "once a group is to be trained on as it is"
+            f"{where} asked more than {MOST_WAVES} times for prompt {request.prompt.id!r}; "
+            "expected None once a group is to be trained on as it is"
         )
     return again
 

@@ -66,7 +66,9 @@ class Codec(Protocol):
     """From words to ids and back, for methods that write prompts: engine/data/codec.py."""
 
     def encode(self, content: Any) -> np.ndarray | None:
-        """int32 [T] of plain text or chat messages; None if that is longer than the run allows."""
+        """int32 [T] of plain text or chat messages, without tools; None if that is longer than the
+        run allows. Raises ConfigError for a control token spelled out in it.
+        """
         ...
 
     def decode(self, response: np.ndarray) -> str: ...
@@ -166,9 +168,17 @@ class ScoredGroup:
     # of prompt.demonstration, if the method asked for it to be scored
     demonstration_reward: float | None = None
     earlier: tuple[ScoredGroup, ...] = ()  # waves that this one took the place of, oldest first
+    waves: int = 0  # how often the method had asked again for it, also in vain
+    unscored: tuple[Trajectory, ...] = ()  # of waves without a usable reward, which are left out
+    # the prompt of each trajectory once a wave joined, which may have another; else ()
+    prompts: tuple[Prompt, ...] = ()
 
     def __post_init__(self):
         check_lengths("ScoredGroup", len(self.trajectories), rewards=self.rewards)
+
+    def prompt_of(self, sample: int) -> Prompt:
+        """What trajectory `sample` was sampled behind."""
+        return self.prompts[sample] if self.prompts else self.prompt
 
 
 @dataclass(frozen=True, eq=False)

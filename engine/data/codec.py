@@ -20,20 +20,27 @@ class PromptCodec:
 
     def encode(self, content: Any) -> np.ndarray | None:
         """int32 [T]: ids of a prompt, plain text or chat messages with the system prompt among
-        them, as Prompt.content has it. None if it is longer than the run allows.
+        them, as Prompt.content has it. None if it is longer than data.max_prompt_tokens or the
+        model's context: what a method writes is not cut, whatever data.overlong says.
 
-        Raises ConfigError if the chat template refuses it.
+        Control tokens that are spelled out are escaped or refused, as data.control_tokens says. A
+        row's tools are not in its content, and so not in these ids.
+
+        Raises ConfigError if the chat template refuses it, or for such a control token.
         """
+        encoder = self.encoder
         label = "a prompt that the method wrote"
         chat = not isinstance(content, str)
-        text = content
         if chat:
-            text = self.encoder.render(content, None, True, label)
+            messages = [encoder.reader.checked_message(one, label) for one in content]
+            text = encoder.render(messages, None, True, label)
+        else:
+            text = encoder.reader.checked(content, "the text", label)
         try:
-            tokens = self.encoder.prompt_tokens(text, chat, label)
+            tokens = encoder.prompt_tokens(text, chat, label)
         except TooLong:
             return None
-        return self.encoder.within_limit(tokens)
+        return tokens if len(tokens) <= encoder.data.max_prompt_tokens else None
 
     def decode(self, response: np.ndarray) -> str:
         """The text of response ids, int [T], without the token that ends them."""

@@ -34,7 +34,7 @@ from tandem.engine.data.sources import PromptSource
 from tandem.engine.learner.protocol import Pool
 from tandem.engine.loop.scoring import Scorer
 from tandem.engine.loop.tickets import GroupSlot, RolloutCounts, Ticket, sampled_tokens
-from tandem.engine.loop.waves import every_trajectory, joined, next_wave
+from tandem.engine.loop.waves import after_wave, every_trajectory, next_wave
 from tandem.rollout.backends.replay import RecordedPrompts
 
 # a step may draw this many times its prompts before it gives up on filling the batch
@@ -267,9 +267,7 @@ class Producer:
             except EngineDied:
                 self.restart_and_resubmit()
                 continue
-            if slot.earlier is None:
-                return group
-            return joined(slot.earlier, group, self.method.waves_join)
+            return after_wave(slot, group, self.method.waves_join)
 
     def first_finished(self, turns: queue.SimpleQueue[GroupSlot]) -> GroupSlot:
         """The next slot that can be finished without waiting; of those that are there, the one with

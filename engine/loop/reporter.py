@@ -153,9 +153,7 @@ def wave_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
     """Where a method asked again: in what share of the groups, how often at most, and what the
     first wave was worth. Nothing where none was asked for.
     """
-    waves = []  # of each group, how many after the first
-    for group in groups:
-        waves.append(max(trajectory.wave for trajectory in group.trajectories))
+    waves = [group.waves for group in groups]
     if not any(waves):
         return {}
     first = np.concatenate([first_rewards(group) for group in groups])

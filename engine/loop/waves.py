@@ -10,6 +10,7 @@ import numpy as np
 from tandem.algorithms.base import Budget, Method
 from tandem.algorithms.checks.method import check_again
 from tandem.engine.core.types import GenRequest, ScoredGroup, Trajectory
+from tandem.engine.loop.tickets import GroupSlot
 
 
 def next_wave(
@@ -27,26 +28,44 @@ def next_wave(
     return replace(asked, sampling=sampling, wave=wave, attempt=0)
 
 
-def joined(before: ScoredGroup, wave: ScoredGroup | None, joins: bool) -> ScoredGroup:
-    """The group after one more wave. A wave without a usable reward leaves it as it was."""
+def after_wave(slot: GroupSlot, wave: ScoredGroup | None, joins: bool) -> ScoredGroup | None:
+    """The group of a slot whose rollouts were scored. None: they are its first, and none of them
+    has a usable reward; a later wave of that kind leaves the group as it was.
+    """
+    before, number = slot.earlier, slot.request.wave
+    if before is None:
+        return wave
     if wave is None:
-        return before
+        unscored = (*before.unscored, *slot.generation.result())
+        return replace(before, waves=number, unscored=unscored)
+    return joined(before, replace(wave, waves=number), joins)
+
+
+def joined(before: ScoredGroup, wave: ScoredGroup, joins: bool) -> ScoredGroup:
+    """The group after one more wave."""
     if not joins:
         earlier = (*before.earlier, replace(before, earlier=()))
         return replace(wave, earlier=earlier)
+    prompts = []
+    for group in (before, wave):
+        for sample in range(len(group.trajectories)):
+            prompts.append(group.prompt_of(sample))
     return replace(
         before,
         trajectories=before.trajectories + wave.trajectories,
         rewards=np.concatenate([before.rewards, wave.rewards]),
         outcomes=before.outcomes + wave.outcomes,
         texts=before.texts + wave.texts,
+        waves=wave.waves,
+        prompts=tuple(prompts),
     )
 
 
 def every_trajectory(group: ScoredGroup) -> Iterator[Trajectory]:
-    """Those of the waves that it took the place of too."""
+    """Those of the waves that it took the place of too, and of those without a usable reward."""
     for one in (*group.earlier, group):
         yield from one.trajectories
+        yield from one.unscored
 
 
 def first_rewards(group: ScoredGroup) -> np.ndarray:

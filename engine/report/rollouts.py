@@ -22,12 +22,14 @@ def rollout_record(
 
     columns: `plain_columns` of the group's row, made once for all its samples.
     """
-    prompt = group.prompt
+    prompt = group.prompt_of(sample)
     trajectory = group.trajectories[sample]
     row, shortened = columns or plain_columns(prompt.columns)
     marks: dict[str, Any] = {"cut": shortened} if shortened else {}
     if trajectory.wave:
         marks["wave"] = trajectory.wave
+    if group.waves:
+        marks["waves"] = group.waves
     outcome = group.outcomes[sample] if group.outcomes else None
     return {
         "group": group.group,

@@ -192,7 +192,7 @@ def after_waves(
     request, group = answered
     while (asked := next_wave(method, group, request, budget)) is not None:
         request = asked
-        wave = answer(method, request, step, columns)
+        wave = replace(answer(method, request, step, columns), waves=request.wave)
         group = joined(group, wave, method.waves_join)
     return group
 

@@ -6,7 +6,7 @@ of the same ordinal if that is of the same prompt, else with the prompt's first 
 served yet (groups that the recorded run filtered out leave gaps in its ordinals). Tokens, sources,
 log-probs and versions are served as recorded, whatever the request's sampling and prefixes; the
 ordinal becomes the request's. A group may have fewer samples than were asked for: samples whose
-reward failed are not in the file.
+reward failed are not in the file. A wave of which that is so of all is answered with none.
 
 Weight updates are taken and digested, so that the sync's checks pass, and change nothing.
 """
@@ -31,7 +31,8 @@ from tandem.rollout.backend import Backend
 
 class Record:
     """A rollouts.jsonl in memory: {(group ordinal, wave): its trajectories}, {group ordinal: its
-    prompt, that of the first wave}, in the order of the file.
+    prompt, that of the first wave}, in the order of the file; {group ordinal: how often it was
+    asked again}, which may be more than there are waves: one without a usable reward has no lines.
     """
 
     def __init__(self, path: str | Path):
@@ -39,11 +40,14 @@ class Record:
         self.path = str(path)
         self.groups: dict[tuple[int, int], list[Trajectory]] = {}
         self.prompts: dict[int, Prompt] = {}
-        for _, prompt, trajectory in read_rollouts(path):
+        self.waves: dict[int, int] = {}
+        for line, prompt, trajectory in read_rollouts(path):
             key = (trajectory.group, trajectory.wave)
             group = self.groups.setdefault(key, [])
             group.append(trajectory)
             self.prompts.setdefault(trajectory.group, prompt)
+            waves = max(trajectory.wave, line.get("waves", 0))
+            self.waves[trajectory.group] = max(waves, self.waves.get(trajectory.group, 0))
 
 
 def check_record(path: str | Path) -> None:
@@ -157,11 +161,8 @@ class ReplayBackend(Backend):
         recorded = self.served[request.group]
         trajectories = self.record.groups.get((recorded, request.wave))
         if trajectories is None:
-            raise ConfigError(
-                f"rollout.record {self.record.path}: group {recorded} was asked for "
-                f"{request.wave} more times than it was in the recorded run; use the recorded "
-                "run's method and reward"
-            )
+            self.check_asked(recorded, request)
+            return ()
         if len(trajectories) > request.samples:
             raise ConfigError(
                 f"rollout.record {self.record.path} has {len(trajectories)} samples in group "
@@ -178,6 +179,17 @@ class ReplayBackend(Backend):
                 "prompt or dataset"
             )
         return tuple(replace(trajectory, group=request.group) for trajectory in trajectories)
+
+    def check_asked(self, recorded: int, request: GenRequest) -> None:
+        """Raise ConfigError unless the recorded run asked for this wave too, in vain."""
+        asked = self.record.waves[recorded]
+        if 0 < request.wave <= asked:
+            return
+        raise ConfigError(
+            f"rollout.record {self.record.path}: wave {request.wave} of group {recorded} is asked "
+            f"for, but in the recorded run the group was asked for {asked} times after the first; "
+            "use the recorded run's method and reward"
+        )
 
     async def start_weight_update(self) -> None:
         self.received = {}

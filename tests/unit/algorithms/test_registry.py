@@ -194,6 +194,21 @@ def test_the_former_name_of_prompts_from_experts_is_refused(tmp_path):
             r"Mine.commit is defined as commit\(self, step\), but is called with "
             r"\(self, step, demand, signals\)",
         ),
+        (
+            "def rows(self, batch): return []\n    def terms(self, batch): return []\n"
+            "    def again(self, group, wave): pass",
+            r"Mine.again .* is called with \(self, group, wave, request, budget\)",
+        ),
+        (
+            "def rows(self, batch): return []\n    def terms(self, batch): return []\n"
+            "    def score(self): pass",
+            r"Mine.score .* is called with \(self, batch\)",
+        ),
+        (
+            "def rows(self, batch): return []\n    def terms(self, batch): return []\n"
+            "    def probes(self): pass",
+            r"Mine.probes .* is called with \(self, batch\)",
+        ),
     ],
 )
 def test_a_method_that_the_run_could_not_call_is_refused_when_it_is_read(tmp_path, body, words):
