@@ -96,6 +96,8 @@ class Budget:
     model: str = ""  # folder of the model that the run starts from
     # for methods that write prompts of their own; None where no dataset is read
     codec: Codec | None = None
+    max_prompt_tokens: int | None = None  # data.max_prompt_tokens; None: not known
+    vocabulary: int | None = None  # token ids of the model are below it; None: not known
     # rows, or pairs, in an epoch of each source of demonstrations, "experts" being data.experts
     sources: Mapping[str, int] = field(default_factory=dict)
     models: tuple[str, ...] = ()  # names of those that terms may ask; (): not known

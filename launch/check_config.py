@@ -178,6 +178,18 @@ def check_rollouts(config: Config, method: Method) -> None:
         bool(config.reward.functions) or not method.uses_rewards,
         f"method {name!r} trains on rewards, but reward.functions is empty",
     )
+    require(
+        not (has_own_rewards(method) and getattr(method.policy, "dynamic_sampling", False)),
+        f"method.policy.dynamic_sampling is true, but method {name!r} has rewards of its own, "
+        "which it makes once a step has all its groups (`score`): groups would be drawn anew by "
+        "rewards that are not those it trains on; set method.policy.dynamic_sampling=false",
+    )
+
+
+def has_own_rewards(method: Method) -> bool:
+    from tandem.algorithms.base import Method  # brings torch along: see `make`
+
+    return type(method).score is not Method.score
 
 
 def check_evaluation(config: Config) -> None:

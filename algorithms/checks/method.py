@@ -20,7 +20,6 @@ from tandem.engine.core.errors import MethodError
 from tandem.engine.core.text import closest
 from tandem.engine.core.types import GenRequest
 
-MOST_WAVES = 16  # of one group, after the first
 LINE_KEYS = ("step", "seconds")  # of every line of metrics.jsonl
 
 
@@ -112,28 +111,6 @@ def check_learning_rate(where: str, rate) -> None:
 def check_request(method: Method, request: GenRequest) -> GenRequest:
     """The rollout request, if it is one that can be met."""
     return checked_request(f"{title(method)}: request()", request)
-
-
-def check_again(method: Method, again: GenRequest | None, request: GenRequest) -> GenRequest | None:
-    """The request of a further wave for what `request` asked for, or None."""
-    where = f"{title(method)}: again()"
-    if again is None:
-        return None
-    checked_request(where, again)
-    same = again.group == request.group and again.prompt.id == request.prompt.id
-    if not same or again.samples < 1:
-        raise MethodError(
-            f"{where} asks for {again.samples} samples of group {again.group}, prompt "
-            f"{again.prompt.id!r}; expected at least one of group {request.group}, prompt "
-            f"{request.prompt.id!r}: start from the request it is given, "
-            "dataclasses.replace(request, ...)"
-        )
-    if request.wave >= MOST_WAVES:
-        raise MethodError(
-            f"{where} asked more than {MOST_WAVES} times for prompt {request.prompt.id!r}; "
-            "expected None once a group is to be trained on as it is"
-        )
-    return again
 
 
 def checked_request(where: str, request: GenRequest) -> GenRequest:

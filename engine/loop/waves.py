@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from tandem.algorithms.base import Budget, Method
-from tandem.algorithms.checks.method import check_again
+from tandem.algorithms.checks.waves import check_again
 from tandem.engine.core.types import GenRequest, ScoredGroup, Trajectory
 from tandem.engine.loop.tickets import GroupSlot
 
@@ -20,7 +20,7 @@ def next_wave(
     content with the group as it is.
     """
     wave = request.wave + 1
-    asked = check_again(method, method.again(group, wave, request, budget), request)
+    asked = check_again(method, method.again(group, wave, request, budget), request, budget)
     if asked is None:
         return None
     seeds = np.random.SeedSequence([budget.seed, request.group, wave])

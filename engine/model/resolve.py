@@ -69,6 +69,11 @@ def remote_code_hint(error: Exception) -> str:
     return "; set model.trust_remote_code=true if you trust the Python files of the model"
 
 
+def vocabulary_size(config) -> int | None:
+    """The token ids that the model of a transformers config has an embedding for."""
+    return getattr(config.get_text_config(), "vocab_size", None)
+
+
 def load_tokenizer(model: ModelConfig):
     """The tokenizer of `model.tokenizer`, or the model's own.
 
@@ -100,7 +105,7 @@ def load_tokenizer(model: ModelConfig):
             "set pad_token in its tokenizer_config.json, e.g. to a reserved token or to "
             f"{tokenizer.eos_token!r}"
         )
-    size = getattr(config.get_text_config(), "vocab_size", None)
+    size = vocabulary_size(config)
     largest = max(tokenizer.get_vocab().values())
     if size is not None and largest >= size:
         raise ConfigError(

@@ -25,7 +25,7 @@ from tandem.engine.data.sources import recorded_date
 from tandem.engine.loop.checkpoint import Checkpoints, Found
 from tandem.engine.loop.disk import check_room
 from tandem.engine.loop.state import read_state
-from tandem.engine.model.resolve import load_tokenizer, resolve_model
+from tandem.engine.model.resolve import load_tokenizer, read_config, resolve_model, vocabulary_size
 from tandem.engine.model.scope import check_scope
 from tandem.engine.report.display import Display
 from tandem.launch.machine import check_model, check_models_beside, generates, parameter_count
@@ -94,6 +94,8 @@ def prepare(config: Config, folder: RunFolder, display: Display, stack: ExitStac
         seed=config.run.seed,
         model=model_path,
         codec=sources.codec(),
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        vocabulary=vocabulary_size(read_config(config.model, model_path)),
         sources=sources.lengths(),
         models=(*ALWAYS_THERE, *config.models),
     )

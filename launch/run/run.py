@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tandem.algorithms.base import Method
+from tandem.algorithms.base import Batch, Method
 from tandem.algorithms.checks.method import check_metrics
+from tandem.algorithms.checks.rows import ask_score
 from tandem.algorithms.given import Absent, give
 from tandem.algorithms.registry import configured
 from tandem.engine.config.paths import shown
@@ -106,10 +107,13 @@ def generate(config: Config, warning: str | None) -> int:
             clock = Clock()
             generation.producer.request_ahead(step, {})
             rollouts = generation.producer.collect(step)
-            demand, groups = rollouts.demand, rollouts.groups
+            demand = rollouts.demand
             if demand.ends_before:
                 generation.display.message(f"the method ended the run: {demand.stop}")
                 break
+            # no demonstrations are drawn: nothing is trained on
+            batch = Batch(step, rollouts.groups, (), budget=generation.producer.budget)
+            groups = ask_score(generation.method, batch).groups
             clock.lap("rollout")
             metrics = {**rollout_metrics(groups), **state.metrics()}
             of_method = check_metrics(generation.method, generation.method.metrics(step))

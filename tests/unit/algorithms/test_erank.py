@@ -1,10 +1,13 @@
 """Rewards of a method's own: ERank, row 32 of the catalogue, and what `score` may return."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from method_cases import ramp
+from producer_cases import Plain, Pool, make
 from wrong_cases import Right
 
 from tandem.algorithms.base import Batch
@@ -14,6 +17,8 @@ from tandem.algorithms.rl.erank import written
 from tandem.engine.core.errors import ConfigError, MethodError
 from tandem.engine.learner.by_hand import group, trajectory
 from tandem.engine.learner.inspect import inspect
+from tandem.launch.check_config import load
+from tandem.launch.run import run
 
 
 def document(number, texts, positive=False, score=5, query="q"):
@@ -135,3 +140,39 @@ def test_scores_that_cannot_be(returns, words):
     batch = Batch(0, (document(0, ["9", "10"]),), ())
     with pytest.raises(MethodError, match=f"method Scores: .*{words}"):
         ask_score(Scores(returns=returns), batch)
+
+
+class ScoresItself(Plain):
+    def score(self, batch):
+        groups = [replace(g, rewards=np.full(2, 7.0, np.float32)) for g in batch.groups]
+        return replace(batch, groups=tuple(groups))
+
+
+class Reported:
+    """A reporter and a display."""
+
+    def __init__(self):
+        self.rewards = []
+
+    def step(self, step, groups, metrics, of_method, clock):
+        self.rewards.append(([g.rewards.tolist() for g in groups], metrics["reward/mean"]))
+
+
+def test_a_run_that_only_generates_has_the_methods_own_rewards(monkeypatch):
+    reported = Reported()
+    method = ScoresItself()
+    producer = make(Pool(), method)
+
+    @contextmanager
+    def generation_run(config):
+        yield SimpleNamespace(method=method, producer=producer, reporter=reported, display=None)
+
+    monkeypatch.setattr(run, "generation_run", generation_run)
+    assert run.generate(SimpleNamespace(run=SimpleNamespace(steps=2)), None) == 0
+    assert reported.rewards == [([[7.0, 7.0]] * 3, 7.0)] * 2
+
+
+def test_groups_are_not_redrawn_by_rewards_that_are_not_there_yet():
+    with pytest.raises(ConfigError, match="dynamic_sampling is true, but method 'erank' has rewar"):
+        load("tandem:inline_debug", ["method={name: erank, policy: dapo}"])
+    load("tandem:inline_debug", ["method={name: erank, policy: {clip_high: 0.28}}"])

@@ -12,7 +12,7 @@ import pytest
 from producer_cases import Plain, Pool, Rewards, make
 
 from tandem.engine.core.errors import ConfigError, EngineDied, MethodError
-from tandem.engine.core.types import RewardError, RewardOutcome
+from tandem.engine.core.types import Prompt, RewardError, RewardOutcome, Sampling
 from tandem.engine.loop.reporter import rollout_metrics
 from tandem.engine.report.lines import plain, to_json
 from tandem.engine.report.rollouts import rollout_record
@@ -310,6 +310,24 @@ class Other(Plain):
         return replace(request, group=request.group + 1)
 
 
+class Changed(Plain):
+    """Asks again with some of the request changed."""
+
+    def __init__(self, **changes):
+        self.changes = changes
+
+    def again(self, group, wave, request, budget):
+        return replace(request, **self.changes)
+
+
+def behind(tokens):
+    return Changed(prompt=Prompt("p0", np.array(tokens, np.int64), ""))
+
+
+def started(prefix):
+    return Changed(prefixes=(np.array(prefix, np.int32), np.zeros(0, np.int32)))
+
+
 class NoRequest(Plain):
     def again(self, group, wave, request, budget):
         return request.prompt
@@ -321,8 +339,34 @@ class NoRequest(Plain):
         (Always(), r"Always: again\(\) asked more than 16 times for prompt 'p0'; expected None"),
         (Other(), r"Other: again\(\) asks for 2 samples of group 1, .*expected .*of group 0"),
         (NoRequest(), r"NoRequest: again\(\) returned a Prompt, expected a GenRequest"),
+        (Changed(prompt="words"), "has a str as prompt, expected a Prompt: dataclasses.replace"),
+        (Changed(sampling=Sampling(8, temperature=2.0)), "temperature=2.0.*; expected that of the"),
+        (Changed(sampling=Sampling(9)), r"max_tokens=9, .*expected .*max_tokens=8"),
+        (behind([1] * 21), "has 21 tokens, more than data.max_prompt_tokens=20; return None"),
+        (behind([]), "prompt.tokens is empty"),
+        (behind([1, 50]), "prompt.tokens has the id 50 at position 1, expected .* below 50"),
+        (behind([1, -1]), "has the id -1 at position 1"),
+        (behind([[1]]), "expected token ids: a numpy array of integers"),
+        (started([5] * 8), r"prefix 0 has 8 tokens, expected fewer than rollout.max_tokens=8"),
+        (started([50]), "prefix 0 has the id 50 at position 0"),
     ],
 )
 def test_waves_that_cannot_be(method, words):
+    producer = make(Pool(), method)
+    producer.budget = replace(producer.budget, max_prompt_tokens=20, vocabulary=50)
     with pytest.raises(MethodError, match=words):
-        collected(make(Pool(), method))
+        collected(producer)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"sampling": Sampling(8, seed=3)}, {"prefixes": (np.array([]), np.full(7, 49, np.int32))}],
+)
+def test_waves_that_can_be(changes):
+    class Once(Changed):
+        def again(self, group, wave, request, budget):
+            return super().again(group, wave, request, budget) if wave == 1 else None
+
+    producer = make(Pool(), Once(**changes))
+    producer.budget = replace(producer.budget, max_prompt_tokens=20, vocabulary=50)
+    assert all(group.waves == 1 for group in collected(producer).groups)
