@@ -14,12 +14,14 @@ from tandem.engine.core.types import Row
 from tandem.engine.model.quantities import Quantity
 
 
-def asked_models(term: Term) -> list[str]:
-    """The models, `NAME` or `NAME@VIEW`, that a term's streams and quantities are of."""
+def asked_models(term: Term, brought: Collection[str] = ()) -> list[str]:
+    """The models, `NAME` or `NAME@VIEW`, that a term's streams and quantities are of; without
+    those of streams that are `brought`.
+    """
     found: set[str] = set()
     for need in term.needs:
         model = model_of(need)
-        if model is not None:
+        if model is not None and need not in brought:
             found.add(model)
     for quantity in term.quantities.values():
         found.update(quantity.models)
@@ -66,7 +68,7 @@ def check_views(where: str, row: Row, terms: Sequence[Term]) -> None:
         weight = row.weights.get(term.name)
         if weight is None or not weight.any():
             continue
-        for model in asked_models(term):
+        for model in asked_models(term, row.streams):
             _, view = split_view(model)
             if not view:
                 continue

@@ -13,7 +13,7 @@ from numbers import Integral
 import numpy as np
 
 from tandem.algorithms.base import Batch, Method, Term, quantities_of
-from tandem.algorithms.checks.method import check_list, kind, no_return, title
+from tandem.algorithms.checks.method import check_list, kind, no_return, real, short, title
 from tandem.algorithms.checks.models import check_views
 from tandem.algorithms.checks.terms import ENGINE_NAMES
 from tandem.algorithms.checks.units import check_unit_rows
@@ -75,6 +75,12 @@ def check_rewards(where: str, before: ScoredGroup, group: ScoredGroup) -> None:
                 f"{where}: its {name} changed; expected the same group with other rewards: "
                 "dataclasses.replace(group, rewards=...)"
             )
+    reward = group.demonstration_reward
+    number = real(reward)
+    if reward is not None and (number is None or not np.isfinite(number)):
+        raise MethodError(
+            f"{where}: demonstration_reward is {short(reward)}, expected a finite number, or None"
+        )
     check_array(f"{where}: rewards", group.rewards, len(group.trajectories), REAL_NUMBERS, "sample")
     check_numbers(f"{where}: rewards", group.rewards, "expected finite numbers", "sample")
 

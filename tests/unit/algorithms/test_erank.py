@@ -129,6 +129,8 @@ def of_group(**changes):
             "group 0: its trajectories are others than before",
         ),
         (of_group(group=4), "group 0: its group changed; expected the same group"),
+        (of_group(demonstration_reward="1"), "group 0: demonstration_reward is '1', expected"),
+        (of_group(demonstration_reward=np.inf), "demonstration_reward is inf, expected a finite"),
         (of_group(texts=("1", "2")), "group 0: its texts changed"),
         (lambda batch: replace(batch, groups=(None,)), "group 0 became None, expected a Scored"),
         (lambda batch: replace(batch, step=7), "changed the batch's step; expected the same"),

@@ -2,7 +2,7 @@
 that a term wants to know it of."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -10,7 +10,7 @@ import pytest
 from method_cases import EXPERTS, batch, rollouts
 
 from tandem.algorithms.base import Demand, Method, Term
-from tandem.algorithms.checks.rows import check_rows
+from tandem.algorithms.checks.rows import check_row, check_rows
 from tandem.algorithms.parts.objectives.entropy import KLToReference
 from tandem.algorithms.parts.objectives.nll import NLL
 from tandem.algorithms.parts.objectives.policy import PPOClip
@@ -132,6 +132,14 @@ def test_a_model_that_all_rows_bring_the_scores_of_is_not_asked():
     rows = [expert_row(t, "sft").with_streams(**{"logp:teacher": -2.0}) for t in EXPERTS]
     learner = Recorder()
     assert with_streams(learner, rows, terms, 1.0) == rows and learner.asked == []
+
+
+def test_a_row_with_scores_behind_a_view_needs_no_view():
+    _, rows, _ = own_scores("logp:teacher@informed", -2.0)
+    terms = [Term("policy", NLL(), needs=frozenset({"logp:teacher@informed"}))]
+    check_row("here", replace(rows[0], weights={"policy": rows[0].weights["policy"]}), terms)
+    with pytest.raises(MethodError, match="the row has no view 'informed'"):
+        check_row("here", replace(rows[1], weights={"policy": rows[1].weights["policy"]}), terms)
 
 
 def test_own_scores_with_a_gap_are_refused():
