@@ -67,13 +67,31 @@ def teacher(tmp_path_factory):
     return make_tiny(tmp_path_factory.mktemp("teacher") / "teacher", seed=1)
 
 
+NEVER = "reward.functions=[exact]"  # which the untrained model never gets
+TALK = "{path: task:talk, prompt: messages, response: messages, train_on: all, options: {size: 16}}"
+# what a method asks for that the others do not
+NEEDED = {
+    "sdft": ["data.max_prompt_tokens=128"],  # for the demonstration in it
+    "relift": [NEVER],  # both turn to the demonstrations
+    "hpt": [NEVER],
+    "nft": ["rollout.samples_per_prompt=16"],
+    "mupas": [f"data.experts={TALK}", "data.max_expert_tokens=64"],
+    "erank": ["data.prompts.path=task:relevance"],  # its columns
+    "poft": ["data.experts.path=task:pairs"],  # its column
+}
+
+
+def taught(name, teacher) -> list[str]:
+    """The teacher, for methods that have one."""
+    if "teacher" not in make_method(name, {}).compares_with:
+        return []
+    return [f"models.teacher.path={teacher}"]
+
+
 def needed(name, teacher) -> list[str]:
-    """What a method asks for that the others do not."""
-    found = []
-    if "teacher" in make_method(name, {}).compares_with:
-        found.append(f"models.teacher.path={teacher}")
-    if name == "sdft":
-        found.append("data.max_prompt_tokens=128")  # for the demonstration in it
+    found = [*NEEDED.get(name, []), *taught(name, teacher)]
+    if METHODS[name] == "preference" and name not in ("spin", "poft"):
+        found += PAIRS
     return found
 
 
@@ -85,17 +103,6 @@ def test_two_steps_in_one_process(tmp_path, name, teacher):
     config = tmp_path / "config.yaml"
     overrides = [f"run.dir={tmp_path}"]
     overrides += needed(name, teacher)
-    if name in ("relift", "hpt"):
-        # which the untrained model never gets: both turn to the demonstrations
-        overrides.append("reward.functions=[exact]")
-    if name == "nft":
-        overrides.append("rollout.samples_per_prompt=16")
-    if name == "erank":
-        overrides.append("data.prompts.path=task:relevance")  # its columns
-    if name == "poft":
-        overrides.append("data.experts.path=task:pairs")  # its column
-    elif METHODS[name] == "preference" and name != "spin":
-        overrides += PAIRS
     config.write_text(yaml.safe_dump({**SMALL, "method": {"name": name, **OPTIONS.get(name, {})}}))
     assert train(load(config, overrides)) == 0
     done = steps(tmp_path)
@@ -151,7 +158,7 @@ def test_two_steps_on_the_real_stack(tmp_path, name, teacher):
     method = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["method"]["name"]
     # so that two steps show both stages
     small += [f"method.{key}={value}" for key, value in OPTIONS.get(method, {}).items()]
-    small += needed(method, teacher)
+    small += taught(method, teacher)
     if method == "opd":
         small.append("cluster.learner_ranks=2")  # each has the teacher
     result = subprocess.run(
