@@ -187,7 +187,7 @@ class Scripted:
             method=self,
             learner=self,
             producer=self,
-            experts=None,
+            experts={},
             sync=self.sync,
             evaluator=self,
             reporter=nothing,
