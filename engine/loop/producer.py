@@ -22,8 +22,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from tandem.algorithms.base import Budget, Demand, Method
 from tandem.algorithms.checks.method import check_accept, check_demand, check_request
 from tandem.engine.config.names import DEFAULT_SOURCE
@@ -34,7 +32,12 @@ from tandem.engine.data.sources import PromptSource
 from tandem.engine.learner.protocol import Pool
 from tandem.engine.loop.scoring import Scorer
 from tandem.engine.loop.tickets import GroupSlot, RolloutCounts, Ticket, sampled_tokens
-from tandem.engine.loop.waves import after_wave, every_trajectory, next_wave
+from tandem.engine.loop.waves import (
+    after_wave,
+    every_trajectory,
+    next_wave,
+    sampling_seed,
+)
 from tandem.rollout.backends.replay import RecordedPrompts
 
 # a step may draw this many times its prompts before it gives up on filling the batch
@@ -142,8 +145,7 @@ class Producer:
         source = self.expert_prompts if from_experts else self.prompts
         assert source is not None, "the method asks for prompts that no dataset has"
         (prompt,) = source.take(1)
-        seeds = np.random.SeedSequence([self.seed, self.next_group])
-        sampling = replace(self.sampling, seed=int(seeds.generate_state(1)[0] >> 1))
+        sampling = replace(self.sampling, seed=sampling_seed(self.seed, self.next_group))
         request = self.method.request(self.next_group, prompt, sampling, step, self.budget)
         slot = GroupSlot(check_request(self.method, request), from_experts)
         self.next_group += 1

@@ -23,9 +23,15 @@ def next_wave(
     asked = check_again(method, method.again(group, wave, request, budget), request, budget)
     if asked is None:
         return None
-    seeds = np.random.SeedSequence([budget.seed, request.group, wave])
-    sampling = replace(asked.sampling, seed=int(seeds.generate_state(1)[0] >> 1))
+    seed = sampling_seed(budget.seed, request.group, wave)
+    sampling = replace(asked.sampling, seed=seed)
     return replace(asked, sampling=sampling, wave=wave, attempt=0)
+
+
+def sampling_seed(*numbers: int) -> int:
+    """Of one request, from the run's seed and the numbers that tell the request apart."""
+    seeds = np.random.SeedSequence(numbers)
+    return int(seeds.generate_state(1)[0] >> 1)
 
 
 def after_wave(slot: GroupSlot, wave: ScoredGroup | None, joins: bool) -> ScoredGroup | None:
